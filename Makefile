@@ -1,0 +1,49 @@
+# warmkv: everything a person or CI runs. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Where pip finds PyTorch. Empty: pip's own index (the CUDA build on Linux, some GB). For the CPU build give
+# PyTorch's CPU index: make setup TORCH_INDEX=URL
+TORCH_INDEX ?=
+
+.PHONY: help setup demo test check proto bench lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV)/.stamp  ## make .venv from requirements.lock
+
+$(VENV)/.stamp: requirements.lock pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(if $(TORCH_INDEX),$(PY) -m pip install --quiet torch==2.13.0 --index-url $(TORCH_INDEX))
+	$(PY) -m pip install --quiet -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup  ## see it work: four workers, real chats, three acts (add ARGS="--workers 2")
+	$(VENV)/bin/warmkv demo $(ARGS)
+
+test: setup  ## every test (add ARGS="-k name")
+	$(PY) -m pytest $(ARGS)
+
+check: setup  ## formatting, lint, types, import laws, generated code, protos
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m deploy.protos --check
+	@if command -v npx >/dev/null; then cd proto && npx --yes @bufbuild/buf@1.75.0 lint; \
+	else echo "buf lint: skipped, npx is not installed"; fi
+
+proto: setup  ## regenerate the Python stubs from proto/*.proto
+	$(PY) -m deploy.protos
+
+bench: setup  ## the benchmarks, quickly (python -m bench.NAME for one of them in full)
+	for name in reuse overhead e2e; do $(PY) -m bench.$$name --quick || exit 1; done
+
+lock: setup  ## write requirements.lock from what is installed
+	$(PY) -m pip freeze --exclude-editable > requirements.lock
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,140 @@
+"""The contract of a tier: what the store may ask of any place where blocks lie.
+
+Every tier keeps it, and one suite (`tests/contract/`) runs against all of them. Payloads are writable or readable byte
+buffers of exactly `KVLayout.block_nbytes`. Tiers are thread-safe unless they say otherwise: the engine's thread and the
+store's I/O threads use them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvstore.blocks import BlockHash
+from kvstore.events import KvEvent, RemovalCause, TierName
+
+Clock = Callable[[], float]  # seconds; monotonic in production, a number that tests move
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMeta:
+    """What is known of a block besides its bytes.
+
+    Attributes:
+        hash: its name.
+        parent: the block before it in the chain, or the root for the first one.
+        root: the tenant's root; what `clear(root=...)` goes by.
+        ttl_s: seconds that it lives after its last use; None: until it is evicted.
+    """
+
+    hash: BlockHash
+    parent: BlockHash
+    root: BlockHash
+    ttl_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Honours:
+    """What a tier promises; the documentation prints this table and the contract suite holds each tier to it.
+
+    Attributes:
+        capacity: never holds more than its bytes.
+        ttl: a block is gone once its TTL has passed since its last use.
+        named_eviction: evicts by a policy that we named (else: the server's own).
+        injected_clock: its time can be moved by a test.
+    """
+
+    capacity: bool
+    ttl: bool
+    named_eviction: bool
+    injected_clock: bool
+
+
+@dataclass(slots=True)
+class TierStats:
+    """Counters since the tier was made, and its fill now. A copy: nothing changes it later.
+
+    Attributes:
+        used_bytes, capacity_bytes, blocks: fill; capacity zero: unknown.
+        hits: blocks delivered whole. misses: by MissReason.
+        removals: by RemovalCause. stores: blocks written. store_failures: by queue_full, breaker, error, full.
+        read_bytes, written_bytes: payload only.
+        healthy: False while the breaker is open. problem: what is wrong and what to do; empty when nothing is.
+    """
+
+    used_bytes: int = 0
+    capacity_bytes: int = 0
+    blocks: int = 0
+    hits: int = 0
+    misses: dict[str, int] = field(default_factory=dict)
+    removals: dict[str, int] = field(default_factory=dict)
+    stores: int = 0
+    store_failures: dict[str, int] = field(default_factory=dict)
+    read_bytes: int = 0
+    written_bytes: int = 0
+    healthy: bool = True
+    problem: str = ""
+
+
+class Tier(Protocol):
+    """A place where blocks lie."""
+
+    name: TierName
+    honours: Honours
+
+    def match(self, hashes: Sequence[BlockHash], *, deadline_s: float | None = None) -> int:
+        """How many leading blocks it holds, unexpired. A question: recency, TTL and counters stay as they are."""
+        ...
+
+    def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
+        """Copy leading blocks into the buffers; how many arrived whole and verified.
+
+        Refreshes recency and TTL of those. The first block that is missing or wrong ends it, is counted by reason, and
+        if it is wrong it is deleted. Buffers past the returned count hold garbage. Never raises for a fault of the
+        tier. `deadline_s` bounds the call, in seconds from now; None: the tier's own bound.
+        """
+        ...
+
+    def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
+        """Store blocks, in chain order; how many it now holds (an already held block counts, and is refreshed).
+
+        A block becomes visible only when it is whole. Makes room by evicting. Never raises for a fault of the tier.
+        """
+        ...
+
+    def touch(self, hashes: Sequence[BlockHash]) -> None:
+        """Refresh recency and TTL of those that it holds."""
+        ...
+
+    def remove(self, hashes: Sequence[BlockHash], cause: RemovalCause) -> int:
+        """Drop those that it holds; how many it dropped."""
+        ...
+
+    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> int:
+        """Drop all blocks, or those of one root, or of those only `prefix` and what follows it; how many it dropped."""
+        ...
+
+    def sweep(self) -> float | None:
+        """Drop what has expired; seconds until the next block expires, None when none will."""
+        ...
+
+    def drain_events(self) -> list[KvEvent]:
+        """The events since the last call, in order."""
+        ...
+
+    def stats(self) -> TierStats:
+        """Counters and fill."""
+        ...
+
+    def check(self) -> None:
+        """Audit the books against each other.
+
+        Raises:
+            InvariantError: they disagree.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give everything back. The tier cannot be used after it."""
+        ...

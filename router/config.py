@@ -1,0 +1,61 @@
+"""What a router is told when it starts. Built by `deploy` from the user's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files. With `client_ca`, callers must present a certificate that it signed (mTLS)."""
+
+    cert: str
+    key: str
+    client_ca: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """One router's settings.
+
+    Attributes:
+        name: unique in the fleet. model_dir: folder with tokenizer.json, tokenizer_config.json (or
+        chat_template.jinja), config.json and generation_config.json; weights are not needed.
+        model_name: what clients call the model.
+        grpc_host, grpc_port, http_host, http_port: where to listen; port zero: any. http_port None: no HTTP.
+        tls: for gRPC; None: plaintext.
+        worker_ca: PEM file that workers' certificates are checked against; None: plaintext.
+        api_keys_file: TOML of keys (see `router.auth`); None: every caller is `default_tenant` with role admin.
+        default_tenant: tenant of callers without keys.
+        fleet_secret: presented to workers; tenant salts are derived from it, so all routers of a fleet share it.
+        policy, weights: in force until the fleet record says otherwise. shared_tier_reads: likewise.
+        max_prompt_bytes: larger prompts are refused before they are encoded.
+        max_in_flight: requests at once; more are refused. max_in_flight_per_tenant: likewise for one tenant.
+        default_deadline_s: for callers that set none; None: unlimited.
+        drain_grace_s: how long running requests may take after SIGTERM.
+        show_prompts: hand out first words of prompts in statistics to admins that ask.
+        reflection: serve gRPC reflection.
+    """
+
+    name: str
+    model_dir: str
+    model_name: str
+    grpc_host: str = "127.0.0.1"
+    grpc_port: int = 50051
+    http_host: str = "127.0.0.1"
+    http_port: int | None = 8080
+    tls: TlsFiles | None = None
+    worker_ca: str | None = None
+    api_keys_file: str | None = None
+    default_tenant: str = "default"
+    fleet_secret: str = ""
+    policy: str = "cache_aware"
+    weights: dict[str, float] = field(default_factory=dict)
+    shared_tier_reads: bool = True
+    max_prompt_bytes: int = 16 << 20
+    max_in_flight: int = 1024
+    max_in_flight_per_tenant: int = 512
+    default_deadline_s: float | None = 600.0
+    drain_grace_s: float = 30.0
+    show_prompts: bool = False
+    reflection: bool = True

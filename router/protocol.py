@@ -1,0 +1,130 @@
+"""The joints of the router: who calls it, how it hears of workers, and what servicers and the HTTP app may ask."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from warmkv.v1 import admin_pb2, inference_pb2
+
+
+class Role(StrEnum):
+    """What a caller may do: users generate and explain, admins also administer."""
+
+    USER = "user"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, by its credentials.
+
+    Attributes:
+        tenant: whose quota and statistics. trust_group: whose cached blocks; tenants of one group share them.
+    """
+
+    tenant: str
+    role: Role
+    trust_group: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What belongs to a request besides its body.
+
+    Attributes:
+        request_id, traceparent: taken from the caller or made.
+        deadline: on the event loop's clock; None: none.
+    """
+
+    request_id: str
+    traceparent: str
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAddress:
+    """Where a worker listens (`host:port`)."""
+
+    name: str
+    address: str
+
+
+class Discovery(Protocol):
+    """Finds workers and changes how many there are. In production a child process that speaks with Ray."""
+
+    def watch(self) -> AsyncIterator[list[WorkerAddress]]:
+        """The full list now, and again whenever it changes. A worker that is missing from a list may still live."""
+        ...
+
+    async def scale(self, workers: int) -> tuple[list[str], list[str]]:
+        """Start or end workers until there are that many; names started, names stopped.
+
+        Raises:
+            NotSupported: this deployment cannot scale.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stop watching."""
+        ...
+
+
+class RouterApi(Protocol):
+    """What servicers and the HTTP app ask of a router. All raise `router.errors.RouterError`."""
+
+    def generate(
+        self, request: inference_pb2.GenerateRequest, *, caller: Caller, context: RequestContext
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Run a request. Closing the iterator cancels it and frees its blocks within one engine step."""
+        ...
+
+    async def explain(self, request: inference_pb2.ExplainRequest, *, caller: Caller) -> inference_pb2.ExplainResponse:
+        """What `generate` would decide. Changes nothing."""
+        ...
+
+    async def tokenize(
+        self, request: inference_pb2.TokenizeRequest, *, caller: Caller
+    ) -> inference_pb2.TokenizeResponse:
+        """The token ids that `generate` would use."""
+        ...
+
+    def list_workers(self) -> list[admin_pb2.WorkerInfo]:
+        """Every worker known, sorted by name."""
+        ...
+
+    def drain_worker(self, worker: str) -> int:
+        """Send it nothing new, on all routers; requests that still run there. Raises WorkerNotFound."""
+        ...
+
+    def undrain_worker(self, worker: str) -> None:
+        """Send to it again. Raises WorkerNotFound."""
+        ...
+
+    async def scale_workers(self, workers: int) -> tuple[list[str], list[str]]:
+        """Names started, names stopped."""
+        ...
+
+    def get_policy(self) -> admin_pb2.GetPolicyResponse:
+        """The policy in force and those available."""
+        ...
+
+    def set_policy(self, request: admin_pb2.SetPolicyRequest) -> admin_pb2.SetPolicyResponse:
+        """From the next request on, on all routers within a second. Raises InvalidRequest."""
+        ...
+
+    async def clear_cache(
+        self, request: admin_pb2.ClearCacheRequest, *, caller: Caller
+    ) -> admin_pb2.ClearCacheResponse:
+        """Drop blocks; returns when every worker confirmed."""
+        ...
+
+    def stats(self, *, show_prompts: bool) -> admin_pb2.WatchStatsResponse:
+        """A snapshot of the numbers behind the dashboard."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether a request could be served now: at least one worker takes requests and the router does not drain."""
+        ...

@@ -1,0 +1,53 @@
+"""What a worker is told when it starts. Built by `deploy` from the user's settings; plain, so that Ray can carry it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One worker's settings.
+
+    Attributes:
+        name: unique in the fleet, for example `w0`.
+        model_dir: a Hugging Face model folder. model_name: what clients call it.
+        engine: `torch` or `simulated`.
+        device: `cpu`, `cuda` or `auto`. dtype: `auto` (the checkpoint's) or a key of `kvstore.layout.DTYPE_BYTES`.
+        threads: torch threads. canonical: bit-exact mode.
+        device_bytes, host_bytes: capacity of the two tiers; zero host bytes: no host tier.
+        redis_url: the shared tier; None: without.
+        redis_timeout_s: longest that one read may take before it is a miss.
+        block_size: None: `KVLayout.with_chosen_block_size`.
+        default_ttl_s: time to live of blocks after their last use; None: until evicted.
+        context_length: None: the model's own.
+        max_batch_tokens: tokens a step. max_running: sequences a step.
+        fleet_secret: what routers must present. bind_host: where to listen. advertise_host: what routers dial;
+        None: the node's address. port: zero: any.
+        tls_cert, tls_key, tls_client_ca: PEM files; None: plaintext.
+    """
+
+    name: str
+    model_dir: str
+    model_name: str
+    engine: str = "torch"
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 1
+    canonical: bool = False
+    device_bytes: int = 1 << 30
+    host_bytes: int = 4 << 30
+    redis_url: str | None = None
+    redis_timeout_s: float = 0.1
+    block_size: int | None = None
+    default_ttl_s: float | None = 3600.0
+    context_length: int | None = None
+    max_batch_tokens: int = 2048
+    max_running: int = 64
+    fleet_secret: str = ""
+    bind_host: str = "127.0.0.1"
+    advertise_host: str | None = None
+    port: int = 0
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None

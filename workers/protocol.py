@@ -1,0 +1,211 @@
+"""What an engine takes and gives: plain data between `server` and any engine, the real one or the simulated one.
+
+No torch, no gRPC, no Ray. Times are seconds on the engine's clock unless a name ends in `_ms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from kvstore.blocks import BlockHash, HashScheme
+from kvstore.events import BlockStored, KvEvent, TierName
+from kvstore.tier import TierStats
+
+JobId = Hashable  # the server makes it of (stream, number)
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen; every default filled in and every value in range (the router refuses the rest).
+
+    Attributes:
+        max_tokens: at least 1. temperature: 0 is greedy. top_p: (0, 1]. top_k: 0 means all. min_p: [0, 1].
+        seed: draws depend on it and the position only, never on the batch.
+        stop: end before the first of these strings. stop_token_ids: end at these, besides the model's own end tokens.
+        logprobs: None, or how many alternatives to return with each token (0 to 20).
+        ignore_eos: do not stop at the model's own end tokens.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request, ready to run.
+
+    Attributes:
+        token_ids: the prompt, at least one. block_hashes: its full blocks' names (32 bytes), under `root`.
+        ttl_s: time to live of its blocks; None: the store's default.
+        no_store: keep none of its blocks. no_read: use no cached block.
+        deadline: on the engine's clock; None: none.
+        request_id: for log lines.
+    """
+
+    job_id: JobId
+    token_ids: Sequence[int]
+    root: BlockHash
+    block_hashes: Sequence[BlockHash]
+    sampling: SamplingParams
+    priority: int = 0
+    ttl_s: float | None = None
+    no_store: bool = False
+    no_read: bool = False
+    deadline: float | None = None
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A sampled token's natural log-probability under the raw logits, and the likeliest alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why a job was refused or failed: an UPPER_SNAKE reason, and what happened and what to do."""
+
+    reason: str
+    message: str
+
+
+@dataclass(slots=True)
+class Output:
+    """What one step made for one job. The last one has `finish`; after it nothing comes.
+
+    Attributes:
+        fates: tokens by tier name, and under "computed" the rest; sums to the prompt; set with `finish`.
+        completion_tokens: generated so far. worker_ttft_ms: from submit to first token, set with the first token;
+        of which queue_ms waited for the first step and load_ms loaded blocks.
+    """
+
+    job_id: JobId
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: FinishReason | None = None
+    fates: dict[str, int] | None = None
+    completion_tokens: int = 0
+    error: JobError | None = None
+    worker_ttft_ms: float | None = None
+    queue_ms: float = 0.0
+    load_ms: float = 0.0
+
+
+@dataclass(slots=True)
+class Load:
+    """How busy the engine is. Prefill of n new tokens after m cached ones is predicted as
+    `prefill_fixed_ms + prefill_token_ms * n + prefill_pair_ms * n * (m + n / 2)`.
+
+    `tiers` has (counters and fill, read latency ms, ms to read a block) for each tier.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pending_prefill_tokens: int = 0
+    decoding: int = 0
+    prefill_fixed_ms: float = 0.0
+    prefill_token_ms: float = 0.0
+    prefill_pair_ms: float = 0.0
+    decode_step_ms: float = 0.0
+    steps: int = 0
+    preemptions: int = 0
+    tiers: dict[TierName, tuple[TierStats, float, float]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one step made."""
+
+    outputs: list[Output] = field(default_factory=list)
+    events: list[KvEvent] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the two ends of a stream must agree on, and what a router needs to know.
+
+    `shared_tier_id` identifies the shared tier's server (its run_id); empty without one.
+    """
+
+    scheme: HashScheme
+    model: str
+    tokenizer_sha256: bytes
+    context_length: int
+    vocab_size: int
+    block_nbytes: int
+    device: str
+    eos_token_ids: tuple[int, ...]
+    shared_tier_id: str = ""
+
+
+class Engine(Protocol):
+    """Synchronous and owned by one thread: every method but `info` is called from it."""
+
+    info: EngineInfo
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. A job that cannot run gets an Output with an error from the next step; nothing is raised."""
+        ...
+
+    def cancel(self, job_id: JobId) -> None:
+        """Forget a job and free its blocks before the next forward; its last Output has CANCELLED. Unknown: no-op."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        ...
+
+    def step(self) -> StepReport:
+        """Schedule, fetch, forward, sample, commit: once."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep while all sequences wait for blocks on their way; returns when one arrived, or after the timeout."""
+        ...
+
+    def load(self) -> Load:
+        """How busy it is."""
+        ...
+
+    def snapshot(self) -> list[BlockStored]:
+        """All that the store holds; drops events not yet drained, which it includes."""
+        ...
+
+    def clear(
+        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None, shared: bool = False
+    ) -> dict[TierName, int]:
+        """See `kvstore.store.Store.clear`."""
+        ...
+
+    def set_shared_reads(self, *, enabled: bool) -> None:
+        """Whether requests may read blocks from the shared tier (the fleet record decides)."""
+        ...
+
+    def close(self, *, flush_s: float) -> None:
+        """End: flush the store's queued writes for at most that long and give everything back."""
+        ...
