@@ -33,6 +33,7 @@ check: setup  ## formatting, lint, types, import laws, generated code, protos
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(PY) -m deploy.protos --check
+	$(PY) -m deploy.reference --check
 	@if command -v npx >/dev/null; then cd proto && npx --yes @bufbuild/buf@1.75.0 lint; \
 	else echo "buf lint: skipped, npx is not installed"; fi
 

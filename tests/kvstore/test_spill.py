@@ -1,0 +1,213 @@
+"""The queue to the shared tier and the schedule of refreshes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kvstore.host import HostTier, Lease
+from kvstore.spill import REFRESH_WITHOUT_TTL_S, QueuedWrite, Refreshed, RefreshSchedule, WriteBehind
+from kvstore.tier import BlockMeta
+from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, chain, names, payload, payloads
+from tests.kvstore.fake_tier import FakeSharedTier
+
+NAME = chain(1)[0].hash
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def shared(clock: ManualClock) -> FakeSharedTier:
+    return FakeSharedTier(clock)
+
+
+@pytest.fixture
+def host(clock: ManualClock) -> HostTier:
+    return HostTier(LAYOUT, 16 * LAYOUT.block_nbytes, clock=clock)
+
+
+@pytest.fixture
+def writer(shared: FakeSharedTier, host: HostTier) -> Iterator[WriteBehind]:
+    made = WriteBehind(shared, max_blocks=4, end_lease=host.end_lease)
+    yield made
+    shared.writes_open.set()
+    made.close(30)
+
+
+def put(writer: WriteBehind, host: HostTier, metas: list[BlockMeta]) -> list[bool]:
+    host.write(metas, payloads(metas))
+    leases: list[Lease] = host.lease(names(metas))
+    return [writer.put(QueuedWrite(lease.meta, lease.payload, lease)) for lease in leases]
+
+
+def pinned(host: HostTier) -> int:
+    return sum(slot.pins for slot in host._slots.values())
+
+
+def test_queued_blocks_reach_the_shared_tier_and_their_leases_end(
+    writer: WriteBehind, host: HostTier, shared: FakeSharedTier
+) -> None:
+    metas = chain(3)
+    assert put(writer, host, metas) == [True] * 3
+    assert writer.flush(30)
+    assert shared.held() == {name: bytes(payload(name)) for name in names(metas)}
+    assert pinned(host) == 0
+
+
+def test_a_full_queue_drops_and_counts_and_never_waits(
+    writer: WriteBehind, host: HostTier, shared: FakeSharedTier
+) -> None:
+    shared.writes_open.clear()
+    assert put(writer, host, chain(6)) == [True] * 4 + [False] * 2
+    assert writer.queue_full == 2
+    assert pinned(host) == 4
+    writer.check()
+    shared.writes_open.set()
+    assert writer.flush(30)
+    assert len(shared.held()) == 4
+
+
+def test_a_queued_block_is_not_queued_again(writer: WriteBehind, host: HostTier, shared: FakeSharedTier) -> None:
+    shared.writes_open.clear()
+    put(writer, host, chain(1, first_token=1))  # the thread is busy with this one
+    while not writer._writing:
+        pass
+    assert put(writer, host, chain(2)) == [True, True]
+    assert put(writer, host, chain(2)) == [True, True]
+    assert len(writer.metas()) == 3
+    assert pinned(host) == 3
+
+
+def test_dropped_blocks_are_not_written(writer: WriteBehind, host: HostTier, shared: FakeSharedTier) -> None:
+    shared.writes_open.clear()
+    put(writer, host, chain(1, first_token=1))
+    while not writer._writing:
+        pass
+    metas = chain(3)
+    put(writer, host, metas)
+    writer.drop(set(names(metas[1:])))
+    shared.writes_open.set()
+    assert writer.flush(30)
+    assert set(shared.held()) == {chain(1, first_token=1)[0].hash, metas[0].hash}
+    assert pinned(host) == 0
+
+
+def test_a_write_that_is_running_when_it_is_cancelled_is_undone(
+    writer: WriteBehind, host: HostTier, shared: FakeSharedTier
+) -> None:
+    shared.writes_open.clear()
+    metas = chain(1)
+    put(writer, host, metas)
+    while not writer._writing:
+        pass
+    writer.drop(set(names(metas)))
+    assert not writer.settle_cancelled(0.0)
+    shared.writes_open.set()
+    assert writer.settle_cancelled(30)
+    assert shared.held() == {}
+
+
+def test_a_tier_that_raises_does_not_end_the_thread(
+    writer: WriteBehind, host: HostTier, shared: FakeSharedTier, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared.raises = RuntimeError("broken")
+    put(writer, host, chain(1))
+    assert writer.flush(30)
+    assert "write-behind failed" in caplog.text
+    assert writer.take_unwritten() == names(chain(1))
+    shared.raises = None
+    put(writer, host, chain(2))
+    assert writer.flush(30)
+    assert len(shared.held()) == 2
+    assert pinned(host) == 0
+
+
+def test_a_refresh_touches_what_is_held_and_reports_what_is_lost(writer: WriteBehind, shared: FakeSharedTier) -> None:
+    metas = chain(5)
+    shared.write(metas, payloads(metas))
+    shared.lose([metas[1].hash, metas[4].hash])
+    writer.refresh(metas)
+    assert writer.flush(30)
+    held = [metas[0].hash, metas[2].hash, metas[3].hash]
+    assert writer.take_refreshed() == [Refreshed(metas, [metas[1].hash, metas[4].hash])]
+    assert shared.touched == [held]
+    assert writer.take_refreshed() == []
+
+
+def test_an_unhealthy_tier_is_not_said_to_have_lost_anything(writer: WriteBehind, shared: FakeSharedTier) -> None:
+    metas = chain(2)
+    shared.healthy = False
+    writer.refresh(metas)
+    assert writer.flush(30)
+    assert writer.take_refreshed() == [Refreshed(metas, None)]
+
+
+def test_a_first_use_is_due_at_once_and_the_next_after_a_quarter_of_the_ttl(clock: ManualClock) -> None:
+    schedule = RefreshSchedule(10, clock=clock)
+    schedule.used(NAME, 40.0)
+    assert schedule.pop_due() == [NAME]
+    schedule.used(NAME, 40.0)
+    clock.now += 9.0
+    schedule.used(NAME, 40.0)
+    assert schedule.pop_due() == []
+    clock.now += 1.0
+    assert schedule.pop_due() == [NAME]
+    clock.now += 100.0
+    assert schedule.pop_due() == []
+
+
+def test_a_use_that_came_too_early_is_made_up_for(clock: ManualClock) -> None:
+    schedule = RefreshSchedule(10, clock=clock)
+    schedule.renewed(NAME, 40.0)
+    clock.now += 1.0
+    schedule.used(NAME, 40.0)
+    clock.now += 500.0
+    assert schedule.pop_due() == [NAME]
+
+
+def test_a_write_makes_a_refresh_needless(clock: ManualClock) -> None:
+    schedule = RefreshSchedule(10, clock=clock)
+    schedule.used(NAME, 40.0)
+    schedule.renewed(NAME, 40.0)
+    assert schedule.pop_due() == []
+
+
+def test_blocks_without_ttl_are_refreshed_for_recency(clock: ManualClock) -> None:
+    schedule = RefreshSchedule(10, clock=clock)
+    schedule.renewed(NAME, None)
+    schedule.used(NAME, None)
+    clock.now += REFRESH_WITHOUT_TTL_S - 1
+    assert schedule.pop_due() == []
+    clock.now += 1
+    assert schedule.pop_due() == [NAME]
+
+
+def test_the_schedule_is_bounded(clock: ManualClock) -> None:
+    schedule = RefreshSchedule(3, clock=clock)
+    for name in names(chain(8)):
+        schedule.used(name, 40.0)
+    assert schedule.pop_due() == names(chain(8))[5:]
+
+
+def test_a_longer_ttl_is_told_at_once_and_a_shorter_one_changes_nothing(clock: ManualClock) -> None:
+    schedule = RefreshSchedule(10, clock=clock)
+    schedule.renewed(NAME, 40.0)
+    schedule.used(NAME, 20.0)
+    assert schedule.pop_due() == []
+    schedule.used(NAME, 400.0)
+    assert schedule.pop_due() == [NAME]
+    schedule.used(NAME, 40.0)
+    assert schedule.pop_due() == []
+
+
+def test_a_refresh_without_an_answer_is_due_again_long_before_a_quarter_of_the_ttl(clock: ManualClock) -> None:
+    schedule = RefreshSchedule(10, clock=clock)
+    schedule.used(NAME, 4000.0)
+    assert schedule.pop_due() == [NAME]
+    schedule.unanswered(NAME, 4000.0)
+    clock.now += 5.0
+    assert schedule.pop_due() == [NAME]

@@ -1,0 +1,237 @@
+"""TieredStore against a naive model: whatever happens below, bytes are right, books balance, what is there is found.
+
+The oracle is that a block's bytes follow from its name. The model knows little more: which handles are out. What must
+be found is asked of the tiers themselves, naively: the longest prefix whose blocks lie anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvstore.blocks import BlockHash, block_hashes, short
+from kvstore.device import DeviceTier
+from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
+from kvstore.host import HostTier
+from kvstore.store import Acquisition, ReadTiers, TieredStore
+from kvstore.tier import BlockMeta, chain_metas
+from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ROOT, ManualClock, names, payload, payloads
+from tests.kvstore.fake_tier import FakeSharedTier
+
+DEVICE_BLOCKS, HOST_SLOTS, TTL = 6, 7, 20.0
+
+
+def chain_of(root: BlockHash, *tokens: int) -> list[BlockMeta]:
+    hashes = block_hashes([token for token in tokens for _ in range(LAYOUT.block_size)], root, LAYOUT.block_size)
+    return chain_metas(hashes, before=root, root=root, ttl_s=None)
+
+
+CHAINS = [chain_of(ROOT, 1, 2, 3, 4), chain_of(ROOT, 1, 2, 5, 6), chain_of(ROOT, 7, 8), chain_of(OTHER_ROOT, 1, 2, 3)]
+SOME_CHAIN = st.sampled_from(CHAINS)
+SCOPES = st.sampled_from(
+    [{"root": ROOT}, {"root": OTHER_ROOT}, {"prefix": CHAINS[0][1].hash}, {"prefix": CHAINS[1][2].hash}, {}]
+)
+READS = st.sampled_from(
+    [ReadTiers(), ReadTiers(), ReadTiers(device=False), ReadTiers(host=False), ReadTiers(shared=False)]
+)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = ManualClock(0.0)
+        self.shared = FakeSharedTier(self.clock)
+        self.device = DeviceTier(LAYOUT, DEVICE_BLOCKS * LAYOUT.block_nbytes, clock=self.clock, poison=True)
+        self.host = HostTier(LAYOUT, HOST_SLOTS * LAYOUT.block_nbytes, clock=self.clock)
+        self.store = TieredStore(LAYOUT, self.device, self.host, self.shared, clock=self.clock, default_ttl_s=TTL)
+        self.pending: list[tuple[Acquisition, list[BlockMeta]]] = []
+        self.handles: list[tuple[list[int], list[BlockMeta]]] = []
+        self.believed: dict[TierName, set[bytes]] = {tier: set() for tier in TierName}
+
+    def teardown(self) -> None:
+        self.shared.reads_open.set()
+        self.shared.writes_open.set()
+        self.settle()
+        for block_ids, _ in self.handles:
+            self.store.release(block_ids)
+        assert self.device.available == DEVICE_BLOCKS
+        self.store.close()
+
+    def settle(self) -> None:
+        """Let everything end that is not held back."""
+        while self.shared.reads_open.is_set() and self.loading():
+            self.store.wait(30)
+            self.store.pump()
+        self.collect()
+        if self.shared.writes_open.is_set():
+            assert self.store.flush(30)
+
+    def loading(self) -> bool:
+        return bool(self.store._promoter.metas())
+
+    def collect(self) -> None:
+        for acquisition, metas in [entry for entry in self.pending if entry[0].done]:
+            self.pending.remove((acquisition, metas))
+            self.handles.append((acquisition.block_ids, metas))
+
+    def anywhere(self, metas: list[BlockMeta]) -> int:
+        """The length of the prefix whose blocks lie in some tier."""
+        shared = self.shared.held()
+        for count, name in enumerate(names(metas)):
+            if not (self.device.holds(name) or self.host.holds(name) or name in shared):
+                return count
+        return len(metas)
+
+    @rule(metas=SOME_CHAIN, reads=READS, knows_root=st.booleans())
+    def acquire(self, metas: list[BlockMeta], reads: ReadTiers, knows_root: bool) -> None:
+        available, expected = self.device.available, self.anywhere(metas)
+        nothing_else_runs = not self.pending and self.shared.reads_open.is_set()
+        acquisition = self.store.acquire(
+            names(metas), reads=reads, compute_ms=lambda first, count: 1e9, root=metas[0].root if knows_root else None
+        )
+        self.pending.append((acquisition, metas))
+        self.settle()
+        plain = reads == ReadTiers() and self.shared.read_limit is None and self.shared.raises is None
+        if nothing_else_runs and plain and available >= len(metas):
+            assert len(acquisition.block_ids) == expected
+
+    @initialize()
+    def earlier_workers_filled_the_shared_tier(self) -> None:
+        for metas in CHAINS:
+            timed = [replace(meta, ttl_s=TTL) for meta in metas]
+            self.shared.write(timed, payloads(timed))
+
+    @rule(metas=SOME_CHAIN, keeps=st.booleans())
+    def serve(self, metas: list[BlockMeta], keeps: bool) -> None:
+        """A whole request: load what there is, compute the rest, commit it."""
+        self.acquire(metas, ReadTiers(), knows_root=True)
+        if self.pending or not self.handles:
+            return
+        block_ids, _ = self.handles[-1]
+        rest = metas[len(block_ids) :]
+        computed = self.store.allocate(len(rest))
+        if computed is not None:
+            self.device.inject(computed, payloads(rest))
+            self.store.commit(computed, rest)
+            block_ids += computed
+        if not keeps:
+            self.handles.pop()
+            self.store.release(block_ids)
+
+    @rule(metas=SOME_CHAIN, start=st.integers(0, 3), count=st.integers(1, 3), ttl_s=st.sampled_from([None, 5.0]))
+    def compute(self, metas: list[BlockMeta], start: int, count: int, ttl_s: float | None) -> None:
+        part = [BlockMeta(m.hash, m.parent, m.root, ttl_s) for m in metas[start : start + count]]
+        block_ids = self.store.allocate(len(part))
+        if block_ids is None:
+            return
+        self.device.inject(block_ids, payloads(part))
+        self.store.commit(block_ids, part)
+        self.handles.append((block_ids, part))
+
+    # How far a thread got when a gate closed may differ from run to run, and with it the number of handles. So nothing
+    # that is drawn depends on it.
+    @rule(number=st.integers(0, 9))
+    def release(self, number: int) -> None:
+        if self.handles:
+            block_ids, _ = self.handles.pop(number % len(self.handles))
+            self.store.release(block_ids)
+
+    @rule(number=st.integers(0, 9))
+    def cancel(self, number: int) -> None:
+        if self.pending:
+            acquisition, _ = self.pending.pop(number % len(self.pending))
+            acquisition.cancel()
+
+    @rule()
+    def hold_reads_back(self) -> None:
+        self.shared.reads_open.clear()
+
+    @rule()
+    def hold_writes_back(self) -> None:
+        self.shared.writes_open.clear()
+
+    @rule()
+    def let_go(self) -> None:
+        self.shared.reads_open.set()
+        self.shared.writes_open.set()
+        self.settle()
+
+    @rule(limit=st.sampled_from([None, None, 1, 0]))
+    def deliver_at_most(self, limit: int | None) -> None:
+        self.shared.read_limit = limit
+
+    @rule(metas=SOME_CHAIN, start=st.integers(0, 3))
+    def lose(self, metas: list[BlockMeta], start: int) -> None:
+        self.shared.lose(names(metas[start : start + 2]))
+
+    @rule(metas=SOME_CHAIN, start=st.integers(0, 2), in_host=st.booleans())
+    def push_out(self, metas: list[BlockMeta], start: int, in_host: bool) -> None:
+        """As if others had needed the room."""
+        for tier in (self.device, self.host) if in_host else (self.device,):
+            tier.remove(names(metas[start:]), RemovalCause.EVICTED)
+
+    @rule(scope=SCOPES, shared=st.booleans())
+    def clear(self, scope: dict[str, BlockHash], shared: bool) -> None:
+        self.shared.writes_open.set()  # clear waits for the write that runs
+        self.store.clear(**scope, shared=shared)
+        # Of a prefix, what follows it is found while the blocks between the two lie somewhere; itself it always is.
+        dropped = {scope["prefix"]} if "prefix" in scope else set(self.of_root(scope.get("root")))
+        assert not any(self.device.holds(name) or self.host.holds(name) for name in dropped)
+        self.settle()
+        assert not any(self.host.holds(name) for name in dropped)
+        if shared:
+            assert not set(self.shared.held()) & dropped
+
+    def of_root(self, root: BlockHash | None) -> list[BlockHash]:
+        return [meta.hash for metas in CHAINS for meta in metas if root in (None, meta.root)]
+
+    @rule(seconds=st.sampled_from([1.0, 6.0, 15.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule()
+    def pump(self) -> None:
+        self.store.pump()
+        self.collect()
+
+    @invariant()
+    def the_books_balance(self) -> None:
+        self.store.check()
+        # Whatever the test does not hold back has ended before the next step, so that a run can be repeated.
+        self.settle()
+        self.store.check()
+
+    @invariant()
+    def every_byte_is_right(self) -> None:
+        for block_ids, metas in self.handles:
+            found = [bytes(view) for view in self.device.payloads(block_ids)]
+            assert found == [bytes(payload(name)) for name in names(metas)[: len(found)]]
+        for meta in self.device.metas():
+            assert bytes(self.device.payloads([self.device._held[meta.hash]])[0]) == bytes(payload(meta.hash))
+        for meta in self.host.metas():
+            for lease in self.host.lease([meta.hash]):
+                assert bytes(lease.payload) == bytes(payload(meta.hash))
+                self.host.end_lease(lease)
+        for name, stored in self.shared.held().items():
+            assert stored == bytes(payload(name))
+
+    @invariant()
+    def events_tell_what_device_and_host_hold(self) -> None:
+        for event in self.store.drain_events():
+            known = self.believed[event.tier]
+            if isinstance(event, BlockStored):
+                known |= set(event.hashes)
+            elif isinstance(event, BlockRemoved):
+                known -= set(event.hashes)
+            elif isinstance(event, AllBlocksCleared):
+                known.clear()
+        if not self.loading():  # else an I/O thread may be writing to host
+            assert self.believed[TierName.DEVICE] == {short(meta.hash) for meta in self.device.metas()}
+            assert self.believed[TierName.HOST] == {short(meta.hash) for meta in self.host.metas()}
+
+
+StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestStoreAgainstANaiveModel = StoreMachine.TestCase
