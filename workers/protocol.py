@@ -98,7 +98,8 @@ class Output:
     """What one step made for one job. The last one has `finish`; after it nothing comes.
 
     Attributes:
-        fates: tokens by tier name, and under "computed" the rest; sums to the prompt; set with `finish`.
+        fates: tokens by tier name, and under "computed" the rest; sums to the prompt; set with `finish`,
+        except for a job that ended before it was admitted.
         completion_tokens: generated so far. worker_ttft_ms: from submit to first token, set with the first token;
         of which queue_ms waited for the first step and load_ms loaded blocks.
     """
@@ -193,13 +194,13 @@ class Engine(Protocol):
         ...
 
     def snapshot(self) -> list[BlockStored]:
-        """All that the store holds; drops events not yet drained, which it includes."""
+        """All that the store holds; events not yet reported follow though it includes them: replayed, they agree."""
         ...
 
     def clear(
         self, *, root: BlockHash | None = None, prefix: BlockHash | None = None, shared: bool = False
     ) -> dict[TierName, int]:
-        """See `kvstore.store.Store.clear`."""
+        """See `kvstore.store.TieredStore.clear`."""
         ...
 
     def set_shared_reads(self, *, enabled: bool) -> None:

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import redis
+
+from deploy.redis_server import PrivateRedis, find_redis_server
+from kvstore.blocks import block_hashes
+from kvstore.errors import TierError
+from kvstore.events import TierName
+from tests.workers.engine_rig import SHAPE, model_folder, prompts
+from workers.build import build_engine
+from workers.config import WorkerConfig
+from workers.engine import TorchEngine
+from workers.protocol import FinishReason, Job, SamplingParams
+
+CONFIG = WorkerConfig(
+    name="w0", model_dir=str(model_folder()), model_name="tiny", device="cpu", device_bytes=4 << 20, host_bytes=8 << 20
+)
+
+
+def _run(engine: TorchEngine, prompt: list[int]):
+    root = engine.info.scheme.root(b"")
+    names = block_hashes(prompt, root, engine.info.scheme.block_size)
+    engine.submit(Job("a", prompt, root, names, SamplingParams(max_tokens=3, temperature=0.0)))
+    outputs = []
+    while engine.has_work():
+        outputs += engine.step().outputs
+        engine.wait(0.01)
+    return outputs[-1]
+
+
+def test_settings_become_an_engine_with_its_tiers():
+    engine = build_engine(CONFIG)
+    info = engine.info
+    assert (info.model, info.device, info.context_length, info.vocab_size) == ("tiny", "cpu", 1024, SHAPE.vocab)
+    assert info.scheme.block_size == 64  # blocks of so small a model would be smaller than 256 KiB
+    assert info.scheme.layout == "L2 KVH2 K16 V16 float32 B64"
+    assert info.block_nbytes == 64 * 2 * 2 * 32 * 4
+    assert info.eos_token_ids == (2, 0)
+    assert info.shared_tier_id == ""
+    tiers = engine.load().tiers
+    assert {name: stats.capacity_bytes for name, (stats, _, _) in tiers.items()} == {
+        TierName.DEVICE: 4 << 20,
+        TierName.HOST: 8 << 20,
+    }
+    assert _run(engine, prompts(1, lengths=(100,))[0]).finish is FinishReason.LENGTH
+    engine.close(flush_s=0)
+
+
+def test_two_engines_of_one_model_share_a_scheme_and_other_settings_do_not():
+    one, two = build_engine(CONFIG), build_engine(replace(CONFIG, name="w1", host_bytes=0))
+    other = build_engine(replace(CONFIG, dtype="bfloat16", block_size=8))
+    assert one.info.scheme == two.info.scheme
+    assert one.info.scheme.differences(other.info.scheme) == ["layout", "block_size"]
+    assert TierName.HOST not in two.load().tiers
+    for engine in (one, two, other):
+        engine.close(flush_s=0)
+
+
+def test_a_redis_url_gives_a_shared_tier():
+    if find_redis_server() is None:
+        pytest.skip("no redis-server was found")
+    with PrivateRedis() as server:
+        engine = build_engine(replace(CONFIG, redis_url=server.url))
+        with redis.Redis.from_url(server.url) as client:
+            assert engine.info.shared_tier_id == client.info("server")["run_id"]
+        assert TierName.REDIS in engine.load().tiers
+        engine.close(flush_s=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threads": 0}, "threads"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"device": "tpu"}, "device"),
+        ({"canonical": True}, "canonical"),
+        ({"context_length": 4096}, "context_length"),
+        ({"context_length": 1}, "context_length"),
+        ({"max_running": 0}, "max_running"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(change: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        build_engine(replace(CONFIG, **change))
+
+
+def test_a_tier_without_room_for_a_block_is_named():
+    with pytest.raises(TierError, match="device tier"):
+        build_engine(replace(CONFIG, device_bytes=100))

@@ -1,0 +1,242 @@
+"""Translation between the wire and the engine's plain data, and the refusal of foreign jobs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.blocks import block_hashes
+from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
+from kvstore.layout import KVLayout
+from kvstore.tier import TierStats
+from tests.workers.stream_client import job, split
+from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
+from workers.protocol import FinishReason, JobError, Load, Output, TokenLogprob
+from workers.simulated_info import simulated_info
+from workers.wire import (
+    JobRefused,
+    Refusal,
+    clear_done_to_wire,
+    event_to_wire,
+    hello_to_wire,
+    job_from_wire,
+    load_to_wire,
+    output_to_wire,
+    snapshot_pieces,
+    stored_to_wire,
+)
+
+INFO = simulated_info(
+    fingerprint=b"f" * 32, layout=KVLayout(2, 2, 8, 8, "float32", 16), context_length=128, vocab_size=1000
+)
+
+
+def good_job() -> worker_pb2.Job:
+    return job(INFO.scheme, 7, list(range(40)))
+
+
+def refusal(message: worker_pb2.Job) -> str:
+    with pytest.raises(JobRefused) as refused:
+        job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0)
+    assert refused.value.error.message == str(refused.value)
+    return refused.value.error.reason
+
+
+def test_a_good_job_arrives_with_full_hashes_that_the_worker_derived_itself() -> None:
+    message = good_job()
+    message.priority = -2
+    message.cache.ttl_seconds = 9
+    message.cache.no_store = True
+    got = job_from_wire(message, job_id=(1, 7), info=INFO, now=100.0)
+    root = INFO.scheme.root(b"tenant")
+    assert list(got.block_hashes) == block_hashes(list(range(40)), root, 16)
+    assert (got.root, got.job_id, got.priority, got.ttl_s, got.no_store, got.no_read) == (
+        root,
+        (1, 7),
+        -2,
+        9.0,
+        True,
+        False,
+    )
+    assert got.deadline is None
+
+
+def test_a_deadline_counts_on_the_engines_clock() -> None:
+    message = good_job()
+    message.deadline_ms = 1500
+    assert job_from_wire(message, job_id=(1, 7), info=INFO, now=100.0).deadline == 101.5
+
+
+def test_a_chain_of_another_scheme_is_refused() -> None:
+    message = good_job()
+    message.chain_root = b"x" * 32
+    assert refusal(message) == Refusal.CHAIN_ROOT_MISMATCH
+
+
+def test_a_chain_of_another_tenant_is_refused() -> None:
+    message = good_job()
+    message.tenant_salt = b"another tenant"
+    assert refusal(message) == Refusal.CHAIN_ROOT_MISMATCH
+
+
+@pytest.mark.parametrize("hashes", [b"", b"y" * 32, b"y" * 31])
+def test_block_hashes_that_are_not_those_of_the_tokens_are_refused(hashes: bytes) -> None:
+    message = good_job()
+    message.block_hashes = hashes
+    assert refusal(message) == Refusal.BLOCK_HASH_MISMATCH
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    assert refusal(job(INFO.scheme, 7, [])) == Refusal.EMPTY_PROMPT
+
+
+def test_a_token_outside_of_the_vocabulary_is_refused() -> None:
+    assert refusal(job(INFO.scheme, 7, [1, 1000])) == Refusal.TOKEN_OUT_OF_RANGE
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", 1.5),
+        ("logprobs", 21),
+    ],
+)
+def test_sampling_values_out_of_range_are_refused(field: str, value: float) -> None:
+    message = good_job()
+    setattr(message.sampling, field, value)
+    assert refusal(message) == Refusal.INVALID_SAMPLING
+
+
+def test_sampling_arrives_as_it_was_sent() -> None:
+    message = good_job()
+    message.sampling.CopyFrom(
+        common_pb2.SamplingParams(
+            max_tokens=5,
+            temperature=0.5,
+            top_p=0.25,
+            top_k=3,
+            min_p=0.125,
+            seed=1 << 63,
+            stop=["a", "b"],
+            stop_token_ids=[4, 5],
+            logprobs=2,
+            ignore_eos=True,
+        )
+    )
+    got = job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0).sampling
+    assert (got.max_tokens, got.temperature, got.top_p, got.top_k, got.min_p) == (5, 0.5, 0.25, 3, 0.125)
+    assert (got.seed, got.stop, got.stop_token_ids) == (1 << 63, ("a", "b"), frozenset({4, 5}))
+    assert (got.logprobs, got.ignore_eos) == (2, True)
+
+
+def test_unset_sampling_has_the_documented_defaults_and_as_many_tokens_as_the_context_allows() -> None:
+    message = good_job()
+    message.sampling.Clear()
+    got = job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0).sampling
+    assert (got.max_tokens, got.temperature, got.top_p, got.top_k, got.min_p) == (88, 1.0, 1.0, 0, 0.0)
+    assert got.logprobs is None
+
+
+def test_an_output_arrives_whole() -> None:
+    got = output_to_wire(
+        Output(
+            (1, 7),
+            token_ids=[3],
+            text=" three",
+            logprobs=[TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0)))],
+            finish=FinishReason.STOP,
+            fates={"computed": 1, "device": 2, "host": 3, "disk": 4, "redis": 5, "peer": 6},
+            completion_tokens=8,
+            worker_ttft_ms=3.0,
+            queue_ms=1.0,
+            load_ms=0.5,
+        ),
+        7,
+    )
+    assert (got.job_id, list(got.token_ids), got.text, got.completion_tokens) == (7, [3], " three", 8)
+    assert [(top.token_id, top.logprob) for top in got.logprobs[0].top] == [(3, -0.5), (4, -1.0)]
+    assert got.finish_reason == common_pb2.FINISH_REASON_STOP
+    assert got.fates == common_pb2.TokensByFate(computed=1, device=2, host=3, disk=4, redis=5, peer=6)
+    assert (got.worker_ttft_ms, got.queue_ms, got.load_ms) == (3.0, 1.0, 0.5)
+    assert not got.HasField("error")
+
+
+def test_an_error_output_carries_reason_and_message() -> None:
+    got = output_to_wire(Output((1, 7), finish=FinishReason.ERROR, error=JobError("WHY", "what to do")), 7)
+    assert got.finish_reason == common_pb2.FINISH_REASON_ERROR
+    assert (got.error.reason, got.error.message) == ("WHY", "what to do")
+
+
+def test_every_finish_reason_tier_and_cause_has_its_word_on_the_wire() -> None:
+    for reason in FinishReason:
+        number = output_to_wire(Output((1, 7), finish=reason), 7).finish_reason
+        assert common_pb2.FinishReason.Name(number) == f"FINISH_REASON_{reason.name}"
+    for tier in TierName:
+        cleared = event_to_wire(AllBlocksCleared(tier)).cleared
+        assert common_pb2.Tier.Name(cleared.tier) == f"TIER_{tier.name}"
+    for cause in RemovalCause:
+        removed = event_to_wire(BlockRemoved(TierName.HOST, (b"h" * 16,), cause)).removed
+        assert kv_events_pb2.RemovalCause.Name(removed.cause) == f"REMOVAL_CAUSE_{cause.name}"
+        assert removed.hashes == b"h" * 16
+
+
+@pytest.mark.parametrize(("ttl_s", "ttl_ms"), [(None, 0), (2.5, 2500), (0.0, 1), (0.0001, 1)])
+def test_a_ttl_on_the_wire_is_zero_only_where_a_block_lives_for_ever(ttl_s: float | None, ttl_ms: int) -> None:
+    message = stored_to_wire(BlockStored(TierName.REDIS, (b"h" * 16,), parent=b"p" * 16, ttl_s=ttl_s))
+    assert (message.ttl_ms, message.parent) == (ttl_ms, b"p" * 16)
+
+
+def test_the_hello_states_the_whole_scheme() -> None:
+    hello = hello_to_wire(INFO, worker="w0", incarnation=12)
+    assert (hello.worker, hello.incarnation, hello.vocab_size, hello.context_length) == ("w0", 12, 1000, 128)
+    fields = {field.name: getattr(hello.scheme, field.name) for field in hello.scheme.DESCRIPTOR.fields}
+    assert fields == {name: getattr(INFO.scheme, name) for name in INFO.scheme.__slots__}
+    assert hello.block_nbytes == INFO.block_nbytes
+
+
+def test_load_carries_every_tier() -> None:
+    stats = TierStats(used_bytes=1, capacity_bytes=2, blocks=3, misses={"absent": 4}, removals={"evicted": 5})
+    got = load_to_wire(Load(running=1, waiting=2, steps=9, tiers={TierName.HOST: (stats, 0.5, 0.75)}))
+    (tier,) = got.tiers
+    assert (got.running, got.waiting, got.steps) == (1, 2, 9)
+    assert (tier.tier, tier.read_latency_ms, tier.read_block_ms) == (common_pb2.TIER_HOST, 0.5, 0.75)
+    assert (tier.blocks, dict(tier.misses), dict(tier.removals), tier.healthy) == (
+        3,
+        {"absent": 4},
+        {"evicted": 5},
+        True,
+    )
+
+
+def test_what_a_clear_dropped_arrives_by_tier() -> None:
+    got = clear_done_to_wire(3, {TierName.DEVICE: 1, TierName.HOST: 2, TierName.REDIS: 4}, "")
+    assert (got.clear_id, got.device, got.host, got.disk, got.redis, got.error) == (3, 1, 2, 0, 4, "")
+
+
+@given(st.lists(st.integers(1, 200), max_size=20), st.integers(100, 2000))
+def test_a_snapshot_in_pieces_says_the_same_and_no_piece_is_too_large(lengths: list[int], piece_bytes: int) -> None:
+    runs, number = [], 0
+    for length in lengths:
+        names = tuple((number + at).to_bytes(16, "big") for at in range(length))
+        runs.append(BlockStored(TierName.DEVICE, names, parent=None))
+        number += length
+    pieces = list(snapshot_pieces(runs, piece_bytes=piece_bytes))
+    assert [piece.first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert max(piece.ByteSize() for piece in pieces) <= piece_bytes + 10
+    parents: dict[bytes, bytes] = {}
+    for run in (run for piece in pieces for run in piece.blocks):
+        parent = run.parent
+        for each in split(run.hashes):
+            parents[each], parent = parent, each
+    expected = {each: run.hashes[at - 1] if at else b"" for run in runs for at, each in enumerate(run.hashes)}
+    assert parents == expected

@@ -1,0 +1,114 @@
+"""Make the engine that a worker's settings ask for: model, tiers, store, engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+
+from kvstore.blocks import HashScheme
+from kvstore.device import DeviceTier
+from kvstore.errors import LayoutError
+from kvstore.host import HostTier
+from kvstore.layout import DTYPE_BYTES, KVLayout
+from kvstore.redis import RedisTier
+from kvstore.store import TieredStore
+from kvstore.tier import Clock
+from workers.config import WorkerConfig
+from workers.engine import TorchEngine
+from workers.models import ModelNotSupported, ModelRunner
+from workers.protocol import EngineInfo
+
+
+def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> TorchEngine:
+    """An engine for these settings, ready for jobs. Sets torch's number of threads.
+
+    Raises:
+        ValueError: a setting is out of range.
+        ModelFolderError, ModelNotSupported: see `ModelRunner.load`.
+        TierError, LayoutError: a tier cannot be made; the message says what to change.
+    """
+    _check(config)
+    torch.set_num_threads(config.threads)
+    runner = ModelRunner.load(config.model_dir, device=_device(config.device), dtype=config.dtype)
+    layout = _layout(runner.layout, config.block_size)
+    scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical)
+    device = DeviceTier(layout, config.device_bytes, clock=clock, device=runner.device)
+    pinned = runner.device.type == "cuda"
+    host = HostTier(layout, config.host_bytes, clock=clock, pinned=pinned) if config.host_bytes else None
+    shared = _shared(config, layout, scheme)
+    store = TieredStore(layout, device, host, shared, clock=clock, default_ttl_s=config.default_ttl_s)
+    return TorchEngine(
+        runner,
+        store,
+        [device.kv(layer) for layer in range(layout.layers)],
+        _info(config, runner, layout, scheme),
+        num_blocks=device.num_blocks,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        default_ttl_s=config.default_ttl_s,
+        clock=clock,
+        shared_tier_id=str if shared is None else shared.run_id,
+    )
+
+
+def _check(config: WorkerConfig) -> None:
+    if config.threads < 1:
+        raise ValueError(f"threads is {config.threads}; give at least 1")
+    if config.dtype != "auto" and config.dtype not in DTYPE_BYTES:
+        raise ValueError(f"unknown dtype {config.dtype!r}; choose auto or one of {', '.join(DTYPE_BYTES)}")
+    if config.canonical:
+        raise ValueError("the bit-exact mode is not supported yet; set canonical to false")
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, and PyTorch finds no usable GPU; set device to cpu, or check the driver")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; choose cpu, cuda or auto")
+    return name
+
+
+def _layout(probed: KVLayout, block_size: int | None) -> KVLayout:
+    if block_size is None:
+        return probed.with_chosen_block_size()
+    if block_size < 1:
+        raise LayoutError(f"block_size is {block_size}; give at least 1, or leave it out")
+    return replace(probed, block_size=block_size)
+
+
+def _shared(config: WorkerConfig, layout: KVLayout, scheme: HashScheme) -> RedisTier | None:
+    if config.redis_url is None:
+        return None
+    return RedisTier(config.redis_url, layout=layout, namespace=scheme.digest(), timeout_s=config.redis_timeout_s)
+
+
+def _info(config: WorkerConfig, runner: ModelRunner, layout: KVLayout, scheme: HashScheme) -> EngineInfo:
+    return EngineInfo(
+        scheme=scheme,
+        model=config.model_name,
+        tokenizer_sha256=runner.folder.tokenizer_sha256,
+        context_length=_context_length(config, runner),
+        vocab_size=runner.vocab_size,
+        block_nbytes=layout.block_nbytes,
+        device=runner.device.type,
+        eos_token_ids=runner.folder.eos_token_ids,
+    )
+
+
+def _context_length(config: WorkerConfig, runner: ModelRunner) -> int:
+    """The smaller of what the settings and the model say.
+
+    Raises:
+        ValueError: the settings ask for more than the model was made for, or neither says anything.
+    """
+    wanted, made_for = config.context_length, runner.context_length
+    if wanted is not None and (wanted < 2 or (made_for is not None and wanted > made_for)):
+        raise ValueError(f"context_length is {wanted}, and the model's {made_for}; give at least 2 and at most that")
+    length = wanted or made_for
+    if length is None:
+        raise ModelNotSupported("the model does not say how long a context it was made for; set context_length")
+    return length

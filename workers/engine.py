@@ -1,0 +1,402 @@
+"""The engine: one step schedules, fetches, forwards, samples and commits. Synchronous, without Ray or gRPC.
+
+Covers: the life of a job from `submit` to its last Output. The parts know their business: `scheduler` what to compute,
+`kvstore` where blocks lie, `models` how to compute, `sampler` and `detokenize` what comes out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import replace
+from functools import partial
+
+from tokenizers import Tokenizer
+from torch import AcceleratorError, OutOfMemoryError, Tensor
+
+from kvstore.blocks import BlockHash
+from kvstore.errors import StoreError
+from kvstore.events import BlockStored, TierName
+from kvstore.store import ReadTiers, TieredStore
+from kvstore.tier import BlockMeta, Clock
+from workers.attention.step import KVViews, Span
+from workers.config import WorkerConfig
+from workers.detokenize import TextStream
+from workers.models import ModelRunner
+from workers.protocol import EngineInfo, FinishReason, Job, JobError, JobId, Load, Output, StepReport, TokenLogprob
+from workers.sampler import Row, Sampled, sample
+from workers.scheduler import Chunk, Scheduler
+from workers.sequence import Sequence
+from workers.step_times import StepTimes
+
+log = logging.getLogger(__name__)
+
+# So many failed steps in a row are no accident of their jobs: only a new process may help.
+MAX_FAILED_STEPS = 3
+
+
+class TorchEngine:
+    """`workers.protocol.Engine` on a PyTorch model. Everything but `info` belongs to one thread.
+
+    Attributes:
+        runner: the model. store: its blocks.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        store: TieredStore,
+        kv: KVViews,
+        info: EngineInfo,
+        *,
+        num_blocks: int,
+        max_batch_tokens: int,
+        max_running: int,
+        default_ttl_s: float | None,
+        clock: Clock = time.monotonic,
+        shared_tier_id: Callable[[], str] = str,
+    ) -> None:
+        """Take over a model and a store.
+
+        Args:
+            runner: the model. store: its blocks; closed with the engine. kv: views of the device tier's pool.
+            info: what routers are told. num_blocks: of the device tier.
+            max_batch_tokens: tokens a step. max_running: sequences that hold blocks.
+            default_ttl_s: of blocks whose job names none; None: until evicted.
+            clock: of deadlines and all times, seconds.
+            shared_tier_id: what `info` shall say of the shared tier now; its server may come late, or restart.
+
+        Raises:
+            ValueError: a limit is not positive.
+        """
+        self.info = info
+        self._shared_tier_id = shared_tier_id
+        self._note_shared_tier()
+        self.runner, self.store, self._kv, self._clock = runner, store, kv, clock
+        self._tokenizer = Tokenizer.from_file(str(runner.folder.tokenizer_file))
+        self._block_size = info.scheme.block_size
+        self._capacity = num_blocks * self._block_size
+        self._default_ttl_s = default_ttl_s
+        self._times = StepTimes(self._block_size)
+        self._scheduler = Scheduler(
+            store,
+            block_size=self._block_size,
+            max_batch_tokens=max_batch_tokens,
+            max_running=max_running,
+            compute_ms=self._times.compute_ms,
+            ttl_s=self._ttl_s,
+        )
+        self._sequences: dict[JobId, Sequence] = {}
+        self._outputs: list[Output] = []  # for the next report
+        self._arrivals = self._steps = self._failed_steps = 0
+        self._stalled = self._changed = False
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; one that cannot run is refused by the next step's report."""
+        if (error := self._refusal(job)) is not None:
+            self._outputs.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
+            return
+        self._arrivals += 1
+        sequence = Sequence(
+            job=job,
+            arrival=self._arrivals,
+            submitted_at=self._clock(),
+            token_ids=list(job.token_ids),
+            hashes=list(job.block_hashes),
+            text=TextStream(self._tokenizer, job.token_ids, job.sampling.stop),
+        )
+        names = sequence.readable(self._block_size)
+        sequence.expected_cached = len(self.store.match(names, self._scheduler.reads)) * self._block_size
+        self._sequences[job.job_id] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, job_id: JobId) -> None:
+        """Free its blocks at once; its last output comes with the next step."""
+        sequence = self._sequences.get(job_id)
+        if sequence is not None:
+            self._end(sequence, FinishReason.CANCELLED)
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._sequences or self._outputs or self._changed)
+
+    def step(self) -> StepReport:
+        """Schedule, fetch, forward, sample, commit: once.
+
+        Raises:
+            RuntimeError: the device is broken, or so many steps in a row failed that it seems to be.
+        """
+        self.store.pump()
+        self._note_shared_tier()
+        self._end_overdue()
+        chunks = self._scheduler.schedule()
+        if chunks:
+            self._run(chunks)
+        self._stalled = not chunks and not self._outputs
+        self._changed = False
+        outputs, self._outputs = self._outputs, []
+        return StepReport(outputs, self.store.drain_events())
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep while all sequences wait for blocks on their way; returns when one arrived, or after the timeout."""
+        if self._stalled and self._sequences:
+            self.store.wait(timeout_s)
+
+    def load(self) -> Load:
+        """How busy it is."""
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        prefill, read_ms = self._times.prefill, self.store.read_ms()
+        decoding = sum(sequence.remaining == 1 for sequence in running)
+        return Load(
+            running=len(running),
+            waiting=len(waiting),
+            pending_prefill_tokens=sum(_pending(sequence) for sequence in self._scheduler),
+            decoding=decoding,
+            prefill_fixed_ms=prefill.fixed_ms,
+            prefill_token_ms=prefill.token_ms,
+            prefill_pair_ms=prefill.pair_ms,
+            decode_step_ms=self._times.decode_step_ms,
+            steps=self._steps,
+            preemptions=self._scheduler.preemptions,
+            tiers={name: (stats, *read_ms.get(name, (0.0, 0.0))) for name, stats in self.store.stats().items()},
+        )
+
+    def snapshot(self) -> list[BlockStored]:
+        """All that the store holds; events not yet reported follow though it includes them: replayed, they agree."""
+        return self.store.snapshot()
+
+    def clear(
+        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None, shared: bool = False
+    ) -> dict[TierName, int]:
+        """Drop blocks; how many, by tier. The events come with the next step."""
+        self._changed = True
+        return self.store.clear(root=root, prefix=prefix, shared=shared)
+
+    def set_shared_reads(self, *, enabled: bool) -> None:
+        """Whether requests may read blocks from the shared tier."""
+        self._scheduler.reads = ReadTiers(shared=enabled)
+
+    def close(self, *, flush_s: float) -> None:
+        """End all jobs, flush the store's queued writes for at most that long, give everything back."""
+        for sequence in list(self._sequences.values()):
+            self._end(sequence, FinishReason.CANCELLED)
+        self.store.close(flush_s=flush_s)
+        self._kv = ()
+
+    def _run(self, chunks: list[Chunk]) -> None:
+        started = self._clock()
+        for chunk in chunks:
+            if chunk.sequence.first_step_at is None:
+                chunk.sequence.first_step_at = started
+        sizes = [(chunk.length, chunk.sequence.num_computed) for chunk in chunks]
+        try:
+            sampled = self._forward(chunks)
+        except RuntimeError as error:  # torch's errors, out of memory among them
+            self._fail(chunks, error)
+            return
+        self._failed_steps = 0
+        self._commit(chunks, sampled)
+        for sequence, token in sampled.items():
+            self._advance(sequence, token)
+        self._steps += 1
+        self._times.observe(sizes, (self._clock() - started) * 1000)
+
+    def _forward(self, chunks: list[Chunk]) -> dict[Sequence, Sampled]:
+        """Compute the chunks; the next token of each sequence that is up to date now."""
+        spans: list[Span] = []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        last_rows: list[int] = []
+        ready: list[Sequence] = []
+        for chunk in chunks:
+            sequence, start = chunk.sequence, chunk.sequence.num_computed
+            stop = start + chunk.length
+            table = sequence.block_table[: -(-stop // self._block_size)]
+            spans.append(Span(len(token_ids), chunk.length, stop, table))
+            token_ids += sequence.token_ids[start:stop]
+            positions += range(start, stop)
+            if stop == len(sequence.token_ids):
+                ready.append(sequence)
+                last_rows.append(len(token_ids) - 1)
+        logits = self.runner.forward(self._kv, spans, token_ids, positions, last_rows)
+        for chunk in chunks:
+            chunk.sequence.num_computed += chunk.length
+        return self._sample(ready, logits)
+
+    def _sample(self, ready: list[Sequence], logits: Tensor) -> dict[Sequence, Sampled]:
+        if not ready:
+            return {}
+        rows = [Row(sequence.job.sampling, len(sequence.token_ids)) for sequence in ready]
+        return dict(zip(ready, sample(logits, rows), strict=True))
+
+    def _commit(self, chunks: list[Chunk], sampled: dict[Sequence, Sampled]) -> None:
+        """Make blocks findable that became full, but none of a sequence whose numbers went wrong."""
+        block_ids: list[int] = []
+        metas: list[BlockMeta] = []
+        for sequence in (chunk.sequence for chunk in chunks):
+            start, stop = sequence.num_committed, sequence.num_computed // self._block_size
+            wrong = sequence in sampled and sampled[sequence].token_id is None
+            if stop == start or sequence.job.no_store or wrong:
+                continue
+            block_ids += sequence.block_table[start:stop]
+            metas += sequence.metas(start, stop, self._block_size, self._ttl_s(sequence))
+            sequence.num_committed = stop
+            self._scheduler.made(sequence, start, stop)
+        if metas:
+            self.store.commit(block_ids, metas)
+
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> None:
+        """Append a token; the output that tells of it."""
+        if sampled.token_id is None:
+            self._drop_own_blocks(sequence)
+            self._end(sequence, FinishReason.ERROR, _NOT_FINITE)
+            return
+        sequence.token_ids.append(sampled.token_id)
+        ended = self._is_end(sequence, sampled.token_id)
+        output = self._output(sequence, sampled.token_id, sampled.logprob)
+        if ended:
+            output.finish = FinishReason.STOP
+        else:
+            self._read(output, partial(sequence.text.push, sampled.token_id))
+        if output.finish is None and sequence.text.stopped:
+            output.finish = FinishReason.STOP
+        elif output.finish is None and self._is_full(sequence):
+            output.finish = FinishReason.LENGTH
+        if output.finish is not None:
+            self._finish(sequence, output)
+        self._outputs.append(output)
+
+    def _output(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Output:
+        output = Output(sequence.job.job_id, [token_id], completion_tokens=sequence.num_generated)
+        if logprob is not None:
+            output.logprobs.append(logprob)
+        if sequence.num_generated == 1:
+            waited = (sequence.first_step_at or sequence.submitted_at) - sequence.submitted_at
+            output.worker_ttft_ms = (self._clock() - sequence.submitted_at) * 1000
+            output.load_ms = sequence.load_ms
+            output.queue_ms = max(0.0, waited * 1000 - sequence.load_ms)
+        return output
+
+    def _is_end(self, sequence: Sequence, token_id: int) -> bool:
+        sampling = sequence.job.sampling
+        return token_id in sampling.stop_token_ids or (not sampling.ignore_eos and token_id in self.info.eos_token_ids)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        longest = min(self.info.context_length, self._capacity)
+        return sequence.num_generated >= sequence.job.sampling.max_tokens or len(sequence.token_ids) >= longest
+
+    def _finish(self, sequence: Sequence, output: Output) -> None:
+        """Complete a sequence's last output and forget the sequence."""
+        self._read(output, sequence.text.flush)
+        if sequence.text.stopped and output.finish is FinishReason.LENGTH:
+            output.finish = FinishReason.STOP
+        output.fates = sequence.fates
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.job.job_id]
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: JobError | None = None) -> None:
+        """End a sequence without a new token."""
+        output = Output(sequence.job.job_id, finish=reason, error=error, completion_tokens=sequence.num_generated)
+        self._finish(sequence, output)
+        self._outputs.append(output)
+
+    def _note_shared_tier(self) -> None:
+        current = self._shared_tier_id()
+        if current != self.info.shared_tier_id:
+            self.info = replace(self.info, shared_tier_id=current)
+
+    def _end_overdue(self) -> None:
+        now = self._clock()
+        for sequence in list(self._sequences.values()):
+            if sequence.job.deadline is not None and sequence.job.deadline <= now:
+                self._end(sequence, FinishReason.DEADLINE)
+
+    def _read(self, output: Output, piece: Callable[[], str]) -> None:
+        """Add text to an output; tokens that cannot be decoded end their sequence, not the worker."""
+        try:
+            output.text += piece()
+        except Exception as error:
+            log.exception("text could not be decoded")
+            message = f"the answer's tokens could not be decoded ({error}); check the model's tokenizer.json"
+            output.finish, output.error = FinishReason.ERROR, JobError("DETOKENIZATION_FAILED", message)
+
+    def _drop_own_blocks(self, sequence: Sequence) -> None:
+        """Forget the blocks that a sequence computed, whose numbers may be wrong, and all that was built on them."""
+        first = sequence.num_cached_tokens // self._block_size
+        if sequence.job.no_store or sequence.num_committed <= first:
+            return
+        try:
+            self.clear(prefix=sequence.hashes[first], shared=True)
+        except StoreError:
+            log.warning("blocks of a failed sequence could not be dropped", exc_info=True)
+
+    def _fail(self, chunks: Items[Chunk], error: RuntimeError) -> None:
+        """A step that cannot be computed ends its sequences; one of a broken device ends the worker.
+
+        Raises:
+            RuntimeError: the error, where the device is broken or too many steps in a row failed.
+        """
+        log.error("step failed", exc_info=error, extra={"sequences": len(chunks)})
+        if not _is_out_of_memory(error):
+            self._failed_steps += 1
+            if self._failed_steps >= MAX_FAILED_STEPS or _is_of_device(error):
+                raise error
+        message = f"the model failed ({str(error).partition(chr(10))[0]}); send the request again, to another worker"
+        for chunk in chunks:
+            self._end(chunk.sequence, FinishReason.ERROR, JobError("ENGINE_FAILURE", message))
+
+    def _refusal(self, job: Job) -> JobError | None:
+        count, longest = len(job.token_ids), self.info.context_length
+        if count == 0:
+            return JobError("EMPTY_PROMPT", "the prompt has no tokens; send at least one")
+        if job.job_id in self._sequences:
+            return JobError("DUPLICATE_JOB", f"job {job.job_id} is running already; give each job an id of its own")
+        if not all(0 <= token < self.info.vocab_size for token in job.token_ids):
+            message = (
+                f"a token id is outside the vocabulary of {self.info.vocab_size}; encode with this model's tokenizer"
+            )
+            return JobError("TOKEN_OUT_OF_RANGE", message)
+        if count >= longest:
+            message = f"the prompt has {count} tokens and the context {longest}; shorten the prompt"
+            return JobError("CONTEXT_LENGTH_EXCEEDED", message)
+        if count > self._capacity:
+            message = (
+                f"the prompt has {count} tokens and this worker's device tier holds {self._capacity}; shorten the "
+                "prompt, or give the worker more device_bytes"
+            )
+            return JobError("PROMPT_TOO_LARGE_FOR_WORKER", message)
+        return None
+
+    def _ttl_s(self, sequence: Sequence) -> float | None:
+        return self._default_ttl_s if sequence.job.ttl_s is None else sequence.job.ttl_s
+
+
+def build_engine(config: WorkerConfig) -> TorchEngine:
+    """See `workers.build.build_engine`."""
+    from workers.build import build_engine as build
+
+    return build(config)
+
+
+_NOT_FINITE = JobError(
+    "MODEL_OUTPUT_NOT_FINITE",
+    "the model's logits are not finite numbers; check its weights, or run it in bfloat16 or float32",
+)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
+
+
+def _is_of_device(error: RuntimeError) -> bool:
+    """Whether the process can use its GPU no more: CUDA's errors stay until it ends."""
+    return isinstance(error, AcceleratorError) or "CUDA error" in str(error)
+
+
+def _pending(sequence: Sequence) -> int:
+    """Prompt tokens still to be computed; zero while it decodes."""
+    if sequence.block_table or sequence.num_computed:
+        return sequence.remaining if sequence.remaining > 1 else 0
+    return max(1, sequence.remaining - sequence.expected_cached)

@@ -1,0 +1,215 @@
+"""The one thread that owns an engine: takes commands from other threads, steps, and tells what came of it.
+
+Covers: when to step, sleep or wait for I/O; at which point snapshots are taken and clears are answered. Does not cover:
+who is told (`streams`). The thread never waits for anybody who listens: `publish` must only put its argument somewhere.
+
+A turn: commands, one step, publish, then snapshots. A snapshot is therefore taken when the step has just drained the
+store's events, and what is published later follows it. The answer to a clear is published behind the clear's events.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from kvstore.blocks import BlockHash
+from kvstore.errors import StoreError
+from kvstore.events import BlockStored, TierName
+from kvstore.tier import Clock
+from workers.protocol import Engine, Load, StepReport
+
+logger = logging.getLogger(__name__)
+
+Command = Callable[[Engine], None]
+
+# An idle engine steps this often, to expire blocks and to hear of writes that finished behind it.
+IDLE_STEP_S = 0.1
+# The longest that a new command may lie while every sequence waits for blocks on their way.
+IO_WAIT_S = 0.005
+LOAD_INTERVAL_S = 0.020
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A step's report, and the load where it is due."""
+
+    report: StepReport
+    load: Load | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapped:
+    """All that the store holds, for whoever asked."""
+
+    asker: Hashable
+    blocks: list[BlockStored]
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """What a clear dropped, or what failed."""
+
+    asker: Hashable
+    clear_id: int
+    dropped: dict[TierName, int]
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine raised; nothing comes after this."""
+
+    error: BaseException
+
+
+Published = Stepped | Snapped | Cleared | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class ClearRequest:
+    """What to drop; as `kvstore.store.TieredStore.clear`."""
+
+    asker: Hashable
+    clear_id: int
+    root: BlockHash | None = None
+    prefix: BlockHash | None = None
+    shared: bool = False
+
+
+@dataclass(slots=True)
+class _Mailbox:
+    """What other threads leave for the engine's; guarded by `changed`."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    commands: deque[Command] = field(default_factory=deque)
+    clears: deque[ClearRequest] = field(default_factory=deque)
+    snapshots: list[Hashable] = field(default_factory=list)
+    flush_s: float | None = None  # set: end, flushing the store for at most so long
+
+    @property
+    def empty(self) -> bool:
+        return not (self.commands or self.clears or self.snapshots or self.flush_s is not None)
+
+
+class EngineThread:
+    """Runs an engine until `stop`, or until it raises."""
+
+    def __init__(self, engine: Engine, publish: Callable[[Published], None], *, clock: Clock, name: str) -> None:
+        self._engine = engine
+        self._publish = publish
+        self._clock = clock
+        self._mailbox = _Mailbox()
+        self._thread = threading.Thread(target=self._run, name=f"{name}-engine", daemon=True)
+        self._load_taken_at = float("-inf")
+        self._load_is_stale = True
+        self._stepped_at = float("-inf")
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def post(self, command: Command) -> None:
+        """Run it on the engine's thread before the next step. Any thread."""
+        with self._mailbox.changed:
+            self._mailbox.commands.append(command)
+            self._mailbox.changed.notify()
+
+    def ask_snapshot(self, asker: Hashable) -> None:
+        """A `Snapped` follows the step that comes next. Any thread."""
+        with self._mailbox.changed:
+            self._mailbox.snapshots.append(asker)
+            self._mailbox.changed.notify()
+
+    def ask_clear(self, request: ClearRequest) -> None:
+        """A `Cleared` follows, behind the events of the clear. Any thread."""
+        with self._mailbox.changed:
+            self._mailbox.clears.append(request)
+            self._mailbox.changed.notify()
+
+    def stop(self, *, flush_s: float) -> None:
+        """End after the step that runs, close the engine, and return. Idempotent; any thread but its own."""
+        with self._mailbox.changed:
+            self._mailbox.flush_s = flush_s
+            self._mailbox.changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._mailbox.flush_s is None:
+                self._turn()
+        except BaseException as error:  # whatever it was: a worker without an engine must not look alive
+            logger.exception("engine failed")
+            self._publish(Failed(error))
+        finally:
+            self._close()
+
+    def _turn(self) -> None:
+        if self._idle():
+            self._sleep()
+            return
+        with self._mailbox.changed:
+            commands, self._mailbox.commands = self._mailbox.commands, deque()
+            clears, self._mailbox.clears = self._mailbox.clears, deque()
+            snapshots, self._mailbox.snapshots = self._mailbox.snapshots, []
+        for command in commands:
+            command(self._engine)
+        cleared = [self._clear(request) for request in clears]
+        made_tokens = self._step()
+        for answer in cleared:
+            self._publish(answer)
+        for asker in snapshots:
+            self._publish(Snapped(asker, self._engine.snapshot()))
+        # No tokens: either a prompt is being computed, and wait returns at once, or all wait for blocks.
+        if not made_tokens and self._mailbox.empty and self._engine.has_work():
+            self._engine.wait(IO_WAIT_S)
+
+    def _step(self) -> bool:
+        """One step, published; whether it made tokens."""
+        report = self._engine.step()
+        self._stepped_at = self._clock()
+        self._load_is_stale = True
+        load = self._take_load()
+        if report.outputs or report.events or load is not None:
+            self._publish(Stepped(report, load))
+        return bool(report.outputs)
+
+    def _take_load(self) -> Load | None:
+        now = self._clock()
+        if not self._load_is_stale or now < self._load_taken_at + LOAD_INTERVAL_S:
+            return None
+        self._load_taken_at, self._load_is_stale = now, False
+        return self._engine.load()
+
+    def _idle(self) -> bool:
+        overdue = self._clock() >= self._stepped_at + IDLE_STEP_S
+        return self._mailbox.empty and not overdue and not self._engine.has_work()
+
+    def _sleep(self) -> None:
+        """Until a command comes, the load of the last step is due, or it is time for an idle step."""
+        wake_at = self._stepped_at + IDLE_STEP_S
+        if self._load_is_stale:
+            wake_at = min(wake_at, self._load_taken_at + LOAD_INTERVAL_S)
+        with self._mailbox.changed:
+            if self._mailbox.empty:
+                self._mailbox.changed.wait(max(0.0, wake_at - self._clock()))
+        load = self._take_load()
+        if load is not None:
+            self._publish(Stepped(StepReport(), load))
+
+    def _clear(self, request: ClearRequest) -> Cleared:
+        try:
+            dropped = self._engine.clear(root=request.root, prefix=request.prefix, shared=request.shared)
+        except StoreError as error:
+            logger.warning("blocks could not be cleared", exc_info=True)
+            return Cleared(request.asker, request.clear_id, {}, f"{error}")
+        return Cleared(request.asker, request.clear_id, dropped)
+
+    def _close(self) -> None:
+        try:
+            self._engine.close(flush_s=self._mailbox.flush_s or 0.0)
+        except Exception:
+            logger.exception("engine could not be closed cleanly")

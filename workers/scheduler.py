@@ -1,0 +1,251 @@
+"""Which tokens the next step computes: continuous batching with chunked prefill, over a store that can run out.
+
+A step has a budget of tokens. Sequences that decode come first, one token each, so that a long prompt delays nobody's
+next token by more than one step; prefills share the rest in chunks (Sarathi, Agrawal et al. 2023; paged K/V with
+preemption by recomputation: vLLM, Kwon et al. 2023).
+
+Rank is priority, then arrival, and one rule keeps it live: a sequence may take blocks from any that ranks below it and
+waits for all others. The first in rank can therefore always go on, so all end; what was preempted finds its committed
+blocks in the cache when it comes back, and it comes back only when another ended (else it would take the same blocks
+again, compute nothing and lose them again).
+
+A prompt whose next uncached block is just being computed by a sequence before it waits for that block: a burst of
+requests over one new document computes it once.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstore.blocks import BlockHash
+from kvstore.events import TierName
+from kvstore.store import ComputeMs, ReadTiers
+from workers.sequence import Acquisition, Rank, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `length` tokens of a sequence, to be computed in this step."""
+
+    sequence: Sequence
+    length: int
+
+
+class BlockStore(Protocol):
+    """What the scheduler asks of a store; `kvstore.store.TieredStore` says what it means."""
+
+    def match(self, hashes: Items[BlockHash], reads: ReadTiers = ...) -> list[TierName]:
+        """The fastest local tier of each leading block."""
+        ...
+
+    def acquire(
+        self,
+        hashes: Items[BlockHash],
+        *,
+        reads: ReadTiers,
+        compute_ms: ComputeMs,
+        root: BlockHash | None = None,
+        ttl_s: float | None = None,
+    ) -> Acquisition:
+        """Start to bring a cached prefix to the device."""
+        ...
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Empty device blocks, all or none."""
+        ...
+
+    def release(self, block_ids: Items[int]) -> None:
+        """Drop one reference of each."""
+        ...
+
+
+class Scheduler:
+    """Owns the sequences from `add` to `remove`, and the blocks that they hold.
+
+    A sequence is waiting (holds nothing), loading (its cached prefix is on its way) or running.
+
+    Attributes:
+        reads: the tiers that may be read. preemptions: so far.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        *,
+        block_size: int,
+        max_batch_tokens: int,
+        max_running: int,
+        compute_ms: ComputeMs,
+        ttl_s: Callable[[Sequence], float | None],
+    ) -> None:
+        """Start with no sequence.
+
+        Args:
+            store: where blocks come from. block_size: tokens a block.
+            max_batch_tokens: tokens a step. max_running: sequences that hold blocks.
+            compute_ms: see `TieredStore.acquire`. ttl_s: of a sequence's blocks.
+
+        Raises:
+            ValueError: a limit is not positive.
+        """
+        if min(block_size, max_batch_tokens, max_running) < 1:
+            raise ValueError("block_size, max_batch_tokens and max_running must be at least 1; raise them")
+        self._store, self._block_size = store, block_size
+        self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
+        self._compute_ms, self._ttl_s = compute_ms, ttl_s
+        self._waiting: list[Sequence] = []  # each of the three sorted by rank
+        self._loading: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._in_the_making: dict[BlockHash, Sequence] = {}
+        self._short_of_blocks = False  # since a preemption, until a sequence ended
+        self.reads = ReadTiers()
+        self.preemptions = 0
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All sequences."""
+        yield from (*self._running, *self._loading, *self._waiting)
+
+    def __len__(self) -> int:
+        """How many sequences there are."""
+        return len(self._running) + len(self._loading) + len(self._waiting)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Those that compute; not to be changed."""
+        return self._running
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Those that do not compute yet, for want of room or of blocks on their way."""
+        return [*self._loading, *self._waiting]
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that holds nothing."""
+        insort(self._waiting, sequence, key=_rank)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence and give its blocks back at once."""
+        self._give_back(sequence)
+        for group in (self._running, self._loading, self._waiting):
+            if sequence in group:
+                group.remove(sequence)
+        self._short_of_blocks = False
+
+    def schedule(self) -> list[Chunk]:
+        """The work of the next step, decodes first; empty when all sequences wait. Every chunk has its blocks."""
+        self._admit()
+        lengths: dict[Sequence, int] = {}
+        decoding = [sequence for sequence in self._running if sequence.remaining == 1]
+        prefilling = [sequence for sequence in self._running if sequence.remaining > 1]
+        for sequence in (*decoding, *prefilling):
+            length = min(sequence.remaining, self._max_batch_tokens - sum(lengths.values()))
+            if length > 0 and sequence in self._running and self._grow(sequence, length, lengths):
+                lengths[sequence] = length
+        return [Chunk(sequence, length) for sequence, length in lengths.items()]
+
+    def _admit(self) -> None:
+        """Start loads while there is room, and let those run whose blocks have come."""
+        if not self._running and not self._loading:
+            self._short_of_blocks = False
+        for sequence in list(self._waiting):
+            if len(self._running) + len(self._loading) >= self._max_running or not self._may_enter(sequence.rank):
+                break
+            if not self._awaits_another(sequence):
+                self._start(sequence)
+        for sequence in [each for each in self._loading if each.acquisition is not None and each.acquisition.done]:
+            self._enter(sequence)
+
+    def _may_enter(self, rank: Rank) -> bool:
+        """While short of blocks only those may enter that outrank one that holds some."""
+        holders = (*self._running, *self._loading)
+        return not self._short_of_blocks or any(rank < holder.rank for holder in holders)
+
+    def _awaits_another(self, sequence: Sequence) -> bool:
+        """Whether its next block that is not in reach is being made by a sequence before it."""
+        if sequence.awaited is None or sequence.awaited not in self._in_the_making:
+            sequence.awaited = self._awaited_block(sequence)
+        maker = None if sequence.awaited is None else self._in_the_making[sequence.awaited]
+        return maker is not None and maker.rank < sequence.rank
+
+    def _awaited_block(self, sequence: Sequence) -> BlockHash | None:
+        """The first of its blocks that is being made, if all before it are in reach."""
+        if not self._in_the_making:
+            return None
+        names = sequence.readable(self._block_size)
+        for place, name in enumerate(names):
+            if name in self._in_the_making:
+                return name if len(self._store.match(names[:place], self.reads)) == place else None
+        return None
+
+    def _start(self, sequence: Sequence) -> None:
+        names = sequence.readable(self._block_size)
+        sequence.acquisition = self._store.acquire(
+            names,
+            reads=self.reads,
+            compute_ms=self._compute_ms,
+            root=sequence.job.root,
+            ttl_s=self._ttl_s(sequence),
+        )
+        self._waiting.remove(sequence)
+        insort(self._loading, sequence, key=_rank)
+        if not sequence.job.no_store:
+            for name in names:
+                self._in_the_making.setdefault(name, sequence)
+
+    def _enter(self, sequence: Sequence) -> None:
+        if sequence.acquisition is None:
+            return
+        sequence.take(sequence.acquisition, self._block_size)
+        self.made(sequence, 0, sequence.num_committed)
+        self._loading.remove(sequence)
+        insort(self._running, sequence, key=_rank)
+
+    def made(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Blocks `start` to `stop` of a sequence are findable now: nobody need wait for them any more."""
+        for name in sequence.hashes[start:stop]:
+            if self._in_the_making.get(name) is sequence:
+                del self._in_the_making[name]
+
+    def _grow(self, sequence: Sequence, length: int, lengths: dict[Sequence, int]) -> bool:
+        """Give it blocks for that many more tokens, from those below it if need be; False when it must wait."""
+        tokens = sequence.num_computed + length
+        count = -(-tokens // self._block_size) - len(sequence.block_table)
+        if count <= 0:
+            return True
+        while (blocks := self._store.allocate(count)) is None:
+            victim = self._last_holder()
+            if victim is None or victim.rank <= sequence.rank:
+                return False
+            self._preempt(victim)
+            lengths.pop(victim, None)
+        sequence.block_table += blocks
+        return True
+
+    def _last_holder(self) -> Sequence | None:
+        """The lowest in rank among those that hold blocks."""
+        loading = (each for each in self._loading if each.acquisition is not None and each.acquisition.block_ids)
+        holders = [*loading, *(sequence for sequence in self._running if sequence.block_table)]
+        return max(holders, key=_rank, default=None)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._give_back(sequence)
+        group = self._running if sequence in self._running else self._loading
+        group.remove(sequence)
+        insort(self._waiting, sequence, key=_rank)
+        self._short_of_blocks = True
+        self.preemptions += 1
+
+    def _give_back(self, sequence: Sequence) -> None:
+        if sequence.acquisition is not None:
+            sequence.acquisition.cancel()
+        self._store.release(sequence.block_table)
+        self.made(sequence, 0, len(sequence.hashes))
+        sequence.reset()
+
+
+def _rank(sequence: Sequence) -> Rank:
+    return sequence.rank

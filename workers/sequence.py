@@ -1,0 +1,144 @@
+"""A request under way: its tokens, the names of its blocks, the blocks that it holds, how far it is. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvstore.blocks import BlockHash, block_hashes
+from kvstore.events import TierName
+from kvstore.tier import BlockMeta
+from workers.detokenize import TextStream
+from workers.protocol import Job
+
+COMPUTED = "computed"
+
+Rank = tuple[int, int]
+
+
+class Acquisition(Protocol):
+    """A cached prefix on its way to the device; see `kvstore.promotion.Acquisition`."""
+
+    @property
+    def done(self) -> bool:
+        """Whether what follows is final."""
+        ...
+
+    @property
+    def block_ids(self) -> list[int]:
+        """Device blocks of the prefix, referenced for the caller."""
+        ...
+
+    @property
+    def fates(self) -> list[TierName]:
+        """The tier that each came from."""
+        ...
+
+    @property
+    def load_ms(self) -> float:
+        """How long it took."""
+        ...
+
+    def cancel(self) -> None:
+        """Give all blocks back."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One job's state.
+
+    Attributes:
+        job: as submitted. arrival: 1, 2, 3, ... submitted_at: on the engine's clock.
+        token_ids: the prompt and what was generated. hashes: names of its leading full blocks, as far as known.
+        text: its answer's text.
+        acquisition: its cached prefix on the way; None before it was asked for and after it was taken over.
+        awaited: a block that another sequence is making and that it waits for.
+        block_table: device blocks that it holds a reference of, in order.
+        num_computed: leading tokens whose K/V lie in those blocks. num_committed: leading blocks that need no commit.
+        num_cached_tokens: of the prompt, found at first admission. fates: set at first admission, then never changed.
+        expected_cached: tokens of the prompt that local tiers held when it came; what the load counts until admission.
+        first_step_at: when it was first computed; None before. load_ms: how long its blocks took to come, the first
+        time.
+    """
+
+    job: Job
+    arrival: int
+    submitted_at: float
+    token_ids: list[int]
+    hashes: list[BlockHash]
+    text: TextStream
+    acquisition: Acquisition | None = None
+    awaited: BlockHash | None = None
+    block_table: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_committed: int = 0
+    num_cached_tokens: int = 0
+    fates: dict[str, int] | None = None
+    expected_cached: int = 0
+    first_step_at: float | None = None
+    load_ms: float = 0.0
+
+    @property
+    def rank(self) -> Rank:
+        """Smaller goes first: higher priority, then earlier arrival. No two are equal."""
+        return (-self.job.priority, self.arrival)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.job.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled; 1 while it decodes."""
+        return len(self.token_ids) - self.num_computed
+
+    def readable(self, block_size: int) -> list[BlockHash]:
+        """Names of the blocks that it may take from the cache: at least one token stays to be computed."""
+        if self.job.no_read:
+            return []
+        return self.names((len(self.token_ids) - 1) // block_size, block_size)
+
+    def names(self, count: int, block_size: int) -> list[BlockHash]:
+        """Names of the first `count` blocks, which must be full of known tokens."""
+        if len(self.hashes) < count:
+            parent = self.hashes[-1] if self.hashes else self.job.root
+            fresh = self.token_ids[len(self.hashes) * block_size : count * block_size]
+            self.hashes += block_hashes(fresh, parent, block_size)
+        return self.hashes[:count]
+
+    def metas(self, start: int, stop: int, block_size: int, ttl_s: float | None) -> list[BlockMeta]:
+        """What the store must know of blocks `start` to `stop`."""
+        names = self.names(stop, block_size)
+        parents = [self.job.root, *names]
+        return [BlockMeta(names[i], parents[i], self.job.root, ttl_s) for i in range(start, stop)]
+
+    def take(self, acquired: Acquisition, block_size: int) -> None:
+        """Take over the blocks that arrived. The first time this settles the fate of every prompt token."""
+        self.acquisition = None
+        self.block_table = list(acquired.block_ids)
+        self.num_committed = len(self.block_table)
+        self.num_computed = self.num_committed * block_size
+        if self.fates is None:
+            self.load_ms = acquired.load_ms
+            self.num_cached_tokens = self.num_computed
+            self.fates = _fates(acquired.fates, self.num_prompt, block_size)
+
+    def reset(self) -> None:
+        """Forget blocks and progress; the caller has given the blocks back."""
+        self.acquisition = None
+        self.block_table = []
+        self.num_computed = self.num_committed = 0
+
+
+def _fates(tiers: list[TierName], num_prompt: int, block_size: int) -> dict[str, int]:
+    fates = {COMPUTED: num_prompt - len(tiers) * block_size}
+    for tier in tiers:
+        fates[tier.value] = fates.get(tier.value, 0) + block_size
+    return fates

@@ -1,0 +1,407 @@
+"""SimulatedEngine: the engine's protocol on a timing model. Real block accounting, no tensors, no torch.
+
+Covers: continuous batching with chunked prefill, prefix reuse over device and host, preemption by recomputation,
+deadlines, cancellation, load, events; on an injected clock, so that an hour can pass in a millisecond. Does not cover:
+a shared tier, stop strings, text that means something. A sampled token follows from the prompt, its position and (with
+a temperature) the seed, so a stream is the same cold, warm or preempted.
+
+A step lasts `decode_step_ms` when a sequence decodes, plus the fitted prefill time of each chunk, and sleeps for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from array import array
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import replace
+
+from kvstore.blocks import BlockHash, block_hashes
+from kvstore.errors import InvariantError
+from kvstore.events import BlockStored, TierName
+from kvstore.tier import BlockMeta, Clock
+from workers.config import WorkerConfig
+from workers.protocol import (
+    EngineInfo,
+    FinishReason,
+    Job,
+    JobError,
+    JobId,
+    Load,
+    Output,
+    StepReport,
+    TokenLogprob,
+)
+from workers.simulated_info import info_for
+from workers.simulated_sequence import Sequence, Timing, pseudo_token
+from workers.simulated_store import EventLog, SimulatedTier
+
+Sleep = Callable[[float], None]  # seconds
+
+_COMPUTED = "computed"
+
+
+class SimulatedEngine:
+    """See the module. Every method but `info` belongs to one thread."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        *,
+        device_blocks: int,
+        host_blocks: int = 0,
+        timing: Timing | None = None,
+        max_batch_tokens: int = 2048,
+        max_running: int = 64,
+        default_ttl_s: float | None = None,
+        clock: Clock = time.monotonic,
+        sleep: Sleep = time.sleep,
+    ) -> None:
+        self.info = _fitting(info, device_blocks)
+        self.timing = timing or Timing()
+        self.shared_reads = True
+        self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
+        self._default_ttl_s = default_ttl_s
+        self._clock, self._sleep = clock, sleep
+        self._log = EventLog()
+        self._device = SimulatedTier(TierName.DEVICE, device_blocks, info.block_nbytes, clock, self._log)
+        self._host = SimulatedTier(TierName.HOST, host_blocks, info.block_nbytes, clock, self._log)
+        self._tiers = [self._device, self._host] if host_blocks else [self._device]
+        self._waiting: list[Sequence] = []  # sorted by rank
+        self._running: list[Sequence] = []  # in order of admission
+        self._jobs: dict[JobId, Sequence] = {}
+        self._ended: list[Output] = []  # for the next step's report
+        self._orders = 0
+        self._steps = 0
+        self._preemptions = 0
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; one that cannot run is refused by the next step's report."""
+        if (error := self._refusal(job)) is not None:
+            self._ended.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
+            return
+        self._orders += 1
+        sequence = Sequence(
+            job=job,
+            order=self._orders,
+            submitted_at=self._clock(),
+            tokens=list(job.token_ids),
+            names=list(job.block_hashes),
+            digest=hashlib.sha256(array("I", job.token_ids).tobytes()).digest(),
+        )
+        sequence.expected_cached = self._expected_cached(sequence)
+        self._jobs[job.job_id] = sequence
+        insort(self._waiting, sequence, key=lambda each: each.rank)
+
+    def cancel(self, job_id: JobId) -> None:
+        """Free its blocks at once; its last output comes with the next step."""
+        sequence = self._jobs.get(job_id)
+        if sequence is not None:
+            self._end(sequence, FinishReason.CANCELLED)
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._jobs or self._ended or len(self._log))
+
+    def step(self) -> StepReport:
+        """Expire, admit, compute for as long as the timing model says, sample, commit."""
+        self._expire()
+        self._admit()
+        chunks = self._schedule()
+        if chunks:
+            self._sleep(self._duration_ms(chunks) / 1000)
+            self._steps += 1
+        outputs = [output for sequence, count in chunks if (output := self._advance(sequence, count)) is not None]
+        ended, self._ended = self._ended, []
+        return StepReport(outputs=ended + outputs, events=self._log.drain())
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until the first sequence's blocks have arrived, if all wait for such."""
+        if self._running and all(s.ready_at > self._clock() for s in self._running):
+            self._sleep(min(timeout_s, max(0.0, min(s.ready_at for s in self._running) - self._clock())))
+
+    def load(self) -> Load:
+        """How busy it is."""
+        timing = self.timing
+        return Load(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            pending_prefill_tokens=sum(s.pending for s in self._jobs.values()),
+            decoding=sum(s.missing == 1 for s in self._running),
+            prefill_fixed_ms=timing.prefill_fixed_ms,
+            prefill_token_ms=timing.prefill_token_ms,
+            prefill_pair_ms=timing.prefill_pair_ms,
+            decode_step_ms=timing.decode_step_ms,
+            steps=self._steps,
+            preemptions=self._preemptions,
+            tiers={tier.name: (tier.stats(), *self._read_ms(tier)) for tier in self._tiers},
+        )
+
+    def snapshot(self) -> list[BlockStored]:
+        """All that device and host hold. Events that it includes already may follow it."""
+        return self._device.snapshot() + self._host.snapshot()
+
+    def clear(
+        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None, shared: bool = False
+    ) -> dict[TierName, int]:
+        """Drop blocks; how many, by tier. There is no shared tier to clear."""
+        return {tier.name: tier.clear(root, prefix) for tier in self._tiers}
+
+    def set_shared_reads(self, *, enabled: bool) -> None:
+        """Remember it; `shared_reads` tells."""
+        self.shared_reads = enabled
+
+    def close(self, *, flush_s: float) -> None:
+        """Forget everything."""
+        for sequence in list(self._jobs.values()):
+            self._end(sequence, FinishReason.CANCELLED)
+
+    def check(self) -> None:
+        """Audit the books: what sequences hold and what the tiers say.
+
+        Raises:
+            InvariantError: they disagree.
+        """
+        self._device.check()
+        self._host.check()
+        private = sum(sequence.private for sequence in self._jobs.values())
+        if private != self._device.private:
+            raise InvariantError(f"sequences hold {private} private blocks, the device counts {self._device.private}")
+
+    def _read_ms(self, tier: SimulatedTier) -> tuple[float, float]:
+        on_device = tier is self._device
+        return (0.0, 0.0) if on_device else (self.timing.host_latency_ms, self.timing.host_ms(1))
+
+    def _refusal(self, job: Job) -> JobError | None:
+        longest = self.info.context_length
+        if not job.token_ids:
+            return JobError("EMPTY_PROMPT", "the prompt has no tokens; send at least one")
+        if len(job.token_ids) >= longest:
+            message = f"the prompt has {len(job.token_ids)} tokens and the context {longest}; shorten the prompt"
+            return JobError("CONTEXT_LENGTH_EXCEEDED", message)
+        return None
+
+    def _expire(self) -> None:
+        now = self._clock()
+        late = [s for s in self._jobs.values() if s.job.deadline is not None and s.job.deadline <= now]
+        for sequence in late:
+            self._end(sequence, FinishReason.DEADLINE)
+        self._device.sweep()
+        self._host.sweep()
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._max_running:
+            sequence = self._waiting[0]
+            if not self._acquire(sequence):
+                return
+            self._waiting.pop(0)
+            self._running.append(sequence)
+
+    def _acquire(self, sequence: Sequence) -> bool:
+        """Take the cached prefix and room for the rest of the tokens; False when there is no room."""
+        names = [] if sequence.job.no_read else sequence.names
+        on_device = self._device.match(names)
+        held = self._device.pin(names[:on_device])
+        loaded = self._loadable(sequence, names, on_device)
+        blocks = -(-len(sequence.tokens) // self.info.scheme.block_size)
+        if not self._device.allocate(blocks - on_device):
+            self._device.release(held)
+            return False
+        sequence.held, sequence.private = held, blocks - on_device
+        sequence.admitted_at = sequence.admitted_at or self._clock()
+        sequence.ready_at = self._clock()
+        if loaded:
+            self._promote(sequence, names[on_device : on_device + loaded])
+        self._host.touch(names[: on_device + loaded])
+        self._account(sequence, on_device, loaded)
+        return True
+
+    def _expected_cached(self, sequence: Sequence) -> int:
+        """Tokens that it would find now; what the load counts until it is admitted."""
+        names = [] if sequence.job.no_read else sequence.names
+        on_device = self._device.match(names)
+        blocks = on_device + self._host.match(names[on_device:])
+        return min(blocks * self.info.scheme.block_size, len(sequence.tokens) - 1)
+
+    def _loadable(self, sequence: Sequence, names: list[BlockHash], on_device: int) -> int:
+        """Blocks that follow in host, if reading them beats computing them."""
+        count = self._host.match(names[on_device:])
+        size = self.info.scheme.block_size
+        cheaper = self.timing.host_ms(count) < self.timing.prefill_ms(count * size, on_device * size)
+        return count if cheaper else 0
+
+    def _promote(self, sequence: Sequence, names: list[BlockHash]) -> None:
+        # The copy is findable at once, though its reader waits for it: a simplification of the simulation.
+        for name in names:
+            if name in self._device:  # it outlived a block before it
+                self._device.free(1)
+                sequence.held += self._device.pin([name])
+            else:
+                meta = self._meta(sequence, name, len(sequence.held))
+                sequence.held.append(self._device.name_private(meta))
+        sequence.private -= len(names)
+        self._host.count_hits(len(names))
+        sequence.load_ms = self.timing.host_ms(len(names))
+        sequence.ready_at = self._clock() + sequence.load_ms / 1000
+
+    def _account(self, sequence: Sequence, on_device: int, loaded: int) -> None:
+        size, length = self.info.scheme.block_size, len(sequence.tokens)
+        cached = min((on_device + loaded) * size, length - 1)  # the last token is always computed: it gives the logits
+        sequence.computed, sequence.registered = cached, on_device + loaded
+        if sequence.fates is None:
+            device = min(on_device * size, cached)
+            sequence.fates = {
+                TierName.DEVICE.value: device,
+                TierName.HOST.value: cached - device,
+                _COMPUTED: length - cached,
+            }
+
+    def _schedule(self) -> list[tuple[Sequence, int]]:
+        """The step's sequences and how many tokens each computes; decoding ones first."""
+        now, budget = self._clock(), self._max_batch_tokens
+        chunks: list[tuple[Sequence, int]] = []
+        for sequence in sorted(self._running, key=lambda s: s.missing > 1):
+            count = min(sequence.missing, budget)
+            if count < 1 or sequence.ready_at > now or sequence not in self._running:
+                continue
+            if not self._grow(sequence, sequence.computed + count):
+                continue
+            chunks.append((sequence, count))
+            budget -= count
+        return [chunk for chunk in chunks if chunk[0] in self._running]
+
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Give it blocks for that many tokens, preempting the youngest; False when it was preempted itself."""
+        needed = -(-tokens // self.info.scheme.block_size) - len(sequence.held) - sequence.private
+        while needed > 0 and not self._device.allocate(needed):
+            youngest = self._running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.private += max(0, needed)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._give_back(sequence)
+        sequence.computed = sequence.registered = 0
+        insort(self._waiting, sequence, key=lambda each: each.rank)
+        self._preemptions += 1
+
+    def _duration_ms(self, chunks: list[tuple[Sequence, int]]) -> float:
+        prefills = [self.timing.prefill_ms(count, s.computed) for s, count in chunks if s.missing > 1]
+        return sum(prefills) + (self.timing.decode_step_ms if len(prefills) < len(chunks) else 0.0)
+
+    def _advance(self, sequence: Sequence, count: int) -> Output | None:
+        sequence.computed += count
+        self._commit(sequence)
+        if sequence.missing:
+            return None
+        output = self._sample(sequence)
+        if output.finish is not None:
+            self._forget(sequence)
+        return output
+
+    def _commit(self, sequence: Sequence) -> None:
+        """Name the blocks that became full. A name that is held already leaves our copy private."""
+        size = self.info.scheme.block_size
+        for position in range(sequence.registered, sequence.computed // size):
+            name = self._name(sequence, position)
+            if sequence.job.no_store:
+                continue
+            meta = self._meta(sequence, name, position)
+            if name not in self._device:
+                sequence.held.append(self._device.name_private(meta))
+                sequence.private -= 1
+            self._host.add(meta)
+        sequence.registered = max(sequence.registered, sequence.computed // size)
+
+    def _name(self, sequence: Sequence, position: int) -> BlockHash:
+        size = self.info.scheme.block_size
+        while len(sequence.names) <= position:
+            start = len(sequence.names) * size
+            parent = sequence.names[-1] if sequence.names else sequence.job.root
+            sequence.names += block_hashes(sequence.tokens[start : start + size], parent, size)
+        return sequence.names[position]
+
+    def _meta(self, sequence: Sequence, name: BlockHash, position: int) -> BlockMeta:
+        job = sequence.job
+        parent = sequence.names[position - 1] if position else job.root
+        return BlockMeta(name, parent, job.root, self._default_ttl_s if job.ttl_s is None else job.ttl_s)
+
+    def _sample(self, sequence: Sequence) -> Output:
+        job, sampling = sequence.job, sequence.job.sampling
+        token = pseudo_token(sequence, self.info.vocab_size)
+        sequence.tokens.append(token)
+        sequence.generated += 1
+        output = Output(job.job_id, token_ids=[token], text=f" {token}", completion_tokens=sequence.generated)
+        if sampling.logprobs is not None:
+            output.logprobs.append(TokenLogprob(token, -1.0, ((token, -1.0),)[: sampling.logprobs]))
+        if sequence.generated == 1 and sequence.admitted_at is not None:
+            output.worker_ttft_ms = (self._clock() - sequence.submitted_at) * 1000
+            output.queue_ms = (sequence.admitted_at - sequence.submitted_at) * 1000
+            output.load_ms = sequence.load_ms
+        output.finish = self._finish(sequence, token)
+        output.fates = sequence.fates if output.finish else None
+        return output
+
+    def _finish(self, sequence: Sequence, token: int) -> FinishReason | None:
+        sampling = sequence.job.sampling
+        ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else frozenset(self.info.eos_token_ids))
+        if token in ends:
+            return FinishReason.STOP
+        full = len(sequence.tokens) >= self.info.context_length
+        return FinishReason.LENGTH if full or sequence.generated >= sampling.max_tokens else None
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._forget(sequence)
+        self._ended.append(
+            Output(sequence.job.job_id, finish=reason, fates=sequence.fates, completion_tokens=sequence.generated)
+        )
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._jobs[sequence.job.job_id]
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        self._give_back(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._device.release(sequence.held)
+        self._device.free(sequence.private)
+        sequence.held, sequence.private = [], 0
+
+
+def build_engine(
+    config: WorkerConfig,
+    *,
+    timing: Timing | None = None,
+    clock: Clock = time.monotonic,
+    sleep: Sleep = time.sleep,
+) -> SimulatedEngine:
+    """A simulated engine for a worker's settings; see `simulated_info.info_for`."""
+    info = info_for(config)
+    return SimulatedEngine(
+        info,
+        device_blocks=config.device_bytes // info.block_nbytes,
+        host_blocks=config.host_bytes // info.block_nbytes,
+        timing=timing,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        default_ttl_s=config.default_ttl_s,
+        clock=clock,
+        sleep=sleep,
+    )
+
+
+def _fitting(info: EngineInfo, device_blocks: int) -> EngineInfo:
+    """A sequence must fit the pool alone, or it could never finish."""
+    longest = device_blocks * info.scheme.block_size
+    if longest < 2:
+        raise ValueError(
+            f"the device tier has room for {device_blocks} blocks; raise device_bytes to several blocks of "
+            f"{info.block_nbytes} bytes"
+        )
+    return replace(info, context_length=min(info.context_length, longest))

@@ -1,0 +1,234 @@
+"""The simulated engine's store: which blocks device and host would hold, in what order of use, until when. No bytes.
+
+Covers: capacity in blocks, LRU, sliding TTL, references, events. Does not cover: time (`simulated` charges it), a
+shared tier, payloads. Owned by one thread.
+
+A device block is `private` (being filled, or never to be found), or it has a name. A named one is pinned while
+sequences use it and evictable afterwards. Chains are released from their last block to their first, so that a suffix
+is evicted before its prefix.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kvstore.blocks import BlockHash, short
+from kvstore.chains import parent_of, select, stored_events, tree_runs
+from kvstore.errors import InvariantError
+from kvstore.events import BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
+from kvstore.eviction import LRU
+from kvstore.tier import BlockMeta, Clock, TierStats
+
+
+class EventLog:
+    """Events in order; neighbours of one kind that continue one another become one event."""
+
+    def __init__(self) -> None:
+        self._events: list[KvEvent] = []
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def stored(self, tier: TierName, meta: BlockMeta) -> None:
+        """A block became readable."""
+        name, parent = short(meta.hash), parent_of(meta)
+        parent_name = None if parent is None else short(parent)
+        last = self._events[-1] if self._events else None
+        if isinstance(last, BlockStored) and last.tier == tier and last.hashes[-1] == parent_name:
+            self._events[-1] = BlockStored(tier, (*last.hashes, name), last.parent)
+        else:
+            self._events.append(BlockStored(tier, (name,), parent_name))
+
+    def removed(self, tier: TierName, name: BlockHash, cause: RemovalCause) -> None:
+        """A block left a tier."""
+        last = self._events[-1] if self._events else None
+        if isinstance(last, BlockRemoved) and last.tier == tier and last.cause == cause:
+            self._events[-1] = BlockRemoved(tier, (*last.hashes, short(name)), cause)
+        else:
+            self._events.append(BlockRemoved(tier, (short(name),), cause))
+
+    def drain(self) -> list[KvEvent]:
+        """The events since the last call."""
+        drained, self._events = self._events, []
+        return drained
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A named block in a tier. Compared by identity: a cleared block and its successor of the same name are two."""
+
+    meta: BlockMeta
+
+
+class SimulatedTier:
+    """One tier's books.
+
+    `private` blocks take room without being held by name; only the device has them.
+    """
+
+    def __init__(self, name: TierName, capacity: int, block_nbytes: int, clock: Clock, log: EventLog) -> None:
+        self.name = name
+        self.capacity = capacity
+        self.private = 0
+        self._block_nbytes = block_nbytes
+        self._log = log
+        self._blocks: dict[BlockHash, Block] = {}
+        self._lru: LRU[Block] = LRU(clock)
+        self._hits = 0
+        self._stores = 0
+        self._removals: Counter[str] = Counter()
+
+    def __contains__(self, name: BlockHash) -> bool:
+        """Whether a lookup would find it."""
+        block = self._blocks.get(name)
+        return block is not None and not self._lru.expired(block)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def match(self, names: Sequence[BlockHash]) -> int:
+        """How many leading blocks it holds. A question."""
+        for count, name in enumerate(names):
+            if name not in self:
+                return count
+        return len(names)
+
+    def has_room(self, count: int) -> bool:
+        """Whether `make_room` would succeed. A question."""
+        return len(self._lru) + self.private - self._lru.evictable + count <= self.capacity
+
+    def make_room(self, count: int) -> bool:
+        """Evict until that many more blocks fit; False, and nothing evicted, when they cannot."""
+        if not self.has_room(count):
+            return False
+        while len(self._lru) + self.private + count > self.capacity:
+            victim = self._lru.victim()
+            if victim is None:
+                raise InvariantError("has_room promised what the LRU cannot give")
+            self._drop(victim, RemovalCause.EVICTED)
+        return True
+
+    def allocate(self, count: int) -> bool:
+        """Take private blocks, evicting as needed; all or none."""
+        if not self.make_room(count):
+            return False
+        self.private += count
+        return True
+
+    def free(self, count: int) -> None:
+        """Give private blocks back."""
+        self.private -= count
+
+    def add(self, meta: BlockMeta) -> bool:
+        """Hold a block, or use and prolong the one that is held; False when there is no room."""
+        self.sweep()
+        held = self._blocks.get(meta.hash)
+        if held is not None:
+            self._lru.prolong(held, meta.ttl_s)
+            return True
+        if not self.make_room(1):
+            return False
+        self._insert(Block(meta))
+        return True
+
+    def name_private(self, meta: BlockMeta) -> Block:
+        """Turn one private block into a findable one, pinned once for the caller. The name must not be held."""
+        self.sweep()
+        self.private -= 1
+        block = Block(meta)
+        self._insert(block)
+        self._lru.pin(block)
+        return block
+
+    def pin(self, names: Iterable[BlockHash]) -> list[Block]:
+        """Reference held blocks; each is a hit."""
+        blocks = [self._blocks[name] for name in names]
+        for block in blocks:
+            self._lru.pin(block)
+        self._hits += len(blocks)
+        return blocks
+
+    def release(self, blocks: Sequence[Block]) -> None:
+        """Drop one reference of each, given in chain order."""
+        for block in reversed(blocks):
+            self._lru.unpin(block)
+            if self._lru.pins(block) == 0 and self._blocks.get(block.meta.hash) is not block:
+                self._lru.remove(block)  # cleared while it was in use
+
+    def touch(self, names: Sequence[BlockHash]) -> None:
+        """Use those that it holds; `names` in chain order."""
+        for name in reversed(names):
+            block = self._blocks.get(name)
+            if block is not None:
+                self._lru.use(block)
+
+    def count_hits(self, count: int) -> None:
+        """Blocks that were read from here."""
+        self._hits += count
+
+    def clear(self, root: BlockHash | None, prefix: BlockHash | None) -> int:
+        """As `kvstore.tier.Tier.clear`. Pinned blocks stay with their users, unfindable."""
+        names = select([block.meta for block in self._blocks.values()], root, prefix)
+        for name in names:
+            self._drop(self._blocks[name], RemovalCause.CLEARED)
+        return len(names)
+
+    def sweep(self) -> None:
+        """Drop what has expired."""
+        for block in self._lru.pop_expired():
+            if self._blocks.get(block.meta.hash) is block:
+                del self._blocks[block.meta.hash]
+                self._count_removal(block, RemovalCause.EXPIRED)
+
+    def next_expiry_s(self) -> float | None:
+        """Seconds until the next block expires; None when none will."""
+        return self._lru.next_expiry_s()
+
+    def snapshot(self) -> list[BlockStored]:
+        """All findable blocks, parents first."""
+        parents: dict[bytes, bytes | None] = {name: parent_of(block.meta) for name, block in self._blocks.items()}
+        return stored_events(self.name, tree_runs(parents))
+
+    def stats(self) -> TierStats:
+        """Counters and fill."""
+        return TierStats(
+            used_bytes=(len(self._lru) + self.private) * self._block_nbytes,
+            capacity_bytes=self.capacity * self._block_nbytes,
+            blocks=len(self._blocks),
+            hits=self._hits,
+            removals=dict(self._removals),
+            stores=self._stores,
+            read_bytes=self._hits * self._block_nbytes,
+            written_bytes=self._stores * self._block_nbytes,
+        )
+
+    def check(self) -> None:
+        """Audit the books.
+
+        Raises:
+            InvariantError: they disagree.
+        """
+        self._lru.check()
+        if self.private < 0 or len(self._lru) + self.private > self.capacity:
+            raise InvariantError(f"{self.name} holds {len(self._lru)} + {self.private} of {self.capacity} blocks")
+        unnamed = [block for block in self._lru if self._blocks.get(block.meta.hash) is not block]
+        if any(self._lru.pins(block) == 0 for block in unnamed):
+            raise InvariantError(f"{self.name} keeps blocks that nobody uses and nobody can find")
+
+    def _insert(self, block: Block) -> None:
+        self._blocks[block.meta.hash] = block
+        self._lru.add(block, block.meta.ttl_s)
+        self._stores += 1
+        self._log.stored(self.name, block.meta)
+
+    def _drop(self, block: Block, cause: RemovalCause) -> None:
+        del self._blocks[block.meta.hash]
+        if self._lru.pins(block) == 0:
+            self._lru.remove(block)
+        self._count_removal(block, cause)
+
+    def _count_removal(self, block: Block, cause: RemovalCause) -> None:
+        self._removals[cause.value] += 1
+        self._log.removed(self.name, block.meta.hash, cause)

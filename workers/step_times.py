@@ -1,0 +1,47 @@
+"""How long steps take, learnt from each one: what load-or-compute and the router's cost model go by. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from kvstore.estimate import PrefillCost, PrefillFit
+
+_FADE = 0.1
+
+
+class StepTimes:
+    """Prefill cost and decode step time, fitted online.
+
+    A step that prefills counts as one prefill of all its tokens, decodes included: the same price a token, and after
+    as many cached tokens as make up its attention work.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._prefill = PrefillFit()
+        self.decode_step_ms = 0.0
+
+    @property
+    def prefill(self) -> PrefillCost:
+        """The fit; zeros before the first measurement."""
+        return self._prefill.cost or PrefillCost(0.0, 0.0, 0.0)
+
+    def observe(self, chunks: Iterable[tuple[int, int]], ms: float) -> None:
+        """Learn from a step of chunks (new tokens, tokens before them)."""
+        chunks = list(chunks)
+        tokens = sum(new for new, _ in chunks)
+        if tokens == len(chunks):
+            share = _FADE if self.decode_step_ms else 1.0
+            self.decode_step_ms += share * (ms - self.decode_step_ms)
+            return
+        pairs = sum(new * (cached + new / 2) for new, cached in chunks)
+        self._prefill.observe(tokens, round(pairs / tokens - tokens / 2), ms)
+
+    def compute_ms(self, first: int, count: int) -> float:
+        """Time to compute `count` blocks after `first` ones, besides the step's own; infinite before it is known."""
+        cost = self._prefill.cost
+        if cost is None:
+            return math.inf
+        size = self._block_size
+        return cost.predict_ms(count * size, first * size) - cost.fixed_ms

@@ -1,0 +1,321 @@
+"""WorkerService.Connect: any number of routers on one engine. Lives on the server's event loop.
+
+Covers: the handshake, jobs in, what the engine thread publishes out to whom it concerns, the fleet record. Does not
+cover: order and bounds of what one router is told (`outbox`), when the engine steps (`engine_thread`), sockets and
+threads (`server`).
+
+Every router gets all K/V events and the load, and the tokens of its own jobs. A router that leaves takes its jobs with
+it: nobody would read their tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from itertools import count
+
+import grpc
+
+from kvstore.blocks import BlockHash
+from kvstore.tier import Clock
+from warmkv.v1 import worker_pb2, worker_pb2_grpc
+from workers.engine_thread import Cleared, ClearRequest, EngineThread, Failed, Published, Snapped, Stepped
+from workers.outbox import Outbox, OutboxLimits, WireEvents
+from workers.protocol import Engine, EngineInfo, FinishReason, JobError, Output
+from workers.router_stream import Context, ProtocolViolation, RouterStream, Status
+from workers.wire import (
+    PROTOCOL_VERSION,
+    JobRefused,
+    Refusal,
+    clear_done_to_wire,
+    event_to_wire,
+    hello_to_wire,
+    job_from_wire,
+    load_to_wire,
+    output_to_wire,
+    package_version,
+)
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 10.0
+_HASH_BYTES = 32
+
+
+class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
+    """The servicer. `deliver` takes what the engine thread published, on the event loop and in order.
+
+    `info` tells what the engine says of itself now.
+    """
+
+    def __init__(
+        self,
+        info: Callable[[], EngineInfo],
+        engine: EngineThread,
+        *,
+        worker: str,
+        incarnation: int,
+        secret: str,
+        clock: Clock,
+        limits: OutboxLimits | None = None,
+    ) -> None:
+        self._info = info
+        self._engine = engine
+        self._worker, self._incarnation = worker, incarnation
+        self._authorization = f"Bearer {secret}".encode() if secret else b""
+        self._clock = clock
+        self._limits = limits
+        self._numbers = count(1)
+        self._streams: dict[int, RouterStream] = {}
+        self._load: worker_pb2.Load | None = None
+        self._fleet: worker_pb2.FleetRecord | None = None
+        self._draining = False
+        self._closed: Status | None = None
+        self._quiet = asyncio.Event()  # set while no job runs
+        self._quiet.set()
+
+    # The name is the proto's; the stub knows the generator style only, which would leave a cancelled write unnoticed.
+    async def Connect(  # type: ignore[override]  # noqa: N802
+        self, request_iterator: AsyncIterator[worker_pb2.ConnectRequest], context: Context
+    ) -> None:
+        """One router's stream, from its hello to its end."""
+        await self._authenticate(context)
+        hello = await self._handshake(request_iterator, context)
+        stream = self._open(hello.router)
+        logger.info("router connected", extra={"router": hello.router, "version": hello.package_version})
+        try:
+            await stream.run(
+                request_iterator,
+                context,
+                handle=partial(self._handle, stream),
+                left=partial(self._cancel_all, stream),
+                ask_snapshot=partial(self._engine.ask_snapshot, stream.number),
+            )
+        finally:
+            del self._streams[stream.number]
+            logger.info("router disconnected", extra={"router": hello.router})
+
+    def deliver(self, item: Published) -> None:
+        """Pass on what the engine thread published."""
+        match item:
+            case Stepped():
+                self._deliver_step(item)
+            case Snapped():
+                if (stream := self._of(item.asker)) is not None:
+                    stream.outbox.set_snapshot(item.blocks)
+                    stream.wake()
+            case Cleared():
+                if (stream := self._of(item.asker)) is not None:
+                    stream.outbox.add_answer(clear_done_to_wire(item.clear_id, item.dropped, item.error))
+                    stream.wake()
+            case Failed():
+                self._fail(item.error)
+
+    @property
+    def routers(self) -> list[str]:
+        """Names of the connected routers."""
+        return [stream.router for stream in self._streams.values()]
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new jobs from now on, and wait for the running ones; whether all ended in time."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._quiet.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self, status: Status) -> None:
+        """End every stream after what is in its outbox, and refuse new ones. The first status stays."""
+        self._closed = self._closed or status
+        for stream in self._streams.values():
+            stream.end(self._closed)
+
+    # Joining.
+
+    async def _authenticate(self, context: Context) -> None:
+        presented = dict(context.invocation_metadata() or ()).get("authorization", "")
+        token = presented if isinstance(presented, bytes) else presented.encode()
+        if self._authorization and not hmac.compare_digest(token, self._authorization):
+            logger.warning("caller without the fleet secret was refused", extra={"peer": context.peer()})
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "the bearer token is not this fleet's secret; give router and workers the same fleet_secret",
+            )
+
+    async def _handshake(
+        self, requests: AsyncIterator[worker_pb2.ConnectRequest], context: Context
+    ) -> worker_pb2.RouterHello:
+        if self._closed is not None:
+            await context.abort(self._closed.code, self._closed.message)
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                first = await anext(aiter(requests), None)
+        except TimeoutError:
+            message = f"no RouterHello came within {HELLO_TIMEOUT_S:g} s; send it as the first message"
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, message)
+        if first is None or first.WhichOneof("kind") != "hello":
+            message = "the first message is not a RouterHello; send it before anything else"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
+        if first.hello.protocol_version != PROTOCOL_VERSION:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self._version_mismatch(first.hello))
+        return first.hello
+
+    def _version_mismatch(self, hello: worker_pb2.RouterHello) -> str:
+        return (
+            f"protocol_version: worker {self._worker} (warmkv {package_version()}) speaks {PROTOCOL_VERSION}, "
+            f"router {hello.router} (warmkv {hello.package_version}) speaks {hello.protocol_version}; "
+            "install the same warmkv version on routers and workers"
+        )
+
+    def _open(self, router: str) -> RouterStream:
+        # Asked anew each time: the shared tier's server may have come, or restarted.
+        hello = hello_to_wire(self._info(), worker=self._worker, incarnation=self._incarnation)
+        outbox = Outbox(hello, self._limits)
+        if self._fleet is not None:
+            outbox.set_fleet(self._fleet)
+        if self._load is not None:
+            outbox.set_load(self._load)
+        stream = RouterStream(next(self._numbers), router, outbox, self._clock)
+        self._streams[stream.number] = stream
+        return stream
+
+    # What routers say.
+
+    def _handle(self, stream: RouterStream, request: worker_pb2.ConnectRequest) -> None:
+        match request.WhichOneof("kind"):
+            case "submit":
+                self._submit(stream, request.submit)
+            case "cancel":
+                self._cancel(stream, request.cancel.job_id)
+            case "clear":
+                self._clear(stream, request.clear)
+            case "fleet":
+                self._offer_fleet(stream, request.fleet)
+            case "resync":
+                stream.outbox.resync()
+                stream.wake()
+            case "hello":
+                raise ProtocolViolation("a second RouterHello came on this stream; send it once, first")
+            case None:
+                logger.warning("message of an unknown kind was ignored", extra={"router": stream.router})
+
+    def _submit(self, stream: RouterStream, message: worker_pb2.Job) -> None:
+        if message.job_id in stream.jobs:
+            raise ProtocolViolation(f"job {message.job_id} runs already; number the jobs of a stream differently")
+        try:
+            if self._draining:
+                raise JobRefused(Refusal.WORKER_DRAINING, "the worker is about to stop; send the job to another")
+            job = job_from_wire(message, job_id=(stream.number, message.job_id), info=self._info(), now=self._clock())
+        except JobRefused as refused:
+            logger.warning("job was refused: %s", refused, extra={"request_id": message.request_id})
+            self._send_error(stream, message.job_id, refused.error)
+            return
+        stream.jobs.add(message.job_id)
+        self._quiet.clear()
+        self._engine.post(lambda engine: engine.submit(job))
+
+    def _cancel(self, stream: RouterStream, number: int) -> None:
+        if number in stream.jobs:
+            self._engine.post(partial(_cancel_job, job_id=(stream.number, number)))
+
+    def _cancel_all(self, stream: RouterStream) -> None:
+        for number in stream.jobs:
+            self._cancel(stream, number)
+        stream.jobs.clear()
+        self._note_ended_jobs()
+
+    def _clear(self, stream: RouterStream, message: worker_pb2.Clear) -> None:
+        for field in ("chain_root", "prefix_hash"):
+            length = len(getattr(message, field))
+            if length not in (0, _HASH_BYTES):
+                error = f"{field} has {length} bytes; send {_HASH_BYTES} or none"
+                stream.outbox.add_answer(clear_done_to_wire(message.clear_id, {}, error))
+                stream.wake()
+                return
+        self._engine.ask_clear(
+            ClearRequest(
+                asker=stream.number,
+                clear_id=message.clear_id,
+                root=BlockHash(message.chain_root) or None,
+                prefix=BlockHash(message.prefix_hash) or None,
+                shared=message.shared_tier,
+            )
+        )
+
+    def _offer_fleet(self, stream: RouterStream, record: worker_pb2.FleetRecord) -> None:
+        """Keep the greatest record, and tell those that do not have it."""
+        if self._fleet is None or _rank(record) > _rank(self._fleet):
+            self._fleet = record
+            reads = record.shared_tier_reads
+            self._engine.post(lambda engine: engine.set_shared_reads(enabled=reads))
+            behind = [other for other in self._streams.values() if other is not stream]
+        else:
+            behind = [stream] if _rank(record) < _rank(self._fleet) else []
+        for each in behind:
+            each.outbox.set_fleet(self._fleet)
+            each.wake()
+
+    # What the engine says.
+
+    def _deliver_step(self, item: Stepped) -> None:
+        outputs = self._outputs_by_stream(item.report.outputs)
+        wire = [event_to_wire(event) for event in item.report.events]
+        events = WireEvents(wire, sum(event.ByteSize() for event in wire))
+        if item.load is not None:
+            self._load = load_to_wire(item.load)
+        for stream in self._streams.values():
+            own = outputs.get(stream.number, [])
+            stream.outbox.add_outputs(own)
+            stream.outbox.add_events(events)
+            if item.load is not None and self._load is not None:
+                stream.outbox.set_load(self._load)
+            if own or wire or item.load is not None:
+                stream.wake()
+
+    def _outputs_by_stream(self, outputs: list[Output]) -> dict[int, list[worker_pb2.SequenceOutput]]:
+        grouped: dict[int, list[worker_pb2.SequenceOutput]] = defaultdict(list)
+        for output in outputs:
+            match output.job_id:
+                case (int(asker), int(number)) if asker in self._streams and number in self._streams[asker].jobs:
+                    grouped[asker].append(output_to_wire(output, number))
+                    if output.finish is not None:
+                        self._streams[asker].jobs.discard(number)
+                case _:
+                    continue  # its router left
+        self._note_ended_jobs()
+        return grouped
+
+    def _fail(self, error: BaseException) -> None:
+        message = f"the worker's engine failed ({type(error).__name__}: {error}); send the job to another worker"
+        for stream in self._streams.values():
+            for number in stream.jobs:
+                self._send_error(stream, number, JobError(Refusal.ENGINE_FAILED.value, message))
+            stream.jobs.clear()
+        self._note_ended_jobs()
+        self.close(Status(grpc.StatusCode.UNAVAILABLE, message))
+
+    def _send_error(self, stream: RouterStream, number: int, error: JobError) -> None:
+        output = Output((stream.number, number), finish=FinishReason.ERROR, error=error)
+        stream.outbox.add_outputs([output_to_wire(output, number)])
+        stream.wake()
+
+    def _note_ended_jobs(self) -> None:
+        if not any(stream.jobs for stream in self._streams.values()):
+            self._quiet.set()
+
+    def _of(self, asker: object) -> RouterStream | None:
+        return self._streams.get(asker) if isinstance(asker, int) else None
+
+
+def _cancel_job(engine: Engine, *, job_id: tuple[int, int]) -> None:
+    engine.cancel(job_id)
+
+
+def _rank(record: worker_pb2.FleetRecord) -> tuple[int, str]:
+    return (record.version, record.author)
