@@ -23,6 +23,8 @@ class RouterConfig:
         chat_template.jinja), config.json and generation_config.json; weights are not needed.
         model_name: what clients call the model.
         grpc_host, grpc_port, http_host, http_port: where to listen; port zero: any. http_port None: no HTTP.
+        http_allowed_hosts: names besides loopback and `http_host` by which browsers and scrapers may address the HTTP
+        side (the `Host` header), without port; all others are refused, which stops DNS rebinding.
         tls: for gRPC; None: plaintext.
         worker_ca: PEM file that workers' certificates are checked against; None: plaintext.
         api_keys_file: TOML of keys (see `router.auth`); None: every caller is `default_tenant` with role admin.
@@ -44,6 +46,7 @@ class RouterConfig:
     grpc_port: int = 50051
     http_host: str = "127.0.0.1"
     http_port: int | None = 8080
+    http_allowed_hosts: tuple[str, ...] = ()
     tls: TlsFiles | None = None
     worker_ca: str | None = None
     api_keys_file: str | None = None

@@ -119,7 +119,7 @@ class NoWorkerAvailable(RouterError):
 
 
 class WorkerLost(RouterError):
-    """The worker was lost after the stream had spoken."""
+    """A worker was lost while it ran this, and it was not, or could not be, given to another one."""
 
     reason = "WORKER_LOST"
     code = grpc.StatusCode.UNAVAILABLE

@@ -72,6 +72,52 @@ class Discovery(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An encoded input.
+
+    Attributes:
+        token_ids: the prompt. rendered: the text that was encoded (after the chat template); empty for ready ids.
+        answer_ends: chats only: for every earlier assistant message that was encoded from its text (not spliced in by
+        its ids), the position in `rendered` just behind its content, ascending. From these the router tells a prompt
+        whose earlier answer was re-encoded to other ids (`retokenized`).
+    """
+
+    token_ids: list[int]
+    rendered: str = ""
+    answer_ends: tuple[int, ...] = ()
+
+
+class Encoder(Protocol):
+    """Turns inputs into token ids, once per request. `router.tokenizer.PromptEncoder` is the real one.
+
+    Attributes:
+        tokenizer_sha256: of tokenizer.json, 32 bytes; a worker that has another one is refused. Empty: not compared.
+        vocab_size: ids are below it; None: what the workers say counts alone.
+    """
+
+    @property
+    def tokenizer_sha256(self) -> bytes:
+        """See the class."""
+        ...
+
+    @property
+    def vocab_size(self) -> int | None:
+        """See the class."""
+        ...
+
+    async def encode(self, input: inference_pb2.Input) -> Prompt:
+        """The prompt's ids. Long prompts are encoded in a thread.
+
+        Ready ids come back as they are; the router checks their range and count. An input without text or messages is
+        refused here, one that encodes to no token by the router.
+
+        Raises:
+            InvalidRequest: no kind is set, the template refuses the conversation, ...; names the remedy.
+        """
+        ...
+
+
 class RouterApi(Protocol):
     """What servicers and the HTTP app ask of a router. All raise `router.errors.RouterError`."""
 

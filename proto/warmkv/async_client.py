@@ -1,0 +1,145 @@
+"""The client for asyncio. Import it from `warmkv.client`, where it is described."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+import grpc
+
+from warmkv.channel import Calls, ConnectOptions, channel_arguments
+from warmkv.chat import Chat
+from warmkv.errors import from_rpc_error
+from warmkv.requests import (
+    ExplainOptions,
+    GenerateOptions,
+    InputOptions,
+    explain_request,
+    generate_request,
+    set_policy_request,
+    tokenize_request,
+)
+from warmkv.stream import AsyncStream, Generation
+from warmkv.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+
+class AsyncClient:
+    """A connection to a router, for asyncio. Belongs to the event loop that runs when it is made."""
+
+    def __init__(self, target: str = "127.0.0.1:50051", **options: Unpack[ConnectOptions]) -> None:
+        """Connect, at the first call, to `target`: host:port, or another name that gRPC resolves."""
+        credentials, arguments = channel_arguments(options)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, arguments)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, arguments)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
+        self._calls = Calls.of(options)
+
+    def generate(self, text: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """Generate a continuation of a text, of `messages` or of `token_ids`.
+
+        Raises:
+            WarmkvError: while the stream is read.
+        """
+        return self._start(text, None, options)
+
+    def chat(self, *, system: str | None = None, **options: Unpack[GenerateOptions]) -> Chat[AsyncStream]:
+        """A conversation; the options hold for each of its turns."""
+        return Chat(self._start, system, options)
+
+    async def explain(
+        self, text: str | None = None, **options: Unpack[ExplainOptions]
+    ) -> inference_pb2.ExplainResponse:
+        """What `generate` would decide now, and why."""
+        return await self._ask(self._inference.Explain, explain_request(text, options))
+
+    async def tokenize(
+        self, text: str | None = None, **options: Unpack[InputOptions]
+    ) -> inference_pb2.TokenizeResponse:
+        """The token ids that `generate` would use."""
+        return await self._ask(self._inference.Tokenize, tokenize_request(text, options))
+
+    async def list_workers(self) -> list[admin_pb2.WorkerInfo]:
+        """The workers, sorted by name."""
+        return list((await self._ask(self._admin.ListWorkers, admin_pb2.ListWorkersRequest())).workers)
+
+    async def drain(self, worker: str) -> int:
+        """Send a worker nothing new; the requests that still run there."""
+        return int((await self._ask(self._admin.DrainWorker, admin_pb2.DrainWorkerRequest(worker=worker))).running)
+
+    async def undrain(self, worker: str) -> None:
+        """Send to a worker again."""
+        await self._ask(self._admin.UndrainWorker, admin_pb2.UndrainWorkerRequest(worker=worker))
+
+    async def scale(self, workers: int) -> admin_pb2.ScaleWorkersResponse:
+        """Start or end workers until there are so many."""
+        return await self._ask(self._admin.ScaleWorkers, admin_pb2.ScaleWorkersRequest(workers=workers))
+
+    async def get_policy(self) -> admin_pb2.GetPolicyResponse:
+        """The policy in force, and those that can be set."""
+        return await self._ask(self._admin.GetPolicy, admin_pb2.GetPolicyRequest())
+
+    async def set_policy(
+        self, name: str = "", weights: Mapping[str, float] | None = None, *, shared_tier_reads: bool | None = None
+    ) -> admin_pb2.SetPolicyResponse:
+        """Change the policy, from the next request on; what is left out stays as it is."""
+        return await self._ask(self._admin.SetPolicy, set_policy_request(name, weights, shared_tier_reads))
+
+    async def clear_cache(self, scope: admin_pb2.ClearCacheRequest) -> admin_pb2.ClearCacheResponse:
+        """Drop blocks; returns when every worker confirmed."""
+        return await self._ask(self._admin.ClearCache, scope)
+
+    async def watch_stats(
+        self, *, period_ms: int | None = None, show_prompts: bool = False, timeout: float | None = None
+    ) -> AsyncIterator[admin_pb2.WatchStatsResponse]:
+        """The numbers behind the dashboard, one message a period, until the iterator is closed or `timeout` s over."""
+        request = admin_pb2.WatchStatsRequest(period_ms=period_ms, show_prompts=show_prompts)
+        call = self._admin.WatchStats(request, timeout=timeout, metadata=self._calls.metadata())
+        try:
+            async for stats in call:
+                yield stats
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        """Close the connection; running calls end."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _start(
+        self, text: str | None, on_complete: Callable[[Generation], None] | None, options: GenerateOptions
+    ) -> AsyncStream:
+        request = generate_request(text, options)
+        metadata = self._calls.metadata(options.get("request_id"), options.get("traceparent"))
+        waits = self._calls.retry.waits(options.get("timeout", self._calls.timeout))
+        return AsyncStream(
+            lambda left: self._inference.Generate(request, timeout=left, metadata=metadata), waits, on_complete
+        )
+
+    async def _ask(self, method: grpc.aio.UnaryUnaryMultiCallable[Q, A], request: Q) -> A:
+        waits = self._calls.waits()
+        while True:
+            try:
+                return await method(request, timeout=waits.time_left(), metadata=self._calls.metadata())
+            except grpc.RpcError as failure:
+                error = from_rpc_error(failure)
+                wait = waits.before_retry(error)
+                if wait is None:
+                    raise error from None
+                await asyncio.sleep(wait)

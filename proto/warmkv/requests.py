@@ -1,0 +1,170 @@
+"""From Python values to the contract's messages. Pure; both clients use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation. `token_ids`: for an earlier answer, the ids that were streamed."""
+
+    role: str
+    content: str
+    token_ids: Sequence[int] = ()
+
+
+class InputOptions(TypedDict, total=False):
+    """The prompt, where it is no plain text, and whom to ask.
+
+    Attributes:
+        messages: a conversation, rendered by the model's chat template; mappings with the fields of ChatMessage do too.
+        token_ids: ready ids.
+        add_generation_prompt: for conversations: end the prompt with the cue for an answer (the default).
+        model: its name; the one that is served when left out.
+    """
+
+    messages: Sequence[ChatMessage | Mapping[str, Any]]
+    token_ids: Sequence[int]
+    add_generation_prompt: bool
+    model: str
+
+
+class CacheOptions(TypedDict, total=False):
+    """What a request asks of the cache.
+
+    Attributes:
+        ttl: seconds that its blocks live after their last use.
+        no_store: do not keep the blocks that it computes. no_read: do not use cached blocks.
+        affinity_key: requests with the same key tend to the same worker.
+    """
+
+    ttl: int
+    no_store: bool
+    no_read: bool
+    affinity_key: str
+
+
+class ExplainOptions(InputOptions, CacheOptions, total=False):
+    """What `explain` takes."""
+
+
+class GenerateOptions(InputOptions, CacheOptions, total=False):
+    """How to generate. What is left out, the router's defaults decide.
+
+    Attributes:
+        max_tokens: most tokens to generate. temperature: zero is greedy. top_p, top_k, min_p: filters.
+        seed: makes sampling repeatable. stop: texts, stop_token_ids: ids at which to end.
+        logprobs: return log-probabilities, with so many alternatives. ignore_eos: do not end at the model's end tokens.
+        priority: higher runs first.
+        timeout: seconds for the whole answer, attempts included.
+        request_id, traceparent: sent along; the router makes them otherwise.
+    """
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    logprobs: int
+    ignore_eos: bool
+    priority: int
+    timeout: float | None
+    request_id: str
+    traceparent: str
+
+
+_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "logprobs", "ignore_eos")
+
+
+def generate_request(text: str | None, options: GenerateOptions) -> inference_pb2.GenerateRequest:
+    """The request of `generate`.
+
+    Raises:
+        TypeError: an option has no such name or type, or not exactly one prompt was given.
+        ValueError: a number does not fit its field.
+    """
+    _check_names(options, GenerateOptions)
+    given: Mapping[str, Any] = options
+    sampling = common_pb2.SamplingParams(**{name: given[name] for name in _SAMPLING if name in given})
+    stop = options.get("stop", ())
+    sampling.stop.extend([stop] if isinstance(stop, str) else stop)
+    return inference_pb2.GenerateRequest(
+        model=options.get("model", ""),
+        input=input_of(text, options),
+        sampling=sampling,
+        priority=options.get("priority", 0),
+        cache=cache_directives(options),
+    )
+
+
+def explain_request(text: str | None, options: ExplainOptions) -> inference_pb2.ExplainRequest:
+    """The request of `explain`. Raises as `generate_request` does."""
+    _check_names(options, ExplainOptions)
+    return inference_pb2.ExplainRequest(
+        model=options.get("model", ""), input=input_of(text, options), cache=cache_directives(options)
+    )
+
+
+def tokenize_request(text: str | None, options: InputOptions) -> inference_pb2.TokenizeRequest:
+    """The request of `tokenize`. Raises as `generate_request` does."""
+    _check_names(options, InputOptions)
+    return inference_pb2.TokenizeRequest(model=options.get("model", ""), input=input_of(text, options))
+
+
+def input_of(text: str | None, options: InputOptions) -> inference_pb2.Input:
+    """The prompt: exactly one of a text, messages and token ids.
+
+    Raises:
+        TypeError: none or several were given.
+    """
+    if (text is not None) + ("messages" in options) + ("token_ids" in options) != 1:
+        raise TypeError("give exactly one prompt: a text, messages=[...] or token_ids=[...].")
+    if text is not None:
+        return inference_pb2.Input(text=text)
+    if "token_ids" in options:
+        return inference_pb2.Input(token_ids=inference_pb2.TokenIds(ids=options["token_ids"]))
+    chat = inference_pb2.Chat(
+        messages=[_message(message) for message in options["messages"]],
+        add_generation_prompt=options.get("add_generation_prompt"),
+    )
+    return inference_pb2.Input(chat=chat)
+
+
+def cache_directives(options: CacheOptions) -> common_pb2.CacheDirectives:
+    """The cache's part of a request."""
+    return common_pb2.CacheDirectives(
+        ttl_seconds=options.get("ttl"),
+        no_store=options.get("no_store", False),
+        no_read=options.get("no_read", False),
+        affinity_key=options.get("affinity_key", ""),
+    )
+
+
+def set_policy_request(
+    name: str, weights: Mapping[str, float] | None, shared_tier_reads: bool | None
+) -> admin_pb2.SetPolicyRequest:
+    """The request of `set_policy`; what is left out stays as it is."""
+    request = admin_pb2.SetPolicyRequest(shared_tier_reads=shared_tier_reads)
+    if name or weights:
+        request.policy.CopyFrom(admin_pb2.Policy(name=name, weights=weights or {}))
+    return request
+
+
+def _message(message: ChatMessage | Mapping[str, Any]) -> inference_pb2.ChatMessage:
+    if isinstance(message, Mapping):
+        message = ChatMessage(**message)
+    return inference_pb2.ChatMessage(role=message.role, content=message.content, token_ids=message.token_ids)
+
+
+def _check_names(options: Mapping[str, object], known: Any) -> None:
+    """Refuse misspelt options, which type checkers find and the interpreter does not."""
+    if unknown := options.keys() - known.__optional_keys__:
+        raise TypeError(f"unknown options {sorted(unknown)}. Use {sorted(known.__optional_keys__)}.")

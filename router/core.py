@@ -1,0 +1,339 @@
+"""The router: admit -> tokenize -> hash -> choose -> submit -> stream -> account.
+
+Covers: wiring the parts, and the walk of one request through them. Does not cover: any single step, each of which has
+a module of its own, nor servers (`server`). Owned by one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import grpc
+
+from kvstore.blocks import block_hashes, short
+from router.admission import Admission
+from router.attempts import Attempts
+from router.board import Board, Recent
+from router.config import RouterConfig
+from router.decide import Decider
+from router.errors import InternalError, RouterError
+from router.explain import explained
+from router.fleet import Fleet
+from router.fleet_record import FleetRecord
+from router.handshake import Expected
+from router.index import PrefixIndex
+from router.ledger import Entry, Ledger
+from router.metrics import Metrics, RouterGauges, WorkerGauges
+from router.misses import AnswerMemory
+from router.operators import Operators
+from router.policy import checked_weights, find_policy
+from router.prefix_map import PrefixMap
+from router.prepare import Preparer
+from router.protocol import Caller, Discovery, Encoder, RequestContext
+from router.readiness import Readiness, time_left
+from router.request import PreparedPrompt, Request, job_for
+from router.traffic import Traffic
+from router.validation import check_cache, check_model, check_priority, filled_sampling
+from router.worker_stream import LinkSettings
+from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
+
+_WAIT_FOR_WORKER_S = 3.0
+_WORDS = 80  # of a prompt, as a label
+_SAME_MOMENT_S = 0.05  # a caller's own clock ends at its deadline too, and its cancellation may be here first
+
+log = logging.getLogger(__name__)
+
+
+class Router:
+    """Serves one model from one fleet. Satisfies `router.protocol.RouterApi`.
+
+    Call `start` on the event loop before use, and `close` at the end.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        encoder: Encoder,
+        discovery: Discovery,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        trust_group_of: Callable[[str], str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+        wait_for_worker_s: float = _WAIT_FOR_WORKER_S,
+    ) -> None:
+        """Wire it; nothing runs yet.
+
+        Args:
+            credentials: of the channels to workers; None: plaintext. trust_group_of: the group of a tenant that
+            an operator names; None: as last seen with that tenant, else its own. wait_for_worker_s: how long a request
+            waits while no worker is ready.
+
+        Raises:
+            InvalidRequest: the settings name an unknown policy or weight.
+        """
+        checked_weights(find_policy(config.policy), config.weights)
+        self._config = config
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self.metrics = Metrics(router=config.name, model=config.model_name, version=_package_version())
+        self._admission = Admission(config.max_in_flight, config.max_in_flight_per_tenant)
+        self._index = PrefixIndex(clock)
+        self._traffic = Traffic(clock)
+        self._ledger = Ledger()
+        self._answers = AnswerMemory()
+        self._prefixes = PrefixMap()
+        self._recent = Recent(clock)
+        self.fleet = self._make_fleet(encoder, discovery, credentials)
+        readiness = Readiness(self.fleet, clock, patience_s=wait_for_worker_s)
+        self._decider = Decider(self.fleet, self._index, self._traffic, clock)
+        self._preparer = Preparer(config, encoder, self.fleet, readiness, self.metrics, trust_group_of=trust_group_of)
+        self._attempts = Attempts(self.fleet, self._decider, self._traffic, readiness, self._recent, self.metrics)
+        self._board = Board(self.fleet, self._index, self._prefixes, self._recent)
+        self._operators = Operators(config.name, self.fleet, self._board, self._preparer)
+        self.metrics.export_gauges(self._gauges)
+
+    async def start(self) -> None:
+        """Begin to follow the fleet; requests wait until a worker is ready."""
+        self.fleet.start()
+
+    async def close(self) -> None:
+        """Leave the fleet; requests that still run end with an error."""
+        self._admission.drain()
+        await self.fleet.close()
+
+    def drain(self) -> None:
+        """Admit nothing new; what runs goes on."""
+        self._admission.drain()
+
+    # Requests
+
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, *, caller: Caller, context: RequestContext
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Run a request. Closing the iterator cancels it. Raises RouterError."""
+        work = Request(
+            caller, context, self._clock(), self._clock, self._settle, self._first_token, self.metrics.observe_gap
+        )
+        code = grpc.StatusCode.CANCELLED
+        try:
+            with self._admission.admitted(caller.tenant):
+                prepared = await self._prepared(request, work)
+                job = self._job(request, work, prepared)
+                self._prefixes.count(prepared.question.hashes, caller.tenant, self._label(request.input))
+                last = False
+                while not last:
+                    output = await self._attempts.next_output(work, prepared, job)
+                    last = bool(output.finish_reason)
+                    yield self._response(work, prepared, output)
+            code = grpc.StatusCode.OK
+        except RouterError as error:
+            code = error.code
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            code = _code_of_leaving(context)
+            raise
+        except Exception as error:
+            code = grpc.StatusCode.INTERNAL
+            log.exception("a request failed", extra={"request_id": context.request_id})
+            raise InternalError(
+                f"The router failed; report it with the id {context.request_id} and the router's log.",
+                request_id=context.request_id,
+            ) from error
+        finally:
+            work.finish(code)
+            self._attempts.leave(work)
+
+    async def explain(self, request: inference_pb2.ExplainRequest, *, caller: Caller) -> inference_pb2.ExplainResponse:
+        """What `generate` would decide. Changes nothing. Raises RouterError."""
+        check_model(request.model, self._config.model_name)
+        check_cache(request.cache)
+        prepared = await self._preparer.prepare(request.input, caller, request.cache, deadline=None)
+        choice = self._decider.decide(prepared.question)
+        return explained(
+            prepared,
+            choice,
+            fleet=self.fleet,
+            index=self._index,
+            decider=self._decider,
+            retokenized_at=self._answers.retokenized_at(prepared.root, prepared.prompt, prepared.question.hashes),
+        )
+
+    async def tokenize(
+        self, request: inference_pb2.TokenizeRequest, *, caller: Caller
+    ) -> inference_pb2.TokenizeResponse:
+        """The token ids that `generate` would use, and the names of their blocks. Raises RouterError."""
+        check_model(request.model, self._config.model_name)
+        prepared = await self._preparer.prepare(request.input, caller, common_pb2.CacheDirectives(), deadline=None)
+        return inference_pb2.TokenizeResponse(
+            token_ids=prepared.prompt.token_ids,
+            rendered=prepared.prompt.rendered,
+            block_hashes=prepared.question.hashes,
+        )
+
+    # Operators
+
+    def list_workers(self) -> list[admin_pb2.WorkerInfo]:
+        """Every worker known, sorted by name."""
+        return self._board.workers()
+
+    def drain_worker(self, worker: str) -> int:
+        """Send it nothing new, on all routers; requests that still run there. Raises WorkerNotFound."""
+        return self._operators.drain_worker(worker)
+
+    def undrain_worker(self, worker: str) -> None:
+        """Send to it again. Raises WorkerNotFound."""
+        self._operators.undrain_worker(worker)
+
+    async def scale_workers(self, workers: int) -> tuple[list[str], list[str]]:
+        """Names started, names stopped. Raises NotSupported."""
+        return await self._operators.scale_workers(workers)
+
+    def get_policy(self) -> admin_pb2.GetPolicyResponse:
+        """The policy in force and those available."""
+        return self._operators.get_policy()
+
+    def set_policy(self, request: admin_pb2.SetPolicyRequest) -> admin_pb2.SetPolicyResponse:
+        """From the next request on, on all routers within a second. Raises InvalidRequest; then nothing changed."""
+        return self._operators.set_policy(request)
+
+    async def clear_cache(
+        self, request: admin_pb2.ClearCacheRequest, *, caller: Caller
+    ) -> admin_pb2.ClearCacheResponse:
+        """Drop blocks; returns when every worker confirmed. Raises InvalidRequest, WorkerLost, NoWorkerAvailable."""
+        return await self._operators.clear_cache(request, caller=caller)
+
+    def stats(self, *, show_prompts: bool) -> admin_pb2.WatchStatsResponse:
+        """A snapshot of the numbers behind the dashboard. Words of prompts only where the settings allow it."""
+        return self._board.stats(
+            self._ledger.totals,
+            in_flight=self._admission.in_flight,
+            show_prompts=show_prompts and self._config.show_prompts,
+        )
+
+    def ready(self) -> bool:
+        """Whether a request could be served now."""
+        return not self._admission.draining and any(self.fleet.takes_requests(link) for link in self.fleet.links())
+
+    # The steps of a request
+
+    async def _prepared(self, body: inference_pb2.GenerateRequest, work: Request) -> PreparedPrompt:
+        check_model(body.model, self._config.model_name)
+        check_priority(body.priority)
+        check_cache(body.cache)
+        prepared = await self._preparer.prepare(body.input, work.caller, body.cache, deadline=work.context.deadline)
+        work.prompt_tokens = prepared.question.prompt_tokens
+        return prepared
+
+    def _job(self, body: inference_pb2.GenerateRequest, work: Request, prepared: PreparedPrompt) -> worker_pb2.Job:
+        sampling = filled_sampling(
+            body.sampling,
+            prompt_tokens=prepared.question.prompt_tokens,
+            context_length=self.fleet.context_length(),
+            vocab_size=self.fleet.vocab_size(),
+            draw_seed=lambda: self._rng.getrandbits(63),
+        )
+        return job_for(work, prepared, body, sampling)
+
+    def _response(
+        self, work: Request, prepared: PreparedPrompt, output: worker_pb2.SequenceOutput
+    ) -> inference_pb2.GenerateResponse:
+        response = inference_pb2.GenerateResponse(
+            text=output.text, token_ids=output.token_ids, logprobs=output.logprobs, finish_reason=output.finish_reason
+        )
+        if prepared.prompt.rendered:
+            work.answer_ids.extend(output.token_ids)
+            work.answer.append(output.text)
+        if output.finish_reason:
+            response.usage.CopyFrom(work.usage())
+            response.route.CopyFrom(work.route(self._config.name))
+            self._remember_answer(work, prepared)
+        return response
+
+    # What follows from a request
+
+    def _first_token(self, work: Request, now: float) -> None:
+        self._recent.first_token(work.ttft_ms)
+        self.metrics.observe_ttft(now - work.started, work.choice.predicted_ttft_ms if work.choice else 0.0)
+        if work.record is not None:
+            work.record.ttft_ms = work.ttft_ms
+
+    def _settle(self, work: Request, entry: Entry) -> None:
+        self._ledger.record(entry)
+        self.metrics.count(entry)
+        self.metrics.observe_request(self._clock() - work.started)
+        if work.record is not None and entry.fates:
+            work.record.reused_tokens = entry.reused
+
+    def _remember_answer(self, work: Request, prepared: PreparedPrompt) -> None:
+        """So that a next turn whose text encodes to other ids can be told why it missed."""
+        if not prepared.prompt.rendered or len(work.answer_ids) < 2:
+            return
+        size = prepared.question.block_size
+        full = len(prepared.names) * size
+        # Without the last token: an end token is the template's business.
+        tail = [*prepared.prompt.token_ids[full:], *work.answer_ids[:-1]]
+        parent = prepared.names[-1] if prepared.names else prepared.root
+        names = [*prepared.question.hashes, *(short(name) for name in block_hashes(tail, parent, size))]
+        self._answers.remember(prepared.root, prepared.prompt.rendered, "".join(work.answer), names)
+
+    # Small things
+
+    def _make_fleet(self, encoder: Encoder, discovery: Discovery, credentials: grpc.ChannelCredentials | None) -> Fleet:
+        config = self._config
+        return Fleet(
+            discovery,
+            self._index,
+            self.metrics,
+            LinkSettings(config.name, _package_version(), config.fleet_secret, credentials),
+            Expected(config.model_name, encoder.tokenizer_sha256),
+            FleetRecord(0, config.name, config.policy, dict(config.weights), frozenset(), config.shared_tier_reads),
+            clock=self._clock,
+            jitter=self._rng.random,
+            on_worker_gone=self._traffic.forget,
+        )
+
+    def _label(self, given: inference_pb2.Input) -> str:
+        """The first words that a person wrote, kept only where the settings allow to show them."""
+        if not self._config.show_prompts:
+            return ""
+        words = given.chat.messages[0].content if given.chat.messages else given.text
+        return " ".join(words[: 4 * _WORDS].split())[:_WORDS]
+
+    def _gauges(self) -> RouterGauges:
+        links = self.fleet.links()
+        ready = sum(self.fleet.takes_requests(link) for link in links)
+        return RouterGauges(
+            in_flight=self._admission.in_flight,
+            index_blocks=len(self._index),
+            fleet_version=self.fleet.record.version,
+            utilisation=self._traffic.utilisation(ready),
+            workers=[
+                WorkerGauges(
+                    link.name,
+                    admin_pb2.WorkerState.Name(self.fleet.state(link)).removeprefix("WORKER_STATE_").lower(),
+                    link.incarnation,
+                    link.report.message if link.report and link.connected else None,
+                )
+                for link in links
+            ],
+        )
+
+
+def _code_of_leaving(context: RequestContext) -> grpc.StatusCode:
+    """Why a call was ended from outside: its edge watches the same deadline."""
+    if context.deadline is not None and time_left(context.deadline) <= _SAME_MOMENT_S:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    return grpc.StatusCode.CANCELLED
+
+
+def _package_version() -> str:
+    try:
+        return version("warmkv")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,180 @@
+"""Prices a worker for a request in milliseconds: wait for its queue + load from slower tiers + compute the rest.
+
+Covers: the prefill model, load or compute tier by tier, the backlog, the pool of prefill fits. Does not cover: what the
+terms weigh (`policy`) or what was sent where (`traffic`). Pure functions over measurements that the workers report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from types import MappingProxyType
+from typing import NamedTuple
+
+from kvstore.events import TierName
+from router.index import Overlap
+
+# Until the first report of a fleet: about a mid-sized model on one accelerator. Replaced within a heartbeat.
+_REFERENCE_TOKENS = 1000
+# Two workers whose predictions differ by less than this factor count as the same machine: fits are noisy, and routing
+# after noise would send every new prompt to the worker that happened to be measured best.
+_SAME_MACHINE = 1.5
+
+
+class PrefillFit(NamedTuple):
+    """Prefill of n new tokens after m cached ones takes `fixed_ms + token_ms * n + pair_ms * n * (m + n / 2)`."""
+
+    fixed_ms: float
+    token_ms: float
+    pair_ms: float = 0.0
+
+    def ms(self, new_tokens: float, cached_tokens: float = 0.0) -> float:
+        """Predicted milliseconds; the fixed part included."""
+        return self.fixed_ms + self.token_ms * new_tokens + self.pair_ms * new_tokens * (cached_tokens + new_tokens / 2)
+
+
+DEFAULT_FIT = PrefillFit(fixed_ms=10.0, token_ms=0.125)
+
+
+class TierRead(NamedTuple):
+    """Measured time of reading blocks from a tier."""
+
+    latency_ms: float
+    block_ms: float
+
+    def ms(self, blocks: int) -> float:
+        """One read of `blocks` blocks."""
+        return self.latency_ms + blocks * self.block_ms if blocks else 0.0
+
+
+class WorkerLoad(NamedTuple):
+    """What a worker last reported.
+
+    Attributes:
+        fit: None until it measured one.
+        reads: by tier; a tier that is missing or unhealthy cannot be read.
+        pending_tokens: prompt tokens still to be computed, of all routers. waiting: sequences not yet started.
+        running: in the batch. decoding: of those, past their prefill. decode_step_ms: one step of theirs.
+    """
+
+    fit: PrefillFit | None = None
+    reads: Mapping[TierName, TierRead] = MappingProxyType({})
+    pending_tokens: int = 0
+    waiting: int = 0
+    running: int = 0
+    decoding: int = 0
+    decode_step_ms: float = 0.0
+
+
+NO_LOAD = WorkerLoad()
+
+
+class Price(NamedTuple):
+    """The predicted milliseconds of one worker for one request.
+
+    Attributes:
+        queue_ms, load_ms, compute_ms: the terms; their sum is the predicted time to the first token.
+        cold_ms: compute_ms if nothing were cached.
+        cached: tokens that the plan reuses, by tier. cached_tokens: their sum.
+    """
+
+    queue_ms: float
+    load_ms: float
+    compute_ms: float
+    cold_ms: float
+    cached: Mapping[TierName, int]
+    cached_tokens: int
+
+    @property
+    def ttft_ms(self) -> float:
+        """Unweighted prediction."""
+        return self.queue_ms + self.load_ms + self.compute_ms
+
+
+def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
+    """A fit for every worker: the median one where a worker's own differs from it by noise only, else its own.
+
+    Workers without a fit get the median of the others, and `DEFAULT_FIT` when there is none.
+    """
+    known = [fit for fit in fits.values() if fit is not None]
+    if not known:
+        return dict.fromkeys(fits, DEFAULT_FIT)
+    middle = PrefillFit(
+        median(f.fixed_ms for f in known), median(f.token_ms for f in known), median(f.pair_ms for f in known)
+    )
+    return {name: _pooled(fit, middle) for name, fit in fits.items()}
+
+
+def _pooled(own: PrefillFit | None, middle: PrefillFit) -> PrefillFit:
+    if own is None:
+        return middle
+    mine, theirs = own.ms(_REFERENCE_TOKENS), middle.ms(_REFERENCE_TOKENS)
+    return middle if mine <= theirs * _SAME_MACHINE and theirs <= mine * _SAME_MACHINE else own
+
+
+def queue_ms(load: WorkerLoad, fit: PrefillFit, *, age_ms: float, unreported_ms: float, keep: float = 0.2) -> float:
+    """Milliseconds until a prefill that is sent now could start.
+
+    The reported backlog shrinks while one looks at it, so the age of the report is taken off; `keep` of it stays,
+    because a believed rate above the true one would otherwise empty queues too soon. `unreported_ms` is work that this
+    router sent and the report cannot contain yet.
+    """
+    backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
+    backlog = max(backlog - age_ms, keep * backlog)
+    step = load.decode_step_ms if load.decoding else 0.0
+    return backlog + unreported_ms + step
+
+
+def price(
+    overlap: Overlap,
+    prompt_tokens: int,
+    block_size: int,
+    load: WorkerLoad,
+    fit: PrefillFit,
+    *,
+    queue: float,
+    shared_reads: bool,
+) -> Price:
+    """The cheapest plan on one worker: how deep to read each tier, as its store would decide (load or compute).
+
+    `queue` is its `queue_ms`.
+    """
+    spans = _spans(overlap, shared_reads=shared_reads)
+    best = _plan(spans[:1], prompt_tokens, block_size, load, fit)
+    for reach in range(2, len(spans) + 1):
+        plan = _plan(spans[:reach], prompt_tokens, block_size, load, fit)
+        if plan[0] + plan[1] < best[0] + best[1]:
+            best = plan
+    load_ms, compute_ms, cached, cached_tokens = best
+    return Price(queue, load_ms, compute_ms, fit.ms(prompt_tokens), cached, cached_tokens)
+
+
+def _spans(overlap: Overlap, *, shared_reads: bool) -> list[tuple[TierName, int, int]]:
+    """(tier, first block, end block) of each tier that adds something, fastest first; the pool always stands first."""
+    spans, at = [(TierName.DEVICE, 0, overlap.device)], overlap.device
+    deepest = overlap.shared if shared_reads else overlap.disk
+    if deepest == at:
+        return spans
+    ends = ((TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest))
+    for tier, end in ends:
+        if end > at:
+            spans.append((tier, at, end))
+            at = end
+    return spans
+
+
+def _plan(
+    spans: Sequence[tuple[TierName, int, int]], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit
+) -> tuple[float, float, dict[TierName, int], int]:
+    """Load and compute milliseconds, cached tokens by tier and their sum, when exactly these spans are reused."""
+    load_ms, cached, total = 0.0, {}, 0
+    for tier, start, end in spans:
+        # One token is always computed: the forward that gives the first new token needs it.
+        tokens = min(end * block_size, prompt_tokens - 1) - total
+        if tier is not TierName.DEVICE:
+            read = load.reads.get(tier)
+            load_ms += math.inf if read is None else read.ms(end - start)
+        cached[tier] = tokens
+        total += tokens
+    return load_ms, fit.ms(prompt_tokens - total, total), cached, total

@@ -1,0 +1,92 @@
+"""The answer to Explain: every worker as the policy saw it, the choice, and why a block is missing.
+
+Covers: turning a decision into its message. Does not cover: deciding (`decide`) or finding the cause of a miss
+(`misses`). Changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from router.decide import Choice, Decider
+from router.fleet import Fleet
+from router.index import PrefixIndex
+from router.link import WorkerLink
+from router.misses import Missing, explain_miss
+from router.policy import Candidate, checked_weights, find_policy
+from router.request import PreparedPrompt
+from warmkv.v1 import common_pb2, inference_pb2
+
+
+def explained(
+    prepared: PreparedPrompt,
+    choice: Choice | None,
+    *,
+    fleet: Fleet,
+    index: PrefixIndex,
+    decider: Decider,
+    retokenized_at: int | None,
+) -> inference_pb2.ExplainResponse:
+    """The message. `choice` None: no worker is eligible."""
+    record, question = fleet.record, prepared.question
+    policy = find_policy(record.policy)
+    missing = explain_miss(index, question.hashes, retokenized_at)
+    return inference_pb2.ExplainResponse(
+        prompt_tokens=question.prompt_tokens,
+        block_size=question.block_size,
+        blocks=len(question.hashes),
+        policy=policy.name,
+        weights=checked_weights(policy, record.weights),
+        worker=choice.worker if choice else "",
+        reason=choice.decision.reason if choice else "",
+        candidates=[
+            *(_eligible(choice, question.prompt_tokens) if choice else []),
+            *_excluded(prepared, choice, fleet, index, decider),
+        ],
+        miss=_miss(missing) if missing else None,
+    )
+
+
+def _eligible(choice: Choice, prompt_tokens: int) -> list[inference_pb2.Candidate]:
+    """Best first; the chosen one stands first also where a near-tie made it so."""
+    costs = zip(choice.decision.costs, choice.candidates, strict=True)
+    order = sorted(costs, key=lambda pair: (pair[1] is not choice.decision.chosen, pair[0], pair[1].worker))
+    messages = []
+    for cost, candidate in order:
+        message = _candidate(candidate, prompt_tokens)
+        message.eligible = True
+        if choice.policy.predicts:
+            terms = choice.policy.terms(choice.request, choice.candidates, candidate, choice.weights)
+            message.terms.extend(inference_pb2.CostTerm(name=t.name, ms=t.ms, weight=t.weight) for t in terms)
+            message.cost_ms = cost
+            message.predicted_ttft_ms = candidate.price.ttft_ms
+        messages.append(message)
+    return messages
+
+
+def _excluded(
+    prepared: PreparedPrompt, choice: Choice | None, fleet: Fleet, index: PrefixIndex, decider: Decider
+) -> list[inference_pb2.Candidate]:
+    able = {candidate.worker for candidate in choice.candidates} if choice else set()
+    links: Sequence[WorkerLink] = [link for link in fleet.links() if link.name not in able]
+    overlaps = {} if prepared.question.no_read else index.match(prepared.question.hashes)
+    messages = []
+    for link, candidate in zip(links, decider.candidates(prepared.question, links, overlaps), strict=True):
+        message = _candidate(candidate, prepared.question.prompt_tokens)
+        message.excluded_because = fleet.excluded_because(link) or "it refused this request"
+        messages.append(message)
+    return messages
+
+
+def _candidate(candidate: Candidate, prompt_tokens: int) -> inference_pb2.Candidate:
+    cached = {str(tier): tokens for tier, tokens in candidate.price.cached.items()}
+    computed = prompt_tokens - candidate.price.cached_tokens
+    return inference_pb2.Candidate(
+        worker=candidate.worker,
+        tokens=common_pb2.TokensByFate(computed=computed, **cached),
+        active_requests=candidate.active,
+    )
+
+
+def _miss(missing: Missing) -> inference_pb2.Miss:
+    return inference_pb2.Miss(reason=missing.reason, block=missing.block, detail=missing.detail)

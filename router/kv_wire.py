@@ -1,0 +1,87 @@
+"""From a worker's messages to the router's plain data. Pure. Covers: K/V events, snapshots, load reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from kvstore.blocks import SHORT_HASH_BYTES
+from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
+from router.cost import PrefillFit, TierRead, WorkerLoad
+from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
+
+# Tier `peer` is a way to read, not a place: nobody owns blocks there.
+_TIERS = {
+    common_pb2.TIER_DEVICE: TierName.DEVICE,
+    common_pb2.TIER_HOST: TierName.HOST,
+    common_pb2.TIER_DISK: TierName.DISK,
+    common_pb2.TIER_REDIS: TierName.REDIS,
+}
+_CAUSES = {
+    kv_events_pb2.REMOVAL_CAUSE_EVICTED: RemovalCause.EVICTED,
+    kv_events_pb2.REMOVAL_CAUSE_EXPIRED: RemovalCause.EXPIRED,
+    kv_events_pb2.REMOVAL_CAUSE_CLEARED: RemovalCause.CLEARED,
+    kv_events_pb2.REMOVAL_CAUSE_INVALID: RemovalCause.INVALID,
+    kv_events_pb2.REMOVAL_CAUSE_ABSENT: RemovalCause.ABSENT,
+}
+_FATES = ("computed", "device", "host", "disk", "redis", "peer")
+
+
+def events(wire: Iterable[kv_events_pb2.KvEvent]) -> Iterator[KvEvent]:
+    """K/V events in order; those of tiers that this version does not know are left out."""
+    for event in wire:
+        match event.WhichOneof("kind"):
+            case "stored":
+                yield from stored((event.stored,))
+            case "removed":
+                if tier := _TIERS.get(event.removed.tier):
+                    cause = _CAUSES.get(event.removed.cause, RemovalCause.EVICTED)
+                    yield BlockRemoved(tier, _split(event.removed.hashes), cause)
+            case "cleared":
+                if tier := _TIERS.get(event.cleared.tier):
+                    yield AllBlocksCleared(tier)
+
+
+def stored(wire: Iterable[kv_events_pb2.BlockStored]) -> Iterator[BlockStored]:
+    """Stored blocks, of a step or of a snapshot."""
+    for event in wire:
+        if tier := _TIERS.get(event.tier):
+            ttl_s = event.ttl_ms / 1000.0 if event.ttl_ms else None
+            yield BlockStored(tier, _split(event.hashes), event.parent or None, ttl_s)
+
+
+def worker_load(load: worker_pb2.Load) -> WorkerLoad:
+    """What decisions read of a report."""
+    return WorkerLoad(
+        fit=prefill_fit(load),
+        reads=tier_reads(load),
+        pending_tokens=load.pending_prefill_tokens,
+        waiting=load.waiting,
+        running=load.running,
+        decoding=load.decoding,
+        decode_step_ms=load.decode_step_ms,
+    )
+
+
+def prefill_fit(load: worker_pb2.Load) -> PrefillFit | None:
+    """The worker's fit; None before it measured one."""
+    if load.prefill_token_ms <= 0 and load.prefill_pair_ms <= 0:
+        return None
+    return PrefillFit(load.prefill_fixed_ms, load.prefill_token_ms, load.prefill_pair_ms)
+
+
+def tier_reads(load: worker_pb2.Load) -> dict[TierName, TierRead]:
+    """What reading costs, of the tiers that work."""
+    return {
+        _TIERS[tier.tier]: TierRead(tier.read_latency_ms, max(0.0, tier.read_block_ms - tier.read_latency_ms))
+        for tier in load.tiers
+        if tier.healthy and tier.tier in _TIERS
+    }
+
+
+def fates(wire: common_pb2.TokensByFate) -> dict[str, int]:
+    """Tokens by fate."""
+    return {fate: getattr(wire, fate) for fate in _FATES}
+
+
+def _split(hashes: bytes) -> tuple[bytes, ...]:
+    return tuple(hashes[at : at + SHORT_HASH_BYTES] for at in range(0, len(hashes), SHORT_HASH_BYTES))

@@ -1,0 +1,259 @@
+"""Every metric of a router, declared once: name, unit, help, labels.
+
+Covers: what this router served, how it decided, and its workers' tiers and queues as they report them. Does not cover:
+hit rates and other quotients (they are queries: see docs/metrics.md). Token counters count only what this router
+served, so the sum over routers is the fleet's. Each router has a registry of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from router.ledger import Entry
+from warmkv.v1 import common_pb2, worker_pb2
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_MICRO = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5, 2.5)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGauges:
+    """What is exported of a worker. `load` is None until it reported."""
+
+    worker: str
+    state: str
+    incarnation: int
+    load: worker_pb2.Load | None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterGauges:
+    """Numbers that are read when the metrics are asked for."""
+
+    in_flight: int
+    index_blocks: int
+    fleet_version: int
+    utilisation: float
+    workers: list[WorkerGauges]
+
+
+class Metrics:
+    """The metrics of one router. `registry` is what /metrics exports."""
+
+    def __init__(self, *, router: str, model: str, version: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model
+        declare = _Declare(self.registry)
+        self.prompt_tokens = declare.counter(
+            "prompt_tokens",
+            "Prompt tokens of finished requests, by where their K/V lay at admission.",
+            "model",
+            "worker",
+            "fate",
+        )
+        self.generation_tokens = declare.counter("generation_tokens", "Generated tokens.", "model", "worker")
+        self.requests = declare.counter("requests", "Finished requests by gRPC status.", "model", "code")
+        self.retries = declare.counter(
+            "request_retries", "Requests sent again because their worker was lost.", "worker"
+        )
+        self.decisions = declare.counter("route_decisions", "Routing decisions.", "policy", "reason")
+        self.overlap = declare.counter(
+            "route_overlap_tokens",
+            "Prompt tokens expected to be reused (predicted), and reused; the gap is the index's error.",
+            "kind",
+        )
+        self.route_seconds = declare.histogram(
+            "route_duration_seconds", "Time of a decision, by stage.", _MICRO, "stage"
+        )
+        self.ttft_seconds = declare.histogram(
+            "time_to_first_token_seconds",
+            "From a request's arrival at the router to its first token.",
+            _SECONDS,
+            "model",
+        )
+        self.ttft_error_seconds = declare.histogram(
+            "time_to_first_token_error_seconds",
+            "Real minus predicted time to the first token, by sign.",
+            _SECONDS,
+            "sign",
+        )
+        self.itl_seconds = declare.histogram(
+            "inter_token_latency_seconds", "Time between two tokens of an answer.", _SECONDS, "model"
+        )
+        self.request_seconds = declare.histogram(
+            "request_duration_seconds", "From a request's arrival to its end.", _SECONDS, "model"
+        )
+        self.resyncs = declare.counter("index_resyncs", "Snapshots asked for because events were missed.", "worker")
+        self.fates_corrected = declare.counter(
+            "fates_corrected", "Finished requests whose worker reported fates that did not sum to the prompt.", "worker"
+        )
+        self.losses = declare.counter("worker_losses", "Streams to workers that broke or fell silent.", "worker")
+        info = Gauge(
+            "warmkv_build_info",
+            "Always 1; which router and version this is.",
+            ["router", "version"],
+            registry=self.registry,
+        )
+        info.labels(router, version).set(1)
+
+    def count(self, entry: Entry) -> None:
+        """Export a ledger entry."""
+        self.requests.labels(self._model, entry.code).inc()
+        if entry.generated_tokens:
+            self.generation_tokens.labels(self._model, entry.worker).inc(entry.generated_tokens)
+        for fate, tokens in entry.fates.items():
+            self.prompt_tokens.labels(self._model, entry.worker, fate).inc(tokens)
+        if entry.fates:
+            self.overlap.labels("predicted").inc(entry.predicted_cached)
+            self.overlap.labels("reused").inc(entry.reused)
+
+    def observe_ttft(self, seconds: float, predicted_ms: float) -> None:
+        """A first token came; `predicted_ms` zero: nothing was predicted."""
+        self.ttft_seconds.labels(self._model).observe(seconds)
+        if predicted_ms:
+            error = seconds - predicted_ms / 1000.0
+            self.ttft_error_seconds.labels("late" if error >= 0 else "early").observe(abs(error))
+
+    def observe_gap(self, seconds: float, tokens: int) -> None:
+        """`tokens` tokens came `seconds` after those before."""
+        histogram = self.itl_seconds.labels(self._model)
+        for _ in range(tokens):
+            histogram.observe(seconds / tokens)
+
+    def observe_request(self, seconds: float) -> None:
+        """A request ended."""
+        self.request_seconds.labels(self._model).observe(seconds)
+
+    def export_gauges(self, read: Callable[[], RouterGauges]) -> None:
+        """Ask `read` whenever the metrics are collected."""
+        self.registry.register(_Gauges(read))
+
+
+class _Declare:
+    """Declares with the prefix, on one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(f"warmkv_{name}", help, labels, registry=self._registry)
+
+    def histogram(self, name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"warmkv_{name}", help, labels, buckets=buckets, registry=self._registry)
+
+
+# (name, help, field of TierLoad) of what is exported of every tier of every worker.
+_TIER_GAUGES = (
+    ("warmkv_kv_blocks", "Blocks that a tier holds.", "blocks"),
+    ("warmkv_kv_tier_bytes", "Bytes of a tier that hold blocks.", "used_bytes"),
+    ("warmkv_kv_tier_capacity_bytes", "Bytes that a tier may hold; zero: unknown.", "capacity_bytes"),
+    ("warmkv_kv_tier_healthy", "1 while a tier works, 0 while its breaker is open.", "healthy"),
+)
+_TIER_COUNTERS = (
+    ("warmkv_kv_hits", "Blocks read from a tier and found whole.", "hits"),
+    ("warmkv_kv_stores", "Blocks written to a tier.", "stores"),
+    ("warmkv_kv_read_bytes", "Bytes of blocks read from a tier.", "read_bytes"),
+    ("warmkv_kv_written_bytes", "Bytes of blocks written to a tier.", "written_bytes"),
+)
+_TIER_COUNTERS_BY = (
+    ("warmkv_kv_misses", "Blocks looked for in a tier and not delivered.", "misses", "reason"),
+    ("warmkv_kv_removals", "Blocks that left a tier.", "removals", "cause"),
+    ("warmkv_kv_store_failures", "Blocks that were to be written to a tier and were not.", "store_failures", "reason"),
+)
+_LOAD_GAUGES = (
+    ("warmkv_requests_running", "Sequences in a worker's batch, of all routers.", "running", 1.0),
+    ("warmkv_requests_waiting", "Sequences that wait on a worker, of all routers.", "waiting", 1.0),
+    ("warmkv_pending_prefill_tokens", "Prompt tokens still to be computed on a worker.", "pending_prefill_tokens", 1.0),
+    ("warmkv_decode_step_seconds", "Time of one decode step.", "decode_step_ms", 1e-3),
+)
+_LOAD_COUNTERS = (
+    ("warmkv_engine_steps", "Engine steps since the worker started.", "steps"),
+    ("warmkv_preemptions", "Sequences that were preempted since the worker started.", "preemptions"),
+)
+_STATES = ("joining", "ready", "drained", "suspect", "lost", "refused")
+
+
+class _Gauges(Collector):
+    """Reads the workers' last reports at scrape time, so that a worker that is gone leaves no stale series."""
+
+    def __init__(self, read: Callable[[], RouterGauges]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        """All families."""
+        now = self._read()
+        yield _gauge("warmkv_requests_in_flight", "Requests in flight on this router.", now.in_flight)
+        yield _gauge("warmkv_index_blocks", "Blocks in the prefix index.", now.index_blocks)
+        yield _gauge("warmkv_fleet_version", "Version of the fleet record in force.", now.fleet_version)
+        yield _gauge(
+            "warmkv_fleet_utilisation_ratio",
+            "Share of the fleet's time that this router's prefills take.",
+            now.utilisation,
+        )
+        yield _states(now.workers)
+        reporting = [(w.worker, w.load) for w in now.workers if w.load is not None]
+        yield from _loads(reporting)
+        yield from _tiers(reporting)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the names are ours alone, and `read` may not be ready yet."""
+        return ()
+
+
+_Reporting = list[tuple[str, worker_pb2.Load]]
+
+
+def _states(workers: list[WorkerGauges]) -> Metric:
+    family = GaugeMetricFamily(
+        "warmkv_worker_state", "1 for the state that a worker is in, 0 for the others.", labels=("worker", "state")
+    )
+    for worker in workers:
+        for state in _STATES:
+            family.add_metric((worker.worker, state), float(worker.state == state))
+    return family
+
+
+def _loads(reporting: _Reporting) -> Iterator[Metric]:
+    for name, text, field, scale in _LOAD_GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=("worker",))
+        for worker, load in reporting:
+            gauge.add_metric((worker,), getattr(load, field) * scale)
+        yield gauge
+    for name, text, field in _LOAD_COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=("worker",))
+        for worker, load in reporting:
+            counter.add_metric((worker,), getattr(load, field))
+        yield counter
+
+
+def _tiers(reporting: _Reporting) -> Iterator[Metric]:
+    tiers = [(worker, _tier_name(tier.tier), tier) for worker, load in reporting for tier in load.tiers]
+    for name, text, field in _TIER_GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=("worker", "tier"))
+        for worker, tier_name, tier in tiers:
+            gauge.add_metric((worker, tier_name), float(getattr(tier, field)))
+        yield gauge
+    for name, text, field in _TIER_COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=("worker", "tier"))
+        for worker, tier_name, tier in tiers:
+            counter.add_metric((worker, tier_name), getattr(tier, field))
+        yield counter
+    for name, text, field, label in _TIER_COUNTERS_BY:
+        counter = CounterMetricFamily(name, text, labels=("worker", "tier", label))
+        for worker, tier_name, tier in tiers:
+            for key, value in sorted(getattr(tier, field).items()):
+                counter.add_metric((worker, tier_name, key), value)
+        yield counter
+
+
+def _tier_name(tier: common_pb2.Tier.ValueType) -> str:
+    return common_pb2.Tier.Name(tier).removeprefix("TIER_").lower()
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)

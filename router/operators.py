@@ -1,0 +1,107 @@
+"""What operators do to a fleet: drain, scale, set the policy, clear.
+
+Covers: turning their requests into changes of the fleet record and into clears. Does not cover: who may (`service`) or
+how the record travels (`fleet`).
+"""
+
+from __future__ import annotations
+
+from kvstore.blocks import block_hashes
+from router.board import Board
+from router.errors import InvalidRequest
+from router.fleet import Fleet
+from router.prepare import Preparer
+from router.protocol import Caller
+from warmkv.v1 import admin_pb2, common_pb2, worker_pb2
+
+
+class Operators:
+    """`author`: this router's name, under which changes travel."""
+
+    def __init__(self, author: str, fleet: Fleet, board: Board, preparer: Preparer) -> None:
+        self._author = author
+        self._fleet = fleet
+        self._board = board
+        self._preparer = preparer
+
+    def drain_worker(self, worker: str) -> int:
+        """Send it nothing new, on all routers; requests that still run there. Raises WorkerNotFound."""
+        link = self._fleet.link(worker)
+        if worker not in self._fleet.record.drained:
+            self._fleet.change(self._fleet.record.with_drained(self._author, worker))
+        return max(link.jobs, link.report.load.running if link.report else 0)
+
+    def undrain_worker(self, worker: str) -> None:
+        """Send to it again. Raises WorkerNotFound."""
+        if worker in self._fleet.record.drained:
+            self._fleet.change(self._fleet.record.with_undrained(self._author, worker))
+        else:
+            self._fleet.link(worker)
+
+    async def scale_workers(self, workers: int) -> tuple[list[str], list[str]]:
+        """Names started, names stopped. A drain ends with its worker. Raises NotSupported."""
+        started, stopped = await self._fleet.scale(workers)
+        if self._fleet.record.drained & set(stopped):
+            self._fleet.change(self._fleet.record.with_undrained(self._author, *stopped))
+        return started, stopped
+
+    def get_policy(self) -> admin_pb2.GetPolicyResponse:
+        """The policy in force and those available."""
+        return admin_pb2.GetPolicyResponse(
+            policy=self._board.policy(),
+            version=self._fleet.record.version,
+            available=self._board.policies(),
+            shared_tier_reads=self._fleet.record.shared_tier_reads,
+        )
+
+    def set_policy(self, request: admin_pb2.SetPolicyRequest) -> admin_pb2.SetPolicyResponse:
+        """From the next request on, on all routers within a second. Raises InvalidRequest; then nothing changed.
+
+        A policy without weights gets its defaults; without a name, the given weights change in the policy in force.
+        """
+        record = self._fleet.record
+        if request.HasField("policy"):
+            kept = {} if request.policy.name else record.weights
+            weights = {**kept, **request.policy.weights}
+            record = record.with_policy(self._author, request.policy.name or record.policy, weights)
+        if request.HasField("shared_tier_reads"):
+            record = record.with_shared_tier_reads(self._author, enabled=request.shared_tier_reads)
+        if record is not self._fleet.record:
+            self._fleet.change(record)
+        return admin_pb2.SetPolicyResponse(policy=self._board.policy(), version=self._fleet.record.version)
+
+    async def clear_cache(
+        self, request: admin_pb2.ClearCacheRequest, *, caller: Caller
+    ) -> admin_pb2.ClearCacheResponse:
+        """Drop blocks; returns when every worker confirmed.
+
+        Raises:
+            InvalidRequest: no scope. WorkerLost: a worker did not confirm. NoWorkerAvailable: none is connected.
+        """
+        done = await self._fleet.clear(self._clear_request(request, caller), shared_tier=True)
+        return admin_pb2.ClearCacheResponse(workers=[_cleared(name, answer) for name, answer in sorted(done.items())])
+
+    def _clear_request(self, request: admin_pb2.ClearCacheRequest, caller: Caller) -> worker_pb2.Clear:
+        match request.WhichOneof("scope"):
+            case "all" if request.all:
+                return worker_pb2.Clear()
+            case "tenant" if request.tenant:
+                return worker_pb2.Clear(chain_root=self._preparer.root_of_tenant(request.tenant)[0])
+            case "prefix":
+                root, size = self._preparer.root_of_tenant(request.prefix.tenant or caller.tenant)
+                names = block_hashes(request.prefix.token_ids, root, size)
+                if not names:
+                    raise InvalidRequest(f"The prefix is shorter than a block; send at least {size} token ids.")
+                return worker_pb2.Clear(chain_root=root, prefix_hash=names[-1])
+        raise InvalidRequest("The scope is missing; set all to true, or name a tenant, or give a prefix.")
+
+
+def _cleared(worker: str, done: worker_pb2.ClearDone) -> admin_pb2.ClearCacheResponse.Cleared:
+    counts = (
+        (common_pb2.TIER_DEVICE, done.device),
+        (common_pb2.TIER_HOST, done.host),
+        (common_pb2.TIER_DISK, done.disk),
+        (common_pb2.TIER_REDIS, done.redis),
+    )
+    dropped = [admin_pb2.ClearCacheResponse.TierCount(tier=tier, blocks=blocks) for tier, blocks in counts]
+    return admin_pb2.ClearCacheResponse.Cleared(worker=worker, dropped=dropped)

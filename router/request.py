@@ -1,0 +1,152 @@
+"""One request on its way through the router: what it is, what became of it, settled once.
+
+Covers: the facts that admission, decision, job and bill share, the times of its tokens, and the one entry in the
+ledger. Does not cover: the order of the steps (`core`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+
+from kvstore.blocks import BlockHash
+from router import kv_wire
+from router.decide import Choice, Question
+from router.flight import Flight, FlightEnd
+from router.ledger import Entry, settled_fates
+from router.protocol import Caller, Prompt, RequestContext
+from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
+
+
+@dataclass(slots=True)
+class PreparedPrompt:
+    """A prompt with its names.
+
+    Attributes:
+        salt, root: of the caller's trust group. names: of its full blocks, 32 bytes. question: for the decider.
+    """
+
+    prompt: Prompt
+    salt: bytes
+    root: BlockHash
+    names: list[BlockHash]
+    question: Question
+
+
+@dataclass(slots=True)
+class Request:
+    """One request. Times are seconds on the router's clock.
+
+    `settle` is given the ledger's entry exactly once: when the worker had its last word, or when no worker will.
+    """
+
+    caller: Caller
+    context: RequestContext
+    started: float
+    clock: Callable[[], float]
+    settle: Callable[[Request, Entry], None]
+    on_first: Callable[[Request, float], None]
+    on_gap: Callable[[float, int], None]
+    prompt_tokens: int = 0  # zero before it was encoded
+    choice: Choice | None = None
+    record: admin_pb2.DecisionRecord | None = None
+    flight: Flight | None = None
+    lost: list[str] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)  # workers whose stream lost something of it
+    avoid: set[str] = field(default_factory=set)
+    answer_ids: list[int] = field(default_factory=list)
+    answer: list[str] = field(default_factory=list)
+    ttft_ms: float = 0.0
+    code: str = ""
+    fates: dict[str, int] = field(default_factory=dict)
+    generated: int = 0
+    _last_token_at: float = 0.0
+
+    def tokens_came(self, tokens: int) -> None:
+        """Some tokens of the answer arrived at the router."""
+        now = self.clock()
+        if not self._last_token_at:
+            self.ttft_ms = (now - self.started) * 1000.0
+            self.on_first(self, now)
+        else:
+            self.on_gap(now - self._last_token_at, tokens)
+        self._last_token_at = now
+        self.generated += tokens
+
+    def worker_done(self, end: FlightEnd) -> bool:
+        """Its worker had its last word, or none; returns whether the reported fates were right.
+
+        Settles it unless it may still be tried elsewhere or `finish` is to say how it ended.
+        """
+        right = True
+        if end.last is not None and end.last.HasField("fates"):
+            reported = kv_wire.fates(end.last.fates)
+            if sum(reported.values()):
+                self.fates, right = settled_fates(reported, self.prompt_tokens)
+        if self.code:
+            self._settle()
+        return right
+
+    def finish(self, code: grpc.StatusCode) -> None:
+        """The caller got its answer or error. The bill waits for a worker that is still at it."""
+        self.code = code.name
+        if self.flight is None or self.flight.ended:
+            self._settle()
+
+    def usage(self) -> inference_pb2.Usage:
+        """For the last message."""
+        return inference_pb2.Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.generated,
+            prompt_tokens_by_fate=common_pb2.TokensByFate(**self.fates),
+        )
+
+    def route(self, router: str) -> inference_pb2.Route:
+        """For the last message."""
+        route = inference_pb2.Route(
+            ttft_ms=self.ttft_ms,
+            retries=len(self.lost) + len(self.gaps),
+            router=router,
+            request_id=self.context.request_id,
+        )
+        if self.choice is not None:
+            route.worker = self.choice.worker
+            route.policy = self.choice.policy.name
+            route.reason = self.choice.decision.reason
+            route.predicted_ttft_ms = self.choice.predicted_ttft_ms
+            route.predicted_cached_tokens = self.choice.price.cached_tokens
+        return route
+
+    def _settle(self) -> None:
+        entry = Entry(
+            tenant=self.caller.tenant,
+            worker=self.choice.worker if self.choice else "",
+            code=self.code,
+            prompt_tokens=self.prompt_tokens,
+            fates=self.fates,
+            generated_tokens=self.generated,
+            predicted_cached=self.choice.price.cached_tokens if self.choice else 0,
+        )
+        self.settle(self, entry)
+
+
+def job_for(
+    request: Request,
+    prepared: PreparedPrompt,
+    body: inference_pb2.GenerateRequest,
+    sampling: common_pb2.SamplingParams,
+) -> worker_pb2.Job:
+    """The message to the worker, but for its deadline and the id that the link gives it."""
+    return worker_pb2.Job(
+        request_id=request.context.request_id,
+        traceparent=request.context.traceparent,
+        token_ids=prepared.prompt.token_ids,
+        tenant_salt=prepared.salt,
+        chain_root=prepared.root,
+        block_hashes=b"".join(prepared.question.hashes),
+        sampling=sampling,
+        priority=body.priority,
+        cache=body.cache,
+    )

@@ -1,0 +1,94 @@
+"""Prices in milliseconds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.events import TierName
+from router.cost import DEFAULT_FIT, PrefillFit, TierRead, WorkerLoad, pool_fits, price, queue_ms
+from router.index import NO_OVERLAP, Overlap
+
+FIT = PrefillFit(10.0, 0.1, 0.0001)
+READS = {TierName.HOST: TierRead(0.1, 0.05), TierName.DISK: TierRead(1.0, 0.2), TierName.REDIS: TierRead(2.0, 0.5)}
+
+
+def cost_of(overlap: Overlap, tokens: int = 1600, *, shared_reads: bool = True, load: WorkerLoad | None = None):
+    return price(overlap, tokens, 16, load or WorkerLoad(reads=READS), FIT, queue=3.0, shared_reads=shared_reads)
+
+
+def test_prefill_is_charged_for_new_tokens_after_cached_ones() -> None:
+    assert FIT.ms(100, 300) == pytest.approx(10 + 10 + 0.0001 * 100 * 350)
+
+
+def test_a_cold_prompt_costs_its_computing() -> None:
+    cold = cost_of(NO_OVERLAP)
+    assert (cold.load_ms, cold.compute_ms, cold.cached_tokens) == (0.0, FIT.ms(1600), 0)
+    assert cold.cold_ms == cold.compute_ms
+
+
+def test_tiers_are_read_where_that_beats_computing() -> None:
+    warm = cost_of(Overlap(20, 40, 60, 80))
+    assert warm.cached == {TierName.DEVICE: 320, TierName.HOST: 320, TierName.DISK: 320, TierName.REDIS: 320}
+    assert warm.load_ms == pytest.approx((0.1 + 20 * 0.05) + (1.0 + 20 * 0.2) + (2.0 + 20 * 0.5))
+    assert warm.compute_ms == pytest.approx(FIT.ms(320, 1280))
+
+
+def test_a_tier_that_is_slower_than_computing_is_left_alone() -> None:
+    slow = WorkerLoad(reads={TierName.REDIS: TierRead(5.0, 50.0)})
+    assert cost_of(Overlap(10, 10, 10, 90), load=slow).cached_tokens == 160
+
+
+def test_a_tier_that_cannot_be_read_gives_nothing() -> None:
+    assert cost_of(Overlap(10, 50, 50, 50), load=WorkerLoad(reads={})).cached_tokens == 160
+
+
+def test_the_shared_tier_counts_only_while_its_reads_are_on() -> None:
+    assert cost_of(Overlap(0, 0, 0, 50), shared_reads=False).cached_tokens == 0
+    assert cost_of(Overlap(0, 0, 0, 50)).cached_tokens == 800
+
+
+def test_one_token_is_always_computed() -> None:
+    full = cost_of(Overlap(100, 100, 100, 100))
+    assert full.cached_tokens == 1599
+    assert full.compute_ms == pytest.approx(FIT.ms(1, 1599))
+
+
+def test_a_reported_backlog_shrinks_with_time_but_not_to_nothing() -> None:
+    def at(age_ms: float) -> float:
+        return queue_ms(WorkerLoad(pending_tokens=1000, waiting=2), FIT, age_ms=age_ms, unreported_ms=0.0)
+
+    assert at(0) == pytest.approx(120)
+    assert at(50) == pytest.approx(70)
+    assert at(10_000) == pytest.approx(24)
+
+
+def test_what_was_sent_and_not_reported_waits_in_the_queue() -> None:
+    assert queue_ms(WorkerLoad(), FIT, age_ms=0.0, unreported_ms=33.0) == pytest.approx(33.0)
+
+
+def test_fits_that_differ_by_noise_are_pooled_and_slow_machines_keep_their_own() -> None:
+    slow = PrefillFit(10, 1.0)
+    fits = pool_fits(
+        {"a": PrefillFit(10, 0.10), "b": PrefillFit(10, 0.12), "c": slow, "d": None, "e": PrefillFit(9, 0.11)}
+    )
+    assert fits["a"] == fits["b"] == fits["d"] == fits["e"]
+    assert fits["c"] == slow
+    assert pool_fits({"a": None}) == {"a": DEFAULT_FIT}
+
+
+overlaps = st.lists(st.integers(0, 60), min_size=4, max_size=4).map(lambda depths: Overlap(*sorted(depths)))
+
+
+@given(overlaps, st.integers(1, 1000), st.booleans())
+def test_knowing_more_blocks_never_costs_more_and_tokens_add_up(
+    overlap: Overlap, tokens: int, shared_reads: bool
+) -> None:
+    blocks = tokens // 16
+    overlap = Overlap(*(min(depth, blocks) for depth in overlap))
+    priced, cold = cost_of(overlap, tokens, shared_reads=shared_reads), cost_of(NO_OVERLAP, tokens)
+    assert priced.load_ms + priced.compute_ms <= cold.compute_ms + 1e-9
+    assert 0 <= priced.cached_tokens == sum(priced.cached.values()) < tokens
+    assert all(count >= 0 for count in priced.cached.values())
+    assert priced.ttft_ms == pytest.approx(priced.queue_ms + priced.load_ms + priced.compute_ms)

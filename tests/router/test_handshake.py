@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from router.handshake import PROTOCOL_VERSION, Expected, identity_of, misfit
+from warmkv.v1 import worker_pb2
+
+EXPECTED = Expected("m", b"t")
+
+
+def hello(**changes: object) -> worker_pb2.WorkerHello:
+    scheme = worker_pb2.HashScheme(model_fingerprint=b"f", layout="L", block_size=16, tp_size=1, version=1)
+    message = worker_pb2.WorkerHello(protocol_version=PROTOCOL_VERSION, model="m", tokenizer_sha256=b"t", scheme=scheme)
+    for field, value in changes.items():
+        target = message.scheme if field in worker_pb2.HashScheme.DESCRIPTOR.fields_by_name else message
+        setattr(target, field, value)
+    return message
+
+
+def test_a_worker_like_the_others_fits() -> None:
+    assert misfit(hello(), EXPECTED, None) == ""
+    assert misfit(hello(), EXPECTED, identity_of(hello())) == ""
+    assert misfit(hello(tokenizer_sha256=b"x"), Expected("m", b""), None) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"protocol_version": 2}, "protocol_version is 2.*install the same"),
+        ({"model": "x"}, "model is 'x'.*model_name"),
+        ({"tokenizer_sha256": b"x"}, "tokenizer_sha256.*model_dir"),
+        ({"block_size": 0}, "block_size"),
+        ({"block_size": 32}, "block_size=32.*the fleet has block_size=16"),
+        ({"layout": "M"}, "layout='M'"),
+        ({"model_fingerprint": b"g"}, "model_fingerprint"),
+        ({"canonical": True}, "canonical=True"),
+        ({"adapter": b"a"}, "adapter"),
+        ({"tp_size": 2}, "tp_size=2"),
+    ],
+)
+def test_a_misfit_is_named_by_its_field_with_a_remedy(changes: dict[str, object], words: str) -> None:
+    problem = misfit(hello(**changes), EXPECTED, identity_of(hello()))
+    assert __import__("re").search(words, problem), problem

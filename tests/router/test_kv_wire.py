@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
+from router import kv_wire
+from router.cost import PrefillFit, TierRead
+from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
+
+A, B = b"a" * 16, b"b" * 16
+
+
+def test_events_keep_order_tier_cause_and_ttl() -> None:
+    wire = [
+        kv_events_pb2.KvEvent(
+            stored=kv_events_pb2.BlockStored(tier=common_pb2.TIER_REDIS, hashes=A + B, parent=B, ttl_ms=1500)
+        ),
+        kv_events_pb2.KvEvent(
+            removed=kv_events_pb2.BlockRemoved(
+                tier=common_pb2.TIER_HOST, hashes=A, cause=kv_events_pb2.REMOVAL_CAUSE_EXPIRED
+            )
+        ),
+        kv_events_pb2.KvEvent(cleared=kv_events_pb2.AllBlocksCleared(tier=common_pb2.TIER_DEVICE)),
+    ]
+    assert list(kv_wire.events(wire)) == [
+        BlockStored(TierName.REDIS, (A, B), B, 1.5),
+        BlockRemoved(TierName.HOST, (A,), RemovalCause.EXPIRED),
+        AllBlocksCleared(TierName.DEVICE),
+    ]
+
+
+def test_tiers_that_own_no_blocks_are_left_out() -> None:
+    peer = kv_events_pb2.BlockStored(tier=common_pb2.TIER_PEER, hashes=A)
+    assert list(kv_wire.events([kv_events_pb2.KvEvent(stored=peer), kv_events_pb2.KvEvent()])) == []
+
+
+def test_a_report_without_a_fit_has_none_and_broken_tiers_cannot_be_read() -> None:
+    tiers = [
+        worker_pb2.TierLoad(tier=common_pb2.TIER_HOST, healthy=True, read_latency_ms=0.25, read_block_ms=1.0),
+        worker_pb2.TierLoad(tier=common_pb2.TIER_REDIS, healthy=False, read_latency_ms=1, read_block_ms=2),
+    ]
+    load = kv_wire.worker_load(worker_pb2.Load(tiers=tiers, waiting=2, pending_prefill_tokens=7))
+    assert load.fit is None
+    assert load.reads == {TierName.HOST: TierRead(0.25, 0.75)}
+    assert (load.waiting, load.pending_tokens) == (2, 7)
+    fitted = kv_wire.worker_load(worker_pb2.Load(prefill_fixed_ms=1, prefill_token_ms=2, prefill_pair_ms=3))
+    assert fitted.fit == PrefillFit(1, 2, 3)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from router.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from router.validation import check_cache, check_input, check_model, check_priority, check_prompt, filled_sampling
+from warmkv.v1 import common_pb2, inference_pb2
+
+
+def filled(context_length: int = 100, **given: Any) -> common_pb2.SamplingParams:
+    return filled_sampling(
+        common_pb2.SamplingParams(**given),
+        prompt_tokens=40,
+        context_length=context_length,
+        vocab_size=50,
+        draw_seed=lambda: 7,
+    )
+
+
+def test_defaults_are_filled_in() -> None:
+    sampling = filled()
+    assert sampling.max_tokens == 60
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, sampling.seed) == (
+        1.0,
+        1.0,
+        0,
+        0.0,
+        7,
+    )
+    assert not sampling.HasField("logprobs")
+
+
+def test_what_was_given_stays() -> None:
+    sampling = filled(max_tokens=3, temperature=0.0, top_p=0.5, seed=9, logprobs=0)
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (3, 0.0, 0.5, 9)
+    assert sampling.HasField("logprobs")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"temperature": -0.1}, "from 0"),
+        ({"temperature": float("nan")}, "from 0"),
+        ({"temperature": 101.0}, "to 100"),
+        ({"top_p": 0.0}, "above 0"),
+        ({"top_p": float("nan")}, "above 0"),
+        ({"min_p": 1.5}, "from 0 to 1"),
+        ({"logprobs": 21}, "from 0 to 20"),
+        ({"max_tokens": 0}, "at least 1"),
+        ({"stop": ["x"] * 17}, "at most 16"),
+        ({"stop": [""]}, "1 to 256 bytes"),
+        ({"stop": ["é" * 129]}, "1 to 256 bytes"),
+        ({"stop_token_ids": [50]}, "below 50"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_the_range(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        filled(**given)
+
+
+def test_an_answer_that_does_not_fit_is_refused_with_what_fits() -> None:
+    with pytest.raises(ContextLengthExceeded, match="at most 60"):
+        filled(max_tokens=61)
+    assert filled(max_tokens=60).max_tokens == 60
+
+
+def test_prompts_are_checked_for_emptiness_range_and_length() -> None:
+    with pytest.raises(InvalidRequest, match="at least one token"):
+        check_prompt([], 50, 100)
+    with pytest.raises(InvalidRequest, match="below 50"):
+        check_prompt([1, 50], 50, 100)
+    with pytest.raises(ContextLengthExceeded, match="at most 99 tokens"):
+        check_prompt([1] * 100, 50, 100)
+    check_prompt([1] * 99, 50, 100)
+    check_prompt([99], 0, 0)
+
+
+def test_inputs_are_checked_before_anything_is_encoded() -> None:
+    with pytest.raises(InvalidRequest, match="set text, chat or token_ids"):
+        check_input(inference_pb2.Input(), 100)
+    with pytest.raises(InvalidRequest, match="max_prompt_bytes"):
+        check_input(inference_pb2.Input(text="x" * 101), 100)
+
+
+def test_other_fields_are_checked() -> None:
+    check_model("", "m")
+    check_model("m", "m")
+    with pytest.raises(ModelNotFound, match="ask for 'm'"):
+        check_model("x", "m")
+    check_priority(-100)
+    with pytest.raises(InvalidRequest, match="from -100 to 100"):
+        check_priority(101)
+    with pytest.raises(InvalidRequest, match="no_store"):
+        check_cache(common_pb2.CacheDirectives(ttl_seconds=0))
+    with pytest.raises(InvalidRequest, match="affinity_key"):
+        check_cache(common_pb2.CacheDirectives(affinity_key="x" * 2000))
