@@ -1,0 +1,221 @@
+"""Commands about a running fleet: status, scale, drain, undrain, policy, cache. They ask a router over gRPC."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploy.connection import (
+    ASK_TIMEOUT_S,
+    DEFAULT_ROUTER,
+    WAIT_TIMEOUT_S,
+    ApiKey,
+    Json,
+    Router,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    client_of,
+    tls_of,
+)
+from deploy.failures import UNHEALTHY, USAGE, Failure, reports_failures
+
+if TYPE_CHECKING:
+    from warmkv.client import Client
+    from warmkv.v1 import admin_pb2
+
+policy_app = typer.Typer(help="Show or change how requests are routed.", no_args_is_help=True)
+cache_app = typer.Typer(help="Drop cached blocks.", no_args_is_help=True)
+
+WorkerName = Annotated[str, typer.Argument(metavar="WORKER", help="Its name, for example w0.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the commands into the app."""
+    app.command(epilog="Example: warmkv status --json")(status)
+    app.command(epilog="Example: warmkv scale --workers 4")(scale)
+    app.command(epilog="Example: warmkv drain w2")(drain)
+    app.command(epilog="Example: warmkv undrain w2")(undrain)
+    app.add_typer(policy_app, name="policy")
+    app.add_typer(cache_app, name="cache")
+
+
+@reports_failures
+def status(
+    router: Router = DEFAULT_ROUTER,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show the workers, how full their tiers are, the policy and the hit rate.
+
+    Exits with 4 when no worker is ready, or one is lost, silent or refused.
+    """
+    from deploy.render import is_healthy, message_json, status_text
+
+    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+        stats = next(iter(client.watch_stats(period_ms=1000, timeout=ASK_TIMEOUT_S)), None)
+    if stats is None:
+        raise Failure(f"the router at {router} ended before it answered; try it again")
+    typer.echo(message_json(stats) if as_json else status_text(stats))
+    if not is_healthy(stats):
+        raise typer.Exit(UNHEALTHY)
+
+
+@reports_failures
+def scale(
+    workers: Annotated[int, typer.Option("--workers", "-n", min=0, max=1024, help="How many there should be.")],
+    router: Router = DEFAULT_ROUTER,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    as_json: Json = False,
+) -> None:
+    """Start or end workers until there are that many; the highest numbers end first.
+
+    Does not wait until started workers are ready; waits until ended ones have finished what they ran and are gone.
+    """
+    from deploy.render import message_json
+
+    tls = tls_of(tls_ca, tls_cert, tls_key)
+    with client_of(router, api_key, tls, timeout=WAIT_TIMEOUT_S) as client:
+        answer = client.scale(workers)
+    if as_json:
+        typer.echo(message_json(answer))
+        return
+    typer.echo(f"starting {', '.join(answer.started)}" if answer.started else "started none")
+    typer.echo(f"ended {', '.join(answer.stopped)}" if answer.stopped else "ended none")
+
+
+@reports_failures
+def drain(
+    worker: WorkerName,
+    router: Router = DEFAULT_ROUTER,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
+    """Send a worker nothing new, on all routers; what runs there goes on. `undrain` takes it back."""
+    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+        running = client.drain(worker)
+    typer.echo(f"{worker} is drained; {running} requests still run there")
+
+
+@reports_failures
+def undrain(
+    worker: WorkerName,
+    router: Router = DEFAULT_ROUTER,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> None:
+    """Send requests to a drained worker again."""
+    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+        client.undrain(worker)
+    typer.echo(f"{worker} takes requests again")
+
+
+@policy_app.command("show", epilog="Example: warmkv policy show")
+@reports_failures
+def policy_show(
+    router: Router = DEFAULT_ROUTER,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show the policy in force, its weights, and the policies that can be set."""
+    from deploy.render import message_json, policy_text
+
+    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+        answer = client.get_policy()
+    typer.echo(message_json(answer) if as_json else policy_text(answer))
+
+
+@policy_app.command("set", epilog="Example: warmkv policy set cache_aware --weight load=2 --weight tie_ms=5")
+@reports_failures
+def policy_set(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="See `warmkv policy show`.")],
+    weight: Annotated[list[str] | None, typer.Option("--weight", "-w", metavar="KEY=VALUE", help="Repeatable.")] = None,
+    shared_tier_reads: Annotated[
+        bool | None,
+        typer.Option("--shared-tier-reads/--no-shared-tier-reads", help="Whether workers read blocks from Redis."),
+    ] = None,
+    router: Router = DEFAULT_ROUTER,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    as_json: Json = False,
+) -> None:
+    """Change the policy: from the next request on, on all routers within a second."""
+    from deploy.render import message_json, weights_text
+
+    weights = dict(_weight(text) for text in weight or ())
+    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+        answer = client.set_policy(name, weights, shared_tier_reads=shared_tier_reads)
+    typer.echo(
+        message_json(answer) if as_json else f"{answer.policy.name} {weights_text(answer.policy.weights)}".strip()
+    )
+
+
+@cache_app.command("clear", epilog="Example: warmkv cache clear --tenant search --prefix - < prompt.txt")
+@reports_failures
+def cache_clear(
+    everything: Annotated[bool, typer.Option("--all", help="Every block of every tenant.")] = False,
+    tenant: Annotated[
+        str | None, typer.Option(help="Every block of one tenant; with --prefix: whose prompts.", show_default=False)
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Blocks of prompts that start with this text; - reads standard input."),
+    ] = None,
+    router: Router = DEFAULT_ROUTER,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    as_json: Json = False,
+) -> None:
+    """Drop cached blocks from all tiers; returns when every worker has confirmed.
+
+    --prefix takes text as `warmkv generate` does, of at least one block of tokens, of the caller's tenant unless
+    --tenant names another; it drops the text's last full block and all that follows it. Prompts sent as chats do not
+    match it, since the chat template writes text around each message: drop them by token ids through
+    `warmkv.client`, or by tenant.
+    """
+    from deploy.render import cleared_text, message_json
+
+    if everything == (tenant is not None or prefix is not None):
+        raise Failure("give --all, or --tenant TENANT or --prefix TEXT or both", USAGE)
+    tls = tls_of(tls_ca, tls_cert, tls_key)
+    with client_of(router, api_key, tls, timeout=WAIT_TIMEOUT_S) as client:
+        answer = client.clear_cache(_scope(client, tenant, prefix))
+    typer.echo(message_json(answer) if as_json else cleared_text(answer))
+
+
+def _scope(client: Client, tenant: str | None, prefix: str | None) -> admin_pb2.ClearCacheRequest:
+    """What to clear: a prompt's blocks, else a tenant's, else all."""
+    from warmkv.v1 import admin_pb2
+
+    if prefix is not None:
+        ids = client.tokenize(sys.stdin.read() if prefix == "-" else prefix).token_ids
+        of_prompt = admin_pb2.ClearCacheRequest.Prefix(token_ids=ids, tenant=tenant or "")
+        return admin_pb2.ClearCacheRequest(prefix=of_prompt)
+    return admin_pb2.ClearCacheRequest(all=True) if tenant is None else admin_pb2.ClearCacheRequest(tenant=tenant)
+
+
+def _weight(text: str) -> tuple[str, float]:
+    key, _, value = text.partition("=")
+    try:
+        return key, float(value)
+    except ValueError:
+        raise Failure(f"--weight {text}: write it as KEY=NUMBER, for example load=2", USAGE) from None

@@ -1,0 +1,86 @@
+"""The options by which commands reach a router, and the client that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploy.failures import UNREACHABLE, USAGE, Failure
+
+if TYPE_CHECKING:
+    from warmkv.client import Client, Tls
+
+DEFAULT_ROUTER = "127.0.0.1:50051"
+# Commands that ask once; a generation may take as long as it takes.
+ASK_TIMEOUT_S = 30.0
+# Commands that wait for workers: the router bounds them (a clear: 30 s; scaling down: its drain grace, the flush and a
+# minute), and its answer, also that it was too late, must come before we give up.
+WAIT_TIMEOUT_S = 600.0
+
+Router = Annotated[
+    str,
+    typer.Option("--router", "-r", metavar="HOST:PORT", envvar="WARMKV_ROUTER", help="The router's gRPC address."),
+]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="WARMKV_API_KEY", help="Sent with every call.", show_default=False)
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca", envvar="WARMKV_TLS_CA", help="PEM file to check the router's certificate against; turns TLS on."
+    ),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert", envvar="WARMKV_TLS_CERT", help="PEM file of our own certificate, for routers that ask for one."
+    ),
+]
+TlsKey = Annotated[
+    Path | None, typer.Option("--tls-key", envvar="WARMKV_TLS_KEY", help="PEM file of the key of --tls-cert.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
+    """TLS with these PEM files; None where none is named.
+
+    Raises:
+        Failure: a file is missing, or a certificate comes without its key or the reverse.
+    """
+    from warmkv.client import Tls
+
+    for option, path in (("--tls-ca", ca), ("--tls-cert", cert), ("--tls-key", key)):
+        if path is not None and not path.is_file():
+            raise Failure(f"{path} is no file; give {option} a PEM file")
+    if (cert is None) != (key is None):
+        raise Failure("a certificate needs its key, and the reverse; give both --tls-cert and --tls-key", USAGE)
+    return None if ca is None and cert is None else Tls(ca=ca, cert=cert, key=key)
+
+
+@contextmanager
+def client_of(
+    router: str, api_key: str | None, tls: Tls | None = None, *, timeout: float | None = ASK_TIMEOUT_S
+) -> Iterator[Client]:
+    """A client, closed at the end of the block. Failing to reach the router becomes its own exit code.
+
+    Raises:
+        Failure: no router answers.
+    """
+    from warmkv.client import Client, WarmkvError
+    from warmkv.errors import DeadlineExceeded, Unavailable
+
+    try:
+        with Client(router, api_key=api_key, timeout=timeout, tls=tls) as client:
+            yield client
+    except WarmkvError as error:
+        # A router signs its errors with a reason; without one nobody has answered.
+        if isinstance(error, Unavailable | DeadlineExceeded) and not error.reason:
+            raise Failure(
+                f"no router answers at {router}; start one by `warmkv up`, or give --router HOST:PORT", UNREACHABLE
+            ) from error
+        raise

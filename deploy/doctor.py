@@ -1,0 +1,328 @@
+"""Looks over this machine and what the settings name, and says what to do about what it finds. Changes nothing.
+
+Covers: Python, packages and their versions, torch and devices, ports, model folder, Redis, Ray on all nodes, memory,
+clock. Each check is a function from the settings to findings and may fail on its own. Does not cover: a running router
+(`warmkv status`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from deploy.layers import mask_url
+from deploy.quantities import format_size
+from deploy.settings import Settings
+from deploy.state import ClusterRecord, lives, read_record
+
+Level = Literal["ok", "warn", "fail"]
+
+OWN_PACKAGES = ("kvstore", "workers", "router", "deploy", "warmkv")
+RAY_VERSION = "2.60.0"
+_OLDEST_PYTHON = (3, 11)
+_LEAST_SHM = 200 << 20
+_CLOCK_TOLERANCE_S = 1.0
+_REDIS_TIMEOUT_S = 3.0
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line.
+
+    Attributes:
+        check: what was looked at, one word. found: what is there. remedy: what to do; empty where nothing is.
+    """
+
+    level: Level
+    check: str
+    found: str
+    remedy: str = ""
+
+
+Check = Callable[[Settings, Path], Iterator[Finding]]
+
+
+def examine(settings: Settings, state_dir: Path) -> list[Finding]:
+    """Every check's findings. A check that breaks is a finding itself."""
+    findings: list[Finding] = []
+    for check in CHECKS:
+        name = check.__name__.removeprefix("check_")
+        try:
+            findings += check(settings, state_dir)
+        except Exception as error:  # noqa: BLE001 - a doctor must get to the end of the list
+            findings.append(
+                Finding("warn", name, f"could not be checked: {type(error).__name__}: {error}", "see above")
+            )
+    return findings
+
+
+def check_python(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """The interpreter."""
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    if sys.version_info < _OLDEST_PYTHON:
+        yield Finding("fail", "python", version, "use Python 3.11 or 3.12")
+    else:
+        yield Finding("ok", "python", f"{version} at {sys.executable}")
+
+
+def check_packages(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """Whether `import router` and the like find ours: the names are plain, and others may use them too."""
+    home = Path(__file__).resolve().parent.parent
+    for name in OWN_PACKAGES:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if found is None or home not in found.parents:
+            remedy = f"another package hides ours; uninstall it, or rename {found.parent.name if found else name}"
+            yield Finding("fail", "packages", f"`import {name}` finds {found}", remedy)
+            return
+    yield Finding("ok", "packages", f"{', '.join(OWN_PACKAGES)} from {home}")
+
+
+def check_protobuf(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """Whether the installed runtime loads our stubs: as new as their generator, one major version newer at most."""
+    runtime = importlib.metadata.version("protobuf")
+    stub = (Path(__file__).parent.parent / "proto/warmkv/v1/common_pb2.py").resolve()
+    if not stub.is_file():
+        stub = Path(str(_origin("warmkv.v1"))).parent / "common_pb2.py"
+    made_by = re.search(r"Protobuf Python Version: (\d+)\.(\d+)\.(\d+)", stub.read_text())
+    if made_by is None:
+        yield Finding(
+            "warn", "protobuf", f"runtime {runtime}; the stubs do not name their generator", "run: make proto"
+        )
+        return
+    generator = tuple(int(part) for part in made_by.groups())
+    installed = tuple(int(part) for part in runtime.split(".")[:3])
+    said = f"runtime {runtime}, stubs made by {'.'.join(made_by.groups())}"
+    if installed < generator or installed[0] > generator[0] + 1:
+        yield Finding("fail", "protobuf", said, "pip install 'protobuf>=6.33.5,<8'")
+    else:
+        yield Finding("ok", "protobuf", said)
+
+
+def check_torch(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """The build and the devices that it sees."""
+    if settings.workers.engine == "simulated":
+        return
+    try:
+        import torch
+    except ImportError as error:
+        yield Finding("fail", "torch", f"cannot be imported ({error})", "pip install torch, or use --engine simulated")
+        return
+    build = (
+        f"{torch.__version__}, CUDA {torch.version.cuda}" if torch.version.cuda else f"{torch.__version__}, CPU build"
+    )
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
+        yield Finding("ok", "torch", f"{build}; {torch.cuda.device_count()} GPU(s): {', '.join(sorted(names))}")
+    elif settings.workers.device == "cuda":
+        yield Finding(
+            "fail", "torch", f"{build}; no GPU, and workers.device is cuda", "use --device cpu, or a GPU build"
+        )
+    elif shutil.which("nvidia-smi"):
+        yield Finding(
+            "warn", "torch", f"{build}; sees no GPU, yet nvidia-smi is here", "install the CUDA build of torch"
+        )
+    else:
+        yield Finding("ok", "torch", f"{build}; no GPU: workers compute on the CPU")
+
+
+def check_model(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """The model folder, where one is named."""
+    from deploy.up import check_model_folder
+    from router.model_folder import ModelFolderError, read_model_facts
+
+    if settings.model.dir is None:
+        yield Finding("ok", "model", "none named (--model DIR)")
+        return
+    try:
+        facts = read_model_facts(check_model_folder(settings))
+    except ModelFolderError as error:
+        yield Finding("fail", "model", str(error), "give --model a complete Hugging Face model folder")
+        return
+    yield Finding("ok", "model", f"{settings.model.dir}: {facts.vocab_size} tokens, context {facts.context_length}")
+
+
+def check_ports(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """Whether the router could listen."""
+    from router.listen import ListenError, check_free, host_port
+
+    router = settings.router
+    wanted = [(router.grpc_host, router.grpc_port, "--grpc-port")]
+    if router.http_port is not None:
+        wanted.append((router.http_host, router.http_port, "--http-port"))
+    for host, port, flag in wanted:
+        try:
+            check_free(host, port, flag)
+        except ListenError as error:
+            remedy = f"end what listens there (a router of yours?), or choose another {flag}"
+            yield Finding("warn", "ports", f"{host_port(host, port)} is taken ({error})", remedy)
+        else:
+            yield Finding("ok", "ports", f"{host_port(host, port)} is free")
+
+
+def check_memory(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """Whether the tiers of all workers of this machine fit into its RAM."""
+    store, count = settings.store, settings.workers.count
+    on_cpu = settings.workers.device == "cpu" or not shutil.which("nvidia-smi")
+    wanted = count * (store.host_bytes + (store.device_bytes if on_cpu else 0))
+    free = psutil.virtual_memory().available
+    said = f"{free / _GIB:.1f} GiB of RAM free; {count} worker(s) may fill {wanted / _GIB:.1f} GiB with blocks"
+    if wanted > free:
+        yield Finding(
+            "warn", "memory", said, "lower store.host_bytes or store.device_bytes (--set store.host_bytes=1GiB)"
+        )
+    else:
+        yield Finding("ok", "memory", said)
+
+
+def check_shm(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """Ray keeps its object store in shared memory."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        yield Finding("warn", "shm", "/dev/shm is missing", "mount it; Ray falls back to files, which is slow")
+        return
+    free = shutil.disk_usage(folder).free
+    if free < _LEAST_SHM:
+        yield Finding("fail", "shm", f"{format_size(free)} free in /dev/shm", "in Docker: --shm-size=1g")
+    else:
+        yield Finding("ok", "shm", f"{free / _GIB:.1f} GiB free in /dev/shm")
+
+
+def check_redis(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """The shared tier: reachable, what it evicts, how much it may hold, and whether its clock agrees with ours."""
+    if settings.redis.url is None:
+        yield Finding("ok", "redis", "none named (--redis URL): device and host tiers only")
+        return
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    url = settings.redis.url.get_secret_value()
+    client = redis.Redis.from_url(
+        url, socket_timeout=_REDIS_TIMEOUT_S, socket_connect_timeout=_REDIS_TIMEOUT_S, retry=Retry(NoBackoff(), 0)
+    )
+    try:
+        yield from _redis_findings(client, mask_url(url))
+    except redis.AuthenticationError as error:
+        yield Finding(
+            "fail", "redis", f"{mask_url(url)} refuses the login ({error})", "put user and password into the URL"
+        )
+    except redis.RedisError as error:
+        remedy = "start it, or correct --redis; until then requests go on without the shared tier"
+        yield Finding("fail", "redis", f"{mask_url(url)} does not answer ({error})", remedy)
+    finally:
+        client.close()
+
+
+def _redis_findings(client: object, shown: str) -> Iterator[Finding]:
+    import time
+
+    import redis
+
+    info = client.info()  # type: ignore[attr-defined]
+    version, limit, policy = info["redis_version"], info.get("maxmemory", 0), info.get("maxmemory_policy", "")
+    yield Finding("ok", "redis", f"{shown}: version {version}, holds {info['used_memory_human']}")
+    if not limit:
+        yield Finding(
+            "warn", "redis", "has no memory limit", "CONFIG SET maxmemory 8gb, so that it evicts instead of dying"
+        )
+    elif policy == "noeviction":
+        remedy = "CONFIG SET maxmemory-policy allkeys-lru; when full it refuses new blocks until then"
+        yield Finding("warn", "redis", f"evicts nothing, limit {format_size(limit)}", remedy)
+    else:
+        yield Finding("ok", "redis", f"limit {format_size(limit)}, evicts by {policy}")
+    try:
+        seconds, microseconds = client.time()  # type: ignore[attr-defined]
+    except redis.exceptions.NoPermissionError:
+        yield Finding("ok", "clock", "not compared with that of Redis: this login may not ask for its TIME")
+        return
+    skew = abs(time.time() - (seconds + microseconds / 1e6))
+    if skew > _CLOCK_TOLERANCE_S:
+        yield Finding("warn", "clock", f"differs from that of Redis by {skew:.1f} s", "let NTP set both clocks")
+    else:
+        yield Finding("ok", "clock", f"agrees with that of Redis within {skew:.2f} s")
+
+
+def check_ray(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """Ray's version here and on every node of the cluster in use, and the record of an own one."""
+    installed = importlib.metadata.version("ray")
+    if installed != RAY_VERSION:
+        yield Finding("fail", "ray", f"{installed} is installed", f"pip install 'ray[default]=={RAY_VERSION}'")
+        return
+    record = read_record(state_dir)
+    own = record is not None and settings.ray.address in (None, record.address)
+    if own and record is not None and not lives(record):
+        yield Finding("warn", "ray", f"{installed}; the own Ray (process {record.pid}) has died", "run `warmkv down`")
+    elif own or settings.ray.address is not None:
+        yield from _node_findings(settings, record if own else None)
+    else:
+        yield Finding("ok", "ray", f"{installed}; `warmkv up` will start an own one")
+
+
+def _node_findings(settings: Settings, record: ClusterRecord | None) -> Iterator[Finding]:
+    import asyncio
+
+    from deploy.cluster import ClusterProblem, ray_environment
+    from deploy.discovery import RayDiscovery
+
+    address = record.address if record is not None else str(settings.ray.address)
+
+    async def ask() -> dict[str, str]:
+        discovery = RayDiscovery(address, ray_environment(record, os.environ))
+        await discovery.start()
+        try:
+            found: dict[str, str] = await discovery.call("node_versions", timeout_s=20.0)
+            return found
+        finally:
+            await discovery.close()
+
+    try:
+        nodes = asyncio.run(ask())
+    except ClusterProblem as problem:
+        yield Finding("fail", "ray", f"{address}: {problem}", "check the address and that Ray runs there")
+        return
+    if len(set(nodes.values())) > 1:
+        yield Finding("fail", "ray", f"nodes of {address} differ", "install the same environment on every node")
+    for node, versions in nodes.items():
+        good = "missing" not in versions and versions.startswith("Python")
+        yield Finding(
+            "ok" if good else "fail", "ray", f"{node}: {versions}", "" if good else "pip install warmkv there"
+        )
+
+
+def check_host(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """What other nodes would see of this one."""
+    load = os.getloadavg()[0]
+    yield Finding("ok", "host", f"{socket.gethostname()}, {os.cpu_count()} cores, load {load:.1f}")
+
+
+def _origin(name: str) -> str | None:
+    spec = importlib.util.find_spec(name)
+    return spec.origin if spec is not None else None
+
+
+CHECKS: tuple[Check, ...] = (
+    check_host,
+    check_python,
+    check_packages,
+    check_protobuf,
+    check_torch,
+    check_model,
+    check_ports,
+    check_memory,
+    check_shm,
+    check_redis,
+    check_ray,
+)

@@ -1,0 +1,198 @@
+"""What commands print: texts for people, JSON for programs. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from google.protobuf.json_format import MessageToDict
+
+from deploy.layers import Row
+from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from deploy.doctor import Finding
+    from warmkv.stream import Generation
+
+FATES = ("device", "host", "disk", "redis", "peer", "computed")
+_UNHEALTHY = {
+    admin_pb2.WORKER_STATE_SUSPECT,
+    admin_pb2.WORKER_STATE_LOST,
+    admin_pb2.WORKER_STATE_REFUSED,
+}
+_MIB = 1 << 20
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, two blanks between them."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def message_json(message: Message) -> str:
+    """A message in protobuf's JSON form, with the field names of the contract; 64-bit numbers are texts there."""
+    fields = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def settings_text(rows: Sequence[Row], *, explain: bool) -> str:
+    """One line a setting."""
+    header = ("setting", "value", "origin", *(("meaning",) if explain else ()))
+    return table(header, ((r.key, r.value, r.origin, *((r.help,) if explain else ())) for r in rows))
+
+
+def settings_json(rows: Sequence[Row]) -> str:
+    """An object by setting."""
+    return json.dumps({row.key: {"value": row.value, "origin": row.origin, "help": row.help} for row in rows})
+
+
+def findings_text(findings: Sequence[Finding]) -> str:
+    """One line a finding, and below it what to do."""
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level:<5} {finding.check:<12} {finding.found}")
+        if finding.remedy:
+            lines.append(f"{'':<18} -> {finding.remedy}")
+    return "\n".join(lines)
+
+
+def findings_json(findings: Sequence[Finding]) -> str:
+    """A list under `findings`."""
+    keys = ("level", "check", "found", "remedy")
+    return json.dumps({"findings": [{key: getattr(finding, key) for key in keys} for finding in findings]})
+
+
+def is_healthy(stats: admin_pb2.WatchStatsResponse) -> bool:
+    """Whether a worker is ready, and none is lost, silent or refused."""
+    states = [worker.state for worker in stats.workers]
+    return admin_pb2.WORKER_STATE_READY in states and not _UNHEALTHY & set(states)
+
+
+def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
+    """The fleet at a glance."""
+    header = ("worker", "state", "address", "run", "wait", "ms/1k prefill", "tiers")
+    parts = [table(header, (_worker_row(worker) for worker in stats.workers))] if stats.workers else ["no workers"]
+    parts += [f"{worker.name}: {worker.problem}" for worker in stats.workers if worker.problem]
+    parts.append("")
+    parts.append(f"policy     {stats.policy.name} {weights_text(stats.policy.weights)}".rstrip())
+    parts.append(f"prompts    {fates_text(stats.prompt_tokens)}")
+    reads = "on" if stats.shared_tier_reads else "off"
+    parts.append(f"shared     {_tier_text(stats.shared_tier)}; reads {reads}")
+    ttft = stats.ttft
+    if ttft.count:
+        window = f"the last {stats.window_seconds:g} s, {ttft.count} requests"
+        parts.append(f"TTFT       p50 {ttft.p50_ms:.0f} ms, p95 {ttft.p95_ms:.0f} ms ({window})")
+    done = ", ".join(f"{count} {code}" for code, count in sorted(stats.requests.items())) or "none yet"
+    parts.append(f"requests   {done}; {stats.in_flight} in flight")
+    return "\n".join(parts)
+
+
+def fates_text(fates: common_pb2.TokensByFate | admin_pb2.TokensByFate64) -> str:
+    """`75 % of 400 tokens cached (device 200, redis 100)`."""
+    counts = {fate: getattr(fates, fate) for fate in FATES}
+    total = sum(counts.values())
+    if not total:
+        return "none yet"
+    where = ", ".join(f"{fate} {count}" for fate, count in counts.items() if count and fate != "computed")
+    share = 1 - counts["computed"] / total
+    return f"{share:.0%} of {total} tokens cached" + (f" ({where})" if where else "")
+
+
+def weights_text(weights: Mapping[str, float]) -> str:
+    """`load=2 tie_ms=5`."""
+    return " ".join(f"{name}={number_text(value)}" for name, value in sorted(weights.items()))
+
+
+def number_text(value: float) -> str:
+    """Whole numbers in full, others with six digits."""
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
+def policy_text(answer: admin_pb2.GetPolicyResponse) -> str:
+    """The policy in force, then every policy with its weights."""
+    lines = [f"in force: {answer.policy.name} {weights_text(answer.policy.weights)}".rstrip()]
+    lines.append(f"workers read from the shared tier: {'yes' if answer.shared_tier_reads else 'no'}")
+    for policy in answer.available:
+        lines += ["", policy.name, f"  {policy.help}"]
+        for w in policy.weights:
+            default, least, most = (number_text(value) for value in (w.default_value, w.min, w.max))
+            limits = f"{default}{' ' + w.unit if w.unit else ''}, from {least} to {most}"
+            now = number_text(answer.policy.weights.get(w.name, w.default_value))
+            lines.append(f"  --weight {w.name}={now}  ({limits}) {w.help}")
+    return "\n".join(lines)
+
+
+def cleared_text(answer: admin_pb2.ClearCacheResponse) -> str:
+    """One line a worker."""
+    lines = []
+    for worker in answer.workers:
+        counts = ", ".join(f"{tier_name(each.tier)} {each.blocks}" for each in worker.dropped if each.blocks)
+        lines.append(f"{worker.worker}: dropped {counts or 'nothing'}")
+    return "\n".join(lines) or "no workers"
+
+
+def generation_text(stream: Generation) -> str:
+    """One line: cache, length, route."""
+    usage, route = stream.usage, stream.route
+    predicted = f", predicted {route.predicted_ttft_ms:.0f}" if route.predicted_ttft_ms else ""
+    return (
+        f"[{fates_text(usage.prompt_tokens_by_fate)}; {usage.completion_tokens} generated, {stream.finish_reason}; "
+        f"{route.worker} because {route.reason}; first token after {route.ttft_ms:.0f} ms{predicted}]"
+    )
+
+
+def generation_json(stream: Generation) -> str:
+    """The whole answer."""
+    whole = {
+        "text": stream.text,
+        "token_ids": list(stream.token_ids),
+        "finish_reason": stream.finish_reason,
+        "usage": json.loads(message_json(stream.usage)),
+        "route": json.loads(message_json(stream.route)),
+    }
+    return json.dumps(whole, ensure_ascii=False)
+
+
+def explain_text(answer: inference_pb2.ExplainResponse) -> str:
+    """The decision, the candidates, the first missing block."""
+    lines = [f"{answer.prompt_tokens} tokens, {answer.blocks} full blocks of {answer.block_size}"]
+    lines.append(f"policy {answer.policy} {weights_text(answer.weights)}".rstrip())
+    chosen = f"{answer.worker}, because {answer.reason}" if answer.worker else "nobody: no worker takes requests"
+    lines += [f"would go to {chosen}", ""]
+    header = ("worker", "cached", "cost ms", "TTFT ms", "terms", "")
+    lines.append(table(header, (_candidate_row(candidate) for candidate in answer.candidates)))
+    if answer.HasField("miss"):
+        lines += ["", f"first missing block: {answer.miss.block} ({answer.miss.reason}) {answer.miss.detail}".rstrip()]
+    return "\n".join(lines)
+
+
+def tier_name(tier: int) -> str:
+    """`device`, `host`, ..."""
+    return common_pb2.Tier.Name(common_pb2.Tier.ValueType(tier)).removeprefix("TIER_").lower()
+
+
+def _worker_row(worker: admin_pb2.WorkerInfo) -> tuple[str, ...]:
+    state = admin_pb2.WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower()
+    tiers = "  ".join(f"{tier_name(tier.tier)} {_tier_text(tier)}" for tier in worker.tiers)
+    prefill = f"{worker.prefill_ms_per_1k:.0f}" if worker.prefill_ms_per_1k else "-"
+    return worker.name, state, worker.address, str(worker.running), str(worker.waiting), prefill, tiers
+
+
+def _tier_text(tier: admin_pb2.TierUsage) -> str:
+    used = f"{tier.used_bytes / _MIB:.0f}"
+    size = f"{used}/{tier.capacity_bytes / _MIB:.0f} MiB" if tier.capacity_bytes else f"{tier.blocks} blocks"
+    broken = "" if tier.healthy or not (tier.capacity_bytes or tier.blocks) else " (cut off)"
+    return size + broken
+
+
+def _candidate_row(candidate: inference_pb2.Candidate) -> tuple[str, ...]:
+    cached = ", ".join(
+        f"{fate} {count}" for fate in FATES if fate != "computed" and (count := getattr(candidate.tokens, fate))
+    )
+    terms = " + ".join(f"{term.name} {term.ms:.1f}*{term.weight:.3g}" for term in candidate.terms)
+    why = "" if candidate.eligible else candidate.excluded_because
+    return candidate.worker, cached or "-", f"{candidate.cost_ms:.1f}", f"{candidate.predicted_ttft_ms:.1f}", terms, why

@@ -1,0 +1,324 @@
+"""Every setting of a deployment: name, type, default and meaning, and how they become the parts' own configurations.
+
+Covers: the model. Where values come from (file, environment, flags) is `deploy.layers`. Field names are those that a
+user writes: in TOML `[store] host_bytes = "4GiB"`, in the environment `WARMKV_STORE__HOST_BYTES=4GiB`, on the command
+line `--set store.host_bytes=4GiB`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from deploy.quantities import Duration, OptionalDuration, Size
+from router.config import RouterConfig, TlsFiles
+from workers.config import WorkerConfig
+
+LOOPBACK = "127.0.0.1"
+_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _redis_url(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().startswith(_REDIS_SCHEMES):
+        raise ValueError("a Redis URL starts with redis://, rediss:// or unix://")
+    return value
+
+
+def _host_names(value: object) -> object:
+    """A list as it is; the environment and flags write `a.example,b.example`."""
+    if value is None:
+        return ()
+    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
+def _joined(names: tuple[str, ...]) -> str:
+    return ",".join(names) or "none"
+
+
+HostNames = Annotated[
+    tuple[str, ...], NoDecode, BeforeValidator(_host_names), PlainSerializer(_joined, return_type=str)
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelSettings(_Section):
+    """The model that the fleet serves."""
+
+    dir: Path | None = Field(default=None, description="Hugging Face model folder; the same path on every node.")
+    name: str | None = Field(default=None, min_length=1, description="What clients call it; none: the folder's name.")
+    dtype: str = Field(
+        default="auto", description="Of the weights in memory: auto (the checkpoint's), float32, bfloat16, float16."
+    )
+    context_length: int | None = Field(
+        default=None, ge=1, description="Longest sequence in tokens; none: the model's own."
+    )
+
+
+class WorkersSettings(_Section):
+    """The workers, and what each may use."""
+
+    count: int = Field(default=1, ge=0, le=1024, description="How many `up` starts.")
+    engine: Literal["torch", "simulated"] = Field(
+        default="torch", description="simulated: a timing model without tensors."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the model runs.")
+    cpus: float = Field(default=1.0, ge=0, description="Ray CPUs that each reserves.")
+    gpus: float | None = Field(
+        default=None,
+        ge=0,
+        description="Ray GPUs that each reserves; none: 1 where device is not cpu and there are GPUs.",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="Torch threads of each; none: the cores shared out among workers."
+    )
+    canonical: bool = Field(
+        default=False, description="Bit-exact mode: slower, and the same floats whatever else runs."
+    )
+    max_batch_tokens: int = Field(default=2048, ge=1, description="Tokens a step.")
+    max_running: int = Field(default=64, ge=1, description="Sequences a step.")
+    bind_host: str | None = Field(
+        default=None, description="Where workers listen; none: loopback on an own Ray, else the node's address."
+    )
+    advertise_host: str | None = Field(
+        default=None, description="What routers dial; none: the bind host or the node's address."
+    )
+    port: Port = Field(default=0, description="Where workers listen; 0: any free port.")
+    start_timeout: Duration = Field(default=600.0, description="How long `up` waits for workers to be ready.")
+    flush: Duration = Field(
+        default=5.0, description="How long a worker that is told to end may write blocks to the shared tier."
+    )
+
+
+class StoreSettings(_Section):
+    """Each worker's block store."""
+
+    device_bytes: Size = Field(default=1 << 30, ge=1 << 16, description="Capacity of the paged pool.")
+    host_bytes: Size = Field(default=4 << 30, description="Capacity of the host tier; 0: none.")
+    block_size: int | None = Field(
+        default=None, ge=1, le=1024, description="Tokens a block; none: chosen for the model."
+    )
+    default_ttl: OptionalDuration = Field(
+        default=3600.0, description="How long blocks live after their last use, or never."
+    )
+
+
+class RedisSettings(_Section):
+    """The tier that the fleet shares."""
+
+    url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
+        default=None, description="redis://, rediss:// or unix://; none: no shared tier."
+    )
+    timeout: Duration = Field(default=0.1, gt=0, description="Longest that one read may take before it is a miss.")
+
+
+class RouterSettings(_Section):
+    """Each router."""
+
+    name: str | None = Field(
+        default=None, min_length=1, description="Unique in the fleet; none: made of host and port."
+    )
+    grpc_host: str = Field(default=LOOPBACK, description="Where gRPC listens; 0.0.0.0 for every interface.")
+    grpc_port: Port = Field(default=50051, description="0: any free port.")
+    http_host: str = Field(default=LOOPBACK, description="Where metrics, health and the dashboard listen.")
+    http_port: Port | None = Field(default=8080, description="0: any free port; none: no HTTP.")
+    http_allowed_hosts: HostNames = Field(
+        default=(), description="Names besides loopback and http_host by which browsers and scrapers may address HTTP."
+    )
+    policy: str = Field(default="cache_aware", description="The routing policy until somebody sets another.")
+    weights: dict[str, float] = Field(
+        default_factory=dict, description="Weights of the policy that differ from its defaults."
+    )
+    shared_tier_reads: bool = Field(default=True, description="Whether workers read blocks from the shared tier.")
+    max_prompt_bytes: Size = Field(default=16 << 20, ge=1, description="Larger prompts are refused.")
+    max_in_flight: int = Field(default=1024, ge=1, description="Requests at once.")
+    max_in_flight_per_tenant: int = Field(default=512, ge=1, description="Requests at once of one tenant.")
+    default_deadline: OptionalDuration = Field(default=600.0, description="For callers that set none, or never.")
+    drain_grace: Duration = Field(default=30.0, description="How long running requests may take after SIGTERM.")
+    show_prompts: bool = Field(default=False, description="Show first words of prompts to admins that ask.")
+    reflection: bool = Field(default=True, description="Serve gRPC reflection.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        default="auto", description="auto: text on a terminal, else one JSON object a line."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Least level that is logged."
+    )
+
+
+class AuthSettings(_Section):
+    """Who may call."""
+
+    api_keys_file: Path | None = Field(
+        default=None, description="TOML of API keys; none: everybody is an admin of the default tenant."
+    )
+    default_tenant: str = Field(
+        default="default", min_length=1, description="Tenant of callers where there is no keys file."
+    )
+    fleet_secret: SecretStr | None = Field(
+        default=None, description="What routers present to workers; none: made at the first `up`."
+    )
+
+
+class RaySettings(_Section):
+    """The Ray cluster."""
+
+    address: str | None = Field(default=None, description="host:port of a Ray cluster to join; none: start an own one.")
+    object_store_memory: Size = Field(
+        default=100 << 20, ge=80 << 20, description="Of an own Ray; warmkv puts nothing there."
+    )
+    num_cpus: int | None = Field(
+        default=None, ge=1, description="Of an own Ray; none: as many as scaling could ask for."
+    )
+    start_timeout: Duration = Field(default=60.0, description="How long Ray may take to start or to answer.")
+
+
+class TlsSettings(_Section):
+    """PEM files. `cert`, `key` and `client_ca` are the router's; `worker_*` secure the streams to workers."""
+
+    cert: Path | None = Field(default=None, description="The router's certificate; none: plaintext.")
+    key: Path | None = Field(default=None, description="Its key.")
+    client_ca: Path | None = Field(
+        default=None, description="Callers must present a certificate signed by this (mTLS)."
+    )
+    worker_cert: Path | None = Field(default=None, description="The workers' certificate; none: plaintext.")
+    worker_key: Path | None = Field(default=None, description="Its key.")
+    worker_ca: Path | None = Field(default=None, description="What routers check workers' certificates against.")
+
+    @model_validator(mode="after")
+    def _in_pairs(self) -> Self:
+        for cert, key, names in (
+            (self.cert, self.key, "tls.cert and tls.key"),
+            (self.worker_cert, self.worker_key, "tls.worker_cert and tls.worker_key"),
+        ):
+            if (cert is None) != (key is None):
+                raise ValueError(f"{names} are needed together; give both, or neither")
+        return self
+
+
+class Settings(BaseSettings):
+    """All of them. Frozen; made by `deploy.layers.load_settings`, which knows each value's origin."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="WARMKV_", env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
+    )
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    workers: WorkersSettings = Field(default_factory=WorkersSettings)
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    redis: RedisSettings = Field(default_factory=RedisSettings)
+    router: RouterSettings = Field(default_factory=RouterSettings)
+    auth: AuthSettings = Field(default_factory=AuthSettings)
+    ray: RaySettings = Field(default_factory=RaySettings)
+    tls: TlsSettings = Field(default_factory=TlsSettings)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what it is called with: `deploy.layers` merges the sources, because it must know who set what."""
+        return (init_settings,)
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        folder = self.model.dir
+        return self.model.name or (folder.resolve().name if folder is not None else "simulated")
+
+    def worker_config(self, name: str, *, fleet_secret: str, threads: int = 1) -> WorkerConfig:
+        """The configuration of the worker `name`; `threads` where none are set."""
+        url = self.redis.url
+        return WorkerConfig(
+            name=name,
+            model_dir=_text(self.model.dir) or "",
+            model_name=self.model_name,
+            engine=self.workers.engine,
+            device=self.workers.device,
+            dtype=self.model.dtype,
+            threads=self.workers.threads or threads,
+            canonical=self.workers.canonical,
+            device_bytes=self.store.device_bytes,
+            host_bytes=self.store.host_bytes,
+            redis_url=None if url is None else url.get_secret_value(),
+            redis_timeout_s=self.redis.timeout,
+            block_size=self.store.block_size,
+            default_ttl_s=self.store.default_ttl,
+            context_length=self.model.context_length,
+            max_batch_tokens=self.workers.max_batch_tokens,
+            max_running=self.workers.max_running,
+            fleet_secret=fleet_secret,
+            bind_host=self._bind_host(),
+            advertise_host=self._advertise_host(),
+            port=self.workers.port,
+            tls_cert=_text(self.tls.worker_cert),
+            tls_key=_text(self.tls.worker_key),
+        )
+
+    def router_config(self, name: str, *, model_dir: str, fleet_secret: str) -> RouterConfig:
+        """The configuration of a router; `name` where none is set."""
+        router, tls = self.router, self.tls
+        files = None
+        if tls.cert is not None and tls.key is not None:
+            files = TlsFiles(str(tls.cert.absolute()), str(tls.key.absolute()), _text(tls.client_ca))
+        return RouterConfig(
+            name=router.name or name,
+            model_dir=model_dir,
+            model_name=self.model_name,
+            grpc_host=router.grpc_host,
+            grpc_port=router.grpc_port,
+            http_host=router.http_host,
+            http_port=router.http_port,
+            http_allowed_hosts=router.http_allowed_hosts,
+            tls=files,
+            worker_ca=_text(tls.worker_ca),
+            api_keys_file=_text(self.auth.api_keys_file),
+            default_tenant=self.auth.default_tenant,
+            fleet_secret=fleet_secret,
+            policy=router.policy,
+            weights=dict(router.weights),
+            shared_tier_reads=router.shared_tier_reads,
+            max_prompt_bytes=router.max_prompt_bytes,
+            max_in_flight=router.max_in_flight,
+            max_in_flight_per_tenant=router.max_in_flight_per_tenant,
+            default_deadline_s=router.default_deadline,
+            drain_grace_s=router.drain_grace,
+            show_prompts=router.show_prompts,
+            reflection=router.reflection,
+        )
+
+    def _bind_host(self) -> str:
+        """On a joined cluster routers come from other nodes, so the fleet secret must guard an open port."""
+        if self.workers.bind_host is not None:
+            return self.workers.bind_host
+        return LOOPBACK if self.ray.address is None else "0.0.0.0"
+
+    def _advertise_host(self) -> str | None:
+        if self.workers.advertise_host is not None:
+            return self.workers.advertise_host
+        bind = self._bind_host()
+        return None if bind in ("0.0.0.0", "::") else bind
+
+
+def _text(path: Path | None) -> str | None:
+    """Absolute: workers run in another folder."""
+    return None if path is None else str(path.absolute())

@@ -1,0 +1,47 @@
+"""What would keep a router from starting is found before Ray and workers are started."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from deploy.layers import load_settings
+from deploy.render import number_text
+from deploy.up import check_router
+from router.app import STARTUP_ERRORS
+
+
+def test_good_settings_pass() -> None:
+    check_router(load_settings(flags={"router.grpc_port": 0, "router.http_port": 0}, environ={}).settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ({"router.policy": "fastest"}, "cache_aware"),
+        ({"router.weights": {"nonsense": 1.0}}, "nonsense"),
+        ({"auth.api_keys_file": "no-such-keys.toml"}, "no-such-keys"),
+        ({"tls.cert": "no-such-cert.pem", "tls.key": "no-such-key.pem"}, "no-such"),
+    ],
+    ids=["policy", "weight", "keys", "tls"],
+)
+def test_bad_settings_are_named(flags: dict[str, object], word: str) -> None:
+    loaded = load_settings(flags={"router.grpc_port": 0, "router.http_port": 0, **flags}, environ={})
+    with pytest.raises(STARTUP_ERRORS, match=word):
+        check_router(loaded.settings)
+
+
+def test_a_taken_port_is_named_with_its_flag(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        flags = {"router.grpc_port": taken.getsockname()[1], "router.http_port": 0}
+        with pytest.raises(STARTUP_ERRORS, match="--grpc-port"):
+            check_router(load_settings(flags=flags, environ={}).settings)
+
+
+@pytest.mark.parametrize(("value", "text"), [(1048576.0, "1048576"), (0.5, "0.5"), (0.0, "0"), (1 / 3, "0.333333")])
+def test_numbers_are_written_for_people(value: float, text: str) -> None:
+    assert number_text(value) == text

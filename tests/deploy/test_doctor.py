@@ -1,0 +1,142 @@
+"""The doctor's findings: what is wrong is named, with a remedy; what is right is said to be."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy import doctor
+from deploy.doctor import Finding, examine
+from deploy.layers import load_settings
+from deploy.redis_server import PrivateRedis
+from deploy.settings import Settings
+from deploy.state import ClusterRecord, write_record
+
+
+def _settings(**flags: object) -> Settings:
+    chosen = {name.replace("__", "."): value for name, value in flags.items()}
+    return load_settings(environ={}, flags={"workers.engine": "simulated", **chosen}).settings
+
+
+def _levels(findings: list[Finding]) -> list[str]:
+    return [finding.level for finding in findings]
+
+
+def test_a_healthy_machine_has_no_failures_and_every_finding_that_is_not_ok_has_a_remedy(tmp_path: Path) -> None:
+    findings = examine(_settings(router__grpc_port=0, router__http_port=0), tmp_path)
+    assert "fail" not in _levels(findings)
+    assert {"python", "packages", "protobuf", "ports", "memory", "shm", "redis", "ray"} <= {f.check for f in findings}
+    assert [f for f in findings if f.level != "ok" and not f.remedy] == []
+
+
+def test_a_taken_port_is_named_with_its_flag(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        findings = list(doctor.check_ports(_settings(router__grpc_port=port, router__http_port="none"), tmp_path))
+    assert _levels(findings) == ["warn"]
+    assert str(port) in findings[0].found
+    assert "--grpc-port" in findings[0].remedy
+
+
+def test_a_redis_that_is_down_is_a_failure_and_its_password_is_not_shown(tmp_path: Path) -> None:
+    findings = list(doctor.check_redis(_settings(redis__url="redis://:hunter2@127.0.0.1:1"), tmp_path))
+    assert _levels(findings) == ["fail"]
+    assert "hunter2" not in str(findings)
+    assert "start it" in findings[0].remedy
+
+
+def test_a_redis_that_refuses_the_password_is_told_apart(tmp_path: Path) -> None:
+    with PrivateRedis(password="right") as server:
+        wrong = server.url.replace("right", "wrong")
+        findings = list(doctor.check_redis(_settings(redis__url=wrong), tmp_path))
+    assert _levels(findings) == ["fail"]
+    assert "refuses the login" in findings[0].found
+
+
+@pytest.mark.parametrize(
+    ("policy", "maxmemory", "level", "said"),
+    [
+        ("noeviction", 64 << 20, "warn", "maxmemory-policy"),
+        ("allkeys-lru", 0, "warn", "maxmemory"),
+        ("allkeys-lru", 64 << 20, "ok", ""),
+    ],
+)
+def test_how_redis_is_configured_is_judged(tmp_path: Path, policy: str, maxmemory: int, level: str, said: str) -> None:
+    with PrivateRedis(policy=policy, maxmemory_bytes=maxmemory) as server:
+        findings = list(doctor.check_redis(_settings(redis__url=server.url), tmp_path))
+    assert _levels(findings) == ["ok", level, "ok"]
+    assert said in findings[1].remedy
+    assert findings[2].check == "clock"
+
+
+def test_tiers_that_do_not_fit_into_memory_are_a_warning(tmp_path: Path) -> None:
+    findings = list(doctor.check_memory(_settings(store__host_bytes="512TiB", workers__device="cpu"), tmp_path))
+    assert _levels(findings) == ["warn"]
+    assert "store.host_bytes" in findings[0].remedy
+
+
+def test_a_package_that_shadows_one_of_ours_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hidden_router").mkdir()
+    (tmp_path / "hidden_router" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(doctor, "OWN_PACKAGES", ("kvstore", "hidden_router"))
+    (finding,) = doctor.check_packages(_settings(), tmp_path)
+    assert finding.level == "fail"
+    assert "hidden_router" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("runtime", "level"), [("6.31.0", "fail"), ("6.33.6", "ok"), ("7.34.0", "ok"), ("8.0.0", "fail")]
+)
+def test_the_protobuf_runtime_must_fit_the_stubs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, level: str
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: runtime)
+    assert _levels(list(doctor.check_protobuf(_settings(), tmp_path))) == [level]
+
+
+def test_an_old_python_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 1))
+    (finding,) = doctor.check_python(_settings(), tmp_path)
+    assert finding.level == "fail"
+    assert "3.11" in finding.remedy
+
+
+def test_a_broken_model_folder_is_a_failure(tmp_path: Path) -> None:
+    (finding,) = doctor.check_model(_settings(model__dir=tmp_path), tmp_path)
+    assert finding.level == "fail"
+    assert "config.json" in finding.found
+
+
+def test_a_good_model_folder_is_described(tmp_path: Path, model_dir: Path) -> None:
+    (finding,) = doctor.check_model(_settings(model__dir=model_dir), tmp_path)
+    assert finding.level == "ok"
+    assert "context 2048" in finding.found
+
+
+def test_another_ray_version_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: "2.1.0")
+    (finding,) = doctor.check_ray(_settings(), tmp_path)
+    assert finding.level == "fail"
+    assert doctor.RAY_VERSION in finding.remedy
+
+
+def test_an_own_ray_that_has_died_is_a_warning(tmp_path: Path) -> None:
+    write_record(tmp_path, ClusterRecord("127.0.0.2:1", 1, 0.0, "/tmp/x", "t", "s"))
+    (finding,) = doctor.check_ray(_settings(), tmp_path)
+    assert finding.level == "warn"
+    assert "warmkv down" in finding.remedy
+
+
+def test_a_check_that_breaks_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_bad(settings: Settings, state_dir: Path) -> object:
+        raise RuntimeError("oh")
+
+    monkeypatch.setattr(doctor, "CHECKS", (check_bad, doctor.check_python))
+    findings = examine(_settings(), tmp_path)
+    assert [(f.level, f.check) for f in findings] == [("warn", "bad"), ("ok", "python")]

@@ -1,0 +1,132 @@
+"""Bringing a fleet to its number: what is there already, failures. Against a scripted discovery."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import pytest
+
+from deploy.cluster import ClusterProblem
+from deploy.discovery import KnownWorker, RayDiscovery
+from deploy.layers import load_settings
+from deploy.rollout import Rollout
+from deploy.state import ClusterRecord
+from workers.config import WorkerConfig
+
+RECORD = ClusterRecord("127.0.0.2:1", 1, 1.0, "/tmp/x", "token", "secret-of-the-record")
+
+
+class FakeDiscovery:
+    """A Ray on which workers are ready, or failed, as soon as they are placed."""
+
+    def __init__(
+        self, present: list[str], state: Callable[[str], str], *, fleet: Mapping[str, Any] | None = None
+    ) -> None:
+        self.names = list(present)
+        self.state = state
+        self.scaled: list[int] = []
+        self.template: WorkerConfig | None = None
+        self.bundle: Mapping[str, float] = {}
+        self._fleet = fleet
+
+    @property
+    def workers(self) -> list[KnownWorker]:
+        return [KnownWorker(n, self.state(n), "a:1", 1, 1, "n", "it broke") for n in self.names if self.state(n)]
+
+    async def call(self, method: str) -> Any:
+        return {"names": self.names, "blueprint": {"config": self._fleet}, "gpus": 0.0, "missing_room": "no"}[method]
+
+    async def configure(self, config: WorkerConfig, bundle: Mapping[str, float]) -> None:
+        self.template, self.bundle = config, bundle
+
+    async def scale(self, count: int) -> tuple[list[str], list[str]]:
+        self.scaled.append(count)
+        self.names = [f"w{number}" for number in range(count)]
+        return [], []
+
+    async def changed(self) -> None:
+        await asyncio.sleep(0.01)
+
+
+def _rollout(discovery: FakeDiscovery, said: list[str], **flags: object) -> Rollout:
+    chosen = {"model.dir": "/m", **{name.replace("__", "."): value for name, value in flags.items()}}
+    loaded = load_settings(environ={}, flags=chosen)
+    return Rollout(loaded, cast("RayDiscovery", discovery), said.append, time.monotonic())
+
+
+@pytest.mark.asyncio
+async def test_all_workers_are_placed_at_once_and_the_last_one_is_waited_for() -> None:
+    discovery, said = FakeDiscovery([], lambda _name: "ready"), list[str]()
+    rollout = _rollout(discovery, said, workers__count=5)
+    assert await rollout.begin(RECORD) == "secret-of-the-record"
+    await rollout.finish()
+    assert discovery.scaled == [5]
+    assert any("5 of 5 ready" in line for line in said)
+    assert discovery.template is not None
+    assert discovery.template.fleet_secret == "secret-of-the-record"
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_is_there_is_never_ended_on_the_way_up() -> None:
+    discovery = FakeDiscovery(["w3"], lambda _name: "ready", fleet=_fleet())
+    rollout = _rollout(discovery, [], workers__count=6)
+    assert await rollout.begin(RECORD) == "theirs", "the fleet that runs keeps its secret"
+    await rollout.finish()
+    assert min(discovery.scaled) >= 4
+    assert discovery.scaled[-1] == 6
+
+
+@pytest.mark.asyncio
+async def test_without_a_number_a_fleet_that_runs_is_left_as_it_is() -> None:
+    discovery = FakeDiscovery(["w0", "w1", "w2"], lambda _name: "ready", fleet=_fleet())
+    rollout = _rollout(discovery, [])
+    await rollout.begin(RECORD)
+    await rollout.finish()
+    assert discovery.scaled == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("different", [{"model_dir": "/other"}, {"engine": "simulated"}, {"model_name": "x"}], ids=str)
+async def test_a_fleet_of_something_else_is_not_joined(different: dict[str, object]) -> None:
+    discovery = FakeDiscovery(["w0"], lambda _name: "ready", fleet={**_fleet(), **different})
+    with pytest.raises(ClusterProblem, match="warmkv down"):
+        await _rollout(discovery, []).begin(RECORD)
+    assert discovery.scaled == []
+
+
+@pytest.mark.asyncio
+async def test_when_no_worker_can_start_the_reason_is_the_error() -> None:
+    discovery, said = FakeDiscovery([], lambda _name: "failed"), list[str]()
+    rollout = _rollout(discovery, said, workers__count=2)
+    await rollout.begin(RECORD)
+    with pytest.raises(ClusterProblem, match="it broke"):
+        await rollout.finish()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("one_is", "raises"), [("ready", False), ("starting", True)])
+async def test_a_late_worker_is_an_error_only_where_none_is_ready(one_is: str, raises: bool) -> None:
+    discovery, said = FakeDiscovery([], lambda name: one_is if name == "w0" else "starting"), list[str]()
+    rollout = _rollout(discovery, said, workers__count=2, workers__start_timeout="100ms")
+    await rollout.begin(RECORD)
+    if raises:
+        with pytest.raises(ClusterProblem, match="w1 starting"):
+            await rollout.finish()
+    else:
+        await rollout.finish()
+        assert any("w1 starting" in line for line in said)
+
+
+@pytest.mark.asyncio
+async def test_cuda_without_a_gpu_is_refused_before_anything_is_placed() -> None:
+    discovery = FakeDiscovery([], lambda _name: "ready")
+    with pytest.raises(ClusterProblem, match="no GPU"):
+        await _rollout(discovery, [], workers__device="cuda").begin(RECORD)
+    assert discovery.scaled == []
+
+
+def _fleet() -> dict[str, Any]:
+    return {"model_dir": "/m", "model_name": "m", "engine": "torch", "fleet_secret": "theirs"}

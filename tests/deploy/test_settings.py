@@ -1,0 +1,94 @@
+"""The settings and the configurations that are made of them."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from deploy.layers import SettingsProblem, load_settings
+from deploy.settings import Settings
+from router.config import RouterConfig, TlsFiles
+from workers.config import WorkerConfig
+
+
+def test_defaults_are_those_of_the_parts() -> None:
+    settings = Settings()
+    worker = settings.worker_config("w0", fleet_secret="")
+    plain = WorkerConfig(name="w0", model_dir=worker.model_dir, model_name=worker.model_name)
+    own = {"advertise_host"}  # loopback where the workers are on loopback: what is dialled is what is bound
+    assert {f.name for f in fields(worker) if getattr(worker, f.name) != getattr(plain, f.name)} == own
+    router = settings.router_config("r", model_dir="m", fleet_secret="")
+    assert router == RouterConfig(name="r", model_dir="m", model_name=router.model_name)
+
+
+def test_every_value_reaches_its_part() -> None:
+    settings = load_settings(
+        environ={},
+        flags={
+            "model.name": "m",
+            "model.context_length": 99,
+            "workers.engine": "simulated",
+            "workers.threads": 3,
+            "workers.max_running": 5,
+            "store.device_bytes": "2MiB",
+            "store.host_bytes": 0,
+            "store.default_ttl": "never",
+            "store.block_size": 32,
+            "redis.url": "redis://:pw@h/0",
+            "redis.timeout": "20ms",
+            "router.weights": "{load = 2}",
+            "router.http_port": "none",
+            "router.default_deadline": "never",
+            "router.drain_grace": "1m",
+            "tls.cert": "/c",
+            "tls.key": "/k",
+            "tls.worker_ca": "/w",
+        },
+    ).settings
+    worker = settings.worker_config("w7", fleet_secret="s", threads=9)
+    assert (worker.name, worker.fleet_secret, worker.threads) == ("w7", "s", 3)
+    assert (worker.model_name, worker.engine, worker.context_length) == ("m", "simulated", 99)
+    assert (worker.device_bytes, worker.host_bytes, worker.default_ttl_s) == (2 << 20, 0, None)
+    assert (worker.block_size, worker.redis_url, worker.redis_timeout_s) == (32, "redis://:pw@h/0", 0.02)
+    router = settings.router_config("r", model_dir="d", fleet_secret="s")
+    assert (router.weights, router.http_port, router.default_deadline_s) == ({"load": 2.0}, None, None)
+    assert (router.drain_grace_s, router.tls, router.worker_ca) == (60.0, TlsFiles("/c", "/k"), "/w")
+
+
+def test_workers_stay_on_loopback_unless_they_join_a_cluster() -> None:
+    alone = Settings().worker_config("w0", fleet_secret="s")
+    assert (alone.bind_host, alone.advertise_host) == ("127.0.0.1", "127.0.0.1")
+    joined = load_settings(environ={}, flags={"ray.address": "10.0.0.1:6379"}).settings
+    there = joined.worker_config("w0", fleet_secret="s")
+    assert (there.bind_host, there.advertise_host) == ("0.0.0.0", None)
+
+
+def test_the_model_is_named_after_its_folder() -> None:
+    settings = load_settings(environ={}, flags={"model.dir": "/models/Qwen3-0.6B"}).settings
+    assert settings.model_name == "Qwen3-0.6B"
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.store = settings.store
+    with pytest.raises(ValidationError):
+        settings.store.host_bytes = 1
+
+
+def test_paths_are_absolute_because_workers_run_in_another_folder() -> None:
+    flags = {"model.dir": "m", "tls.worker_cert": "c", "tls.worker_key": "k", "auth.api_keys_file": "a"}
+    settings = load_settings(environ={}, flags=flags).settings
+    worker, here = settings.worker_config("w0", fleet_secret=""), str(Path.cwd())
+    assert (worker.model_dir, worker.tls_cert, worker.tls_key) == (f"{here}/m", f"{here}/c", f"{here}/k")
+    assert settings.router_config("r", model_dir="m", fleet_secret="").api_keys_file == f"{here}/a"
+
+
+def test_a_certificate_without_its_key_is_refused() -> None:
+    with pytest.raises(SettingsProblem, match=r"tls\.cert and tls\.key"):
+        load_settings(environ={}, flags={"tls.cert": Path("c.pem")})
+
+
+def test_every_setting_says_what_it_means() -> None:
+    assert [row.key for row in load_settings(environ={}).rows() if not row.help] == []
