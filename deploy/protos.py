@@ -26,7 +26,10 @@ def generate(into: Path) -> None:
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.proto"))
     includes = [f"--proto_path={ROOT}", f"--proto_path={Path(grpc_tools.__file__).parent / '_proto'}"]
     outputs = [f"--{kind}_out={into}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
-    if protoc.main(["protoc", *includes, *outputs, *sources]):
+    # The plugins lie beside the interpreter, which need not be on PATH.
+    folder = Path(sys.executable).parent
+    plugins = [f"--plugin=protoc-gen-{kind}={folder / f'protoc-gen-{kind}'}" for kind in ("mypy", "mypy_grpc")]
+    if protoc.main(["protoc", *includes, *plugins, *outputs, *sources]):
         raise RuntimeError("protoc failed")
 
 

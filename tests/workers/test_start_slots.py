@@ -5,6 +5,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from workers.start_slots import start_slot
 
 HOLD = """
@@ -58,3 +60,19 @@ def test_a_place_is_free_again_when_its_process_was_killed(tmp_path: Path) -> No
         process.kill()
         assert waiting.wait(30)
         thread.join(30)
+
+
+def test_without_a_place_the_worker_starts_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with start_slot(slots=1, folder=tmp_path), start_slot(slots=1, folder=tmp_path, patience_s=0.2):
+        pass
+    assert "without waiting" in caplog.text
+
+
+def test_a_folder_that_somebody_could_have_planted_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "planted").symlink_to(tmp_path / "theirs")
+    with start_slot(slots=1, folder=tmp_path / "planted"):
+        assert list((tmp_path / "theirs").iterdir()) == []
+    assert "without waiting" in caplog.text
