@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from bench.report import Report, arguments
 from deploy.redis_server import PrivateRedis
 from kvstore.blocks import BlockHash, block_hashes
+from workers.build import build_engine
 from workers.config import WorkerConfig
-from workers.engine import TorchEngine, build_engine
+from workers.engine import TorchEngine
 from workers.protocol import Job, SamplingParams
 from workers.tiny import ModelShape, make_model_folder
 

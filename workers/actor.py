@@ -189,9 +189,6 @@ def _build_engine(config: WorkerConfig) -> Engine:
     if config.engine != "torch":
         return build_engine(config)
     with start_slot():
-        import torch
-
-        torch.set_num_threads(config.threads)
         return build_engine(config)
 
 

@@ -22,7 +22,6 @@ from kvstore.events import BlockStored, TierName
 from kvstore.store import ReadTiers, TieredStore
 from kvstore.tier import BlockMeta, Clock
 from workers.attention.step import KVViews, Span
-from workers.config import WorkerConfig
 from workers.detokenize import TextStream
 from workers.models import ModelRunner
 from workers.protocol import EngineInfo, FinishReason, Job, JobError, JobId, Load, Output, StepReport, TokenLogprob
@@ -371,13 +370,6 @@ class TorchEngine:
 
     def _ttl_s(self, sequence: Sequence) -> float | None:
         return self._default_ttl_s if sequence.job.ttl_s is None else sequence.job.ttl_s
-
-
-def build_engine(config: WorkerConfig) -> TorchEngine:
-    """See `workers.build.build_engine`."""
-    from workers.build import build_engine as build
-
-    return build(config)
 
 
 _NOT_FINITE = JobError(
