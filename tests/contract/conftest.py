@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pytest
 import redis
 import torch
 
+from deploy.redis_server import find_redis_server
 from kvstore.device import DeviceTier
 from kvstore.host import HostTier
 from kvstore.redis import RedisTier
@@ -56,10 +56,10 @@ def host_tier(tmp_path: Path) -> Iterator[Harness]:
 
 @contextlib.contextmanager
 def redis_tier_on_the_system_server(tmp_path: Path) -> Iterator[Harness]:
-    binary = shutil.which("redis-server")
-    if binary is None:
+    binary = find_redis_server()
+    if binary is None or binary.origin != "system":
         pytest.skip("no redis-server on this system; install one to run this")
-    with redis_tier(binary, tmp_path) as harness:
+    with redis_tier(str(binary.path), tmp_path) as harness:
         yield harness
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,3 +206,17 @@ def test_it_never_outlives_its_parent(any_binary: RedisBinary, then: str) -> Non
             os.kill(parent.pid, signal.SIGKILL)
     until(lambda: is_gone(int(pid)))
     until(lambda: not Path(directory).exists())
+
+
+@pytest.mark.skipif(
+    shutil.which("redis-server", path="/usr/bin:/usr/local/bin") is None, reason="no system redis-server"
+)
+def test_an_activated_environment_does_not_pass_redislites_binary_off_as_the_systems(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = Path(sys.prefix, "bin")
+    monkeypatch.setenv("PATH", f"{own}{os.pathsep}/usr/bin{os.pathsep}/usr/local/bin")
+    found = find_redis_server()
+    assert found is not None
+    assert found.origin == "system"
+    assert found.path.parent.resolve() != own.resolve()
