@@ -59,6 +59,7 @@ def two() -> Iterator[Two]:
         process = fleet.spawn("router", "--config", config, *ports, log=fleet.folder / "second.log")
         both = Two(fleet, f"127.0.0.1:{port}", f"127.0.0.1:{http_port}", process)
         asyncio.run(until(lambda: ready_on(both.on_second, 2)))
+        asyncio.run(read_redis(both, False))
         yield both
     finally:
         if process is not None and process.poll() is None:
@@ -81,6 +82,21 @@ async def ready_on(connect: Callable[[], AsyncClient], count: int) -> bool:
     except WarmkvError:
         return False
     return sum(worker.state == admin_pb2.WORKER_STATE_READY for worker in workers) == count
+
+
+async def read_redis(two: Two, allowed: bool) -> None:
+    """Whether workers may read the shared tier, on both routers.
+
+    Without it, blocks come only from the worker that holds them. With it every worker has every block at nearly the
+    same price, and a quiet one is rightly preferred.
+    """
+    async with two.fleet.client() as first, two.on_second() as second:
+        await first.set_policy(shared_tier_reads=allowed)
+
+        async def heard() -> bool:
+            return bool((await second.get_policy()).shared_tier_reads == allowed)
+
+        await until(heard)
 
 
 def fates(usage: inference_pb2.Usage) -> dict[str, int]:
@@ -140,6 +156,12 @@ def test_the_second_router_finds_what_the_first_one_placed(two: Two) -> None:
         prompt = "Names are resolved in order. " * 40
         async with two.fleet.client("acme") as first, two.on_second("acme") as second:
             _, cold, placed = await ask(first, prompt)
+
+            async def heard() -> bool:
+                candidates = (await second.explain(prompt)).candidates
+                return any(c.worker == placed and c.tokens.device > 0.8 * cold.prompt_tokens for c in candidates)
+
+            await until(heard)  # the worker tells both routers of its blocks, each on a stream of its own
             _, warm, found = await ask(second, prompt)
         assert fates(cold) == {"computed": cold.prompt_tokens}
         assert found == placed
@@ -296,6 +318,7 @@ def test_several_tenants_at_once_on_two_routers_lose_no_request(two: Two) -> Non
 
 def test_after_every_worker_was_killed_the_prefixes_come_back_from_redis(two: Two) -> None:
     async def restarted() -> None:
+        await read_redis(two, True)
         prompt = "It survives the end of its worker. " * 40
         async with two.fleet.client("acme") as client:
             tokens, usage, _ = await ask(client, prompt)
