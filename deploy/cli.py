@@ -1,7 +1,7 @@
 """The command line `warmkv`. Every import that takes time happens inside the command that needs it.
 
 Covers: commands that start, end and inspect a fleet on this machine or on Ray. Does not cover: commands that ask a
-running router (`cli_fleet`, `cli_requests`), what commands do (`up`, `doctor`, `demo`).
+running router (`cli_fleet`, `cli_cache`, `cli_requests`), what commands do (`up`, `doctor`, `demo`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy import cli_fleet, cli_requests
+from deploy import cli_cache, cli_fleet, cli_requests
 from deploy.connection import Json
 from deploy.failures import EXIT_CODES, UNHEALTHY, Failure, reports_failures
 
@@ -56,7 +56,8 @@ GrpcPort = Annotated[int | None, typer.Option(help="0: any free port.", show_def
 HttpHost = Annotated[str | None, typer.Option(help="Where HTTP listens.", show_default="127.0.0.1")]
 HttpPort = Annotated[int | None, typer.Option(help="0: any free port.", show_default="8080")]
 RedisUrl = Annotated[
-    str | None, typer.Option("--redis", metavar="URL", help="Shared tier: redis://, rediss:// or unix://.")
+    str | None,
+    typer.Option("--redis", metavar="URL", help="Shared tier: a redis, redis+sentinel, redis+cluster or unix URL."),
 ]
 
 
@@ -289,4 +290,5 @@ def _worker_address(text: str) -> WorkerAddress:
 
 
 cli_fleet.add_to(app)
+cli_cache.add_to(app)
 cli_requests.add_to(app)

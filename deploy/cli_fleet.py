@@ -1,9 +1,8 @@
-"""Commands about a running fleet: status, scale, drain, undrain, policy, cache. They ask a router over gRPC."""
+"""Commands about a running fleet: status, scale, drain, undrain, policy. They ask a router over gRPC."""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,12 +21,7 @@ from deploy.connection import (
 )
 from deploy.failures import UNHEALTHY, USAGE, Failure, reports_failures
 
-if TYPE_CHECKING:
-    from warmkv.client import Client
-    from warmkv.v1 import admin_pb2
-
 policy_app = typer.Typer(help="Show or change how requests are routed.", no_args_is_help=True)
-cache_app = typer.Typer(help="Drop cached blocks.", no_args_is_help=True)
 
 WorkerName = Annotated[str, typer.Argument(metavar="WORKER", help="Its name, for example w0.")]
 
@@ -39,7 +33,6 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: warmkv drain w2")(drain)
     app.command(epilog="Example: warmkv undrain w2")(undrain)
     app.add_typer(policy_app, name="policy")
-    app.add_typer(cache_app, name="cache")
 
 
 @reports_failures
@@ -165,52 +158,6 @@ def policy_set(
     typer.echo(
         message_json(answer) if as_json else f"{answer.policy.name} {weights_text(answer.policy.weights)}".strip()
     )
-
-
-@cache_app.command("clear", epilog="Example: warmkv cache clear --tenant search --prefix - < prompt.txt")
-@reports_failures
-def cache_clear(
-    everything: Annotated[bool, typer.Option("--all", help="Every block of every tenant.")] = False,
-    tenant: Annotated[
-        str | None, typer.Option(help="Every block of one tenant; with --prefix: whose prompts.", show_default=False)
-    ] = None,
-    prefix: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Blocks of prompts that start with this text; - reads standard input."),
-    ] = None,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    as_json: Json = False,
-) -> None:
-    """Drop cached blocks from all tiers; returns when every worker has confirmed.
-
-    --prefix takes text as `warmkv generate` does, of at least one block of tokens, of the caller's tenant unless
-    --tenant names another; it drops the text's last full block and all that follows it. Prompts sent as chats do not
-    match it, since the chat template writes text around each message: drop them by token ids through
-    `warmkv.client`, or by tenant.
-    """
-    from deploy.render import cleared_text, message_json
-
-    if everything == (tenant is not None or prefix is not None):
-        raise Failure("give --all, or --tenant TENANT or --prefix TEXT or both", USAGE)
-    tls = tls_of(tls_ca, tls_cert, tls_key)
-    with client_of(router, api_key, tls, timeout=WAIT_TIMEOUT_S) as client:
-        answer = client.clear_cache(_scope(client, tenant, prefix))
-    typer.echo(message_json(answer) if as_json else cleared_text(answer))
-
-
-def _scope(client: Client, tenant: str | None, prefix: str | None) -> admin_pb2.ClearCacheRequest:
-    """What to clear: a prompt's blocks, else a tenant's, else all."""
-    from warmkv.v1 import admin_pb2
-
-    if prefix is not None:
-        ids = client.tokenize(sys.stdin.read() if prefix == "-" else prefix).token_ids
-        of_prompt = admin_pb2.ClearCacheRequest.Prefix(token_ids=ids, tenant=tenant or "")
-        return admin_pb2.ClearCacheRequest(prefix=of_prompt)
-    return admin_pb2.ClearCacheRequest(all=True) if tenant is None else admin_pb2.ClearCacheRequest(tenant=tenant)
 
 
 def _weight(text: str) -> tuple[str, float]:

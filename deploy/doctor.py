@@ -21,10 +21,10 @@ from typing import Literal
 
 import psutil
 
-from deploy.layers import mask_url
 from deploy.quantities import format_size
 from deploy.settings import Settings
 from deploy.state import ClusterRecord, lives, read_record
+from kvstore.redis.address import mask_url, server_urls
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -187,6 +187,32 @@ def check_memory(settings: Settings, state_dir: Path) -> Iterator[Finding]:
         yield Finding("ok", "memory", said)
 
 
+def check_disk(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """Whether the folder of the disk tier can be written, and has room for the workers of this machine."""
+    store = settings.store
+    if not store.disk_bytes:
+        yield Finding(
+            "ok", "disk", "no disk tier (store.disk_bytes=0): blocks do not outlive their worker without Redis"
+        )
+        return
+    folder = store.disk_dir.expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        yield Finding("fail", "disk", f"{folder} cannot be made or written", "name another: --set store.disk_dir=PATH")
+        return
+    used = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    free, wanted = shutil.disk_usage(there).free + used, settings.workers.count * store.disk_bytes
+    said = (
+        f"{folder}: {format_size(free)} for blocks; {settings.workers.count} worker(s) may fill {format_size(wanted)}"
+    )
+    if wanted > free:
+        yield Finding(
+            "warn", "disk", said, "lower store.disk_bytes, or name another folder (--set store.disk_dir=PATH)"
+        )
+    else:
+        yield Finding("ok", "disk", said)
+
+
 def check_shm(settings: Settings, state_dir: Path) -> Iterator[Finding]:
     """Ray keeps its object store in shared memory."""
     folder = Path("/dev/shm")
@@ -210,11 +236,11 @@ def check_redis(settings: Settings, state_dir: Path) -> Iterator[Finding]:
     from redis.retry import Retry
 
     url = settings.redis.url.get_secret_value()
-    client = redis.Redis.from_url(
-        url, socket_timeout=_REDIS_TIMEOUT_S, socket_connect_timeout=_REDIS_TIMEOUT_S, retry=Retry(NoBackoff(), 0)
-    )
+    patience = {"socket_timeout": _REDIS_TIMEOUT_S, "socket_connect_timeout": _REDIS_TIMEOUT_S}
     try:
-        yield from _redis_findings(client, mask_url(url))
+        for server in server_urls(url, _REDIS_TIMEOUT_S):
+            with redis.Redis.from_url(server, **patience, retry=Retry(NoBackoff(), 0)) as client:
+                yield from _redis_findings(client, mask_url(server))
     except redis.AuthenticationError as error:
         yield Finding(
             "fail", "redis", f"{mask_url(url)} refuses the login ({error})", "put user and password into the URL"
@@ -222,8 +248,6 @@ def check_redis(settings: Settings, state_dir: Path) -> Iterator[Finding]:
     except redis.RedisError as error:
         remedy = "start it, or correct --redis; until then requests go on without the shared tier"
         yield Finding("fail", "redis", f"{mask_url(url)} does not answer ({error})", remedy)
-    finally:
-        client.close()
 
 
 def _redis_findings(client: object, shown: str) -> Iterator[Finding]:
@@ -322,6 +346,7 @@ CHECKS: tuple[Check, ...] = (
     check_model,
     check_ports,
     check_memory,
+    check_disk,
     check_shm,
     check_redis,
     check_ray,

@@ -66,9 +66,11 @@ def _expected() -> Iterator[tuple[type[Exception], int]]:
     from deploy.layers import SettingsProblem
     from deploy.redis_server import RedisServerError
     from deploy.state import StateProblem
+    from kvstore.errors import StoreError
     from warmkv.errors import WarmkvError
 
     yield SettingsProblem, USAGE
+    yield StoreError, USAGE
     yield from ((kind, FAILED) for kind in (ClusterProblem, StateProblem, RedisServerError, WarmkvError))
 
     from deploy.local_fleet import FleetProblem

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import EnvSettingsSource, SettingsError, TomlConfigSettingsSource
 
 from deploy.settings import Settings
+from kvstore.redis.address import mask_url
 
 _MASK = "***"
 _PREFIX, _DELIMITER = "WARMKV_", "__"
@@ -113,15 +113,6 @@ def parse_assignments(texts: list[str]) -> dict[str, str]:
             raise SettingsProblem(f"--set {text}: write it as section.field=value, for example store.host_bytes=4GiB")
         flags[key.strip()] = value
     return flags
-
-
-def mask_url(url: str) -> str:
-    """The URL without its password."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    login = f"{parts.username or ''}:{_MASK}@"
-    return urlunsplit(parts._replace(netloc=login + parts.netloc.rpartition("@")[2]))
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ a user would start it; killing its workers; ending everything, even when this pr
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import shutil
@@ -51,6 +52,7 @@ class FleetShape:
         model: arguments of `python -m workers.tiny`, or an existing folder. workers: how many.
         tenants: each gets an API key; one more key is the operator's. policy: in force at first.
         device_bytes, host_bytes: capacity of each worker's tiers. redis_bytes: of the shared one; zero: no Redis.
+        disk_bytes: of each worker's disk tier, in the fleet's folder; zero: none.
         ports: gRPC and HTTP of the router; zero: a free one.
     """
 
@@ -61,6 +63,7 @@ class FleetShape:
     device_bytes: int = 64 * MIB
     host_bytes: int = 256 * MIB
     redis_bytes: int = 1 << 30
+    disk_bytes: int = 0
     ports: tuple[int, int] = (0, 0)
 
 
@@ -213,7 +216,8 @@ class LocalFleet:
         (self.folder / "warmkv.toml").write_text(
             f'[model]\ndir = "{self.model_dir}"\nname = "demo"\n\n'
             f'[workers]\ncount = {self.shape.workers}\ndevice = "cpu"\nthreads = 1\n\n'
-            f"[store]\ndevice_bytes = {self.shape.device_bytes}\nhost_bytes = {self.shape.host_bytes}\n{redis}\n"
+            f"[store]\ndevice_bytes = {self.shape.device_bytes}\nhost_bytes = {self.shape.host_bytes}\n"
+            f"disk_bytes = {self.shape.disk_bytes}\ndisk_dir = {json.dumps(str(self.folder / 'blocks'))}\n{redis}\n"
             f"[router]\ngrpc_port = {grpc_port}\nhttp_port = {http_port}\n"
             f'policy = "{self.shape.policy}"\nshow_prompts = true\n\n'
             f'[auth]\napi_keys_file = "{keys_file}"\n',

@@ -84,23 +84,28 @@ def settings_table() -> str:
     return _table(("Setting", "Default", "Meaning"), rows)
 
 
+PROMISES = {
+    "capacity": "Never holds more than its bytes",
+    "ttl": "Drops a block when its TTL has passed",
+    "named_eviction": "Evicts by a policy of ours",
+    "lease": "Keeps a pinned block",
+    "restart": "Outlives its worker",
+    "injected_clock": "Goes by our clock",
+}
+
+
 def honours_table() -> str:
     """What each tier promises. Imports torch."""
     from kvstore.device import DeviceTier
-    from kvstore.host import HostTier
-    from kvstore.redis import RedisTier
+    from kvstore.disk.tier import DiskTier
+    from kvstore.host.tier import HostTier
+    from kvstore.redis.tier import RedisTier
 
-    rows = []
-    for tier in (DeviceTier, HostTier, RedisTier):
-        promised = (tier.honours.capacity, tier.honours.ttl, tier.honours.named_eviction)
-        rows.append((f"`{tier.name}`", *("yes" if holds else "no" for holds in promised)))
-    header = (
-        "Tier",
-        "Never holds more than its bytes",
-        "Drops a block when its TTL has passed",
-        "Evicts by LRU of ours",
-    )
-    return _table(header, rows)
+    tiers = (DeviceTier, HostTier, DiskTier, RedisTier)
+    rows = [
+        (f"`{tier.name}`", *("yes" if getattr(tier.honours, field) else "no" for field in PROMISES)) for tier in tiers
+    ]
+    return _table(("Tier", *PROMISES.values()), rows)
 
 
 def errors_table() -> str:

@@ -126,15 +126,6 @@ def policy_text(answer: admin_pb2.GetPolicyResponse) -> str:
     return "\n".join(lines)
 
 
-def cleared_text(answer: admin_pb2.ClearCacheResponse) -> str:
-    """One line a worker."""
-    lines = []
-    for worker in answer.workers:
-        counts = ", ".join(f"{tier_name(each.tier)} {each.blocks}" for each in worker.dropped if each.blocks)
-        lines.append(f"{worker.worker}: dropped {counts or 'nothing'}")
-    return "\n".join(lines) or "no workers"
-
-
 def generation_text(stream: Generation) -> str:
     """One line: cache, length, route."""
     usage, route = stream.usage, stream.route

@@ -27,14 +27,17 @@ from router.config import RouterConfig, TlsFiles
 from workers.config import WorkerConfig
 
 LOOPBACK = "127.0.0.1"
-_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+_REDIS_KINDS = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster", "unix")
+_REDIS_SCHEMES = tuple(f"{kind}://" for kind in _REDIS_KINDS)
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 def _redis_url(value: SecretStr) -> SecretStr:
     if not value.get_secret_value().startswith(_REDIS_SCHEMES):
-        raise ValueError("a Redis URL starts with redis://, rediss:// or unix://")
+        raise ValueError(
+            "a Redis URL starts with redis://, rediss:// (TLS), redis+sentinel://, redis+cluster:// or unix://"
+        )
     return value
 
 
@@ -111,6 +114,23 @@ class StoreSettings(_Section):
 
     device_bytes: Size = Field(default=1 << 30, ge=1 << 16, description="Capacity of the paged pool.")
     host_bytes: Size = Field(default=4 << 30, description="Capacity of the host tier; 0: none.")
+    disk_bytes: Size = Field(default=4 << 30, description="Capacity of the disk tier, which outlives workers; 0: none.")
+    disk_dir: Path = Field(
+        default=Path("~/.cache/warmkv/blocks"),
+        description="Where the disk tier lies on each node; every worker has a folder of its own in it.",
+    )
+    admission: Literal["always", "second_hit"] = Field(
+        default="always", description="Which blocks are written to disk and Redis: all, or those that are used again."
+    )
+    eviction: Literal["lru", "s3fifo", "lfu_da", "arc", "tail_optimized", "priority", "reuse"] = Field(
+        default="lru", description="Which blocks host and disk drop first when they are full."
+    )
+    keys_file: Path | None = Field(
+        default=None, description="Lines `id:base64-of-32-bytes`; with it blocks on disk and in Redis are protected."
+    )
+    protection: Literal["authenticate", "encrypt"] = Field(
+        default="authenticate", description="What is done with the keys: nobody else can write a block, or read one."
+    )
     block_size: int | None = Field(
         default=None, ge=1, le=1024, description="Tokens a block; none: chosen for the model."
     )
@@ -123,9 +143,14 @@ class RedisSettings(_Section):
     """The tier that the fleet shares."""
 
     url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
-        default=None, description="redis://, rediss:// or unix://; none: no shared tier."
+        default=None,
+        description="redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; none: no shared tier.",
     )
     timeout: Duration = Field(default=0.1, gt=0, description="Longest that one read may take before it is a miss.")
+    watch: Literal["off", "listen", "configure"] = Field(
+        default="listen",
+        description="Whether to hear of removals from the server; configure: turn its notifications on for that.",
+    )
 
 
 class RouterSettings(_Section):
@@ -259,8 +284,15 @@ class Settings(BaseSettings):
             canonical=self.workers.canonical,
             device_bytes=self.store.device_bytes,
             host_bytes=self.store.host_bytes,
+            disk_bytes=self.store.disk_bytes,
+            disk_dir=str(self.store.disk_dir),
+            admission=self.store.admission,
+            eviction=self.store.eviction,
+            store_keys=_keys(self.store.keys_file),
+            protection=self.store.protection,
             redis_url=None if url is None else url.get_secret_value(),
             redis_timeout_s=self.redis.timeout,
+            redis_watch=self.redis.watch,
             block_size=self.store.block_size,
             default_ttl_s=self.store.default_ttl,
             context_length=self.model.context_length,
@@ -317,6 +349,11 @@ class Settings(BaseSettings):
             return self.workers.advertise_host
         bind = self._bind_host()
         return None if bind in ("0.0.0.0", "::") else bind
+
+
+def _keys(path: Path | None) -> str:
+    """The lines of a keys file, which `deploy.up` has looked at before."""
+    return "" if path is None else path.read_text(encoding="utf-8")
 
 
 def _text(path: Path | None) -> str | None:

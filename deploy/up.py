@@ -53,6 +53,7 @@ async def up(loaded: Loaded, state_dir: Path, *, ephemeral: bool, say: Say) -> N
     settings = loaded.settings
     folder = check_model_folder(settings)
     check_router(settings)
+    check_store(settings)
     started_at = time.monotonic()
     stop = _listen_to_signals()
     record: ClusterRecord | None = None
@@ -158,6 +159,24 @@ def check_model_folder(settings: Settings, *, weights: bool = True) -> Path:
     if weights and settings.workers.engine == "torch" and not any(folder.glob("*.safetensors")):
         raise ModelFolderError(f"{folder} has no *.safetensors. Give a complete Hugging Face model folder.")
     return folder
+
+
+def check_store(settings: Settings) -> None:
+    """Look at what would keep every worker's store from starting.
+
+    Raises:
+        KeyringError: the keys file cannot be used.
+    """
+    path = settings.store.keys_file
+    if path is None:
+        return
+    from kvstore.crypto import Keyring
+    from kvstore.errors import KeyringError
+
+    try:
+        Keyring.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyringError(f"store.keys_file {path} cannot be read ({error}); name a file that this user can") from None
 
 
 def check_router(settings: Settings) -> None:

@@ -14,7 +14,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NewType
+from typing import NewType, cast
 
 # SHA-256, 32 bytes. The store and Redis compare all of them; index and events carry the first SHORT_HASH_BYTES.
 BlockHash = NewType("BlockHash", bytes)
@@ -74,7 +74,7 @@ class HashScheme:
 def block_hashes(token_ids: Sequence[int], root: BlockHash, block_size: int) -> list[BlockHash]:
     """Names of the full blocks of `token_ids`, first to last: `hash_i = SHA-256(hash_{i-1} || tokens as u32 LE)`.
 
-    A partial last block has no name. 32k tokens take about 1 ms.
+    A partial last block has no name. 32k tokens take about 1 ms, most of it inside SHA-256.
 
     Raises:
         OverflowError: a token id is negative or does not fit 32 bits.
@@ -84,12 +84,12 @@ def block_hashes(token_ids: Sequence[int], root: BlockHash, block_size: int) -> 
         raise RuntimeError("array('I') is not 32 bits wide on this platform")
     if not _is_little_endian():
         packed.byteswap()
-    data, step, parent = packed.tobytes(), block_size * 4, root
-    names = []
+    data, step, sha256 = packed.tobytes(), block_size * 4, hashlib.sha256
+    parent, names = bytes(root), list[bytes]()
     for start in range(0, len(data) - step + 1, step):
-        parent = BlockHash(hashlib.sha256(parent + data[start : start + step]).digest())
+        parent = sha256(parent + data[start : start + step]).digest()
         names.append(parent)
-    return names
+    return cast("list[BlockHash]", names)  # one cast for all: a call a block would show
 
 
 def short(name: BlockHash) -> bytes:

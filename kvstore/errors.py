@@ -3,7 +3,9 @@
     StoreError                    anything that the store itself raises
     ├── LayoutError               a model's K/V shape cannot be stored
     ├── CodecError                a stored value is not the block that was asked for
+    ├── KeyringError              the secrets for stored blocks cannot be used
     ├── TierError                 a tier cannot be opened or used; carries the remedy
+    │   └── FolderTakenError      a living process has the disk tier's folder
     └── InvariantError            `check()` found the store's books wrong: a defect of ours
 
 A cache failure is a miss, never a failed request: of these only `InvariantError` can reach a caller of `acquire`.
@@ -47,8 +49,16 @@ class CodecError(StoreError):
         self.reason = reason
 
 
+class KeyringError(StoreError):
+    """The secrets for stored blocks cannot be used. The message ends with what to do, and holds nothing of a secret."""
+
+
 class TierError(StoreError):
     """A tier cannot be opened or used. The message ends with what to do."""
+
+
+class FolderTakenError(TierError):
+    """A living process has the disk tier's folder."""
 
 
 class InvariantError(StoreError):

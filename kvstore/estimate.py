@@ -6,6 +6,8 @@ measurements; before the first one an estimate is None, and the choice is to loa
 Both fits are least squares over moments that fade exponentially (each new measurement takes a share `_FADE` of the
 weight), so that they follow a machine whose load changes and cost O(1) memory. A measurement far above the estimate is
 cut down to `_OUTLIER` times it: one stall does not spoil the fit, while a tier that stays slow is believed after a few.
+From the second read in a row that is far below the estimate each weighs `_CATCH_UP`: a tier that was slow is read
+seldom, and must not stay avoided when it is fast again.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from itertools import combinations
 
 _FADE = 0.1
 _OUTLIER = 4.0
+_CATCH_UP = 0.5
 _SETTLED = 4  # measurements before outliers are cut
 _RIDGE = 1e-6  # relative; decides between features that the measurements cannot tell apart
 _GAIN = 1e-4  # a further term must improve the mean squared relative error by this much
@@ -29,7 +32,7 @@ class TransferEstimate:
     """
 
     def __init__(self) -> None:
-        self._count = 0
+        self._count = self._far_below = 0
         self._mean_x = self._mean_y = self._var_x = self._cov = 0.0
 
     @property
@@ -55,8 +58,10 @@ class TransferEstimate:
         expected = self.predict_ms(nbytes)
         if expected is not None and self._count >= _SETTLED:
             ms = min(ms, _OUTLIER * max(expected, _MIN_MS))
+        is_far_below = expected is not None and ms * _OUTLIER < expected
+        self._far_below = self._far_below + 1 if is_far_below else 0
         self._count += 1
-        weight = max(_FADE, 1.0 / self._count)
+        weight = max(_CATCH_UP if self._far_below > 1 else _FADE, 1.0 / self._count)
         dx, dy = nbytes - self._mean_x, ms - self._mean_y
         self._mean_x += weight * dx
         self._mean_y += weight * dy

@@ -17,7 +17,7 @@ from kvstore.blocks import BlockHash, short
 from kvstore.chains import consecutive_runs, stored_events, tree_runs
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
-from kvstore.eviction import LRU
+from kvstore.eviction.policies import LRU
 from kvstore.tier import BlockMeta, Clock, TierStats, prolonged, select
 
 
@@ -153,6 +153,14 @@ class BlockPool:
         for name in reversed(hashes):
             if self.holds(name):
                 self._prolong(self._held[name], ttl_s)
+
+    def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> int:
+        """As `Tier.lease`: a lease forbids dropping, and a device block may always go to a lower tier."""
+        return 0
+
+    def end_leases(self, hashes: Sequence[BlockHash]) -> int:
+        """As `Tier.end_leases`."""
+        return 0
 
     def remove(self, hashes: Sequence[BlockHash], cause: RemovalCause) -> int:
         """Take the names away from the cached ones; how many. Referenced blocks stay with their holders as private."""

@@ -1,194 +1,156 @@
 """Bringing a prompt's prefix to the device: which tier delivers each block, and the loads that take their time.
 
-Device blocks are referenced at once; blocks in host RAM are copied at once (tens of microseconds each); what may lie in
-the shared tier is read by an I/O thread into memory of its own. `Promoter.pump` then allocates device blocks for what
-came, and registers them: a question that finds nothing evicts nothing, a load that is given up holds no device block,
-and nobody sees a block before its bytes are whole. Blocks that another acquisition is loading are waited for, not
-loaded twice.
+Device blocks are referenced at once; blocks in host RAM are copied at once (tens of microseconds each); what lies in a
+slow tier (disk, the shared tier) is read by an I/O thread into memory of its own. `Promoter.pump` then allocates device
+blocks for what came, and registers them: a question that finds nothing evicts nothing, a load that is given up holds no
+device block, and nobody sees a block before its bytes are whole. Blocks that another acquisition is loading are waited
+for, not loaded twice.
+
+A prefetch is a load without an owner: it ends in host, and who comes meanwhile waits for it.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-import numpy as np
-
+from kvstore.acquisition import Acquisition, PlannedRun, Wish
 from kvstore.blocks import BlockHash
 from kvstore.device import DeviceTier
-from kvstore.errors import InvariantError
-from kvstore.estimate import TransferEstimate, worth_loading
 from kvstore.events import TierName
-from kvstore.host import HostTier
-from kvstore.tier import BlockMeta, Clock, SharedTier, Tier, chain_metas, prolonged
+from kvstore.host.tier import HostTier
+from kvstore.loading import GRACE_S, FindMeta, Load, Loader, deadline_s
+from kvstore.source import Source
+from kvstore.tier import BlockMeta, Clock, chain_metas
 
-ComputeMs = Callable[[int, int], float]  # (first block, number of blocks) -> predicted milliseconds to compute them
-
-PROBE_AFTER_S = 10.0  # an estimate this old is measured again, even if it speaks against the tier ...
-PROBE_BLOCKS = 4  # ... by a load of this many blocks
 RESERVE_SHARE = 64  # of the device's blocks one in so many is left by loads, for sequences that run
-MIN_DEADLINE_S = 0.02  # below this, the scheduler's jitter decides
+PREFETCH_SHARE = 4  # of the host tier's slots a prefetch may fill one in so many
+MAX_PREFETCHED = 1 << 14
+MAX_LOAD_NBYTES = 256 << 20  # of one read; what follows is read after it
+CLOSE_WAIT_S = 5.0
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ReadTiers:
-    """Which tiers a request may read from (directive no_read: none; the fleet record may forbid the shared one)."""
-
-    device: bool = True
-    host: bool = True
-    shared: bool = True
-
-
-class Acquisition:
-    """Blocks of a prompt's prefix on their way to the device. Owned by the engine's thread.
-
-    Until `done`, the sequence waits while others run. Then `block_ids` and `fates` hold the contiguous prefix that
-    arrived whole: one device block, referenced for the caller, and the tier it came from, for each block. A load that
-    failed only makes it shorter.
-    """
-
-    def __init__(
-        self,
-        promoter: Promoter,
-        hashes: Sequence[BlockHash],
-        reads: ReadTiers,
-        compute_ms: ComputeMs,
-        root: BlockHash | None,
-        ttl_s: float | None,
-    ) -> None:
-        self.block_ids: list[int] = []
-        self.fates: list[TierName] = []
-        self.done = False
-        self.load_ms = 0.0
-        self._promoter = promoter
-        self._hashes = hashes
-        self._reads = reads
-        self._compute_ms = compute_ms
-        self._root = root
-        self._ttl_s = ttl_s
-        self._started = 0.0
-        self._cancelled = False
-        self._looked = False  # one device miss is counted for an acquisition, where the first look-up ended
-        self._host_tried = self._shared_tried = -1  # position at which the tier came up short
-        self._arrived: set[BlockHash] = set()  # loaded by another acquisition that this one waited for
-
-    def cancel(self) -> None:
-        """Give all blocks back; bytes still on their way are thrown away when they arrive. Again: nothing happens."""
-        self._cancelled = self.done = True
-        self._promoter.give_back(self.block_ids)
-        self.block_ids, self.fates = [], []
-
-    @property
-    def _position(self) -> int:
-        return len(self.block_ids)
-
-    def _take(self, block_ids: Sequence[int], fates: Sequence[TierName]) -> None:
-        self.block_ids += block_ids
-        self.fates += fates
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    """One read of the shared tier.
-
-    Attributes:
-        owner: who asked. waiters: acquisitions that want the same blocks.
-        buffers: where the bytes are, made by the I/O thread. arrived: blocks that are whole, under the metadata that
-        they were stored with; set by the I/O thread, valid once the load is finished.
-        ms: how long it took; None: the tier was not asked.
-        discarded: cleared meanwhile: nothing of it may be registered. Guarded by `lock`.
-    """
-
-    metas: list[BlockMeta]
-    owner: Acquisition
-    deadline_s: float | None
-    waiters: list[Acquisition] = field(default_factory=list)
-    buffers: list[memoryview] = field(default_factory=list)
-    arrived: list[BlockMeta] = field(default_factory=list)
-    ms: float | None = None
-    discarded: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
+OnRead = Callable[[Source, list[BlockMeta], int, bool], None]
 
 
 class Promoter:
-    """Runs acquisitions over a device tier, a host tier and a shared one.
+    """Runs acquisitions and prefetches over a device tier, a host tier and slow ones.
 
     Attributes:
-        estimates: measured reads, for each lower tier. arrived: set by I/O threads when `pump` has work.
+        sources: the tiers below the device, by name.
     """
 
     def __init__(
         self,
         device: DeviceTier,
         host: HostTier | None,
-        shared: SharedTier | None,
+        slow: Sequence[tuple[Source, FindMeta]],
         *,
         clock: Clock,
         io_threads: int,
-        on_shared_read: Callable[[list[BlockMeta], int], None],
+        on_read: OnRead,
     ) -> None:
-        """`on_shared_read(metas, count)` hears of each finished read: what was asked for, how many came."""
-        self._device, self._host, self._shared = device, host, shared
-        self._clock = clock
-        self._reserve = device.num_blocks // RESERVE_SHARE
-        self._on_shared_read = on_shared_read
-        self.estimates = {tier.name: TransferEstimate() for tier in (host, shared) if tier is not None}
-        self._measured_at: dict[TierName, float] = {}
-        self.arrived = threading.Event()
-        self._loading: dict[BlockHash, _Load] = {}
-        self._finished: deque[_Load] = deque()
-        self._threads = ThreadPoolExecutor(io_threads, "kvstore-load") if shared is not None else None
+        """Take over the tiers.
 
-    def start(self, acquisition: Acquisition) -> None:
+        Args:
+            device, host: the tiers.
+            slow: further tiers, and what tells under which metadata a block is stored in each.
+            clock: seconds.
+            io_threads: reads of each slow tier at once.
+            on_read: hears of each finished read: its tier, what was asked for, how many came, and whether the next one
+                is known not to be there.
+        """
+        self._device, self._host, self._clock, self._on_read = device, host, clock, on_read
+        self._reserve = device.num_blocks // RESERVE_SHARE
+        self._slow = [source for source, _ in slow]
+        self._find = {source.name: find for source, find in slow}
+        near = [] if host is None else [Source(host, device.block_nbytes, clock=clock, believed=None)]
+        self.sources = {source.name: source for source in (*near, *self._slow)}
+        self._loader = Loader(self._slow, host, device.block_nbytes, clock=clock, io_threads=io_threads)
+        self._prefetched: OrderedDict[BlockHash, TierName] = OrderedDict()  # in host, and where they came from
+        self._most = max(1, MAX_LOAD_NBYTES // device.block_nbytes)
+        self._closed = False
+
+    def start(self, wish: Wish) -> Acquisition:
         """Take what is near and start to load the rest."""
-        acquisition._started = self._clock()
+        acquisition = Acquisition(wish, self._device.release)
+        acquisition.started = self._clock()
         self._advance(acquisition)
+        return acquisition
+
+    def prefetch(self, wish: Wish) -> int:
+        """Start to bring what only slow tiers hold to host; blocks that are on their way now because of it.
+
+        One run at a time: when it has come, the next one follows.
+        """
+        if self._host is None or not wish.reads.host:
+            return 0
+        return self._prefetch(wish, self._in_reach(wish), max(1, self._host.num_slots // PREFETCH_SHARE))
+
+    def plan(self, wish: Wish) -> list[PlannedRun]:
+        """Where each run of the prefix would come from, and what that costs. A question; nothing is asked of a server.
+
+        The last run is what would be computed; the first one that is not loaded makes all that follow it computed.
+        """
+        runs: list[PlannedRun] = []
+        first = 0
+        while first < len(wish.hashes):
+            run = self._plan_run(wish, first)
+            if not run.load:
+                left = len(wish.hashes) - first
+                run = replace(run, count=left, compute_ms=wish.price(first, left))
+            runs.append(run)
+            first += run.count
+        return runs
 
     def pump(self) -> None:
-        """Register what has arrived, and go on with the acquisitions that waited for it."""
-        self.arrived.clear()
-        while self._finished:
-            self._settle(self._finished.popleft())
+        """Register what has arrived, and go on with the acquisitions that waited for it, or waited long enough."""
+        for load in self._loader.take_finished():
+            self._settle(load)
+            self._loader.end(load)
+        for load in self._loader.find_stuck():
+            took_ms = 1e3 * (self._clock() - load.started)
+            load.source.gave_up(len(load.metas), took_ms, load.wish.price(load.first, len(load.metas)))
+        for load, acquisition in self._loader.overdue():
+            load.leave(acquisition)
+            self._resume(acquisition, load, [])
 
-    def give_back(self, block_ids: Sequence[int]) -> None:
-        """Release blocks of a cancelled acquisition."""
-        self._device.release(block_ids)
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until something arrived, or the timeout. Any thread may wait."""
+        self._loader.arrived.wait(timeout_s)
+
+    def used(self, names: Iterable[BlockHash]) -> None:
+        """These are in the device now: where a prefetch brought them from has been told, or does not matter."""
+        for name in names if self._prefetched else ():
+            self._prefetched.pop(name, None)
 
     def metas(self) -> list[BlockMeta]:
         """Blocks that are being loaded."""
-        return [meta for load in set(self._loading.values()) for meta in load.metas]
+        return self._loader.metas()
 
     def discard(self, names: set[BlockHash]) -> None:
-        """Blocks that are on their way are cleared: a load of any of them is registered nowhere.
-
-        On return no I/O thread will write one of them to the host tier any more.
-        """
-        for load in set(self._loading.values()):
-            if any(meta.hash in names for meta in load.metas):
-                with load.lock:
-                    load.discarded = True
+        """As `Loader.discard`."""
+        self._loader.discard(names)
 
     def close(self) -> None:
-        """Wait for the loads that run, and take them in."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
+        """Take in the loads that end soon, and give the others up. Nothing is loaded any more."""
+        self._closed = True
+        hanging = self._loader.close(CLOSE_WAIT_S)
         self.pump()
+        for load in hanging:
+            for acquisition in load.interested:
+                load.leave(acquisition)
+                self._resume(acquisition, load, [])
 
     def check(self) -> None:
-        """Blocks being loaded are filed under their names.
+        """Audit the loads.
 
         Raises:
-            InvariantError: otherwise.
+            InvariantError: see `Loader.check`.
         """
-        for name, load in self._loading.items():
-            if all(meta.hash != name for meta in load.metas):
-                raise InvariantError("a block is being loaded under another name")
+        self._loader.check()
+
+    # --- acquiring ---
 
     def _advance(self, acquisition: Acquisition) -> None:
         """Take blocks tier by tier until the prefix ends, or a load must be waited for."""
@@ -196,204 +158,255 @@ class Promoter:
         self._keep_rest(acquisition)
         while self._take_device(acquisition) or self._take_host(acquisition):
             pass
-        if not self._await_shared(acquisition):
+        if not self._await_load(acquisition):
             acquisition.done = True
-            acquisition.load_ms = 1e3 * (self._clock() - acquisition._started)
+            acquisition.load_ms = 1e3 * (self._clock() - acquisition.started)
 
     def _keep_rest(self, acquisition: Acquisition) -> None:
         """Use what is held of the rest: else the room for an earlier block may be made by evicting a later one."""
-        rest = acquisition._hashes[acquisition._position :]
-        if rest and acquisition._reads.device:
+        rest, reads = acquisition.rest, acquisition.wish.reads
+        if rest and reads.device:
             self._device.touch(rest)
-        if rest and acquisition._reads.host and self._host is not None:
+        if rest and reads.host and self._host is not None:
             self._host.touch(rest)
 
     def _take_device(self, acquisition: Acquisition) -> bool:
-        rest = acquisition._hashes[acquisition._position :]
-        if not (acquisition._reads.device and rest):
+        rest = acquisition.rest
+        if not (acquisition.wish.reads.device and rest):
             return False
-        if acquisition._looked and not self._device.holds(rest[0]):
+        if acquisition.looked and not self._device.holds(rest[0]):
             return False
-        acquisition._looked = True
+        acquisition.looked = True
         block_ids = self._device.acquire(rest)
-        self._device.prolong(rest[: len(block_ids)], acquisition._ttl_s)
-        arrived = acquisition._arrived
-        fates = [
-            self._shared.name if self._shared is not None and name in arrived else TierName.DEVICE
-            for name in rest[: len(block_ids)]
-        ]
-        acquisition._take(block_ids, fates)
+        names = rest[: len(block_ids)]
+        self._device.prolong(names, acquisition.wish.ttl_s)
+        acquisition.take(block_ids, [acquisition.arrived.get(name, TierName.DEVICE) for name in names])
         return bool(block_ids)
 
     def _take_host(self, acquisition: Acquisition) -> bool:
-        position = acquisition._position
-        if self._host is None or not acquisition._reads.host or acquisition._host_tried == position:
+        host, wish, position = self._host, acquisition.wish, acquisition.position
+        if host is None or not wish.reads.host or acquisition.tried.get(host.name) == position:
             return False
-        acquisition._host_tried = position
-        rest = acquisition._hashes[position:]
-        run = self._until_device(acquisition, rest[: self._host.match(rest)])
-        names = run[: self._affordable(self._host, acquisition, len(run))]
-        self._host.prolong(names, acquisition._ttl_s)
-        metas = self._host.find_run(names)
+        acquisition.tried[host.name] = position
+        rest = acquisition.rest
+        run = self._until_device(wish, rest[: host.match(rest)])
+        source, count = self.sources[host.name], min(len(run), self._room)
+        names = run[: source.affordable(count, wish.price(position, count))]
+        host.prolong(names, wish.ttl_s)
+        metas = host.find_run(names)
         block_ids = self._device.allocate(len(metas)) if metas else None
         if block_ids is None:
             return False
         started, landing = self._clock(), self._device.landing(block_ids)
-        count = self._host.read([meta.hash for meta in metas], landing.buffers)
+        count = host.read([meta.hash for meta in metas], landing.buffers)
         self._device.land(landing, count)
-        self._observe(self._host, count, 1e3 * (self._clock() - started))
-        self._register(acquisition, block_ids, metas, count, self._host.name)
+        source.observe(count, 1e3 * (self._clock() - started))
+        fates = [self._prefetched.pop(meta.hash, host.name) for meta in metas[:count]]
+        self._register(acquisition, block_ids, metas[:count], fates)
         return count > 0
 
-    def _await_shared(self, acquisition: Acquisition) -> bool:
+    def _await_load(self, acquisition: Acquisition) -> bool:
         """Join or start a load of what comes next; False: there is none to wait for."""
-        rest = acquisition._hashes[acquisition._position :]
-        if not (self._shared is not None and acquisition._reads.shared and rest):
+        wish, position, rest = acquisition.wish, acquisition.position, acquisition.rest
+        if not rest or acquisition.is_cut:
             return False
-        running = self._loading.get(rest[0])
-        if running is not None and acquisition._reads.device:
+        running = self._loader.get(rest[0])
+        if running is not None and self._may_join(acquisition, running):
             running.waiters.append(acquisition)
             return True
-        if acquisition._shared_tried == acquisition._position:
+        names = self._unheld(wish, rest)[: min(self._room, self._most)]
+        source, count = self._cheapest(wish, position, names, acquisition.tried)
+        if source is None:
             return False
-        return self._start_load(acquisition, self._shared, rest)
-
-    def _start_load(self, acquisition: Acquisition, shared: SharedTier, rest: Sequence[BlockHash]) -> bool:
-        position = acquisition._position
-        names = self._unheld(acquisition, rest)
-        count = self._affordable(shared, acquisition, len(names))
-        if count == 0 or self._threads is None:
-            return False
-        root = self._root_of(acquisition)
-        before = acquisition._hashes[position - 1] if position > 0 else root
-        metas = chain_metas(names[:count], before=before, root=root, ttl_s=acquisition._ttl_s)
-        compute_ms = _known(acquisition._compute_ms(position, count))
-        deadline_s = None if compute_ms is None else max(MIN_DEADLINE_S, compute_ms / 1e3)
-        load = _Load(metas, acquisition, deadline_s)
-        for name in names[:count]:
-            self._loading.setdefault(name, load)
-        self._threads.submit(self._read, load, shared)
+        metas, limit_s = self._metas(wish, position, count, acquisition), self._deadline(wish, position, count)
+        acquisition.give_up_at = self._clock() + limit_s + GRACE_S
+        self._load(Load(source, metas, wish, position, acquisition, limit_s))
         return True
 
-    def _read(self, load: _Load, shared: SharedTier) -> None:
-        """In an I/O thread: fetch, copy to host, report."""
-        try:
-            arrived = self._fetch(load, shared)
-            with load.lock:
-                if self._host is not None and arrived and not load.discarded:
-                    self._host.write(arrived, load.buffers[: len(arrived)])
-            load.arrived = arrived
-        except Exception:
-            # Tiers promise not to raise; if one does, the request must not wait for ever.
-            logger.exception("load failed", extra={"tier": shared.name})
-        finally:
-            self._finished.append(load)
-            self.arrived.set()
+    def _may_join(self, acquisition: Acquisition, load: Load) -> bool:
+        """Whether to wait for what another one loads; if so, no longer than computing it would take."""
+        wish, position = acquisition.wish, acquisition.position
+        tier = load.source.name
+        if not (wish.reads.device and wish.reads.allows(tier)) or acquisition.tried.get(tier) == position:
+            return False
+        before = next(i for i, meta in enumerate(load.metas) if meta.hash == wish.hashes[position])
+        limit_s = self._deadline(wish, position, min(len(load.metas) - before, len(acquisition.rest)))
+        acquisition.give_up_at = self._clock() + limit_s + GRACE_S
+        return True
 
-    def _fetch(self, load: _Load, shared: SharedTier) -> list[BlockMeta]:
-        """Read; what arrived, with the longer one of its own TTL and the reader's."""
-        # Memory that no block arrives in is never touched, and so costs nothing.
-        load.buffers = [row.data for row in np.empty((len(load.metas), self._device.block_nbytes), np.uint8)]
-        was_healthy, started = shared.stats().healthy, self._clock()
-        count = shared.read([meta.hash for meta in load.metas], load.buffers, deadline_s=load.deadline_s)
-        if count > 0 or was_healthy:  # else the breaker may have answered, which says nothing of reads
-            load.ms = 1e3 * (self._clock() - started)
-        stored = [shared.find(meta.hash) or meta for meta in load.metas[:count]]
-        return [prolonged(own, meta.ttl_s) for own, meta in zip(stored, load.metas, strict=False)]
+    def _prefetch(self, wish: Wish, first: int, budget: int) -> int:
+        names = self._unheld(wish, wish.hashes[first : first + min(budget, self._most)])
+        source, count = self._cheapest(wish, first, names, {})
+        if source is None:
+            return 0
+        limit_s = self._deadline(wish, first, count)
+        self._load(Load(source, self._metas(wish, first, count), wish, first, None, limit_s, budget=budget - count))
+        return count
 
-    def _settle(self, load: _Load) -> None:
-        for meta in load.metas:
-            if self._loading.get(meta.hash) is load:
-                del self._loading[meta.hash]
-        shared, owner = self._shared, load.owner
-        if shared is None:
-            raise InvariantError("a load finished without a shared tier")
-        if load.ms is not None:
-            self._observe(shared, len(load.arrived), load.ms)
+    def _load(self, load: Load) -> None:
+        self._loader.start(load, self._find[load.source.name])
+
+    def _cheapest(
+        self, wish: Wish, first: int, names: Sequence[BlockHash], tried: dict[TierName, int]
+    ) -> tuple[Source | None, int]:
+        """The slow tier to read these leading blocks from, and how many; None: computing them is no slower.
+
+        A tier that is known to hold the block goes before one that only may, then the one that takes less time a block.
+        """
+        best: tuple[tuple[bool, float], Source, int] | None = None
+        for source in self._slow:
+            if self._closed or not wish.reads.allows(source.name) or tried.get(source.name) == first:
+                continue
+            reach = source.reach(names)
+            count = source.affordable(reach, wish.price(first, reach)) if reach else 0
+            if count:
+                ms = source.predict_ms(count) or 0.0  # what was never measured is tried
+                rank = (not source.known(names[:1]), ms / count)
+                if best is None or rank < best[0]:
+                    best = (rank, source, count)
+        return (None, 0) if best is None else best[1:]
+
+    # --- what arrived ---
+
+    def _settle(self, load: Load) -> None:
+        self._score(load)
         if not load.discarded:
-            self._on_shared_read(load.metas, len(load.arrived))
-        waiters = [waiter for waiter in load.waiters if not waiter._cancelled]
-        wanted = not load.discarded and (waiters or not owner._cancelled)
-        landed = self._land(load) if wanted else []
-        for acquisition in (owner, *waiters):
-            if not acquisition._cancelled:
-                self._resume(acquisition, landed, short=len(landed) < len(load.metas))
-        if owner._cancelled:
-            owner.cancel()
+            self._on_read(load.source, load.metas, len(load.arrived), load.ended_absent)
+        interested = load.interested
+        if not interested and load.owner is None and not load.discarded:
+            self._remember(load)
+        landed = self._land(load, interested) if interested and not load.discarded else []
+        for acquisition in interested:
+            acquisition.is_cut = load.discarded
+            self._resume(acquisition, load, landed)
+        if load.owner is not None and load.owner.cancelled:
+            load.owner.cancel()  # what landed for the others was registered under its name
+        if load.budget and not (load.is_short or load.discarded or load.is_stuck):
+            self._go_on(load)
 
-    def _land(self, load: _Load) -> list[BlockMeta]:
-        """Put what arrived into device blocks, as far as there is room, and hand them to the owner; what it was."""
-        self._keep_rest(load.owner)
+    def _go_on(self, load: Load) -> None:
+        """The next run of a prefetch, if what came before is still there."""
+        first = self._in_reach(load.wish)
+        if first >= load.first + len(load.metas):
+            self._prefetch(load.wish, first, load.budget)
+
+    def _score(self, load: Load) -> None:
+        if load.ms is None or load.is_stuck:
+            return
+        load.source.observe(len(load.arrived), load.ms)
+        compute_ms = load.wish.price(load.first, len(load.arrived)) if load.arrived else None
+        if compute_ms is not None:
+            load.source.score.add(load.ms, compute_ms)
+
+    def _remember(self, load: Load) -> None:
+        """What was prefetched counts as coming from its tier when it is used, once."""
+        for meta in load.arrived:
+            self._prefetched[meta.hash] = load.source.name
+        while len(self._prefetched) > MAX_PREFETCHED:
+            self._prefetched.popitem(last=False)
+
+    def _land(self, load: Load, interested: Sequence[Acquisition]) -> list[BlockMeta]:
+        """Put what arrived into device blocks, as far as there is room, for the owner or for all; what it was."""
+        self._keep_rest(interested[0] if load.owner is None else load.owner)
         metas = load.arrived[: self._room]
         block_ids = self._device.allocate(len(metas)) or []
         self._device.inject(block_ids, load.buffers[: len(block_ids)])
-        tier = TierName.DEVICE if self._shared is None else self._shared.name
-        self._register(load.owner, block_ids, metas, len(block_ids), tier)
+        if load.owner is not None:
+            self._register(load.owner, block_ids, metas, [load.source.name] * len(metas))
+        else:
+            self._device.commit(block_ids, metas)
+            self._device.release(block_ids)
         return metas
 
-    def _resume(self, acquisition: Acquisition, arrived: list[BlockMeta], *, short: bool) -> None:
-        acquisition._arrived.update(meta.hash for meta in arrived)
-        if short:
-            acquisition._shared_tried = self._position_after(acquisition)
+    def _resume(self, acquisition: Acquisition, load: Load, landed: list[BlockMeta]) -> None:
+        acquisition.arrived.update((meta.hash, load.source.name) for meta in landed)
+        if len(landed) < len(load.metas):
+            acquisition.tried[load.source.name] = self._position_after(acquisition)
         self._advance(acquisition)
 
     def _position_after(self, acquisition: Acquisition) -> int:
         """Where the prefix will end once what is in the device has been taken."""
-        rest = acquisition._hashes[acquisition._position :]
-        return acquisition._position + (self._device.match(rest) if acquisition._reads.device else 0)
+        is_read = acquisition.wish.reads.device
+        return acquisition.position + (self._device.match(acquisition.rest) if is_read else 0)
 
     def _register(
-        self, acquisition: Acquisition, block_ids: list[int], metas: list[BlockMeta], count: int, tier: TierName
+        self, acquisition: Acquisition, block_ids: list[int], metas: list[BlockMeta], fates: list[TierName]
     ) -> None:
-        """The first `count` blocks are whole: name them and hand them over; free the others."""
-        self._device.commit(block_ids[:count], metas[:count])
+        """The blocks of `metas` are whole: name them and hand them over; free the others."""
+        count = len(metas)
+        self.used([meta.hash for meta in metas])
+        self._device.commit(block_ids[:count], metas)
         self._device.release(block_ids[count:])
-        acquisition._take(block_ids[:count], [tier] * count)
+        acquisition.take(block_ids[:count], fates)
 
-    def _until_device(self, acquisition: Acquisition, names: Sequence[BlockHash]) -> Sequence[BlockHash]:
+    # --- questions ---
+
+    def _until_device(self, wish: Wish, names: Sequence[BlockHash]) -> Sequence[BlockHash]:
         """The leading names that the device does not hold (all, for a request that must not read from it)."""
-        if not acquisition._reads.device:
+        if not wish.reads.device:
             return names
         return names[: next((i for i, name in enumerate(names) if self._device.holds(name)), len(names))]
 
-    def _unheld(self, acquisition: Acquisition, names: Sequence[BlockHash]) -> Sequence[BlockHash]:
-        """The leading names that only the shared tier can deliver, and that nobody is loading."""
-        host = self._host if acquisition._reads.host else None
-        names = self._until_device(acquisition, names)
+    def _unheld(self, wish: Wish, names: Sequence[BlockHash]) -> Sequence[BlockHash]:
+        """The leading names that only a slow tier can deliver, and that nobody is loading."""
+        host = self._host if wish.reads.host else None
+        names = self._until_device(wish, names)
         for count, name in enumerate(names):
             at_host = host is not None and count > 0 and host.holds(name)
-            if at_host or name in self._loading:
+            if at_host or name in self._loader:
                 return names[:count]
         return names
 
-    def _affordable(self, tier: Tier, acquisition: Acquisition, count: int) -> int:
-        """How many of `count` blocks to load: all that have room, a few to measure again, or none."""
-        count = min(count, self._room)
-        if count == 0:
-            return 0
-        load_ms = self.estimates[tier.name].predict_ms(count * self._device.block_nbytes)
-        if worth_loading(load_ms, _known(acquisition._compute_ms(acquisition._position, count))):
-            return count
-        age_s = self._clock() - self._measured_at[tier.name]
-        return min(count, PROBE_BLOCKS) if age_s >= PROBE_AFTER_S else 0
+    def _in_reach(self, wish: Wish) -> int:
+        """How many leading blocks are in device or host, or on their way."""
+        host = self._host if wish.reads.host else None
+        for place, name in enumerate(wish.hashes):
+            near = (wish.reads.device and self._device.holds(name)) or (host is not None and host.holds(name))
+            if not near and name not in self._loader:
+                return place
+        return len(wish.hashes)
+
+    def _plan_run(self, wish: Wish, first: int) -> PlannedRun:
+        names = wish.hashes[first:]
+        held = self._device.match(names) if wish.reads.device else 0
+        if held:
+            return PlannedRun(TierName.DEVICE, first, held, 0.0, wish.price(first, held), load=True)
+        best: PlannedRun | None = None
+        rest = self._until_device(wish, names)
+        for source in self.sources.values():
+            count = source.known(rest) if wish.reads.allows(source.name) else 0
+            if not count:
+                continue
+            load_ms, compute_ms = source.predict_ms(count), wish.price(first, count)
+            run = PlannedRun(source.name, first, count, load_ms, compute_ms, source.affordable(count, compute_ms) > 0)
+            if best is None or _pace(run) < _pace(best):
+                best = run
+        if best is not None:
+            return best
+        return PlannedRun(None, first, len(names), None, wish.price(first, len(names)), load=False)
 
     @property
     def _room(self) -> int:
         """Device blocks that loads may take now."""
         return max(0, self._device.available - self._reserve)
 
-    def _observe(self, tier: Tier, count: int, ms: float) -> None:
-        self.estimates[tier.name].observe(count * self._device.block_nbytes, ms)
-        self._measured_at[tier.name] = self._clock()
+    def _deadline(self, wish: Wish, first: int, count: int) -> float:
+        return deadline_s(wish.price(first, count))
 
-    def _root_of(self, acquisition: Acquisition) -> BlockHash:
+    def _metas(self, wish: Wish, first: int, count: int, acquisition: Acquisition | None = None) -> list[BlockMeta]:
+        root = self._root_of(wish, acquisition)
+        before = wish.hashes[first - 1] if first > 0 else root
+        return chain_metas(wish.hashes[first : first + count], before=before, root=root, ttl_s=wish.ttl_s)
+
+    def _root_of(self, wish: Wish, acquisition: Acquisition | None) -> BlockHash:
         """The chain's root: as given, or as the blocks before it have it, or empty for one that nobody told us."""
-        if acquisition._root is not None:
-            return acquisition._root
-        known = self._device.meta(acquisition.block_ids[0]) if acquisition.block_ids else None
+        if wish.root is not None:
+            return wish.root
+        block_ids = [] if acquisition is None else acquisition.block_ids
+        known = self._device.meta(block_ids[0]) if block_ids else None
         return BlockHash(b"") if known is None else known.root
 
 
-def _known(compute_ms: float) -> float | None:
-    """A prediction that is not positive and finite says that nothing has been measured yet."""
-    return compute_ms if 0 < compute_ms < float("inf") else None
+def _pace(run: PlannedRun) -> tuple[bool, float]:
+    """What is loaded rather goes first, then what takes less time a block."""
+    return not run.load, 0.0 if run.load_ms is None else run.load_ms / run.count

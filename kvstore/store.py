@@ -1,41 +1,48 @@
-"""TieredStore: blocks over device, host RAM and a shared tier.
+"""TieredStore: blocks over device, host RAM, disk and a shared tier.
 
-This file ties the parts together: `promotion` brings blocks up, `spill` takes them down and keeps them fresh, the tiers
-hold them. Write-through to host, write-behind to the shared tier. Every method is for the engine's thread, except
-`wait` and `stats`, which any thread may call.
+This file ties the parts together: `promotion` brings blocks up, a `lane` for each slow tier takes them down and keeps
+them fresh there, the tiers hold them. Write-through to host, write-behind to disk and the shared tier. Every method is
+for the engine's thread, except `wait`, `stats` and `clear_shared`, which any thread may call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import groupby
 
-from kvstore.blocks import BlockHash, short
-from kvstore.chains import consecutive_runs, stored_events
+from kvstore.acquisition import Acquisition, ComputeMs, PlannedRun, ReadTiers, Wish
+from kvstore.admission import Admission, Always, Moment
+from kvstore.blocks import BlockHash
+from kvstore.chains import select
 from kvstore.device import DeviceTier
-from kvstore.directory import Directory
-from kvstore.errors import InvariantError
-from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
-from kvstore.host import HostTier
+from kvstore.events import BlockStored, KvEvent, RemovalCause, TierName
+from kvstore.host.tier import HostTier
+from kvstore.inventory import HeldBlock, page
+from kvstore.known import KnownLocal, KnownShared
+from kvstore.lane import Lane, NearTiers, Refreshing, nobody
 from kvstore.layout import KVLayout
-from kvstore.promotion import Acquisition, ComputeMs, Promoter, ReadTiers
-from kvstore.spill import QueuedWrite, RefreshSchedule, WriteBehind
-from kvstore.tier import BlockMeta, Clock, SharedTier, TierStats, select
+from kvstore.leases import Leases
+from kvstore.promotion import Promoter
+from kvstore.source import Source
+from kvstore.spill import Writable
+from kvstore.tier import BlockMeta, Clock, LocalTier, SharedTier, Tier, TierStats
 
-__all__ = ["Acquisition", "ComputeMs", "ReadTiers", "TieredStore"]
+__all__ = ["Acquisition", "ComputeMs", "HeldBlock", "PlannedRun", "ReadTiers", "TieredStore"]
 
 ALL_TIERS = ReadTiers()
 DEFAULT_QUEUE_BYTES = 256 << 20
 DEFAULT_DIRECTORY_ENTRIES = 1 << 18
-CANCEL_WAIT_S = 5.0  # how long `clear` waits for a write that it overtook
 
 
 class TieredStore:
-    """Blocks over device, host RAM and a shared tier.
+    """Blocks over device, host RAM, disk and a shared tier.
 
     Attributes:
         layout: what a block holds. device: the paged pool; the engine takes `device.kv(layer)` from it.
-        host: the tier below it; None: without.
+        host: the tier below it; None: without. disk: the tier of this worker that outlives it; None: without.
     """
 
     def __init__(
@@ -45,8 +52,10 @@ class TieredStore:
         host: HostTier | None,
         shared: SharedTier | None,
         *,
+        disk: LocalTier | None = None,
         clock: Clock,
         default_ttl_s: float | None,
+        admission: Admission | None = None,
         io_threads: int = 2,
         queue_bytes: int = DEFAULT_QUEUE_BYTES,
         directory_entries: int = DEFAULT_DIRECTORY_ENTRIES,
@@ -55,29 +64,54 @@ class TieredStore:
 
         Args:
             layout: what a block holds.
-            device, host, shared: the tiers; None: without.
+            device, host, shared, disk: the tiers; None: without.
             clock: what TTLs and measured times go by, the same as the tiers'.
             default_ttl_s: for blocks that come without one; None: they live until they are evicted.
-            io_threads: reads of the shared tier at once. Writes have one thread more.
-            queue_bytes: blocks that wait for the shared tier; beyond it they are dropped. At most half of the host
-                tier's slots are kept from eviction by it.
-            directory_entries: blocks of the shared tier, and their last refreshes, to remember.
+            admission: whether a block that has just been computed is written to disk and the shared tier, asked once
+                for both. One that is not is written when it is first used again. None: every block is.
+            io_threads: reads of each slow tier at once. Writes have one thread more each.
+            queue_bytes: blocks that wait for each slow tier; beyond it they are dropped. At most half of the host
+                tier's slots are kept from eviction by them.
+            directory_entries: blocks of the shared tier, and last refreshes of each slow one, to remember.
+
+        Raises:
+            ValueError: the admission asks to be asked when a block is evicted, which the store does not.
         """
-        self.layout = layout
-        self.device = device
-        self.host = host
+        self._admits = _checked(admission or Always()).admits
+        self.layout, self.device, self.host, self.disk = layout, device, host, disk
         self._shared = shared
         self._default_ttl_s = default_ttl_s
-        self._promoter = Promoter(
-            device, host, shared, clock=clock, io_threads=io_threads, on_shared_read=self._on_shared_read
-        )
-        self._directory = Directory(TierName.REDIS if shared is None else shared.name, directory_entries, clock=clock)
-        self._schedule = RefreshSchedule(directory_entries, clock=clock)
-        self._writer = None if shared is None else self._make_writer(shared, queue_bytes)
-        self._events: list[KvEvent] = []  # of the shared tier: its own, and what the store learnt of it, in order
+        self._near = NearTiers(device, host)
+        local: list[LocalTier] = [tier for tier in (host, disk) if tier is not None]
+        self._leases = Leases(local, clock, send=self._send_to_disk)
+        slow: list[tuple[LocalTier | SharedTier, Writable, KnownLocal | KnownShared]] = []
+        if disk is not None:
+            slow.append((disk, Refreshing(disk), KnownLocal(disk)))
+        if shared is not None:
+            slow.append((shared, shared, KnownShared(shared, directory_entries, clock=clock)))
+        queued = self._max_queued(queue_bytes, len(slow))
+        self._lanes = {
+            tier.name: Lane(
+                writable,
+                known,
+                self._near,
+                clock=clock,
+                max_queued=queued,
+                entries=directory_entries,
+                on_queued=self._leases.queued if tier is disk else nobody,
+            )
+            for tier, writable, known in slow
+        }
+        sources = [
+            (Source(tier, layout.block_nbytes, clock=clock, believed=_believed(known)), known.find)
+            for tier, _, known in slow
+        ]
+        self._promoter = Promoter(device, host, sources, clock=clock, io_threads=io_threads, on_read=self._on_read)
+
+    # --- for requests ---
 
     def match(self, hashes: Sequence[BlockHash], reads: ReadTiers = ALL_TIERS) -> list[TierName]:
-        """The fastest local tier (device, host) of each leading block. A question; the shared tier is not asked."""
+        """The fastest near tier (device, host) of each leading block. A question; slow tiers are not asked."""
         tiers: list[TierName] = []
         for name in hashes:
             if reads.device and self.device.holds(name):
@@ -88,6 +122,13 @@ class TieredStore:
                 break
         return tiers
 
+    def plan(self, hashes: Sequence[BlockHash], *, reads: ReadTiers, compute_ms: ComputeMs) -> list[PlannedRun]:
+        """For each run of the prefix: the tier, its predicted time and that of computing, and the choice. A question.
+
+        Of the shared tier only what is known counts; `acquire` may find more there.
+        """
+        return self._promoter.plan(Wish(hashes, reads, compute_ms))
+
     def acquire(
         self,
         hashes: Sequence[BlockHash],
@@ -97,19 +138,34 @@ class TieredStore:
         root: BlockHash | None = None,
         ttl_s: float | None = None,
     ) -> Acquisition:
-        """Start to bring the longest prefix that is worth loading to the device. Never blocks on I/O of a server.
+        """Start to bring the longest prefix that is worth loading to the device. Never blocks on I/O of a slow tier.
 
         Device blocks are referenced at once. A lower tier is read only for runs where its predicted time is below
         `compute_ms` for the same blocks. Needs free device blocks for what it loads: with too few it loads fewer.
 
-        Give the chain's `root` and the request's `ttl_s` (None: the store's default): blocks that come from the shared
+        Give the chain's `root` and the request's `ttl_s` (None: the store's default): blocks that come from a slow
         tier are registered under them. Without a root they count as any root's in `clear`.
         """
-        ttl_s = self._default_ttl_s if ttl_s is None else ttl_s
-        acquisition = Acquisition(self._promoter, hashes, reads, compute_ms, root, ttl_s)
-        self._promoter.start(acquisition)
+        acquisition = self._promoter.start(self._wish(hashes, reads, compute_ms, root, ttl_s))
         self._used(hashes[: len(acquisition.block_ids)])
         return acquisition
+
+    def prefetch(
+        self,
+        hashes: Sequence[BlockHash],
+        *,
+        reads: ReadTiers = ALL_TIERS,
+        compute_ms: ComputeMs | None = None,
+        root: BlockHash | None = None,
+        ttl_s: float | None = None,
+    ) -> int:
+        """Start to bring to host what only slow tiers hold of a prefix, as far as that is sooner than computing it.
+
+        How many blocks are on their way because of it. Without `compute_ms`: whatever it costs. Without a host tier:
+        nothing. An `acquire` that comes meanwhile waits for what is on its way, and tells the tier that it came from.
+        """
+        price = compute_ms if compute_ms is not None else _no_price
+        return self._promoter.prefetch(self._wish(hashes, reads, price, root, ttl_s))
 
     def allocate(self, count: int) -> list[int] | None:
         """That many empty device blocks, referenced for the caller, evicting unreferenced cached ones; None: no room.
@@ -119,7 +175,7 @@ class TieredStore:
         return self.device.allocate(count)
 
     def commit(self, block_ids: Sequence[int], metas: Sequence[BlockMeta]) -> None:
-        """These device blocks are full: make them findable, copy them to host, queue them for the shared tier.
+        """These device blocks are full: make them findable, copy them to host, queue them for the slow tiers.
 
         If a name is already held by another device block, the caller's copy stays private to it.
         """
@@ -127,102 +183,169 @@ class TieredStore:
         named = self.device.commit(block_ids, metas)
         fresh_names = {meta.hash for _, meta in named}
         self._used([meta.hash for meta in metas if meta.hash not in fresh_names])
-        if not named:
+        if not named or not (self._lanes or self.host is not None):
             return
         fresh = [meta for _, meta in named]
-        if self.host is not None or self._shared is not None:
-            self._spill(fresh, self.device.payloads([block_id for block_id, _ in named]))
+        self._promoter.used(meta.hash for meta in fresh)
+        payloads = self.device.payloads([block_id for block_id, _ in named])
+        if self.host is not None:
+            self.host.write(fresh, payloads)
+        admitted = [self._admits(meta.hash) for meta in fresh]  # asking counts as seeing: once for all lanes
+        for lane in self._lanes.values():
+            lane.spill(fresh, payloads, admitted)
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Drop one reference of each. Committed ones stay cached until evicted; the others are free at once."""
         metas = [meta for block_id in block_ids if (meta := self.device.meta(block_id)) is not None]
         self.device.release(block_ids)
-        self._used([meta.hash for meta in metas])
+        self._used([meta.hash for meta in metas], is_hit=False)
+
+    # --- the store's own work ---
 
     def pump(self) -> None:
-        """Take in what I/O threads finished, expire what is due, refresh lower tiers. Called once an engine step."""
-        self._hear_shared()
+        """Take in what I/O threads finished, expire what is due, refresh lower tiers. Called once an engine step.
+
+        Slow tiers expire their blocks in their own threads.
+        """
+        for lane in self._lanes.values():
+            lane.pump()
         self._promoter.pump()
         self.device.sweep()
         if self.host is not None:
             self.host.sweep()
-        if self._writer is not None:
-            self._refresh(self._writer)
+        self._leases.settle()
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until an I/O thread finished something, or the timeout. `pump` takes it in."""
-        self._promoter.arrived.wait(timeout_s)
+        self._promoter.wait(timeout_s)
 
     def drain_events(self) -> list[KvEvent]:
         """Events of all tiers since the last call; each tier's are in order."""
         events = self.device.drain_events()
         if self.host is not None:
             events += self.host.drain_events()
-        self._hear_shared()
-        of_shared, self._events = self._events, []
-        return events + of_shared
+        for lane in self._lanes.values():
+            events += lane.known.drain_events()
+        return events
 
     def snapshot(self) -> list[BlockStored]:
-        """All that device and host hold and what is known of the shared tier, as events.
+        """All that device, host and disk hold and what is known of the shared tier, as events.
 
         Drops no events: those not drained yet may follow it though it includes them. Replayed in order after it they
         lead to the same state.
         """
-        self._hear_shared()
         held = self.device.snapshot()
         if self.host is not None:
             held += self.host.snapshot()
-        return held + self._directory.snapshot()
+        for lane in self._lanes.values():
+            held += lane.known.snapshot()
+        return held
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that is queued for slow tiers has been tried; False: the time was up."""
+        until = time.monotonic() + timeout_s
+        tried = [lane.flush(max(0.0, until - time.monotonic())) for lane in self._lanes.values()]
+        return all(tried)
+
+    # --- for operators ---
 
     def clear(
         self, *, root: BlockHash | None = None, prefix: BlockHash | None = None, shared: bool = False
     ) -> dict[TierName, int]:
-        """Drop blocks in device and host, and with `shared` in the shared tier too; blocks dropped, by tier.
+        """Drop blocks in device, host and disk, and with `shared` in the shared tier too; blocks dropped, by tier.
 
         Without `shared` another worker may clear the shared tier, so what is known of it there is forgotten, too, and
         writes that run are taken back: blocks that are computed afterwards are written there again.
 
         Running sequences keep their blocks but nobody finds them any more. Queued writes of those blocks are dropped.
         """
-        if self._writer is not None:
-            self._take_refreshed(self._writer)
+        for lane in self._lanes.values():
+            lane.take_refreshed()
         names = self._select(root, prefix)
         self._promoter.discard(set(names))
+        self._leases.end(names)
         everything = root is None and prefix is None
+        for lane in self._lanes.values():
+            lane.drop(set(names))
         dropped = {
             tier.name: tier.clear() if everything else tier.remove(names, RemovalCause.CLEARED)
-            for tier in (self.device, self.host)
-            if tier is not None
+            for tier in self._local()
         }
-        if self._writer is not None:
-            self._writer.drop(set(names))
-            self._writer.settle_cancelled(CANCEL_WAIT_S)
-        for name in names:
-            self._schedule.lost(name)
-        if self._shared is not None:
-            try:
-                if shared:
-                    dropped[self._shared.name] = self._shared.clear(root=root, prefix=prefix)
-            finally:  # of a server that failed half-way nothing is known either
-                self._forget_scope(self._shared, names, root, prefix)
+        try:
+            if shared and self._shared is not None:
+                dropped[self._shared.name] = self.clear_shared(root=root, prefix=prefix)
+        finally:  # of a server that failed half-way nothing is known either
+            for lane in self._lanes.values():
+                lane.forget(names, root, prefix)
         return dropped
 
-    def flush(self, timeout_s: float) -> bool:
-        """Wait until all that is queued for the shared tier has been tried; False: the time was up."""
-        return True if self._writer is None else self._writer.flush(timeout_s)
+    def clear_shared(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> int:
+        """Drop blocks in the shared tier alone; how many. Any thread may call it; it may take long.
+
+        Raises:
+            TierError: the tier did not drop all of them.
+        """
+        return 0 if self._shared is None else self._shared.clear(root=root, prefix=prefix)
+
+    def list_blocks(
+        self,
+        *,
+        root: BlockHash | None = None,
+        prefix: BlockHash | None = None,
+        after: BlockHash | None = None,
+        limit: int = 1000,
+    ) -> list[HeldBlock]:
+        """What device, host and disk hold, in the order of names, at most `limit` from the first one after `after`.
+
+        Whether a block lies in the shared tier, too, is told as far as it is known. O(blocks held).
+        """
+        blocks = page(
+            [(tier.name, tier.metas()) for tier in self._local()],
+            self._leases.names(),
+            root=root,
+            prefix=prefix,
+            after=after,
+            limit=limit,
+        )
+        lane = None if self._shared is None else self._lanes[self._shared.name]
+        return [
+            replace(block, tiers=(*block.tiers, lane.name))
+            if lane is not None and lane.known.holds(block.meta.hash)
+            else block
+            for block in blocks
+        ]
+
+    def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> dict[TierName, int]:
+        """Forbid to drop these blocks for so long (None: until `end_leases`); how many each tier promised to keep.
+
+        The lowest local tier that holds a block promises; the promise moves down when the block does, and to another
+        tier if that one loses it. A block that only the device holds is sent to disk, and promised when it is there,
+        which is not counted. One that lies nowhere in reach is not promised: warm it first.
+        """
+        return self._leases.lease(hashes, for_s)
+
+    def end_leases(self, hashes: Sequence[BlockHash]) -> dict[TierName, int]:
+        """End the leases of these; how many had one, by tier."""
+        return self._leases.end(hashes)
 
     def stats(self) -> dict[TierName, TierStats]:
         """Counters of every tier. Any thread may ask."""
-        stats = {tier.name: tier.stats() for tier in (self.device, self.host, self._shared) if tier is not None}
-        if self._shared is not None and self._writer is not None and self._writer.queue_full:
-            failures = stats[self._shared.name].store_failures
-            failures["queue_full"] = failures.get("queue_full", 0) + self._writer.queue_full
+        stats = {tier.name: tier.stats() for tier in self._tiers()}
+        for name, source in self._promoter.sources.items():
+            score = source.score
+            stats[name].loads, stats[name].bad_hits = score.loads, score.bad_hits
+            stats[name].load_ms, stats[name].compute_ms = score.load_ms, score.compute_ms
+        for name, lane in self._lanes.items():
+            if lane.queue_full:
+                failures = stats[name].store_failures
+                failures["queue_full"] = failures.get("queue_full", 0) + lane.queue_full
         return stats
 
     def read_ms(self) -> dict[TierName, tuple[float, float]]:
         """For each tier below device: measured (latency of a read, time a block), milliseconds; zeros: not measured."""
         nbytes = self.layout.block_nbytes
-        return {name: (fit.latency_ms, fit.ms_per(nbytes)) for name, fit in self._promoter.estimates.items()}
+        fits = {name: source.estimate for name, source in self._promoter.sources.items()}
+        return {name: (fit.latency_ms, fit.ms_per(nbytes)) for name, fit in fits.items()}
 
     def check(self) -> None:
         """Audit every tier and the store's own books.
@@ -230,167 +353,93 @@ class TieredStore:
         Raises:
             InvariantError: they disagree.
         """
-        for tier in (self.device, self.host, self._shared):
-            if tier is not None:
-                tier.check()
+        for tier in self._tiers():
+            tier.check()
         self._promoter.check()
-        if self._writer is not None:
-            self._writer.check()
+        for lane in self._lanes.values():
+            lane.check()
 
     def close(self, *, flush_s: float = 0.0) -> None:
-        """Write out what is queued for the shared tier for at most `flush_s` seconds, then give everything back."""
-        if self._writer is not None:
-            self._writer.flush(flush_s)
-            self._writer.close(CANCEL_WAIT_S)
-        self._promoter.close()
-        for tier in (self._shared, self.host, self.device):
-            if tier is not None:
-                tier.close()
+        """Write out what is queued for slow tiers for at most `flush_s` seconds, then give everything back."""
+        with ExitStack() as last:  # whatever fails, every tier is closed
+            for tier in self._tiers():
+                last.callback(tier.close)
+            self.flush(flush_s)
+            for lane in self._lanes.values():
+                lane.close()
+            self._promoter.close()
 
-    def _make_writer(self, shared: SharedTier, queue_bytes: int) -> WriteBehind:
+    # --- inside ---
+
+    def _local(self) -> list[DeviceTier | LocalTier]:
+        return [tier for tier in (self.device, self.host, self.disk) if tier is not None]
+
+    def _tiers(self) -> list[Tier]:
+        return [*self._local(), *([] if self._shared is None else [self._shared])]
+
+    def _max_queued(self, queue_bytes: int, lanes: int) -> int:
         blocks = max(1, queue_bytes // self.layout.block_nbytes)
-        if self.host is None:
-            return WriteBehind(shared, max_blocks=blocks, end_lease=_no_lease)
-        blocks = min(blocks, max(1, self.host.num_slots // 2))
-        return WriteBehind(shared, max_blocks=blocks, end_lease=self.host.end_lease)
+        return blocks if self.host is None else min(blocks, max(1, self.host.num_slots // (2 * max(1, lanes))))
+
+    def _wish(
+        self,
+        hashes: Sequence[BlockHash],
+        reads: ReadTiers,
+        compute_ms: ComputeMs,
+        root: BlockHash | None,
+        ttl_s: float | None,
+    ) -> Wish:
+        return Wish(hashes, reads, compute_ms, root, self._default_ttl_s if ttl_s is None else ttl_s)
 
     def _with_ttl(self, meta: BlockMeta) -> BlockMeta:
         return meta if meta.ttl_s is not None else replace(meta, ttl_s=self._default_ttl_s)
 
-    def _spill(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> None:
-        """Copy to host, and queue for the shared tier what it is not known to hold."""
-        if self.host is not None:
-            self.host.write(metas, payloads)
-        for meta, payload in zip(metas, payloads, strict=True):
-            if short(meta.hash) in self._directory:
-                self._schedule.used(meta.hash, meta.ttl_s)
-            elif not self._queue(meta, payload):
-                return  # what follows a block that is not there cannot be found
+    def _used(self, names: Sequence[BlockHash], *, is_hit: bool = True) -> None:
+        """Blocks of one chain were in use in the device: lower tiers shall know.
 
-    def _queue(self, meta: BlockMeta, payload: memoryview) -> bool:
-        if self._writer is None:
-            return False
-        leases = self.host.lease([meta.hash]) if self.host is not None else []
-        write = (
-            QueuedWrite(meta, leases[0].payload, leases[0]) if leases else QueuedWrite(meta, memoryview(bytes(payload)))
-        )
-        queued = self._writer.put(write)
-        if queued:
-            self._schedule.renewed(meta.hash, meta.ttl_s)
-        return queued
-
-    def _used(self, names: Sequence[BlockHash]) -> None:
-        """Blocks of one chain were hit in the device: lower tiers shall know."""
-        if self.host is not None and names:
-            self.host.touch(names)
+        A hit brings a block that a slow tier lacks there; the end of a sequence that computed it does not.
+        """
         metas = [meta for name in names if (meta := self.device.find(name)) is not None]
-        for meta in reversed(metas if self.host is not None else []):
-            self._prolong_in_host(meta)
-        for meta in metas if self._writer is not None else []:
-            self._schedule.used(meta.hash, meta.ttl_s)
+        if self.host is not None:  # last first, as tiers do within a call: a chain's tail is to be evicted first
+            for ttl_s, run in groupby(reversed(metas), key=lambda meta: meta.ttl_s):
+                self.host.prolong([meta.hash for meta in run][::-1], ttl_s)
+        for lane in self._lanes.values():
+            lane.used(metas if is_hit else [meta for meta in metas if lane.known.holds(meta.hash)])
 
-    def _prolong_in_host(self, meta: BlockMeta) -> None:
-        if self.host is not None:
-            self.host.prolong([meta.hash], meta.ttl_s)
+    def _send_to_disk(self, name: BlockHash) -> bool:
+        return self.disk is not None and self._lanes[self.disk.name].offer(name)
 
-    def _refresh(self, writer: WriteBehind) -> None:
-        """Ask for what is due, and take in what became of what was asked for."""
-        if due := [meta for name in self._schedule.pop_due() if (meta := self._find(name)) is not None]:
-            writer.refresh(due)
-        self._take_refreshed(writer)
-        for name in writer.take_unwritten():
-            self._schedule.lost(name)
-
-    def _take_refreshed(self, writer: WriteBehind) -> None:
-        for refreshed in writer.take_refreshed():
-            if refreshed.missing is not None:
-                self._settle_refresh(refreshed.metas, refreshed.missing)
-                continue
-            for meta in refreshed.metas:
-                self._schedule.unanswered(meta.hash, meta.ttl_s)
-
-    def _settle_refresh(self, metas: list[BlockMeta], missing: list[BlockHash]) -> None:
-        """The shared tier was asked to refresh blocks: tell what it holds, write again what it lost."""
-        self._learn([meta for meta in metas if meta.hash not in missing and self._find(meta.hash) is not None])
-        self._forget(missing)
-        for name in missing:
-            self._schedule.lost(name)
-            self._spill_again(name)
-
-    def _spill_again(self, name: BlockHash) -> None:
-        meta = self._find(name)
-        if meta is None:
-            return
-        if self.device.holds(name):
-            block_id = self.device.reference(name)
-            self._queue(meta, self.device.payloads([block_id])[0])
-            self.device.release([block_id])
-        elif self.host is not None and (leases := self.host.lease([name])):
-            self._queue(meta, leases[0].payload)
-            self.host.end_lease(leases[0])
-
-    def _find(self, name: BlockHash) -> BlockMeta | None:
-        meta = self.device.find(name)
-        return self.host.find(name) if meta is None and self.host is not None else meta
-
-    def _on_shared_read(self, metas: list[BlockMeta], count: int) -> None:
-        """A read of the shared tier ended: its TTLs began again there, or it does not hold what we thought."""
-        arrived = metas[:count]
-        if self._shared is not None:
-            arrived = [self._shared.find(meta.hash) or meta for meta in arrived]
-        self._learn(arrived)
-        for meta in arrived:
-            self._schedule.renewed(meta.hash, meta.ttl_s)
-        self._forget([meta.hash for meta in metas[count : count + 1]])
-
-    def _hear_shared(self) -> None:
-        """Take the shared tier's events before anything is added to them, so that they stay in order."""
-        if self._shared is not None:
-            events = self._shared.drain_events()
-            for event in events:
-                self._directory.apply(event)
-                if isinstance(event, AllBlocksCleared):
-                    self._schedule.retain(set())
-            self._events += events
-
-    def _learn(self, metas: Sequence[BlockMeta]) -> None:
-        if self._shared is None:
-            return
-        self._hear_shared()
-        for run in consecutive_runs(meta.link for meta in metas):
-            ttl_s = next(meta.ttl_s for meta in metas if meta.hash == run[1][0])
-            for event in stored_events(self._shared.name, [run], ttl_s):
-                self._directory.apply(event)
-                self._events.append(event)
-
-    def _forget(self, names: Sequence[BlockHash]) -> None:
-        """The shared tier does not hold these; of those that were thought there, tell."""
-        self._hear_shared()
-        gone = tuple(short(name) for name in names if short(name) in self._directory)
-        if gone and self._shared is not None:
-            self._directory.remove(gone)
-            self._events.append(BlockRemoved(self._shared.name, gone, RemovalCause.ABSENT))
-
-    def _forget_scope(
-        self, shared: SharedTier, names: Sequence[BlockHash], root: BlockHash | None, prefix: BlockHash | None
-    ) -> None:
-        """Know nothing any more of a cleared scope in the shared tier, nor of blocks whose root is not known."""
-        self._hear_shared()
-        kept = {meta.hash for meta in shared.forget(root=root, prefix=prefix)} - set(names)
-        self._directory.retain({short(name) for name in kept})
-        self._schedule.retain(kept)
+    def _on_read(self, source: Source, metas: list[BlockMeta], count: int, ended_absent: bool) -> None:
+        for meta in metas[:count]:
+            source.absent.discard(meta.hash)
+        if ended_absent:
+            source.absent.add(metas[count].hash)
+        self._lanes[source.name].read(metas, count, ended_absent=ended_absent)
 
     def _select(self, root: BlockHash | None, prefix: BlockHash | None) -> list[BlockHash]:
         """What `clear` drops of all that lies or moves in this process; an unknown root counts as any."""
         metas = self.device.metas() + self._promoter.metas()
         if self.host is not None:
             metas += self.host.metas()
-        if self._writer is not None:
-            metas += self._writer.metas()
+        for lane in self._lanes.values():
+            metas += lane.metas()
         if root is not None:
             metas = [meta if meta.root else replace(meta, root=root) for meta in metas]
         return list(dict.fromkeys(select(metas, root, prefix)))
 
 
-def _no_lease(lease: object) -> None:
-    raise InvariantError("a lease ended, and there is no host tier that could have given it")
+def _checked(admission: Admission) -> Admission:
+    if admission.moment is Moment.EVICTION:
+        raise ValueError(
+            "the admission `on_eviction` is for writing what is evicted, and this store writes blocks when they are "
+            "computed or used; choose always or second_hit"
+        )
+    return admission
+
+
+def _believed(known: KnownLocal | KnownShared) -> Callable[[BlockHash], bool] | None:
+    return known.holds if isinstance(known, KnownShared) else None
+
+
+def _no_price(first: int, count: int) -> float:
+    return 0.0  # nothing is known of computing, so loading is always tried

@@ -14,7 +14,7 @@ from typing import Protocol
 from kvstore.blocks import BlockHash
 from kvstore.chains import parent_of
 from kvstore.chains import select as select
-from kvstore.events import KvEvent, RemovalCause, TierName
+from kvstore.events import BlockStored, KvEvent, RemovalCause, TierName
 
 Clock = Callable[[], float]  # seconds; monotonic in production, a number that tests move
 
@@ -28,12 +28,14 @@ class BlockMeta:
         parent: the block before it in the chain, or the root for the first one.
         root: the tenant's root; what `clear(root=...)` goes by.
         ttl_s: seconds that it lives after its last use; None: until it is evicted.
+        priority: 0 to 100; eviction policies that look at it keep the higher ones longer.
     """
 
     hash: BlockHash
     parent: BlockHash
     root: BlockHash
     ttl_s: float | None
+    priority: int = 0
 
     @property
     def before(self) -> BlockHash | None:
@@ -55,12 +57,18 @@ class Honours:
         ttl: a block is gone once its TTL has passed since its last use.
         named_eviction: evicts by a policy that we named (else: the server's own).
         injected_clock: its time can be moved by a test.
+        lease: does not drop a block before its lease ends (else: `lease` promises nothing and returns 0).
+        quota: keeps each root to its share when room is short.
+        restart: what it holds outlives the process.
     """
 
     capacity: bool
     ttl: bool
     named_eviction: bool
     injected_clock: bool
+    lease: bool = False
+    quota: bool = False
+    restart: bool = False
 
 
 @dataclass(slots=True)
@@ -73,6 +81,9 @@ class TierStats:
         removals: by RemovalCause. stores: blocks written. store_failures: by queue_full, breaker, error, full.
         read_bytes, written_bytes: payload only.
         healthy: False while the breaker is open. problem: what is wrong and what to do; empty when nothing is.
+        leased: blocks under a lease.
+        loads: reads for requests that delivered something. bad_hits: of them, those that took longer than computing
+        would have. load_ms, compute_ms: what they took, and what computing was predicted to take. Filled by the store.
     """
 
     used_bytes: int = 0
@@ -87,6 +98,11 @@ class TierStats:
     written_bytes: int = 0
     healthy: bool = True
     problem: str = ""
+    leased: int = 0
+    loads: int = 0
+    bad_hits: int = 0
+    load_ms: float = 0.0
+    compute_ms: float = 0.0
 
 
 class Tier(Protocol):
@@ -119,6 +135,18 @@ class Tier(Protocol):
         """Refresh recency and TTL of those that it holds."""
         ...
 
+    def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> int:
+        """Promise not to drop those that it holds for `for_s` seconds (None: until `end_leases`); how many.
+
+        Neither eviction nor TTL drops a leased block; `remove`, `clear` and a wrong checksum do. Of several leases the
+        longest holds. A tier that does not honour leases returns 0.
+        """
+        ...
+
+    def end_leases(self, hashes: Sequence[BlockHash]) -> int:
+        """End the leases of those that it holds; how many had one."""
+        ...
+
     def remove(self, hashes: Sequence[BlockHash], cause: RemovalCause) -> int:
         """Drop those that it holds; how many it dropped."""
         ...
@@ -149,6 +177,26 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Give everything back. The tier cannot be used after it."""
+        ...
+
+
+class LocalTier(Tier, Protocol):
+    """A tier of this process alone, which therefore knows what it holds: questions cost microseconds."""
+
+    def find(self, name: BlockHash) -> BlockMeta | None:
+        """The metadata under which a block is held; None when it is not."""
+        ...
+
+    def prolong(self, hashes: Sequence[BlockHash], ttl_s: float | None) -> None:
+        """As `touch`, and from now on give each the longer one of its own TTL and `ttl_s`."""
+        ...
+
+    def metas(self) -> list[BlockMeta]:
+        """The metadata of all blocks."""
+        ...
+
+    def snapshot(self) -> list[BlockStored]:
+        """All that can be read, as events."""
         ...
 
 

@@ -19,6 +19,7 @@ from kvstore.blocks import block_hashes, short
 from router.admission import Admission
 from router.attempts import Attempts
 from router.board import Board, Recent
+from router.cache_admin import CacheAdmin
 from router.config import RouterConfig
 from router.decide import Decider
 from router.errors import InternalError, RouterError
@@ -95,6 +96,7 @@ class Router:
         self._preparer = Preparer(config, encoder, self.fleet, readiness, self.metrics, trust_group_of=trust_group_of)
         self._attempts = Attempts(self.fleet, self._decider, self._traffic, readiness, self._recent, self.metrics)
         self._board = Board(self.fleet, self._index, self._prefixes, self._recent)
+        self.cache = CacheAdmin(self.fleet, self._index, self._preparer, self._decider)
         self._operators = Operators(config.name, self.fleet, self._board, self._preparer)
         self.metrics.export_gauges(self._gauges)
 

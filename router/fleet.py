@@ -192,6 +192,10 @@ class Fleet:
         if shared_by is not None:
             answer = answers[shared_by.name]
             answer.MergeFrom(_shared_part(await self._clear_one(shared_by, _clear_request(request, shared=True))))
+            # What somebody read from there between the two has gone up again.
+            again = await asyncio.gather(*(self._clear_one(link, local) for link in up))
+            for link, more in zip(up, again, strict=True):
+                _add_dropped(answers[link.name], more)
         # A worker that discovery no longer names was stopped, and its memory is gone.
         problems = {member.link.name: "it is lost" for member in away if member.missing_since is None}
         problems |= {name: answer.error for name, answer in answers.items() if answer.error}
@@ -325,6 +329,13 @@ class Fleet:
                 member.task.cancel()
                 del self._members[name]
                 self._index.drop(name)
+
+
+def _add_dropped(total: worker_pb2.ClearDone, more: worker_pb2.ClearDone) -> None:
+    total.device += more.device
+    total.host += more.host
+    total.disk += more.disk
+    total.error = total.error or more.error
 
 
 def _shared_part(done: worker_pb2.ClearDone) -> worker_pb2.ClearDone:

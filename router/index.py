@@ -95,7 +95,8 @@ class PrefixIndex:
         """A worker said hello. False when a later incarnation is known: the caller must not listen to this one.
 
         Another incarnation than before forgets the old blocks at once. `shared_id` names its shared tier's server;
-        another one than before (the server was replaced) forgets what the shared tier held.
+        another one than before (the server was replaced) forgets what the shared tier held. The first name that is
+        heard is that of the server that was spoken of before without one.
         """
         if incarnation < self._incarnations.get(worker, 0):
             return False

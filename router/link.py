@@ -1,8 +1,8 @@
 """The stream to one worker: kept open, read in order, fenced by incarnation.
 
-Covers: connecting and reconnecting, the handshake, gaps, silence, jobs under way, clears. Does not cover: which workers
-there are and what they agree on (`fleet`). One asyncio task a link; what it learns goes to the index and to its
-listener at once, in the order of the stream.
+Covers: connecting and reconnecting, the handshake, gaps, silence, jobs under way, clears, operators' orders. Does not
+cover: which workers there are and what they agree on (`fleet`). One asyncio task a link; what it learns goes to the
+index and to its listener at once, in the order of the stream.
 
 A broken stream loses the worker at once. Silence makes it suspect after `SUSPECT_AFTER_S` (it gets nothing new; the
 next word from it ends that) and lost after `LOST_AFTER_S`. Jobs of a lost worker end with `FlightLost`.
@@ -112,6 +112,7 @@ class WorkerLink:
         self._jitter = jitter
         self._flights: dict[int, Flight] = {}
         self._clears: dict[int, _Clearing] = {}
+        self._orders: dict[int, asyncio.Future[worker_pb2.CacheDone]] = {}
         self._ids = count(1)
         self._stream: WorkerStream | None = None
         self._retry_now = asyncio.Event()
@@ -192,6 +193,21 @@ class WorkerLink:
             self._send(worker_pb2.ConnectRequest(clear=clearing.request))
         return clearing.done
 
+    def order(self, command: worker_pb2.CacheCommand) -> asyncio.Future[worker_pb2.CacheDone]:
+        """Send an operator's order, whose id this fills in; its answer, with `error` set when the worker is lost.
+
+        It is not owed: a worker that comes back is not asked again.
+        """
+        command.command_id = next(self._ids)
+        done: asyncio.Future[worker_pb2.CacheDone] = asyncio.get_running_loop().create_future()
+        if not self.connected:
+            done.set_result(worker_pb2.CacheDone(error="it is not connected; try again when it is back"))
+            return done
+        self._orders[command.command_id] = done
+        done.add_done_callback(lambda _: self._orders.pop(command.command_id, None))
+        self._send(worker_pb2.ConnectRequest(cache=command))
+        return done
+
     def send_record(self, record: worker_pb2.FleetRecord) -> None:
         """Tell the worker, and through it the other routers, the record in force."""
         if self.connected:
@@ -256,6 +272,8 @@ class WorkerLink:
                 self._on_snapshot(message.snapshot)
             case "clear_done":
                 self._on_clear_done(message.clear_done)
+            case "cache_done":
+                self._answer_order(message.cache_done.command_id, message.cache_done)
             case "fleet":
                 self._listener.heard_record(self, message.fleet)
 
@@ -267,6 +285,7 @@ class WorkerLink:
         for flight in list(self._flights.values()):
             self.cancel(flight)
             flight.miss(f"messages from {self.name} were lost")
+        self._fail_orders("messages were lost, maybe its answer among them; try again")
         self._send(worker_pb2.ConnectRequest(resync=worker_pb2.Resync()))
         self._listener.resynced(self)
 
@@ -297,6 +316,15 @@ class WorkerLink:
         if clearing is not None and not clearing.done.done():
             clearing.done.set_result(done)
 
+    def _answer_order(self, command_id: int, done: worker_pb2.CacheDone) -> None:
+        waiting = self._orders.get(command_id)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(done)
+
+    def _fail_orders(self, error: str) -> None:
+        for command_id in list(self._orders):
+            self._answer_order(command_id, worker_pb2.CacheDone(error=error))
+
     # Endings
 
     def _down(self, why: str, *, refused: bool) -> None:
@@ -306,6 +334,7 @@ class WorkerLink:
         self._index.drop(self.name)
         for flight in list(self._flights.values()):
             flight.lose(f"worker {self.name} was lost: {why}")
+        self._fail_orders(f"it was lost: {why}; try again when it is back")
         if was_connected:
             log.warning("a worker was lost", extra={"worker": self.name, "why": why})
             self._listener.lost(self, why)

@@ -150,6 +150,7 @@ class _Declare:
 # (name, help, field of TierLoad) of what is exported of every tier of every worker.
 _TIER_GAUGES = (
     ("warmkv_kv_blocks", "Blocks that a tier holds.", "blocks"),
+    ("warmkv_kv_pinned_blocks", "Blocks of a tier that are pinned: neither evicted nor expired.", "leased"),
     ("warmkv_kv_tier_bytes", "Bytes of a tier that hold blocks.", "used_bytes"),
     ("warmkv_kv_tier_capacity_bytes", "Bytes that a tier may hold; zero: unknown.", "capacity_bytes"),
     ("warmkv_kv_tier_healthy", "1 while a tier works, 0 while its breaker is open.", "healthy"),
@@ -159,6 +160,12 @@ _TIER_COUNTERS = (
     ("warmkv_kv_stores", "Blocks written to a tier.", "stores"),
     ("warmkv_kv_read_bytes", "Bytes of blocks read from a tier.", "read_bytes"),
     ("warmkv_kv_written_bytes", "Bytes of blocks written to a tier.", "written_bytes"),
+    ("warmkv_kv_loads", "Reads of a tier for requests that delivered something.", "loads"),
+    ("warmkv_kv_bad_hits", "Loads of a tier that took longer than computing would have.", "bad_hits"),
+)
+_TIER_SECONDS = (
+    ("warmkv_kv_load_seconds", "Time that loads of a tier took.", "load_ms"),
+    ("warmkv_kv_load_vs_compute_seconds", "Time that computing what was loaded was predicted to take.", "compute_ms"),
 )
 _TIER_COUNTERS_BY = (
     ("warmkv_kv_misses", "Blocks looked for in a tier and not delivered.", "misses", "reason"),
@@ -242,6 +249,11 @@ def _tiers(reporting: _Reporting) -> Iterator[Metric]:
         counter = CounterMetricFamily(name, text, labels=("worker", "tier"))
         for worker, tier_name, tier in tiers:
             counter.add_metric((worker, tier_name), getattr(tier, field))
+        yield counter
+    for name, text, field in _TIER_SECONDS:
+        counter = CounterMetricFamily(name, text, labels=("worker", "tier"))
+        for worker, tier_name, tier in tiers:
+            counter.add_metric((worker, tier_name), getattr(tier, field) / 1e3)
         yield counter
     for name, text, field, label in _TIER_COUNTERS_BY:
         counter = CounterMetricFamily(name, text, labels=("worker", "tier", label))

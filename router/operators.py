@@ -1,12 +1,13 @@
 """What operators do to a fleet: drain, scale, set the policy, clear.
 
-Covers: turning their requests into changes of the fleet record and into clears. Does not cover: who may (`service`) or
-how the record travels (`fleet`).
+Covers: turning their requests into changes of the fleet record and into clears. Does not cover: who may (`service`),
+how the record travels (`fleet`), what else is asked of the cache (`cache_admin`).
 """
 
 from __future__ import annotations
 
 from kvstore.blocks import block_hashes
+from router.audit import audited
 from router.board import Board
 from router.errors import InvalidRequest
 from router.fleet import Fleet
@@ -78,7 +79,8 @@ class Operators:
         Raises:
             InvalidRequest: no scope. WorkerLost: a worker did not confirm. NoWorkerAvailable: none is connected.
         """
-        done = await self._fleet.clear(self._clear_request(request, caller), shared_tier=True)
+        with audited("clear", caller, scope=request.WhichOneof("scope"), of_tenant=_tenant(request)):
+            done = await self._fleet.clear(self._clear_request(request, caller), shared_tier=True)
         return admin_pb2.ClearCacheResponse(workers=[_cleared(name, answer) for name, answer in sorted(done.items())])
 
     def _clear_request(self, request: admin_pb2.ClearCacheRequest, caller: Caller) -> worker_pb2.Clear:
@@ -94,6 +96,10 @@ class Operators:
                     raise InvalidRequest(f"The prefix is shorter than a block; send at least {size} token ids.")
                 return worker_pb2.Clear(chain_root=root, prefix_hash=names[-1])
         raise InvalidRequest("The scope is missing; set all to true, or name a tenant, or give a prefix.")
+
+
+def _tenant(request: admin_pb2.ClearCacheRequest) -> str:
+    return request.prefix.tenant if request.HasField("prefix") else request.tenant
 
 
 def _cleared(worker: str, done: worker_pb2.ClearDone) -> admin_pb2.ClearCacheResponse.Cleared:

@@ -11,6 +11,7 @@ import hmac
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 
 from kvstore.blocks import BlockHash
 from router.config import RouterConfig
@@ -91,8 +92,22 @@ class Preparer:
     def root_of_tenant(self, tenant: str) -> tuple[BlockHash, int]:
         """(root of its chains, tokens a block). Raises NoWorkerAvailable."""
         scheme = self._readiness.known_identity().scheme
-        group = self._trust_group_of(tenant) if self._trust_group_of else self._seen_groups.get(tenant, tenant)
-        return scheme.root(self._salt(group)), scheme.block_size
+        return scheme.root(self._salt(self._group(tenant))), scheme.block_size
+
+    def caller_for(self, tenant: str, operator: Caller) -> Caller:
+        """Whose blocks an operator means: those of a tenant that is named, else the operator's own."""
+        return operator if not tenant else replace(operator, tenant=tenant, trust_group=self._group(tenant))
+
+    def owners(self) -> dict[bytes, str]:
+        """Tenants that this router has met, joined by commas where they share blocks, by the root of their chains."""
+        tenants: dict[str, list[str]] = {}
+        for tenant in sorted(self._seen_groups):
+            tenants.setdefault(self._group(tenant), []).append(tenant)
+        scheme = self._readiness.known_identity().scheme
+        return {scheme.root(self._salt(group)): ",".join(names) for group, names in tenants.items()}
+
+    def _group(self, tenant: str) -> str:
+        return self._trust_group_of(tenant) if self._trust_group_of else self._seen_groups.get(tenant, tenant)
 
     def _salt(self, trust_group: str) -> bytes:
         """From the fleet's secret, so that no client can name another's blocks."""

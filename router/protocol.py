@@ -118,8 +118,43 @@ class Encoder(Protocol):
         ...
 
 
+class CacheApi(Protocol):
+    """What operators ask of the cache. All raise `router.errors.RouterError`, and all are logged."""
+
+    async def list_blocks(
+        self, request: admin_pb2.ListBlocksRequest, *, caller: Caller
+    ) -> admin_pb2.ListBlocksResponse:
+        """A page of blocks."""
+        ...
+
+    def stats(self, request: admin_pb2.GetCacheStatsRequest, *, caller: Caller) -> admin_pb2.GetCacheStatsResponse:
+        """The numbers of every tier of every worker."""
+        ...
+
+    async def warm(self, request: admin_pb2.WarmRequest, *, caller: Caller) -> admin_pb2.WarmResponse:
+        """Bring a prompt's blocks up, or compute them."""
+        ...
+
+    async def pin(self, request: admin_pb2.PinRequest, *, caller: Caller) -> admin_pb2.PinResponse:
+        """Forbid to drop blocks."""
+        ...
+
+    async def unpin(self, request: admin_pb2.UnpinRequest, *, caller: Caller) -> admin_pb2.UnpinResponse:
+        """Allow it again."""
+        ...
+
+    async def check(self, request: admin_pb2.CheckStoreRequest, *, caller: Caller) -> admin_pb2.CheckStoreResponse:
+        """Audit the stores of workers."""
+        ...
+
+
 class RouterApi(Protocol):
     """What servicers and the HTTP app ask of a router. All raise `router.errors.RouterError`."""
+
+    @property
+    def cache(self) -> CacheApi:
+        """What operators ask of the cache, but for `clear_cache`."""
+        ...
 
     def generate(
         self, request: inference_pb2.GenerateRequest, *, caller: Caller, context: RequestContext

@@ -89,6 +89,26 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def ClearCache(self, request: admin_pb2.ClearCacheRequest, context: Context) -> admin_pb2.ClearCacheResponse:
         return await self._router.clear_cache(request, caller=_admin())
 
+    async def ListBlocks(self, request: admin_pb2.ListBlocksRequest, context: Context) -> admin_pb2.ListBlocksResponse:
+        return await self._router.cache.list_blocks(request, caller=_admin())
+
+    async def GetCacheStats(
+        self, request: admin_pb2.GetCacheStatsRequest, context: Context
+    ) -> admin_pb2.GetCacheStatsResponse:
+        return self._router.cache.stats(request, caller=_admin())
+
+    async def Warm(self, request: admin_pb2.WarmRequest, context: Context) -> admin_pb2.WarmResponse:
+        return await self._router.cache.warm(request, caller=_admin())
+
+    async def Pin(self, request: admin_pb2.PinRequest, context: Context) -> admin_pb2.PinResponse:
+        return await self._router.cache.pin(request, caller=_admin())
+
+    async def Unpin(self, request: admin_pb2.UnpinRequest, context: Context) -> admin_pb2.UnpinResponse:
+        return await self._router.cache.unpin(request, caller=_admin())
+
+    async def CheckStore(self, request: admin_pb2.CheckStoreRequest, context: Context) -> admin_pb2.CheckStoreResponse:
+        return await self._router.cache.check(request, caller=_admin())
+
     async def WatchStats(
         self, request: admin_pb2.WatchStatsRequest, context: Context
     ) -> AsyncIterator[admin_pb2.WatchStatsResponse]:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from kvstore.admission import make_admission
 from kvstore.blocks import HashScheme
+from kvstore.codec import BlockCodec
+from kvstore.crypto import Keyring, Protection
 from kvstore.device import DeviceTier
-from kvstore.errors import LayoutError
-from kvstore.host import HostTier
+from kvstore.disk.tier import DiskTier
+from kvstore.errors import FolderTakenError, LayoutError
+from kvstore.host.slab import CudaPinner
+from kvstore.host.tier import HostTier
 from kvstore.layout import DTYPE_BYTES, KVLayout
-from kvstore.redis import RedisTier
+from kvstore.redis.cluster import RedisClusterTier
+from kvstore.redis.open import open_redis
+from kvstore.redis.tier import RedisTier
+from kvstore.redis.watch import Watching
 from kvstore.store import TieredStore
 from kvstore.tier import Clock
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
 from workers.models import ModelNotSupported, ModelRunner
 from workers.protocol import EngineInfo
+
+LOCK_WAIT_S = 10.0
 
 
 def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> TorchEngine:
@@ -35,10 +46,21 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     layout = _layout(runner.layout, config.block_size)
     scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical)
     device = DeviceTier(layout, config.device_bytes, clock=clock, device=runner.device)
-    pinned = runner.device.type == "cuda"
-    host = HostTier(layout, config.host_bytes, clock=clock, pinned=pinned) if config.host_bytes else None
-    shared = _shared(config, layout, scheme)
-    store = TieredStore(layout, device, host, shared, clock=clock, default_ttl_s=config.default_ttl_s)
+    pinner = CudaPinner(runner.device) if runner.device.type == "cuda" else None
+    host = _host(config, layout, clock, pinner)
+    codec = _codec(config, layout, scheme)
+    disk = _disk(config, codec, clock)
+    shared = _shared(config, codec)
+    store = TieredStore(
+        layout,
+        device,
+        host,
+        shared,
+        disk=disk,
+        clock=clock,
+        default_ttl_s=config.default_ttl_s,
+        admission=make_admission(config.admission),
+    )
     return TorchEngine(
         runner,
         store,
@@ -80,10 +102,37 @@ def _layout(probed: KVLayout, block_size: int | None) -> KVLayout:
     return replace(probed, block_size=block_size)
 
 
-def _shared(config: WorkerConfig, layout: KVLayout, scheme: HashScheme) -> RedisTier | None:
+def _host(config: WorkerConfig, layout: KVLayout, clock: Clock, pinner: CudaPinner | None) -> HostTier | None:
+    if not config.host_bytes:
+        return None
+    return HostTier(layout, config.host_bytes, clock=clock, pinner=pinner, eviction=config.eviction)
+
+
+def _codec(config: WorkerConfig, layout: KVLayout, scheme: HashScheme) -> BlockCodec:
+    keyring = Keyring.parse(config.store_keys) if config.store_keys else None
+    return BlockCodec(layout, scheme.digest(), keyring, Protection(config.protection))
+
+
+def _disk(config: WorkerConfig, codec: BlockCodec, clock: Clock) -> DiskTier | None:
+    """The worker's own folder; while an earlier process of that name is still ending, wait for it a little."""
+    if not config.disk_bytes:
+        return None
+    path = Path(config.disk_dir).expanduser() / config.name
+    give_up = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return DiskTier(path, config.disk_bytes, codec=codec, clock=clock, eviction=config.eviction)
+        except FolderTakenError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.2)
+
+
+def _shared(config: WorkerConfig, codec: BlockCodec) -> RedisTier | RedisClusterTier | None:
     if config.redis_url is None:
         return None
-    return RedisTier(config.redis_url, layout=layout, namespace=scheme.digest(), timeout_s=config.redis_timeout_s)
+    watching = Watching(config.redis_watch)
+    return open_redis(config.redis_url, codec=codec, timeout_s=config.redis_timeout_s, watching=watching)
 
 
 def _info(config: WorkerConfig, runner: ModelRunner, layout: KVLayout, scheme: HashScheme) -> EngineInfo:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +16,15 @@ class WorkerConfig:
         device: `cpu`, `cuda` or `auto`. dtype: `auto` (the checkpoint's) or a key of `kvstore.layout.DTYPE_BYTES`.
         threads: torch threads. canonical: bit-exact mode.
         device_bytes, host_bytes: capacity of the two tiers; zero host bytes: no host tier.
+        disk_bytes: capacity of the disk tier; zero: none. disk_dir: the worker's folder is made in it; `~` is the
+        node's home.
+        admission: `always` or `second_hit`, which blocks are written to disk and Redis. eviction: a policy of
+        `kvstore.eviction.policies`, for host and disk.
+        store_keys: lines of a keyring (`kvstore.crypto.Keyring.parse`); empty: blocks are not protected. protection:
+        `authenticate` or `encrypt`, what is done with it.
         redis_url: the shared tier; None: without.
-        redis_timeout_s: longest that one read may take before it is a miss.
+        redis_timeout_s: longest that one read may take before it is a miss. redis_watch: a value of
+        `kvstore.redis.watch.Watching`.
         block_size: None: `KVLayout.with_chosen_block_size`.
         default_ttl_s: time to live of blocks after their last use; None: until evicted.
         context_length: None: the model's own.
@@ -37,8 +44,15 @@ class WorkerConfig:
     canonical: bool = False
     device_bytes: int = 1 << 30
     host_bytes: int = 4 << 30
+    disk_bytes: int = 0
+    disk_dir: str = "~/.cache/warmkv/blocks"
+    admission: str = "always"
+    eviction: str = "lru"
+    store_keys: str = field(default="", repr=False)
+    protection: str = "authenticate"
     redis_url: str | None = None
     redis_timeout_s: float = 0.1
+    redis_watch: str = "listen"
     block_size: int | None = None
     default_ttl_s: float | None = 3600.0
     context_length: int | None = None

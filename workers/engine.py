@@ -22,9 +22,21 @@ from kvstore.events import BlockStored, TierName
 from kvstore.store import ReadTiers, TieredStore
 from kvstore.tier import BlockMeta, Clock
 from workers.attention.step import KVViews, Span
+from workers.chain_positions import positions
 from workers.detokenize import TextStream
 from workers.models import ModelRunner
-from workers.protocol import EngineInfo, FinishReason, Job, JobError, JobId, Load, Output, StepReport, TokenLogprob
+from workers.protocol import (
+    CachedBlock,
+    EngineInfo,
+    FinishReason,
+    Job,
+    JobError,
+    JobId,
+    Load,
+    Output,
+    StepReport,
+    TokenLogprob,
+)
 from workers.sampler import Row, Sampled, sample
 from workers.scheduler import Chunk, Scheduler
 from workers.sequence import Sequence
@@ -91,6 +103,7 @@ class TorchEngine:
         self._outputs: list[Output] = []  # for the next report
         self._arrivals = self._steps = self._failed_steps = 0
         self._stalled = self._changed = False
+        self._shared_reads, self._shared_clears = True, 0
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
@@ -166,16 +179,69 @@ class TorchEngine:
         """All that the store holds; events not yet reported follow though it includes them: replayed, they agree."""
         return self.store.snapshot()
 
-    def clear(
-        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None, shared: bool = False
-    ) -> dict[TierName, int]:
-        """Drop blocks; how many, by tier. The events come with the next step."""
+    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
+        """Drop blocks of this worker's own tiers; how many, by tier. The events come with the next step."""
         self._changed = True
-        return self.store.clear(root=root, prefix=prefix, shared=shared)
+        return self.store.clear(root=root, prefix=prefix, shared=False)
+
+    def shared_clearing(
+        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None
+    ) -> Callable[[], dict[TierName, int]] | None:
+        """What drops the same in the shared tier, for another thread; its events come with a later step.
+
+        Nothing is read from there before `shared_cleared`: what a request brought back would outlive the clear.
+        """
+        self._shared_clears += 1
+        self._set_reads()
+        return lambda: {TierName.REDIS: self.store.clear_shared(root=root, prefix=prefix)}
+
+    def shared_cleared(self) -> None:
+        """What `shared_clearing` gave has ended, well or not."""
+        self._shared_clears -= 1
+        self._set_reads()
+
+    def list_blocks(
+        self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
+    ) -> list[CachedBlock]:
+        """The first `limit` blocks behind `after`, in the order of their hashes."""
+        held = self.store.list_blocks(root=root, prefix=prefix, after=after, limit=limit)
+        at = positions([block.meta.hash for block in held], self._find_block)
+        return [
+            CachedBlock(
+                block.meta.hash,
+                block.meta.before,
+                block.meta.root,
+                block.tiers,
+                ttl_s=block.meta.ttl_s,
+                leased=block.leased,
+                priority=block.meta.priority,
+                position=at.get(block.meta.hash),
+            )
+            for block in held
+        ]
+
+    def prefetch(self, hashes: Items[BlockHash], *, root: BlockHash, ttl_s: float | None) -> int:
+        """Bring a chain's blocks up from slow tiers without waiting; how many are on their way now."""
+        self._changed = True
+        ttl_s = self._default_ttl_s if ttl_s is None else ttl_s
+        return self.store.prefetch(hashes, reads=self._scheduler.reads, root=root, ttl_s=ttl_s)
+
+    def lease(self, hashes: Items[BlockHash], for_s: float | None) -> dict[TierName, int]:
+        """Forbid to drop them for so long (None: until `end_leases`); how many each tier promised."""
+        return self.store.lease(hashes, for_s)
+
+    def end_leases(self, hashes: Items[BlockHash]) -> dict[TierName, int]:
+        """Allow it again; how many leases each tier ended."""
+        return self.store.end_leases(hashes)
+
+    def check(self) -> None:
+        """Audit the store. Raises InvariantError: its books are wrong; says how."""
+        self.store.check()
 
     def set_shared_reads(self, *, enabled: bool) -> None:
         """Whether requests may read blocks from the shared tier."""
-        self._scheduler.reads = ReadTiers(shared=enabled)
+        self._shared_reads = enabled
+        self._set_reads()
 
     def close(self, *, flush_s: float) -> None:
         """End all jobs, flush the store's queued writes for at most that long, give everything back."""
@@ -301,6 +367,13 @@ class TorchEngine:
         self._finish(sequence, output)
         self._outputs.append(output)
 
+    def _set_reads(self) -> None:
+        self._scheduler.reads = ReadTiers(shared=self._shared_reads and self._shared_clears == 0)
+
+    def _find_block(self, name: BlockHash) -> BlockMeta | None:
+        tiers = (self.store.device, self.store.host, self.store.disk)
+        return next((meta for tier in tiers if tier is not None and (meta := tier.find(name)) is not None), None)
+
     def _note_shared_tier(self) -> None:
         current = self._shared_tier_id()
         if current != self.info.shared_tier_id:
@@ -327,7 +400,8 @@ class TorchEngine:
         if sequence.job.no_store or sequence.num_committed <= first:
             return
         try:
-            self.clear(prefix=sequence.hashes[first], shared=True)
+            self._changed = True
+            self.store.clear(prefix=sequence.hashes[first], shared=True)
         except StoreError:
             log.warning("blocks of a failed sequence could not be dropped", exc_info=True)
 

@@ -5,6 +5,10 @@ who is told (`streams`). The thread never waits for anybody who listens: `publis
 
 A turn: commands, one step, publish, then snapshots. A snapshot is therefore taken when the step has just drained the
 store's events, and what is published later follows it. The answer to a clear is published behind the clear's events.
+
+The shared tier is cleared in a thread of its own, since walking a server's keys takes seconds: blocks of this worker go
+at once, and the answer follows when the server's are gone. A turn carries out one order of operators at most: a fleet's
+questions wait for one another, not its tokens for them.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from kvstore.blocks import BlockHash
 from kvstore.errors import StoreError
 from kvstore.events import BlockStored, TierName
 from kvstore.tier import Clock
+from workers.cache_commands import CacheAnswer, CacheCommand, carry_out
 from workers.protocol import Engine, Load, StepReport
 
 logger = logging.getLogger(__name__)
@@ -59,13 +65,23 @@ class Cleared:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """What came of an operator's order, or what failed."""
+
+    asker: Hashable
+    command_id: int
+    answer: CacheAnswer
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The engine raised; nothing comes after this."""
 
     error: BaseException
 
 
-Published = Stepped | Snapped | Cleared | Failed
+Published = Stepped | Snapped | Cleared | Answered | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,15 @@ class ClearRequest:
     shared: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An operator's order."""
+
+    asker: Hashable
+    command_id: int
+    command: CacheCommand
+
+
 @dataclass(slots=True)
 class _Mailbox:
     """What other threads leave for the engine's; guarded by `changed`."""
@@ -86,12 +111,15 @@ class _Mailbox:
     changed: threading.Condition = field(default_factory=threading.Condition)
     commands: deque[Command] = field(default_factory=deque)
     clears: deque[ClearRequest] = field(default_factory=deque)
+    cleared: deque[Cleared] = field(default_factory=deque)  # of the shared tier, in the other thread
+    orders: deque[Order] = field(default_factory=deque)
     snapshots: list[Hashable] = field(default_factory=list)
     flush_s: float | None = None  # set: end, flushing the store for at most so long
 
     @property
     def empty(self) -> bool:
-        return not (self.commands or self.clears or self.snapshots or self.flush_s is not None)
+        waiting = self.commands or self.clears or self.cleared or self.orders or self.snapshots
+        return not waiting and self.flush_s is None
 
 
 class EngineThread:
@@ -103,6 +131,8 @@ class EngineThread:
         self._clock = clock
         self._mailbox = _Mailbox()
         self._thread = threading.Thread(target=self._run, name=f"{name}-engine", daemon=True)
+        # Its thread starts with the first clear. One: two clears of a server would only get in each other's way.
+        self._shared_clears = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-clear")
         self._load_taken_at = float("-inf")
         self._load_is_stale = True
         self._stepped_at = float("-inf")
@@ -127,6 +157,12 @@ class EngineThread:
         """A `Cleared` follows, behind the events of the clear. Any thread."""
         with self._mailbox.changed:
             self._mailbox.clears.append(request)
+            self._mailbox.changed.notify()
+
+    def order(self, order: Order) -> None:
+        """An `Answered` follows, behind the events of what was ordered. Any thread."""
+        with self._mailbox.changed:
+            self._mailbox.orders.append(order)
             self._mailbox.changed.notify()
 
     def stop(self, *, flush_s: float) -> None:
@@ -155,11 +191,18 @@ class EngineThread:
             commands, self._mailbox.commands = self._mailbox.commands, deque()
             clears, self._mailbox.clears = self._mailbox.clears, deque()
             snapshots, self._mailbox.snapshots = self._mailbox.snapshots, []
+            cleared, self._mailbox.cleared = self._mailbox.cleared, deque()
+            order = self._mailbox.orders.popleft() if self._mailbox.orders else None
         for command in commands:
             command(self._engine)
-        cleared = [self._clear(request) for request in clears]
+        answers: list[Published] = list(cleared)
+        for _ in cleared:
+            self._engine.shared_cleared()
+        answers.extend(done for request in clears if (done := self._clear(request)) is not None)
+        if order is not None:
+            answers.append(self._carry_out(order))
         made_tokens = self._step()
-        for answer in cleared:
+        for answer in answers:
             self._publish(answer)
         for asker in snapshots:
             self._publish(Snapped(asker, self._engine.snapshot()))
@@ -200,16 +243,48 @@ class EngineThread:
         if load is not None:
             self._publish(Stepped(StepReport(), load))
 
-    def _clear(self, request: ClearRequest) -> Cleared:
+    def _clear(self, request: ClearRequest) -> Cleared | None:
+        """Drop this worker's blocks; the answer, or None where it comes when the shared tier is clear too."""
         try:
-            dropped = self._engine.clear(root=request.root, prefix=request.prefix, shared=request.shared)
+            dropped = self._engine.clear(root=request.root, prefix=request.prefix)
         except StoreError as error:
-            logger.warning("blocks could not be cleared", exc_info=True)
-            return Cleared(request.asker, request.clear_id, {}, f"{error}")
-        return Cleared(request.asker, request.clear_id, dropped)
+            return _not_cleared(request, {}, error)
+        clearing = self._engine.shared_clearing(root=request.root, prefix=request.prefix) if request.shared else None
+        if clearing is None:
+            return Cleared(request.asker, request.clear_id, dropped)
+        self._shared_clears.submit(self._clear_shared, request, dropped, clearing)
+        return None
+
+    def _clear_shared(
+        self, request: ClearRequest, dropped: dict[TierName, int], clearing: Callable[[], dict[TierName, int]]
+    ) -> None:
+        """In the other thread. The answer goes through the engine's thread, which has the events before it."""
+        try:
+            answer = Cleared(request.asker, request.clear_id, dropped | clearing())
+        except Exception as error:  # noqa: BLE001 - nobody looks at the future, and whoever asked waits for an answer
+            answer = _not_cleared(request, dropped, error)
+        with self._mailbox.changed:
+            self._mailbox.cleared.append(answer)
+            self._mailbox.changed.notify()
+
+    def _carry_out(self, order: Order) -> Answered:
+        try:
+            return Answered(order.asker, order.command_id, carry_out(self._engine, order.command))
+        except StoreError as error:
+            return Answered(order.asker, order.command_id, CacheAnswer(), f"{error}")
+        except Exception as error:
+            logger.exception("an operator's order failed by a defect; report this")
+            message = f"the worker failed at it ({type(error).__name__}: {error}); its log says why, report it"
+            return Answered(order.asker, order.command_id, CacheAnswer(), message)
 
     def _close(self) -> None:
+        self._shared_clears.shutdown(wait=False, cancel_futures=True)
         try:
             self._engine.close(flush_s=self._mailbox.flush_s or 0.0)
         except Exception:
             logger.exception("engine could not be closed cleanly")
+
+
+def _not_cleared(request: ClearRequest, dropped: dict[TierName, int], error: Exception) -> Cleared:
+    logger.warning("blocks could not be cleared", exc_info=error)
+    return Cleared(request.asker, request.clear_id, dropped, f"{error}")

@@ -79,7 +79,7 @@ class Outbox:
         self._open: dict[int, worker_pb2.SequenceOutput] = {}  # a job's last one of those, while it may grow
         self._events: deque[WireEvents] = deque()
         self._event_bytes = 0
-        self._answers: deque[worker_pb2.ClearDone] = deque()
+        self._answers: deque[worker_pb2.ConnectResponse] = deque()
         self._sync = _Sync.UNSYNCED
         self._pieces: Iterator[worker_pb2.Snapshot] = iter(())
         self._piece_is_next = False
@@ -111,9 +111,12 @@ class Outbox:
             self.overflows += 1
             self.resync()
 
-    def add_answer(self, answer: worker_pb2.ClearDone) -> None:
+    def add_answer(self, answer: worker_pb2.ClearDone | worker_pb2.CacheDone) -> None:
         """Goes out behind the events that came before it."""
-        self._answers.append(answer)
+        if isinstance(answer, worker_pb2.ClearDone):
+            self._answers.append(worker_pb2.ConnectResponse(clear_done=answer))
+        else:
+            self._answers.append(worker_pb2.ConnectResponse(cache_done=answer))
 
     def set_fleet(self, record: worker_pb2.FleetRecord) -> None:
         """Only the newest is sent."""
@@ -190,7 +193,7 @@ class Outbox:
             fleet, self._fleet = self._fleet, None
             return worker_pb2.ConnectResponse(fleet=fleet)
         if self._answers and not self._events:
-            return worker_pb2.ConnectResponse(clear_done=self._answers.popleft())
+            return self._answers.popleft()
         # Pieces and steps take turns: neither can starve the other.
         if self._sync is _Sync.SENDING and (self._piece_is_next or not self._has_step(now)):
             return worker_pb2.ConnectResponse(snapshot=self._next_piece())

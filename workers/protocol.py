@@ -5,7 +5,7 @@ No torch, no gRPC, no Ray. Times are seconds on the engine's clock unless a name
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -147,6 +147,30 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedBlock:
+    """A block that a worker holds, as operators see it.
+
+    Attributes:
+        hash: its name. parent: the block before it; None: it starts a chain. root: of its chain; empty: not known.
+        tiers: where it lies, from fast to slow.
+        ttl_s: seconds that it lives after its last use; None: until it is evicted.
+        ttl_left_s: seconds until it expires if nobody uses it; None: not known, or never.
+        leased: whether one of the tiers has promised to keep it. priority: 0 to 100.
+        position: how many blocks come before it; None: not known, as one of them is not held here.
+    """
+
+    hash: BlockHash
+    parent: BlockHash | None
+    root: BlockHash
+    tiers: tuple[TierName, ...]
+    ttl_s: float | None = None
+    ttl_left_s: float | None = None
+    leased: bool = False
+    priority: int = 0
+    position: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What the two ends of a stream must agree on, and what a router needs to know.
 
@@ -197,10 +221,52 @@ class Engine(Protocol):
         """All that the store holds; events not yet reported follow though it includes them: replayed, they agree."""
         ...
 
-    def clear(
-        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None, shared: bool = False
-    ) -> dict[TierName, int]:
-        """See `kvstore.store.TieredStore.clear`."""
+    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
+        """Drop blocks of this worker's own tiers; how many, by tier. See `kvstore.store.TieredStore.clear`."""
+        ...
+
+    def shared_clearing(
+        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None
+    ) -> Callable[[], dict[TierName, int]] | None:
+        """What drops the same in the shared tier; None: there is none. Call `clear` first, and it in another thread.
+
+        It waits for a server that may have millions of keys. Raises StoreError: not all of them went. Until
+        `shared_cleared` the engine reads nothing from the shared tier, or it would bring back what is being dropped.
+        """
+        ...
+
+    def shared_cleared(self) -> None:
+        """What `shared_clearing` gave has ended, well or not."""
+        ...
+
+    def list_blocks(
+        self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
+    ) -> list[CachedBlock]:
+        """The first `limit` blocks behind `after`, in the order of their hashes.
+
+        Args:
+            root: only its blocks; None: of all. prefix: only this block and those that follow it; None: all.
+        """
+        ...
+
+    def prefetch(self, hashes: Sequence[BlockHash], *, root: BlockHash, ttl_s: float | None) -> int:
+        """Bring a chain's blocks up from slow tiers without waiting; how many are on their way now."""
+        ...
+
+    def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> dict[TierName, int]:
+        """Forbid to drop them for so long (None: until `end_leases`); how many each tier promised."""
+        ...
+
+    def end_leases(self, hashes: Sequence[BlockHash]) -> dict[TierName, int]:
+        """Allow it again; how many leases each tier ended."""
+        ...
+
+    def check(self) -> None:
+        """Audit the store.
+
+        Raises:
+            InvariantError: its books are wrong; says how.
+        """
         ...
 
     def set_shared_reads(self, *, enabled: bool) -> None:

@@ -54,6 +54,18 @@ class BlockStore(Protocol):
         """Start to bring a cached prefix to the device."""
         ...
 
+    def prefetch(
+        self,
+        hashes: Items[BlockHash],
+        *,
+        reads: ReadTiers = ...,
+        compute_ms: ComputeMs | None = None,
+        root: BlockHash | None = None,
+        ttl_s: float | None = None,
+    ) -> int:
+        """Start to bring a cached prefix nearer."""
+        ...
+
     def allocate(self, count: int) -> list[int] | None:
         """Empty device blocks, all or none."""
         ...
@@ -124,7 +136,15 @@ class Scheduler:
         return [*self._loading, *self._waiting]
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence that holds nothing."""
+        """Queue a sequence that holds nothing; while others are before it, what slow tiers hold of it comes nearer."""
+        if self._waiting or len(self._running) + len(self._loading) >= self._max_running:
+            self._store.prefetch(
+                sequence.readable(self._block_size),
+                reads=self.reads,
+                compute_ms=self._compute_ms,
+                root=sequence.job.root,
+                ttl_s=self._ttl_s(sequence),
+            )
         insort(self._waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:

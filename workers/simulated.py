@@ -15,6 +15,7 @@ import time
 from array import array
 from bisect import insort
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import replace
 
 from kvstore.blocks import BlockHash, block_hashes
@@ -23,6 +24,7 @@ from kvstore.events import BlockStored, TierName
 from kvstore.tier import BlockMeta, Clock
 from workers.config import WorkerConfig
 from workers.protocol import (
+    CachedBlock,
     EngineInfo,
     FinishReason,
     Job,
@@ -34,6 +36,7 @@ from workers.protocol import (
     TokenLogprob,
 )
 from workers.simulated_info import info_for
+from workers.simulated_listing import listed
 from workers.simulated_sequence import Sequence, Timing, pseudo_token
 from workers.simulated_store import EventLog, SimulatedTier
 
@@ -142,11 +145,42 @@ class SimulatedEngine:
         """All that device and host hold. Events that it includes already may follow it."""
         return self._device.snapshot() + self._host.snapshot()
 
-    def clear(
-        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None, shared: bool = False
-    ) -> dict[TierName, int]:
-        """Drop blocks; how many, by tier. There is no shared tier to clear."""
+    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
+        """Drop blocks; how many, by tier."""
         return {tier.name: tier.clear(root, prefix) for tier in self._tiers}
+
+    def shared_clearing(
+        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None
+    ) -> Callable[[], dict[TierName, int]] | None:
+        """None: there is no shared tier to clear."""
+        return None
+
+    def shared_cleared(self) -> None:
+        """Nothing to do."""
+
+    def list_blocks(
+        self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
+    ) -> list[CachedBlock]:
+        """The first `limit` blocks behind `after`, in the order of their hashes. O(blocks held)."""
+        return listed(self._tiers, root=root, prefix=prefix, after=after, limit=limit)
+
+    def prefetch(self, hashes: Items[BlockHash], *, root: BlockHash, ttl_s: float | None) -> int:
+        """Copy a chain's blocks from host to device, as far as they lie there and fit; how many."""
+        on_device = self._device.match(hashes)
+        self._device.touch(hashes[:on_device])
+        loaded = hashes[on_device : on_device + self._host.match(hashes[on_device:])]
+        started = self._device.copy_from(self._host, loaded, ttl_s)
+        self._host.count_hits(started)
+        self._host.touch(hashes[: on_device + started])
+        return started
+
+    def lease(self, hashes: Items[BlockHash], for_s: float | None) -> dict[TierName, int]:
+        """Forbid to drop them for so long; how many the lowest tier promised. Copies in the device may go."""
+        return {self._tiers[-1].name: self._tiers[-1].lease(hashes, for_s)}
+
+    def end_leases(self, hashes: Items[BlockHash]) -> dict[TierName, int]:
+        """Allow it again; how many leases ended."""
+        return {self._tiers[-1].name: self._tiers[-1].end_leases(hashes)}
 
     def set_shared_reads(self, *, enabled: bool) -> None:
         """Remember it; `shared_reads` tells."""

@@ -1,24 +1,27 @@
 """The simulated engine's store: which blocks device and host would hold, in what order of use, until when. No bytes.
 
-Covers: capacity in blocks, LRU, sliding TTL, references, events. Does not cover: time (`simulated` charges it), a
-shared tier, payloads. Owned by one thread.
+Covers: capacity in blocks, LRU, sliding TTL, references, leases, events. Does not cover: time (`simulated` charges it),
+a shared tier, payloads, what several tiers hold together (`simulated_listing`). Owned by one thread.
 
 A device block is `private` (being filled, or never to be found), or it has a name. A named one is pinned while
 sequences use it and evictable afterwards. Chains are released from their last block to their first, so that a suffix
 is evicted before its prefix.
+
+A lease is one reference that nobody's sequence holds. At most half of a tier is leased, or running sequences would find
+no room.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore.blocks import BlockHash, short
 from kvstore.chains import parent_of, select, stored_events, tree_runs
 from kvstore.errors import InvariantError
 from kvstore.events import BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
-from kvstore.eviction import LRU
+from kvstore.eviction.policies import LRU
 from kvstore.tier import BlockMeta, Clock, TierStats
 
 
@@ -74,8 +77,10 @@ class SimulatedTier:
         self.private = 0
         self._block_nbytes = block_nbytes
         self._log = log
+        self._clock = clock
         self._blocks: dict[BlockHash, Block] = {}
         self._lru: LRU[Block] = LRU(clock)
+        self._leases: dict[BlockHash, float | None] = {}  # until when; None: until it is ended
         self._hits = 0
         self._stores = 0
         self._removals: Counter[str] = Counter()
@@ -164,6 +169,51 @@ class SimulatedTier:
             if block is not None:
                 self._lru.use(block)
 
+    def copy_from(self, other: SimulatedTier, names: Sequence[BlockHash], ttl_s: float | None) -> int:
+        """Hold blocks of another tier, in chain order, until there is no room; how many it did not hold before."""
+        copied = 0
+        for name in names:
+            meta = other.meta(name)
+            if name in self or meta is None:
+                continue
+            if not self.add(meta if ttl_s is None else replace(meta, ttl_s=ttl_s)):
+                break
+            copied += 1
+        return copied
+
+    def meta(self, name: BlockHash) -> BlockMeta | None:
+        """What is known of a block; None: it is not held. A question."""
+        return self._blocks[name].meta if name in self else None
+
+    def metas(self) -> list[BlockMeta]:
+        """Of all findable blocks. A question."""
+        return [block.meta for name, block in self._blocks.items() if name in self]
+
+    def ttl_left_s(self, name: BlockHash) -> float | None:
+        """Seconds until a held block expires; None: never, or somebody uses it. A question."""
+        return self._lru.remaining_s(self._blocks[name])
+
+    def lease(self, names: Iterable[BlockHash], for_s: float | None) -> int:
+        """As `kvstore.tier.Tier.lease`, for at most half of the capacity; how many it promised."""
+        self.sweep()
+        until = None if for_s is None else self._clock() + for_s
+        return sum(self._lease(name, until) for name in names if name in self._blocks)
+
+    def end_leases(self, names: Iterable[BlockHash]) -> int:
+        """As `kvstore.tier.Tier.end_leases`."""
+        self.sweep()
+        leased = [name for name in dict.fromkeys(names) if name in self._leases]
+        for name in reversed(leased):
+            self._end_lease(name)
+        return len(leased)
+
+    def leased(self, name: BlockHash) -> bool:
+        """Whether a lease holds it. A question."""
+        if name not in self._leases:
+            return False
+        until = self._leases[name]
+        return until is None or until > self._clock()
+
     def count_hits(self, count: int) -> None:
         """Blocks that were read from here."""
         self._hits += count
@@ -176,7 +226,10 @@ class SimulatedTier:
         return len(names)
 
     def sweep(self) -> None:
-        """Drop what has expired."""
+        """End leases whose time is up, and drop what has expired."""
+        now = self._clock()
+        for name in [name for name, until in self._leases.items() if until is not None and until <= now][::-1]:
+            self._end_lease(name)
         for block in self._lru.pop_expired():
             if self._blocks.get(block.meta.hash) is block:
                 del self._blocks[block.meta.hash]
@@ -202,6 +255,7 @@ class SimulatedTier:
             stores=self._stores,
             read_bytes=self._hits * self._block_nbytes,
             written_bytes=self._stores * self._block_nbytes,
+            leased=len(self._leases),
         )
 
     def check(self) -> None:
@@ -216,6 +270,8 @@ class SimulatedTier:
         unnamed = [block for block in self._lru if self._blocks.get(block.meta.hash) is not block]
         if any(self._lru.pins(block) == 0 for block in unnamed):
             raise InvariantError(f"{self.name} keeps blocks that nobody uses and nobody can find")
+        if any(name not in self._blocks or self._lru.pins(self._blocks[name]) == 0 for name in self._leases):
+            raise InvariantError(f"{self.name} has leases on blocks that it could drop")
 
     def _insert(self, block: Block) -> None:
         self._blocks[block.meta.hash] = block
@@ -223,7 +279,24 @@ class SimulatedTier:
         self._stores += 1
         self._log.stored(self.name, block.meta)
 
+    def _lease(self, name: BlockHash, until: float | None) -> bool:
+        if name in self._leases:
+            held = self._leases[name]
+            self._leases[name] = None if held is None or until is None else max(held, until)
+            return True
+        if 2 * (len(self._leases) + 1) > self.capacity:
+            return False
+        self._leases[name] = until
+        self._lru.pin(self._blocks[name])
+        return True
+
+    def _end_lease(self, name: BlockHash) -> None:
+        del self._leases[name]
+        self._lru.unpin(self._blocks[name])
+
     def _drop(self, block: Block, cause: RemovalCause) -> None:
+        if block.meta.hash in self._leases:
+            self._end_lease(block.meta.hash)
         del self._blocks[block.meta.hash]
         if self._lru.pins(block) == 0:
             self._lru.remove(block)

@@ -23,7 +23,19 @@ import grpc
 from kvstore.blocks import BlockHash
 from kvstore.tier import Clock
 from warmkv.v1 import worker_pb2, worker_pb2_grpc
-from workers.engine_thread import Cleared, ClearRequest, EngineThread, Failed, Published, Snapped, Stepped
+from workers.cache_commands import CacheAnswer
+from workers.cache_wire import HASH_BYTES, CommandRefused, command_from_wire, done_to_wire
+from workers.engine_thread import (
+    Answered,
+    Cleared,
+    ClearRequest,
+    EngineThread,
+    Failed,
+    Order,
+    Published,
+    Snapped,
+    Stepped,
+)
 from workers.outbox import Outbox, OutboxLimits, WireEvents
 from workers.protocol import Engine, EngineInfo, FinishReason, JobError, Output
 from workers.router_stream import Context, ProtocolViolation, RouterStream, Status
@@ -43,7 +55,6 @@ from workers.wire import (
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 10.0
-_HASH_BYTES = 32
 
 
 class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
@@ -111,6 +122,10 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
             case Cleared():
                 if (stream := self._of(item.asker)) is not None:
                     stream.outbox.add_answer(clear_done_to_wire(item.clear_id, item.dropped, item.error))
+                    stream.wake()
+            case Answered():
+                if (stream := self._of(item.asker)) is not None:
+                    stream.outbox.add_answer(done_to_wire(item.command_id, item.answer, item.error))
                     stream.wake()
             case Failed():
                 self._fail(item.error)
@@ -195,6 +210,8 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 self._cancel(stream, request.cancel.job_id)
             case "clear":
                 self._clear(stream, request.clear)
+            case "cache":
+                self._order(stream, request.cache)
             case "fleet":
                 self._offer_fleet(stream, request.fleet)
             case "resync":
@@ -233,8 +250,8 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
     def _clear(self, stream: RouterStream, message: worker_pb2.Clear) -> None:
         for field in ("chain_root", "prefix_hash"):
             length = len(getattr(message, field))
-            if length not in (0, _HASH_BYTES):
-                error = f"{field} has {length} bytes; send {_HASH_BYTES} or none"
+            if length not in (0, HASH_BYTES):
+                error = f"{field} has {length} bytes; send {HASH_BYTES} or none"
                 stream.outbox.add_answer(clear_done_to_wire(message.clear_id, {}, error))
                 stream.wake()
                 return
@@ -247,6 +264,15 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 shared=message.shared_tier,
             )
         )
+
+    def _order(self, stream: RouterStream, message: worker_pb2.CacheCommand) -> None:
+        try:
+            command = command_from_wire(message)
+        except CommandRefused as refused:
+            stream.outbox.add_answer(done_to_wire(message.command_id, CacheAnswer(), f"{refused}"))
+            stream.wake()
+            return
+        self._engine.order(Order(stream.number, message.command_id, command))
 
     def _offer_fleet(self, stream: RouterStream, record: worker_pb2.FleetRecord) -> None:
         """Keep the greatest record, and tell those that do not have it."""

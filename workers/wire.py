@@ -34,7 +34,7 @@ PROTOCOL_VERSION = 1
 # A law of the stream is at most 1 MiB; smaller pieces let tokens pass between them sooner.
 SNAPSHOT_PIECE_BYTES = 256 << 10
 
-_TIERS = {
+TIERS = {
     TierName.DEVICE: common_pb2.TIER_DEVICE,
     TierName.HOST: common_pb2.TIER_HOST,
     TierName.DISK: common_pb2.TIER_DISK,
@@ -238,17 +238,17 @@ def event_to_wire(event: KvEvent) -> kv_events_pb2.KvEvent:
             return kv_events_pb2.KvEvent(stored=stored_to_wire(event))
         case BlockRemoved():
             removed = kv_events_pb2.BlockRemoved(
-                tier=_TIERS[event.tier], hashes=b"".join(event.hashes), cause=_CAUSES[event.cause]
+                tier=TIERS[event.tier], hashes=b"".join(event.hashes), cause=_CAUSES[event.cause]
             )
             return kv_events_pb2.KvEvent(removed=removed)
         case AllBlocksCleared():
-            return kv_events_pb2.KvEvent(cleared=kv_events_pb2.AllBlocksCleared(tier=_TIERS[event.tier]))
+            return kv_events_pb2.KvEvent(cleared=kv_events_pb2.AllBlocksCleared(tier=TIERS[event.tier]))
 
 
 def stored_to_wire(event: BlockStored) -> kv_events_pb2.BlockStored:
     """Blocks that became readable."""
     return kv_events_pb2.BlockStored(
-        tier=_TIERS[event.tier],
+        tier=TIERS[event.tier],
         hashes=b"".join(event.hashes),
         parent=event.parent or b"",
         # Zero means never, so the shortest rest of a life is one millisecond.
@@ -306,7 +306,7 @@ def load_to_wire(load: Load) -> worker_pb2.Load:
 
 def _tier_to_wire(tier: TierName, stats: TierStats, latency_ms: float, block_ms: float) -> worker_pb2.TierLoad:
     return worker_pb2.TierLoad(
-        tier=_TIERS[tier],
+        tier=TIERS[tier],
         used_bytes=stats.used_bytes,
         capacity_bytes=stats.capacity_bytes,
         blocks=stats.blocks,
@@ -321,6 +321,11 @@ def _tier_to_wire(tier: TierName, stats: TierStats, latency_ms: float, block_ms:
         read_bytes=stats.read_bytes,
         written_bytes=stats.written_bytes,
         problem=stats.problem,
+        leased=stats.leased,
+        loads=stats.loads,
+        bad_hits=stats.bad_hits,
+        load_ms=stats.load_ms,
+        compute_ms=stats.compute_ms,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
@@ -16,10 +16,15 @@ from warmkv.requests import (
     ExplainOptions,
     GenerateOptions,
     InputOptions,
+    PromptOptions,
     explain_request,
     generate_request,
+    list_blocks_request,
+    pin_request,
     set_policy_request,
     tokenize_request,
+    unpin_request,
+    warm_request,
 )
 from warmkv.stream import AsyncStream, Generation
 from warmkv.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -95,6 +100,54 @@ class AsyncClient:
     async def clear_cache(self, scope: admin_pb2.ClearCacheRequest) -> admin_pb2.ClearCacheResponse:
         """Drop blocks; returns when every worker confirmed."""
         return await self._ask(self._admin.ClearCache, scope)
+
+    async def list_blocks(
+        self,
+        *,
+        worker: str = "",
+        tier: str = "",
+        page_size: int = 0,
+        page_token: str = "",
+        **prompt: Unpack[PromptOptions],
+    ) -> admin_pb2.ListBlocksResponse:
+        """A page of the blocks that workers hold: of a tenant, a prompt's, of a worker, in a tier, or all.
+
+        `next_page_token` of the answer, with the rest of the question as it was, asks for the next one.
+        """
+        request = list_blocks_request(prompt, worker=worker, tier=tier, page_size=page_size, page_token=page_token)
+        return await self._ask(self._admin.ListBlocks, request)
+
+    async def cache_stats(self, worker: str = "") -> admin_pb2.GetCacheStatsResponse:
+        """Fill, hits, misses and failures of every tier of every worker, or of one."""
+        return await self._ask(self._admin.GetCacheStats, admin_pb2.GetCacheStatsRequest(worker=worker))
+
+    async def warm(
+        self,
+        *,
+        workers: Sequence[str] = (),
+        compute: bool = False,
+        ttl: int | None = None,
+        **prompt: Unpack[PromptOptions],
+    ) -> admin_pb2.WarmResponse:
+        """Bring a prompt's blocks up from slow tiers, and with `compute` compute those that nobody holds.
+
+        Without `workers`: on the one that the prompt would be sent to. `ttl`: seconds that they live after their use.
+        """
+        return await self._ask(self._admin.Warm, warm_request(prompt, workers=workers, compute=compute, ttl=ttl))
+
+    async def pin(
+        self, *, seconds: int | None = None, workers: Sequence[str] = (), **prompt: Unpack[PromptOptions]
+    ) -> admin_pb2.PinResponse:
+        """Forbid to drop the blocks of a prompt, or of a tenant, that are held now; for so long, or until `unpin`."""
+        return await self._ask(self._admin.Pin, pin_request(prompt, seconds=seconds, workers=workers))
+
+    async def unpin(self, *, workers: Sequence[str] = (), **prompt: Unpack[PromptOptions]) -> admin_pb2.UnpinResponse:
+        """Allow it again."""
+        return await self._ask(self._admin.Unpin, unpin_request(prompt, workers=workers))
+
+    async def check_store(self, workers: Sequence[str] = ()) -> admin_pb2.CheckStoreResponse:
+        """Audit the stores of workers: index against blocks."""
+        return await self._ask(self._admin.CheckStore, admin_pb2.CheckStoreRequest(workers=workers))
 
     async def watch_stats(
         self, *, period_ms: int | None = None, show_prompts: bool = False, timeout: float | None = None

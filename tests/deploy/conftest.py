@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -172,3 +174,50 @@ def new_warmkv(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[]
 @pytest.fixture(scope="module")
 def warmkv(new_warmkv: Callable[[], Warmkv]) -> Warmkv:
     return new_warmkv()
+
+
+@dataclass
+class Fleet:
+    """A router process and two worker processes."""
+
+    warmkv: Warmkv
+    router: Foreground
+    workers: list[Foreground]
+    http: str
+
+    def run(self, *arguments: str, input_text: str = "") -> subprocess.CompletedProcess[str]:
+        return self.warmkv.invoke(*arguments, input_text=input_text)
+
+    def json(self, *arguments: str) -> Any:
+        done = self.run(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def fleet(model_dir: Path, warmkv: Warmkv, free_port: Callable[[], int]) -> Iterator[Fleet]:
+    workers, addresses = [], []
+    for name in ("w0", "w1"):
+        config = {"name": name, "model_dir": str(model_dir), "model_name": "tiny", "engine": "simulated"}
+        config |= {"block_size": 16, "device_bytes": 1 << 22, "host_bytes": 1 << 22, "fleet_secret": "hush"}
+        workers.append(warmkv.spawn([sys.executable, "-m", "workers.main", "--config", json.dumps(config)]))
+        addresses.append(json.loads(workers[-1].read_until("\n"))["address"])
+    port = free_port()
+    options = ["--model", str(model_dir), "--set", "model.name=tiny", "--set", "auth.fleet_secret=hush"]
+    options += [part for w, at in zip(("w0", "w1"), addresses, strict=True) for part in ("--worker", f"{w}={at}")]
+    router = warmkv.start("router", *options, "--grpc-port", str(port), "--http-port", "0")
+    http = re.search(r"http://([\d.:]+)/", router.read_until("Ctrl-C"))
+    assert http is not None
+    warmkv.environment["WARMKV_ROUTER"] = f"127.0.0.1:{port}"
+    ready = Fleet(warmkv, router, workers, http[1])
+    _wait_for_workers(ready)
+    yield ready
+    warmkv.end()
+
+
+def _wait_for_workers(fleet: Fleet) -> None:
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
+        if fleet.run("status").returncode == 0:
+            return
+    raise AssertionError(fleet.run("status").stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from deploy.layers import load_settings
 from deploy.render import number_text
-from deploy.up import check_router
+from deploy.up import check_router, check_store
+from kvstore.errors import KeyringError
 from router.app import STARTUP_ERRORS
 
 
@@ -45,3 +47,23 @@ def test_a_taken_port_is_named_with_its_flag(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("value", "text"), [(1048576.0, "1048576"), (0.5, "0.5"), (0.0, "0"), (1 / 3, "0.333333")])
 def test_numbers_are_written_for_people(value: float, text: str) -> None:
     assert number_text(value) == text
+
+
+@pytest.mark.parametrize("text", [None, "", "no key", "a:c2hvcnQ="])
+def test_keys_that_no_worker_could_use_are_refused_before_anything_starts(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "keys"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(KeyringError, match=r"; |: "):
+        check_store(load_settings(flags={"store.keys_file": str(path)}, environ={}).settings)
+
+
+def test_good_keys_reach_the_workers(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"first:{base64.b64encode(bytes(range(32))).decode()}\n")
+    flags = {"store.keys_file": str(path), "store.protection": "encrypt"}
+    settings = load_settings(flags=flags, environ={}).settings
+    check_store(settings)
+    config = settings.worker_config("w0", fleet_secret="")
+    assert (config.store_keys, config.protection) == (path.read_text(), "encrypt")
+    assert "first" not in repr(config)

@@ -7,11 +7,9 @@ import re
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from typer.testing import CliRunner
@@ -22,10 +20,12 @@ from deploy.connection import WAIT_TIMEOUT_S
 from deploy.local_fleet import FleetProblem
 from deploy.redis_server import RedisServerError
 from deploy.settings import Settings
+from router.cache_orders import ANSWER_TIMEOUT_S
 from router.fleet import _CLEAR_TIMEOUT_S
+from router.warming import COMPUTE_TIMEOUT_S
 
 if TYPE_CHECKING:
-    from conftest import Foreground, Warmkv
+    from conftest import Fleet, Warmkv
 
 COMMANDS = [
     ["demo"],
@@ -41,58 +41,17 @@ COMMANDS = [
     ["explain"],
     ["policy", "show"],
     ["policy", "set"],
+    ["cache", "ls"],
+    ["cache", "stats"],
+    ["cache", "warm"],
+    ["cache", "pin"],
+    ["cache", "unpin"],
     ["cache", "clear"],
+    ["cache", "check"],
     ["config", "show"],
     ["doctor"],
 ]
 PROMPT = "You are a travel agent. Plan a day in Rome with museums, lunch and a walk along the river. " * 4
-
-
-@dataclass
-class Fleet:
-    """A router process and two worker processes."""
-
-    warmkv: Warmkv
-    router: Foreground
-    workers: list[Foreground]
-    http: str
-
-    def run(self, *arguments: str, input_text: str = "") -> subprocess.CompletedProcess[str]:
-        return self.warmkv.invoke(*arguments, input_text=input_text)
-
-    def json(self, *arguments: str) -> Any:
-        done = self.run(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def fleet(model_dir: Path, warmkv: Warmkv, free_port: Callable[[], int]) -> Iterator[Fleet]:
-    workers, addresses = [], []
-    for name in ("w0", "w1"):
-        config = {"name": name, "model_dir": str(model_dir), "model_name": "tiny", "engine": "simulated"}
-        config |= {"block_size": 16, "device_bytes": 1 << 22, "host_bytes": 1 << 22, "fleet_secret": "hush"}
-        workers.append(warmkv.spawn([sys.executable, "-m", "workers.main", "--config", json.dumps(config)]))
-        addresses.append(json.loads(workers[-1].read_until("\n"))["address"])
-    port = free_port()
-    options = ["--model", str(model_dir), "--set", "model.name=tiny", "--set", "auth.fleet_secret=hush"]
-    options += [part for w, at in zip(("w0", "w1"), addresses, strict=True) for part in ("--worker", f"{w}={at}")]
-    router = warmkv.start("router", *options, "--grpc-port", str(port), "--http-port", "0")
-    http = re.search(r"http://([\d.:]+)/", router.read_until("Ctrl-C"))
-    assert http is not None
-    warmkv.environment["WARMKV_ROUTER"] = f"127.0.0.1:{port}"
-    ready = Fleet(warmkv, router, workers, http[1])
-    _wait_for_workers(ready)
-    yield ready
-    warmkv.end()
-
-
-def _wait_for_workers(fleet: Fleet) -> None:
-    give_up = time.monotonic() + 60
-    while time.monotonic() < give_up:
-        if fleet.run("status").returncode == 0:
-            return
-    raise AssertionError(fleet.run("status").stdout)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -134,6 +93,17 @@ def test_the_command_line_starts_without_torch_ray_or_grpc() -> None:
         ["cache", "clear"],
         ["cache", "clear", "--all", "--tenant", "x"],
         ["cache", "clear", "--all", "--prefix", "x"],
+        ["cache", "clear", "--tenant", ""],
+        ["cache", "ls", "--tier", "attic"],
+        ["cache", "ls", "--limit", "-1"],
+        ["cache", "ls", "--prefix", "x", "--messages", "y"],
+        ["cache", "warm"],
+        ["cache", "warm", "x", "--ttl", "soon"],
+        ["cache", "warm", "x", "--ttl", "0s"],
+        ["cache", "warm", "--messages", "/does/not/exist.json"],
+        ["cache", "pin"],
+        ["cache", "pin", "--tenant", "x", "--for", "a while"],
+        ["cache", "unpin"],
         ["status", "--tls-cert", __file__],
         ["status", "--tls-key", __file__],
         ["policy", "set", "cache_aware", "--weight", "load"],
@@ -188,7 +158,7 @@ def test_a_fleet_or_a_redis_that_does_not_come_up_is_no_defect(
 def test_commands_that_wait_for_workers_outlast_the_bounds_of_the_router() -> None:
     settings = Settings()
     scaling_s = discovery._CALL_TIMEOUT_S + settings.router.drain_grace + settings.workers.flush
-    assert max(scaling_s, _CLEAR_TIMEOUT_S) < WAIT_TIMEOUT_S
+    assert max(scaling_s, _CLEAR_TIMEOUT_S, COMPUTE_TIMEOUT_S, 2 * ANSWER_TIMEOUT_S) < WAIT_TIMEOUT_S
 
 
 def test_status_gives_a_router_up_that_takes_the_call_and_says_nothing(
@@ -210,6 +180,11 @@ def test_status_gives_a_router_up_that_takes_the_call_and_says_nothing(
         ["drain", "w0"],
         ["scale", "-n", "1"],
         ["cache", "clear", "--all"],
+        ["cache", "ls"],
+        ["cache", "stats"],
+        ["cache", "warm", "x"],
+        ["cache", "pin", "--tenant", "x"],
+        ["cache", "check"],
     ],
     ids=" ".join,
 )
@@ -367,11 +342,11 @@ def test_config_show_names_the_origin_of_every_value(new_warmkv: Callable[[], Wa
     done = warmkv.invoke("config", "show", "--config", str(file), "--set", "workers.count=3", "--explain")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^store\.host_bytes +1GiB +file +Capacity", done.stdout, re.M)
-    assert re.search(r"^redis\.url +redis://:\*\*\*@h:1 +env", done.stdout, re.M)
+    assert re.search(r"^redis\.url +redis://\*\*\*@h:1 +env", done.stdout, re.M)
     assert re.search(r"^workers\.count +3 +flag", done.stdout, re.M)
     assert re.search(r"^workers\.cpus +1\.0 +default", done.stdout, re.M)
     shown = json.loads(warmkv.invoke("config", "show", "--json").stdout)
-    assert shown["redis.url"] == {"value": "redis://:***@h:1", "origin": "env", "help": shown["redis.url"]["help"]}
+    assert shown["redis.url"] == {"value": "redis://***@h:1", "origin": "env", "help": shown["redis.url"]["help"]}
 
 
 def test_down_without_a_fleet_says_so_and_exits_with_0(new_warmkv: Callable[[], Warmkv]) -> None:

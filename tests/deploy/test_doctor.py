@@ -14,6 +14,7 @@ from deploy.layers import load_settings
 from deploy.redis_server import PrivateRedis
 from deploy.settings import Settings
 from deploy.state import ClusterRecord, write_record
+from tests.kvstore.redis_fleets_for_tests import guarded
 
 
 def _settings(**flags: object) -> Settings:
@@ -72,6 +73,20 @@ def test_how_redis_is_configured_is_judged(tmp_path: Path, policy: str, maxmemor
     assert _levels(findings) == ["ok", level, "ok"]
     assert said in findings[1].remedy
     assert findings[2].check == "clock"
+
+
+def test_the_primary_behind_sentinel_and_each_named_node_of_a_cluster_are_judged(tmp_path: Path) -> None:
+    with guarded(tmp_path) as fleet:
+        findings = list(doctor.check_redis(_settings(redis__url=fleet.url), tmp_path))
+        assert _levels(findings) == ["ok", "ok", "ok"]
+        assert str(fleet.servers[0].port) in findings[0].found
+    with PrivateRedis(port=0) as one, PrivateRedis(port=0) as other:
+        url = f"redis+cluster://{one.url[8:-2]},{other.url[8:-2]}"
+        findings = list(doctor.check_redis(_settings(redis__url=url), tmp_path))
+        assert _levels(findings) == ["ok"] * 6
+    findings = list(doctor.check_redis(_settings(redis__url="redis+sentinel://:hunter2@127.0.0.1:1/x"), tmp_path))
+    assert _levels(findings) == ["fail"]
+    assert "hunter2" not in str(findings)
 
 
 def test_tiers_that_do_not_fit_into_memory_are_a_warning(tmp_path: Path) -> None:
@@ -140,3 +155,16 @@ def test_a_check_that_breaks_does_not_hide_the_others(tmp_path: Path, monkeypatc
     monkeypatch.setattr(doctor, "CHECKS", (check_bad, doctor.check_python))
     findings = examine(_settings(), tmp_path)
     assert [(f.level, f.check) for f in findings] == [("warn", "bad"), ("ok", "python")]
+
+
+def test_the_folder_of_the_disk_tier_must_be_writable_and_have_room(tmp_path: Path) -> None:
+    def levels(**flags: object) -> list[str]:
+        chosen = {"store__disk_dir": str(tmp_path / "blocks"), **flags}
+        return _levels(list(doctor.check_disk(_settings(**chosen), tmp_path)))
+
+    assert levels(store__disk_bytes="1MiB") == ["ok"]
+    assert levels(store__disk_bytes="512TiB") == ["warn"]
+    assert levels(store__disk_bytes=0, store__disk_dir="/proc/nowhere") == ["ok"]
+    (tmp_path / "file").write_text("")
+    assert levels(store__disk_dir=str(tmp_path / "file")) == ["fail"]
+    assert not (tmp_path / "blocks").exists(), "a question changes nothing"

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.layers import Origin, SettingsProblem, known_keys, load_settings, mask_url, parse_assignments
+from deploy.layers import Origin, SettingsProblem, known_keys, load_settings, parse_assignments
+from kvstore.redis.address import mask_url
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_no_secret_is_shown() -> None:
     flags: dict[str, object] = {"redis.url": "rediss://me:hunter2@h:1/0", "auth.fleet_secret": "hunter2"}
     loaded = load_settings(environ={}, flags=flags)
     rows = {row.key: row.value for row in loaded.rows()}
-    assert rows["redis.url"] == "rediss://me:***@h:1/0"
+    assert rows["redis.url"] == "rediss://***@h:1/0"
     assert rows["auth.fleet_secret"] == "***"
     assert "hunter2" not in repr(loaded)
 
@@ -133,9 +134,10 @@ def test_assignments_keep_what_follows_the_first_equals_sign() -> None:
     ("url", "shown"),
     [
         ("redis://h:1/0", "redis://h:1/0"),
-        ("redis://:p%40x@h:1/0", "redis://:***@h:1/0"),
-        ("unix://:pw@/tmp/s.sock", "unix://:***@/tmp/s.sock"),
-        ("redis://u@h", "redis://u@h"),
+        ("redis://:p%40x@h:1/0", "redis://***@h:1/0"),
+        ("redis+sentinel://h:1/m?sentinel_password=pw", "redis+sentinel://h:1/m?sentinel_password=***"),
+        ("unix://:pw@/tmp/s.sock", "unix://***@/tmp/s.sock"),
+        ("redis://u@h", "redis://***@h"),
     ],
 )
 def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:

@@ -404,12 +404,29 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_nothing_is_left_when_the_fleet_has_ended() -> None:
-    shape = FleetShape(MODEL, workers=1, redis_bytes=0)
-    fleet = LocalFleet(shape)
+def test_without_redis_prefixes_come_back_from_disk_and_nothing_is_left_at_the_end() -> None:
+    fleet = LocalFleet(FleetShape(MODEL, workers=1, redis_bytes=0, disk_bytes=64 * MIB))
+
+    async def comes_back() -> None:
+        await fleet.start()
+        await fleet.wait_ready()
+        async with fleet.client() as client:
+            tokens, cold, _ = await ask(client, TEXT)
+            block_size = (await client.explain(TEXT)).block_size
+
+            async def on_disk() -> bool:
+                held = await client.list_blocks(tier="disk")
+                return len(held.blocks) >= cold.prompt_tokens // block_size
+
+            await until(on_disk)
+            died = await fleet.kill_workers()
+            await fleet.wait_ready(newer_than=died)
+            again, warm, _ = await ask(client, TEXT)
+        assert again == tokens
+        assert fates(warm).get("disk", 0) > 0.8 * warm.prompt_tokens
+
     try:
-        asyncio.run(fleet.start())
-        asyncio.run(fleet.wait_ready())
+        asyncio.run(comes_back())
         pids = fleet.worker_pids()
     finally:
         asyncio.run(fleet.stop())

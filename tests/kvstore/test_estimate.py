@@ -151,3 +151,14 @@ def test_the_router_can_import_it_without_torch_or_numpy(module: str) -> None:
     code = f"import sys, {module}; print('torch' in sys.modules, 'numpy' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]
+
+
+def test_a_tier_that_is_fast_again_is_believed_after_a_few_reads() -> None:
+    fit = TransferEstimate()
+    for _ in range(30):
+        fit.observe(1 << 20, 1000.0)
+    for _ in range(8):
+        fit.observe(1 << 20, 2.0)
+    predicted = fit.predict_ms(1 << 20)
+    assert predicted is not None
+    assert predicted < 20.0

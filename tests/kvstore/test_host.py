@@ -1,4 +1,4 @@
-"""Host RAM: a state machine against a naive model, two-phase writes, leases."""
+"""Host RAM: a state machine against a naive model, two-phase writes, room. Views and leases: `test_host_views`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvstore import host as host_module
 from kvstore.blocks import BlockHash, short
 from kvstore.errors import TierError
 from kvstore.events import BlockStored, RemovalCause
-from kvstore.host import HostTier, Lease
+from kvstore.eviction.policies import POLICIES
+from kvstore.host import tier as host_module
+from kvstore.host.tier import BlockView, HostTier
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import (
     LAYOUT,
@@ -44,16 +45,23 @@ class HostMachine(RuleBasedStateMachine):
         self.tier = make(self.clock)
         self.used: dict[BlockHash, float] = {}  # in order of use
         self.metas = {meta.hash: meta for metas in self.CHAINS for meta in metas}
-        self.leases: list[Lease] = []
-        self.removed_leases: list[Lease] = []  # their block is gone, their slot is not
+        self.leases: dict[BlockHash, float] = {}  # until when
+        self.views: list[BlockView] = []
+        self.removed_views: list[BlockView] = []  # their block is gone, their slot is not
+        self.aside: set[BlockHash] = set()  # spared by an eviction for a view's sake
         self.known: set[bytes] = set()
 
     def leased(self, name: BlockHash) -> bool:
-        return any(lease.meta.hash == name for lease in self.leases)
+        return self.leases.get(name, 0.0) > self.clock.now
+
+    def viewed(self, name: BlockHash) -> bool:
+        return any(view.meta.hash == name for view in self.views)
 
     def live(self, name: BlockHash) -> bool:
         ttl_s = self.metas[name].ttl_s
-        return name in self.used and (ttl_s is None or self.used[name] + ttl_s > self.clock.now)
+        if name not in self.used:
+            return False
+        return ttl_s is None or self.used[name] + ttl_s > self.clock.now or self.leased(name) or name in self.aside
 
     def leading(self, hashes: list[BlockHash]) -> int:
         return next((i for i, name in enumerate(hashes) if not self.live(name)), len(hashes))
@@ -65,28 +73,42 @@ class HostMachine(RuleBasedStateMachine):
 
     def forget(self, name: BlockHash) -> None:
         del self.used[name]
-        self.removed_leases += [lease for lease in self.leases if lease.meta.hash == name]
-        self.leases = [lease for lease in self.leases if lease.meta.hash != name]
+        self.leases.pop(name, None)
+        self.aside.discard(name)
+        self.removed_views += [view for view in self.views if view.meta.hash == name]
+        self.views = [view for view in self.views if view.meta.hash != name]
+
+    def make_room(self, kept: set[BlockHash]) -> bool:
+        continued = {self.metas[name].parent for name in self.used}
+        for name in list(self.used):
+            if name in kept | continued | self.aside or self.leased(name):
+                continue
+            if not self.viewed(name):
+                self.forget(name)
+                return True
+            self.aside.add(name)
+        return False
+
+    @rule(which=st.sampled_from(CHAINS))
+    def write_all(self, which: list[BlockMeta]) -> None:
+        self.write_some(which)
 
     @rule(which=st.sampled_from(CHAINS), start=st.integers(0, 3), count=st.integers(1, 4))
     def write(self, which: list[BlockMeta], start: int, count: int) -> None:
-        metas = which[start : start + count]
+        self.write_some(which[start : start + count])
+
+    def write_some(self, metas: list[BlockMeta]) -> None:
         wanted, expected = names(metas), 0
-        taken = len({id(lease._slot) for lease in self.removed_leases}) + len(self.used)
         protected, fresh, held = set[BlockHash](), [], []
         for name in wanted:
+            removed_slots = len({id(view.slot) for view in self.removed_views})
             if name in self.used:
                 protected.add(name)
                 held.append(name)
-            elif taken < SLOTS:
-                taken += 1
+            elif removed_slots + len(self.used) + len(fresh) < SLOTS or self.make_room(protected):
                 fresh.append(name)
             else:
-                victim = next((n for n in self.used if n not in protected and not self.leased(n)), None)
-                if victim is None:
-                    break
-                self.forget(victim)
-                fresh.append(name)
+                break
             expected += 1
         assert self.tier.write(metas, payloads(metas)) == expected
         self.renew(fresh)
@@ -106,25 +128,58 @@ class HostMachine(RuleBasedStateMachine):
         self.tier.touch(names(which))
         self.renew([name for name in names(which) if self.live(name)])
 
-    @rule(which=st.sampled_from(CHAINS), number=st.integers(0, 2))
-    def lease(self, which: list[BlockMeta], number: int) -> None:
-        live = self.live(which[number].hash)
-        leases = self.tier.lease([which[number].hash])
-        assert len(leases) == live
-        self.leases += leases
+    @rule(which=st.sampled_from(CHAINS), start=st.integers(0, 3), for_s=st.sampled_from([1.0, 3.0, 8.0, None]))
+    def lease(self, which: list[BlockMeta], start: int, for_s: float | None) -> None:
+        live = [name for name in names(which[start:]) if self.live(name)]
+        assert self.tier.lease(names(which[start:]), for_s) == len(live)
+        until = float("inf") if for_s is None else self.clock.now + for_s
+        for name in live:
+            self.leases[name] = max(self.leases.get(name, 0.0), until)
+
+    @rule(which=st.sampled_from(CHAINS), start=st.integers(0, 3))
+    def end_leases(self, which: list[BlockMeta], start: int) -> None:
+        leased = [name for name in names(which[start:]) if self.leased(name)]
+        assert self.tier.end_leases(names(which[start:])) == len(leased)
+        for name in names(which[start:]):
+            self.leases.pop(name, None)
+
+    @rule(which=st.sampled_from(CHAINS), start=st.integers(0, 3))
+    def view(self, which: list[BlockMeta], start: int) -> None:
+        live = [name for name in names(which[start:]) if self.live(name)]
+        views = self.tier.view(names(which[start:]), owner="model", for_s=1e9)
+        assert [view.meta.hash for view in views] == live
+        self.views += views
+
+    @rule(count=st.integers(1, SLOTS), which=st.sampled_from(CHAINS))
+    def view_the_oldest_and_write(self, count: int, which: list[BlockMeta]) -> None:
+        views = self.tier.view(list(self.used)[:count], owner="model", for_s=1e9)
+        assert [view.meta.hash for view in views] == [name for name in list(self.used)[:count] if self.live(name)]
+        self.views += views
+        self.write_some(which)
 
     @rule(data=st.data())
-    def end_lease(self, data: st.DataObject) -> None:
-        every = self.leases + self.removed_leases
+    def end_view(self, data: st.DataObject) -> None:
+        every = self.views + self.removed_views
         if not every:
             return
-        lease = data.draw(st.sampled_from(every))
-        assert bytes(lease.payload) == bytes(payload(lease.meta.hash))
-        self.tier.end_lease(lease)
-        if lease in self.removed_leases:
-            self.removed_leases.remove(lease)
+        view = data.draw(st.sampled_from(every))
+        assert bytes(view.payload) == bytes(payload(view.meta.hash))
+        with view:
+            assert view.is_valid
+        if view in self.removed_views:
+            self.removed_views.remove(view)
+            assert view.is_valid == any(other.slot is view.slot for other in self.removed_views)
         else:
-            self.leases.remove(lease)
+            self.views.remove(view)
+            assert view.is_valid
+            if not self.viewed(view.meta.hash):
+                self.aside.discard(view.meta.hash)
+
+    @rule()
+    def end_all_views(self) -> None:
+        for view in self.views + self.removed_views:
+            self.tier.end_view(view)
+        self.views, self.removed_views, self.aside = [], [], set()
 
     @rule(which=st.sampled_from(CHAINS), start=st.integers(0, 3))
     def remove(self, which: list[BlockMeta], start: int) -> None:
@@ -133,7 +188,7 @@ class HostMachine(RuleBasedStateMachine):
         for name in gone:
             self.forget(name)
 
-    @rule(root=st.sampled_from([None, ROOT, OTHER_ROOT]))
+    @rule(root=st.sampled_from([None, ROOT, OTHER_ROOT, OTHER_ROOT, OTHER_ROOT]))
     def clear(self, root: BlockHash | None) -> None:
         gone = [name for name in self.used if root in (None, self.metas[name].root)]
         assert self.tier.clear(root=root) == len(gone)
@@ -152,11 +207,13 @@ class HostMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         self.tier.check()
         assert {meta.hash for meta in self.tier.metas()} == set(self.used)
-        assert list(self.tier._lru.oldest_first()) == list(self.used)
+        assert self.tier.stats().leased == sum(self.leased(name) for name in self.used)
+        assert self.tier.pins == len(self.views + self.removed_views)
         for name in self.metas:
             assert self.tier.holds(name) == self.live(name)
-        for lease in self.leases + self.removed_leases:
-            assert bytes(lease.payload) == bytes(payload(lease.meta.hash))
+        for view in self.views + self.removed_views:
+            assert view.is_valid
+            assert bytes(view.payload) == bytes(payload(view.meta.hash))
 
     @invariant()
     def a_reader_of_the_events_knows_what_is_held(self) -> None:
@@ -206,7 +263,7 @@ def test_a_half_written_block_is_invisible(paused: _PausedCopy) -> None:
     thread = in_thread(tier.write, metas, payloads(metas))
     assert paused.begun.wait(30)
     assert tier.match(names(metas)) == 0
-    assert tier.lease(names(metas)) == []
+    assert tier.view(names(metas)) == []
     assert tier.drain_events() == []
     tier.check()
     paused.go_on.set()
@@ -261,3 +318,38 @@ def test_a_payload_of_the_wrong_size_leaves_no_trace() -> None:
 def test_a_tier_smaller_than_a_block_says_what_to_do() -> None:
     with pytest.raises(TierError, match="zero for no host tier"):
         HostTier(LAYOUT, 3, clock=ManualClock())
+
+
+@pytest.mark.parametrize("eviction", POLICIES)
+def test_whatever_the_policy_room_is_made_and_a_chain_loses_its_tail_first(eviction: str) -> None:
+    tier = HostTier(LAYOUT, SLOTS * LAYOUT.block_nbytes, clock=ManualClock(), eviction=eviction)
+    for first_token in range(6):
+        metas = chain(3, first_token=first_token)
+        assert tier.write(metas, payloads(metas)) == 3
+        for other in range(first_token + 1):
+            held = names(chain(3, first_token=other))
+            assert tier.match(held) == sum(tier.holds(name) for name in held)
+        tier.check()
+    assert tier.stats().blocks == SLOTS
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose one of"):
+        HostTier(LAYOUT, SLOTS * LAYOUT.block_nbytes, clock=ManualClock(), eviction="random")
+
+
+def test_a_root_may_borrow_and_gives_back_under_pressure() -> None:
+    nbytes = LAYOUT.block_nbytes
+    tier = HostTier(LAYOUT, 4 * nbytes, clock=ManualClock(), shares={ROOT: 2 * nbytes, OTHER_ROOT: 2 * nbytes + 1})
+    mine, others, more = chain(3), chain(2, root=OTHER_ROOT), chain(2, root=OTHER_ROOT, first_token=1)
+    assert tier.write(mine, payloads(mine)) == 3
+    assert tier.write(others, payloads(others)) == 2  # the third block of `mine` was borrowed room
+    assert (tier.match(names(mine)), tier.match(names(others))) == (2, 2)
+    assert tier.write(more, payloads(more)) == 2  # now only its own blocks may go
+    assert (tier.match(names(mine)), tier.match(names(others)), tier.match(names(more))) == (2, 0, 2)
+    tier.check()
+
+
+def test_shares_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        HostTier(LAYOUT, 4 * LAYOUT.block_nbytes, clock=ManualClock(), shares={ROOT: 5 * LAYOUT.block_nbytes})

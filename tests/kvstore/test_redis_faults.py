@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploy.redis_server import PrivateRedis
-from kvstore.codec import HEADER_NBYTES, encode_header
+from kvstore.codec import HEADER_NBYTES, BlockCodec
 from kvstore.errors import TierError
 from kvstore.events import AllBlocksCleared, BlockRemoved, RemovalCause, TierName
-from kvstore.redis import RedisTier
+from kvstore.redis.tier import RedisTier
 from kvstore.tier import BlockMeta
-from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, buffers, chain, names, payload, payloads
-from tests.kvstore.redis_for_tests import NAMESPACE, SERVERS, ScriptedServer, binary, client_of, key, make_tier
+from tests.kvstore import blocks_for_tests, redis_for_tests
+from tests.kvstore.blocks_for_tests import ManualClock, chain, names
+from tests.kvstore.redis_for_tests import NAMESPACE, SERVERS, ScriptedServer, binary, client_of, fields_of, key
+from tests.kvstore.redis_for_tests import WIDE as LAYOUT
+
+make_tier = partial(redis_for_tests.make_tier, layout=LAYOUT)
+payload = partial(blocks_for_tests.payload, layout=LAYOUT)
+payloads = partial(blocks_for_tests.payloads, layout=LAYOUT)
+buffers = partial(blocks_for_tests.buffers, layout=LAYOUT)
 
 Damage = Callable[[redis.Redis, list[BlockMeta]], object]
 
@@ -44,20 +52,31 @@ def read_back(tier: RedisTier, metas: list[BlockMeta], deadline_s: float | None 
     return count
 
 
-def value_of(meta: BlockMeta) -> bytes:
-    return encode_header(meta, LAYOUT, payload(meta.hash), 1.0) + bytes(payload(meta.hash))
-
-
-def flip(at: int) -> Damage:
+def flip(field: str, at: int) -> Damage:
     def damage(client: redis.Redis, metas: list[BlockMeta]) -> None:
-        byte = client.getrange(key(metas[1].hash), at, at)
-        client.setrange(key(metas[1].hash), at, bytes([byte[0] ^ 0x40]))
+        value = bytearray(client.hget(key(metas[1].hash), field))
+        value[at] ^= 0x40
+        client.hset(key(metas[1].hash), field, bytes(value))
 
     return damage
 
 
-def put(value: Callable[[list[BlockMeta]], bytes]) -> Damage:
-    return lambda client, metas: client.set(key(metas[1].hash), value(metas))
+def change(field: str, how: Callable[[bytes], bytes]) -> Damage:
+    return lambda client, metas: client.hset(key(metas[1].hash), field, how(client.hget(key(metas[1].hash), field)))
+
+
+def lose(field: str) -> Damage:
+    return lambda client, metas: client.hdel(key(metas[1].hash), field)
+
+
+def put(fields: Callable[[list[BlockMeta]], dict[bytes, bytes]]) -> Damage:
+    return lambda client, metas: client.hset(key(metas[1].hash), mapping=fields(metas))
+
+
+def old_form(client: redis.Redis, metas: list[BlockMeta]) -> None:
+    """Header and payload as one string, as earlier versions of ours wrote them."""
+    fields = fields_of(metas[1])
+    client.set(key(metas[1].hash), fields[b"h"][:HEADER_NBYTES] + bytes(payload(metas[1].hash)))
 
 
 def wrong_type(client: redis.Redis, metas: list[BlockMeta]) -> None:
@@ -65,27 +84,40 @@ def wrong_type(client: redis.Redis, metas: list[BlockMeta]) -> None:
     client.lpush(key(metas[1].hash), b"x")
 
 
-def block_of_another_layout(metas: list[BlockMeta]) -> bytes:
-    other = replace(LAYOUT, layers=3)
-    body = payload(metas[1].hash, other)
-    return encode_header(metas[1], other, body, 1.0) + bytes(body)
+def of_another_version(metas: list[BlockMeta]) -> dict[bytes, bytes]:
+    """The record is a msgpack list of 16, whose first element is the version."""
+    fields = fields_of(metas[1])
+    at = fields[b"h"].index(b"\xdc\x00\x10") + 3
+    return {**fields, b"h": fields[b"h"][:at] + b"\x7e" + fields[b"h"][at + 1 :]}
 
+
+HEAD, REST = HEADER_NBYTES + 128, LAYOUT.block_nbytes - 128
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "a byte of the payload": (flip(HEADER_NBYTES + 5), "corrupt"),
-    "the last byte": (flip(HEADER_NBYTES + LAYOUT.block_nbytes - 1), "corrupt"),
-    "a byte of the header's padding": (flip(500), "corrupt"),
-    "a byte of the checksum": (flip(510), "corrupt"),
-    "the magic number": (flip(0), "foreign"),
-    "half of it": (put(lambda metas: value_of(metas[1])[:-10]), "truncated"),
-    "not even a header": (put(lambda metas: value_of(metas[1])[:100]), "truncated"),
-    "nothing": (put(lambda metas: b""), "truncated"),
-    "100 bytes too long": (put(lambda metas: value_of(metas[1]) + b"x" * 100), "corrupt"),
-    "2 MiB too long": (put(lambda metas: value_of(metas[1]) + b"x" * (2 << 20)), "corrupt"),
+    "the first byte of the payload": (flip("d", 0), "corrupt"),
+    "the last byte of the rest": (flip("d", REST - 1), "corrupt"),
+    "the last byte of all": (flip("h", HEAD - 1), "corrupt"),
+    "a byte of the header's padding": (flip("h", 480), "corrupt"),
+    "a byte of the checksum": (flip("h", 510), "corrupt"),
+    "the magic number": (flip("h", 0), "foreign"),
+    "a short rest": (change("d", lambda rest: rest[:-10]), "truncated"),
+    "no rest": (change("d", lambda rest: b""), "truncated"),
+    "a lost rest": (lose("d"), "truncated"),
+    "a lost header": (lose("h"), "truncated"),
+    "half a header": (change("h", lambda head: head[:100]), "truncated"),
+    "no header": (change("h", lambda head: b""), "truncated"),
+    "a header without the tail": (change("h", lambda head: head[:HEADER_NBYTES]), "truncated"),
+    "a rest that is 100 bytes too long": (change("d", lambda rest: rest + b"x" * 100), "corrupt"),
+    "a rest that is 2 MiB too long": (change("d", lambda rest: rest + b"x" * (2 << 20)), "corrupt"),
+    "a head that is 100 bytes too long": (change("h", lambda head: head + b"x" * 100), "corrupt"),
+    "a head that is 2 MiB too long": (change("h", lambda head: head + b"x" * (2 << 20)), "corrupt"),
     "a list": (wrong_type, "foreign"),
-    "another block": (put(lambda metas: value_of(metas[2])), "foreign"),
-    "another layout": (put(block_of_another_layout), "foreign"),
-    "somebody else's text": (put(lambda metas: b"t" * (HEADER_NBYTES + LAYOUT.block_nbytes)), "foreign"),
+    "a string as earlier versions wrote it": (old_form, "foreign"),
+    "another block": (put(lambda metas: fields_of(metas[2])), "foreign"),
+    "another name space": (put(lambda metas: fields_of(metas[1], namespace=b"x" * 32)), "foreign"),
+    "another layout": (put(lambda metas: fields_of(metas[1], replace(LAYOUT, layers=9))), "foreign"),
+    "another format version": (put(of_another_version), "foreign"),
+    "somebody else's text": (put(lambda metas: {b"h": b"t" * HEAD, b"d": b"t" * REST}), "foreign"),
 }
 
 
@@ -326,7 +358,7 @@ def test_a_refused_login_is_told_without_the_password_and_mended_without_a_resta
 def test_a_forbidden_command_is_told_with_the_grant_that_mends_it(server: PrivateRedis) -> None:
     metas = chain(2)
     with client_of(server) as client:
-        client.execute_command("ACL", "SETUSER", "w", "on", ">p", "~*", "+@all", "-get")
+        client.execute_command("ACL", "SETUSER", "w", "on", ">p", "~*", "+@all", "-hmget")
         tier = make_tier(server.url.replace("unix://", "unix://w:p@"))
         assert tier.write(metas, payloads(metas)) == 2
         for _ in range(5):
@@ -334,8 +366,8 @@ def test_a_forbidden_command_is_told_with_the_grant_that_mends_it(server: Privat
         stats = tier.stats()
         assert stats.misses == {"error": 5}  # an answer, so the breaker stays closed
         assert not stats.healthy
-        assert "ACL SETUSER name ~warmkv:* +get" in stats.problem
-        client.execute_command("ACL", "SETUSER", "w", "+get")
+        assert "ACL SETUSER name ~warmkv:* +hset +hmget" in stats.problem
+        client.execute_command("ACL", "SETUSER", "w", "+hmget")
     assert read_back(tier, metas) == 2
     assert (tier.stats().healthy, tier.stats().problem) == (True, "")
     tier.close()
@@ -425,6 +457,20 @@ def test_a_server_without_a_memory_limit_is_told(server: PrivateRedis) -> None:
     tier.close()
 
 
+def test_a_server_that_saves_to_disk_is_told_once(server: PrivateRedis, caplog: pytest.LogCaptureFixture) -> None:
+    with client_of(server) as client, caplog.at_level(logging.INFO):
+        client.config_set("save", "3600 1")
+        tier = make_tier(server.url)
+        for number in range(3):
+            tier.write(chain(1, first_token=number), payloads(chain(1, first_token=number)))
+            tier.match(names(chain(1)))
+    assert "set save ''" in tier.stats().problem
+    assert tier.stats().healthy
+    told = [r for r in caplog.records if "set save" in str(getattr(r, "advice", ""))]
+    assert len(told) == 1
+    tier.close()
+
+
 def test_a_replica_refuses_writes_and_says_whom_to_name(server: PrivateRedis) -> None:
     metas = chain(1)
     with client_of(server) as client:
@@ -454,12 +500,12 @@ def test_a_password_that_the_server_repeats_is_masked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["http://h:1", "h:6379", "redis+cluster://h", "redis://h:port", "unix://?nonsense=1"])
 def test_a_url_of_another_form_is_refused_with_the_forms_that_are_not(url: str) -> None:
     with pytest.raises(TierError, match="write redis://"):
-        RedisTier(url, layout=LAYOUT, namespace=NAMESPACE)
+        RedisTier(url, codec=BlockCodec(LAYOUT, NAMESPACE))
 
 
 def test_a_url_that_is_refused_keeps_its_password_to_itself() -> None:
     with pytest.raises(TierError) as caught:
-        RedisTier("redis://user:top/secret@host:port/0", layout=LAYOUT, namespace=NAMESPACE)
+        RedisTier("redis://user:top/secret@host:port/0", codec=BlockCodec(LAYOUT, NAMESPACE))
     assert "secret" not in str(caught.value)
     assert caught.value.__suppress_context__
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.resp import Wire, pack
+from kvstore.redis.resp import Wire, pack
 from tests.kvstore.redis_for_tests import PATIENT_S
 
 
@@ -111,6 +111,7 @@ def test_a_stream_that_ends_in_the_middle_is_a_lost_connection(said: bytes) -> N
         wire.read_reply()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-1, 300), min_size=1, max_size=50), st.integers(1, 100))
 def test_numbers_in_bulk_are_the_numbers_one_by_one(numbers: list[int], size: int) -> None:
     said = b"".join(b":%d\r\n" % number for number in numbers)
@@ -133,6 +134,51 @@ def test_other_or_more_answers_than_numbers_are_refused(said: bytes) -> None:
         wire.ask_numbers(b"", 2)
 
 
+@settings(deadline=None)
+@given(st.binary(min_size=1, max_size=40), st.integers(0, 40), st.integers(1, 7), st.booleans())
+def test_bytes_are_taken_whole_or_not_at_all(expected: bytes, at: int, size: int, is_other: bool) -> None:
+    said = bytearray(expected)
+    if is_other:
+        said[at % len(said)] ^= 1
+    pieces = [bytes(said[i : i + size]) for i in range(0, len(said), size)]
+    with saying(*pieces, b"+next\r\n") as wire:
+        assert wire.accept(expected) is not is_other
+        rest = memoryview(bytearray(len(said) if is_other else 0))
+        wire.read_into(rest)
+        assert rest == (said if is_other else b"")
+        assert wire.read_reply() == b"next"
+
+
+def test_a_shorter_reply_of_another_kind_is_not_waited_for(peer: Peer) -> None:
+    peer.wire.patience_s = float("inf")  # the suite's own timeout ends this test if it waits
+    peer.wire.renew()
+    peer.far.sendall(b"*2\r\n$-1\r\n$-1\r\n")
+    assert not peer.wire.accept(b"*2\r\n$640\r\n" + b"x" * 700)
+    assert peer.wire.read_reply() == [None, None]
+
+
+@pytest.mark.parametrize("said", [b"$3\r\nabc\r\n", b"+OK\r\n", b"*-7\r\n"])
+def test_what_is_no_array_is_no_count(said: bytes) -> None:
+    with saying(said) as wire, pytest.raises(redis.InvalidResponse):
+        wire.read_count()
+
+
+def test_pieces_are_sent_in_order_whatever_the_socket_takes_at_once(peer: Peer) -> None:
+    pieces = [bytes([n]) * size for n, size in enumerate((1, 3 << 20, 0, 17, 2 << 20, 5))]
+    received = bytearray()
+
+    def receive() -> None:
+        while len(received) < sum(map(len, pieces)):
+            received.extend(peer.far.recv(100_000))
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    peer.wire.send([memoryview(piece) for piece in pieces])
+    thread.join()
+    assert received == b"".join(pieces)
+
+
+@settings(deadline=None)
 @given(st.binary(max_size=5000), st.integers(1, 2000), st.integers(0, 5000))
 def test_a_value_lands_in_its_buffers(value: bytes, size: int, split: int) -> None:
     said = b"$%d\r\n%b\r\n+next\r\n" % (len(value), value)
@@ -172,6 +218,26 @@ def test_a_server_that_takes_nothing_is_given_up_in_time(peer: Peer) -> None:
     peer.wire.renew()
     with pytest.raises((redis.TimeoutError, TimeoutError)):
         peer.wire.send([bytes(32 << 20)])
+
+
+def test_a_server_that_takes_a_little_at_a_time_is_given_up_in_time(peer: Peer) -> None:
+    peer.far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    stop = threading.Event()
+
+    def trickle() -> None:
+        while not stop.wait(0.01):
+            peer.far.recv(100)
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        peer.wire.patience_s = 0.2
+        peer.wire.renew()
+        with pytest.raises(redis.TimeoutError):  # a timeout for each packet would last for hours
+            peer.wire.send([bytes(32 << 20)])
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_renewing_never_goes_beyond_the_callers_end(peer: Peer) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ import redis
 
 from deploy.redis_server import PrivateRedis
 from kvstore.errors import TierError
-from kvstore.resp import Wire
-from kvstore.resp_pool import MAX_IDLE, WirePool, mask_url
-from tests.kvstore.blocks_for_tests import chain, names, payloads
+from kvstore.redis.pool import MAX_IDLE, WirePool, mask_url
+from kvstore.redis.resp import Wire
+from tests.kvstore.blocks_for_tests import LAYOUT, buffers, chain, names, payloads
 from tests.kvstore.redis_for_tests import PATIENT_S, ScriptedServer, binary, make_tier
 
 
@@ -155,6 +156,43 @@ def test_over_tls_blocks_go_both_ways_as_they_do_without(tls_url: Callable[[str]
     tier.close()
 
 
+def test_over_tls_large_blocks_arrive_whole(tls_url: Callable[[str], str]) -> None:
+    layout = replace(LAYOUT, layers=300, kv_heads=64)
+    tier = make_tier(tls_url("ssl_ca_certs={folder}/cert.pem"), layout=layout)
+    metas = chain(5, ttl_s=1000.0)
+    assert tier.write(metas, payloads(metas, layout)) == 5
+    into = buffers(5, layout)
+    assert tier.read(names(metas), into) == 5
+    assert [bytes(b) for b in into] == [bytes(p) for p in payloads(metas, layout)]
+    assert layout.block_nbytes > 900_000
+    tier.close()
+
+
+def test_a_server_that_stalls_behind_tls_is_given_up_in_time(certificate: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    done = threading.Event()
+
+    def serve() -> None:
+        peer, _ = listener.accept()
+        with context.wrap_socket(peer, server_side=True):
+            done.wait()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"rediss://127.0.0.1:{listener.getsockname()[1]}?ssl_ca_certs={certificate}/cert.pem"
+        pool = WirePool(url, lambda wire: None)
+        with pool.lease(PATIENT_S) as wire:
+            wire.patience_s = 0.05
+            wire.renew()
+            with pytest.raises(redis.TimeoutError):
+                wire.send([bytes(64 << 20)])
+        done.set()
+        thread.join()
+        pool.close()
+
+
 def test_messages_of_tls_itself_are_no_reason_to_close_a_connection(certificate: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # sends session tickets after the handshake, as most do
     context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
@@ -172,7 +210,7 @@ def test_messages_of_tls_itself_are_no_reason_to_close_a_connection(certificate:
         pool = WirePool(url, lambda wire: None)
         with pool.lease(PATIENT_S) as first:
             pass
-        while not select.select([first._sock], [], [], 0)[0]:
+        while not select.select([first._connection._sock], [], [], 0)[0]:
             time.sleep(0.01)
         with pool.lease(PATIENT_S) as again:
             assert again is first

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from kvstore.host import HostTier, Lease
-from kvstore.spill import REFRESH_WITHOUT_TTL_S, QueuedWrite, Refreshed, RefreshSchedule, WriteBehind
+from kvstore.blocks import BlockHash
+from kvstore.host.tier import BlockView, HostTier
+from kvstore.refresh import REFRESH_WITHOUT_TTL_S, RefreshSchedule
+from kvstore.spill import QueuedWrite, Refreshed, WriteBehind
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, chain, names, payload, payloads
 from tests.kvstore.fake_tier import FakeSharedTier
@@ -32,7 +35,7 @@ def host(clock: ManualClock) -> HostTier:
 
 @pytest.fixture
 def writer(shared: FakeSharedTier, host: HostTier) -> Iterator[WriteBehind]:
-    made = WriteBehind(shared, max_blocks=4, end_lease=host.end_lease)
+    made = WriteBehind(shared, max_blocks=4, end_view=host.end_view)
     yield made
     shared.writes_open.set()
     made.close(30)
@@ -40,15 +43,15 @@ def writer(shared: FakeSharedTier, host: HostTier) -> Iterator[WriteBehind]:
 
 def put(writer: WriteBehind, host: HostTier, metas: list[BlockMeta]) -> list[bool]:
     host.write(metas, payloads(metas))
-    leases: list[Lease] = host.lease(names(metas))
-    return [writer.put(QueuedWrite(lease.meta, lease.payload, lease)) for lease in leases]
+    views: list[BlockView] = host.view(names(metas))
+    return [writer.put(QueuedWrite(view.meta, view.payload, view)) for view in views]
 
 
 def pinned(host: HostTier) -> int:
-    return sum(slot.pins for slot in host._slots.values())
+    return host.pins
 
 
-def test_queued_blocks_reach_the_shared_tier_and_their_leases_end(
+def test_queued_blocks_reach_the_shared_tier_and_their_views_end(
     writer: WriteBehind, host: HostTier, shared: FakeSharedTier
 ) -> None:
     metas = chain(3)
@@ -109,6 +112,68 @@ def test_a_write_that_is_running_when_it_is_cancelled_is_undone(
     shared.writes_open.set()
     assert writer.settle_cancelled(30)
     assert shared.held() == {}
+
+
+def test_a_write_that_is_over_cannot_be_cancelled_though_the_thread_is_still_at_a_refresh(
+    writer: WriteBehind, host: HostTier, shared: FakeSharedTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, stale = chain(1), chain(1, first_token=1)
+    refreshing, go_on = threading.Event(), threading.Event()
+
+    def refresh(metas: list[BlockMeta]) -> list[BlockHash]:
+        refreshing.set()
+        assert go_on.wait(30)
+        return []
+
+    monkeypatch.setattr(shared, "refresh", refresh)
+    shared.writes_open.clear()
+    put(writer, host, chain(1, first_token=2))
+    while not writer._writing:
+        pass
+    put(writer, host, written)  # both of these are for the thread's next turn
+    writer.refresh(stale)
+    shared.writes_open.set()
+    assert refreshing.wait(30)
+    assert set(shared.held()) >= set(names(written))
+    assert (writer.metas(), writer.is_coming(written[0].hash)) == ([], False)
+    writer.drop(set(names(written)))
+    assert writer.settle_cancelled(0.0)  # whoever clears finds it in the tier
+    assert not writer.flush(0.0)
+    go_on.set()
+    assert writer.flush(30)
+
+
+def test_a_cancelled_write_is_taken_back_though_the_tier_raised(
+    writer: WriteBehind, host: HostTier, shared: FakeSharedTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metas, store = chain(1), shared.write
+
+    def write(metas: list[BlockMeta], payloads: list[memoryview]) -> int:
+        store(metas, payloads)
+        raise RuntimeError("the answer was lost")
+
+    monkeypatch.setattr(writer._tier, "write", write)
+    shared.writes_open.clear()
+    put(writer, host, metas)
+    while not writer._writing:
+        pass
+    writer.drop(set(names(metas)))
+    shared.writes_open.set()
+    assert writer.settle_cancelled(30)
+    assert shared.held() == {}
+
+
+def test_it_says_what_is_coming_and_whether_there_is_room(
+    writer: WriteBehind, host: HostTier, shared: FakeSharedTier
+) -> None:
+    shared.writes_open.clear()
+    metas = chain(5)
+    put(writer, host, metas[:3])
+    assert ([writer.is_coming(name) for name in names(metas)], writer.is_full) == ([True] * 3 + [False] * 2, False)
+    put(writer, host, metas[3:4])
+    assert writer.is_full
+    writer.drop(set(names(metas)))
+    assert not any(writer.is_coming(name) for name in names(metas))
 
 
 def test_a_tier_that_raises_does_not_end_the_thread(
@@ -191,6 +256,46 @@ def test_the_schedule_is_bounded(clock: ManualClock) -> None:
     for name in names(chain(8)):
         schedule.used(name, 40.0)
     assert schedule.pop_due() == names(chain(8))[5:]
+
+
+def test_the_schedule_keeps_no_more_than_it_remembers(clock: ManualClock) -> None:
+    schedule = RefreshSchedule(10, clock=clock)
+    for number in range(5000):
+        name = BlockHash(number.to_bytes(32, "big"))
+        schedule.renewed(name, 86400.0)
+        schedule.used(name, 86400.0)
+        schedule.renewed(NAME, 86400.0)
+        schedule.used(NAME, 86400.0)
+        schedule.doubted(NAME, 86400.0)
+        assert schedule.pop_due() == [NAME]
+    assert len(schedule._due._heap) < 200
+    assert len(schedule._uses) == 10
+
+
+def test_a_name_whose_time_moves_to_and_fro_leaves_nothing_behind(clock: ManualClock) -> None:
+    schedule = RefreshSchedule(10, clock=clock)
+    sooner = BlockHash(b"s" * 32)  # what lies behind it in the heap does not surface
+    schedule.renewed(sooner, 40.0)
+    schedule.used(sooner, 40.0)
+    schedule.renewed(NAME, 86400.0)
+    for _ in range(2000):
+        schedule.used(NAME, 86400.0)
+        schedule.doubted(NAME, 86400.0)
+        assert schedule.pop_due() == [NAME]
+    assert len(schedule._due._heap) < 200
+
+
+def test_a_block_that_had_to_be_computed_is_asked_for_at_once(clock: ManualClock) -> None:
+    schedule = RefreshSchedule(10, clock=clock)
+    schedule.renewed(NAME, 40.0)
+    schedule.used(NAME, 40.0)
+    assert schedule.pop_due() == []
+    schedule.doubted(NAME, 40.0)
+    assert schedule.pop_due() == [NAME]
+    schedule.used(NAME, 40.0)
+    assert schedule.pop_due() == []
+    clock.now += 10.0
+    assert schedule.pop_due() == [NAME]
 
 
 def test_a_longer_ttl_is_told_at_once_and_a_shorter_one_changes_nothing(clock: ManualClock) -> None:

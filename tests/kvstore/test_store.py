@@ -12,7 +12,8 @@ from kvstore.blocks import BlockHash, short
 from kvstore.device import DeviceTier
 from kvstore.errors import TierError
 from kvstore.events import BlockRemoved, BlockStored, TierName
-from kvstore.host import HostTier
+from kvstore.host.tier import HostTier
+from kvstore.loading import MAX_DEADLINE_S
 from kvstore.store import Acquisition, ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ROOT, ManualClock, chain, names, payload, payloads
@@ -315,8 +316,7 @@ def test_blocks_that_load_slower_than_they_compute_are_computed(rig: Rig) -> Non
     assert rig.host is not None
     rig.host.clear()
     for tier in (HOST, REDIS):
-        rig.store._promoter.estimates[tier].observe(4 * LAYOUT.block_nbytes, 8.0)
-        rig.store._promoter._measured_at[tier] = rig.clock.now
+        rig.store._promoter.sources[tier].observe(4, 8.0)
     assert rig.get(metas, compute_ms=lambda first, count: 1.0 * count) == []
     assert rig.get(metas, compute_ms=lambda first, count: 3.0 * count) == [REDIS] * 4
 
@@ -324,25 +324,25 @@ def test_blocks_that_load_slower_than_they_compute_are_computed(rig: Rig) -> Non
 def test_an_old_estimate_is_measured_again_by_a_few_blocks(rig: Rig) -> None:
     metas = chain(6)
     rig.shared.write(metas, payloads(metas))
-    rig.store._promoter.estimates[REDIS].observe(LAYOUT.block_nbytes, 1e6)
-    rig.store._promoter._measured_at[REDIS] = rig.clock.now
+    rig.store._promoter.sources[REDIS].observe(1, 1e6)
     fast = {"compute_ms": lambda first, count: 1.0 * count}
     assert rig.get(metas, **fast) == []
     rig.clock.now += 11.0
-    assert rig.get(metas, **fast) == [REDIS] * 4
+    assert rig.get(metas, **fast) == [REDIS] * 6
+    assert [len(read) for read in rig.shared.reads] == [4, 2], "the rest follows once it has shown to be fast"
 
 
 def test_a_read_may_take_as_long_as_computing_would(rig: Rig) -> None:
     rig.get(chain(4), compute_ms=lambda first, count: 500.0 * count)
     rig.get(chain(4, first_token=1), compute_ms=lambda first, count: 0.0)
-    assert rig.shared.deadlines == [2.0, None]
+    assert rig.shared.deadlines == [2.0, MAX_DEADLINE_S]
 
 
 def test_a_full_queue_drops_the_tail_and_says_so(rig: Rig) -> None:
     rig.shared.writes_open.clear()
     metas = chain(8)
     rig.store.release(rig.compute(metas))
-    assert rig.store.stats()[REDIS].store_failures == {"queue_full": 1}  # half of 12 slots; no more is tried
+    assert rig.store.stats()[REDIS].store_failures == {"queue_full": 2}  # of 8, half of 12 slots fit
     rig.shared.writes_open.set()
     assert rig.store.flush(30)
     assert set(rig.shared.held()) == set(names(metas[:6]))
@@ -488,12 +488,11 @@ def test_blocks_loaded_without_a_known_root_are_dropped_by_a_clear_of_any(rig: R
 def test_queued_writes_of_cleared_blocks_are_dropped(
     rig: Rig, scope: dict[str, BlockHash], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.store.CANCEL_WAIT_S", 0.0)  # nothing settles before the gate opens
+    monkeypatch.setattr("kvstore.lane.CANCEL_WAIT_S", 0.0)  # nothing settles before the gate opens
     busy, metas = chain(1, first_token=7), chain(3)
     rig.shared.writes_open.clear()
     rig.store.release(rig.compute(busy))
-    assert rig.store._writer is not None
-    while not rig.store._writer._writing:
+    while not rig.store._lanes[REDIS]._writer._writing:
         pass
     rig.store.release(rig.compute(metas))
     rig.store.clear(**scope)
@@ -505,12 +504,11 @@ def test_queued_writes_of_cleared_blocks_are_dropped(
 def test_a_write_that_clear_overtakes_leaves_nothing_in_the_shared_tier(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.store.CANCEL_WAIT_S", 0.0)  # the worst case: clear gives up waiting
+    monkeypatch.setattr("kvstore.lane.CANCEL_WAIT_S", 0.0)  # the worst case: clear gives up waiting
     metas = chain(2)
     rig.shared.writes_open.clear()
     rig.store.release(rig.compute(metas))
-    assert rig.store._writer is not None
-    while not rig.store._writer._writing:
+    while not rig.store._lanes[REDIS]._writer._writing:
         pass
     rig.store.clear(shared=True)
     rig.shared.writes_open.set()
@@ -627,7 +625,7 @@ def test_a_shared_tier_that_cannot_be_cleared_is_told_after_the_local_ones_were(
         rig.store.clear(shared=True)
     assert rig.store.match(names(metas)) == []
     assert [rig.store.stats()[tier].removals for tier in (DEVICE, HOST)] == [{"cleared": 2}] * 2
-    assert names(metas)[0] not in rig.store._schedule._uses
+    assert names(metas)[0] not in rig.store._lanes[REDIS]._schedule._uses
     assert not [event for event in rig.store.snapshot() if event.tier is REDIS]
 
 
@@ -727,15 +725,15 @@ def test_a_block_whose_write_failed_is_written_at_its_next_use(rig: Rig) -> None
 def test_an_answer_of_the_breaker_is_no_measurement(rig: Rig) -> None:
     rig.shared.healthy = False
     rig.get(chain(2))
-    assert not rig.store._promoter.estimates[REDIS].measured
+    assert not rig.store._promoter.sources[REDIS].estimate.measured
     rig.shared.healthy = True
     rig.get(chain(2))
-    assert rig.store._promoter.estimates[REDIS].measured
+    assert rig.store._promoter.sources[REDIS].estimate.measured
 
 
 def test_measured_reads_are_reported(rig: Rig) -> None:
     assert rig.store.read_ms() == {HOST: (0.0, 0.0), REDIS: (0.0, 0.0)}
-    rig.store._promoter.estimates[REDIS].observe(LAYOUT.block_nbytes * 2, 4.0)
+    rig.store._promoter.sources[REDIS].observe(2, 4.0)
     latency_ms, block_ms = rig.store.read_ms()[REDIS]
     assert latency_ms + 2 * block_ms == pytest.approx(4.0)
 

@@ -15,13 +15,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.device import DeviceTier
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
-from kvstore.host import HostTier
+from kvstore.host.tier import HostTier
 from kvstore.store import Acquisition, ReadTiers, TieredStore
 from kvstore.tier import BlockMeta, chain_metas
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ROOT, ManualClock, names, payload, payloads
 from tests.kvstore.fake_tier import FakeSharedTier
 
-DEVICE_BLOCKS, HOST_SLOTS, TTL = 6, 7, 20.0
+DEVICE_BLOCKS, HOST_SLOTS, DISK_SLOTS, TTL = 6, 7, 9, 20.0
+
+
+class Disk(HostTier):
+    """A local tier below host, without a disk."""
+
+    name = TierName.DISK
 
 
 def chain_of(root: BlockHash, *tokens: int) -> list[BlockMeta]:
@@ -35,18 +41,31 @@ SCOPES = st.sampled_from(
     [{"root": ROOT}, {"root": OTHER_ROOT}, {"prefix": CHAINS[0][1].hash}, {"prefix": CHAINS[1][2].hash}, {}]
 )
 READS = st.sampled_from(
-    [ReadTiers(), ReadTiers(), ReadTiers(device=False), ReadTiers(host=False), ReadTiers(shared=False)]
+    [
+        ReadTiers(),
+        ReadTiers(),
+        ReadTiers(device=False),
+        ReadTiers(host=False),
+        ReadTiers(disk=False),
+        ReadTiers(shared=False),
+    ]
 )
 
 
 class StoreMachine(RuleBasedStateMachine):
+    has_disk = False
+
     def __init__(self) -> None:
         super().__init__()
         self.clock = ManualClock(0.0)
         self.shared = FakeSharedTier(self.clock)
         self.device = DeviceTier(LAYOUT, DEVICE_BLOCKS * LAYOUT.block_nbytes, clock=self.clock, poison=True)
         self.host = HostTier(LAYOUT, HOST_SLOTS * LAYOUT.block_nbytes, clock=self.clock)
-        self.store = TieredStore(LAYOUT, self.device, self.host, self.shared, clock=self.clock, default_ttl_s=TTL)
+        self.disk = Disk(LAYOUT, DISK_SLOTS * LAYOUT.block_nbytes, clock=self.clock) if self.has_disk else None
+        self.local = [self.device, self.host, *([] if self.disk is None else [self.disk])]
+        self.store = TieredStore(
+            LAYOUT, self.device, self.host, self.shared, disk=self.disk, clock=self.clock, default_ttl_s=TTL
+        )
         self.pending: list[tuple[Acquisition, list[BlockMeta]]] = []
         self.handles: list[tuple[list[int], list[BlockMeta]]] = []
         self.believed: dict[TierName, set[bytes]] = {tier: set() for tier in TierName}
@@ -66,8 +85,9 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.wait(30)
             self.store.pump()
         self.collect()
-        if self.shared.writes_open.is_set():
-            assert self.store.flush(30)
+        for tier, lane in self.store._lanes.items():
+            if tier is not TierName.REDIS or self.shared.writes_open.is_set():
+                assert lane.flush(30)
 
     def loading(self) -> bool:
         return bool(self.store._promoter.metas())
@@ -81,7 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
         """The length of the prefix whose blocks lie in some tier."""
         shared = self.shared.held()
         for count, name in enumerate(names(metas)):
-            if not (self.device.holds(name) or self.host.holds(name) or name in shared):
+            if not (name in shared or any(tier.find(name) for tier in self.local)):
                 return count
         return len(metas)
 
@@ -167,10 +187,23 @@ class StoreMachine(RuleBasedStateMachine):
     def lose(self, metas: list[BlockMeta], start: int) -> None:
         self.shared.lose(names(metas[start : start + 2]))
 
-    @rule(metas=SOME_CHAIN, start=st.integers(0, 2), in_host=st.booleans())
-    def push_out(self, metas: list[BlockMeta], start: int, in_host: bool) -> None:
+    @rule(metas=SOME_CHAIN, reads=READS)
+    def prefetch(self, metas: list[BlockMeta], reads: ReadTiers) -> None:
+        self.store.prefetch(names(metas), reads=reads, root=metas[0].root)
+        self.settle()
+
+    @rule(metas=SOME_CHAIN, start=st.integers(0, 3), count=st.integers(1, 3), seconds=st.sampled_from([None, 30.0]))
+    def lease(self, metas: list[BlockMeta], start: int, count: int, seconds: float | None) -> None:
+        self.store.lease(names(metas[start : start + count]), seconds)
+
+    @rule(metas=SOME_CHAIN)
+    def end_leases(self, metas: list[BlockMeta]) -> None:
+        self.store.end_leases(names(metas))
+
+    @rule(metas=SOME_CHAIN, start=st.integers(0, 2), tiers=st.integers(1, 3))
+    def push_out(self, metas: list[BlockMeta], start: int, tiers: int) -> None:
         """As if others had needed the room."""
-        for tier in (self.device, self.host) if in_host else (self.device,):
+        for tier in self.local[:tiers]:
             tier.remove(names(metas[start:]), RemovalCause.EVICTED)
 
     @rule(scope=SCOPES, shared=st.booleans())
@@ -179,7 +212,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.clear(**scope, shared=shared)
         # Of a prefix, what follows it is found while the blocks between the two lie somewhere; itself it always is.
         dropped = {scope["prefix"]} if "prefix" in scope else set(self.of_root(scope.get("root")))
-        assert not any(self.device.holds(name) or self.host.holds(name) for name in dropped)
+        assert not any(tier.find(name) for tier in self.local for name in dropped)
         self.settle()
         assert not any(self.host.holds(name) for name in dropped)
         if shared:
@@ -211,15 +244,16 @@ class StoreMachine(RuleBasedStateMachine):
             assert found == [bytes(payload(name)) for name in names(metas)[: len(found)]]
         for meta in self.device.metas():
             assert bytes(self.device.payloads([self.device._held[meta.hash]])[0]) == bytes(payload(meta.hash))
-        for meta in self.host.metas():
-            for lease in self.host.lease([meta.hash]):
-                assert bytes(lease.payload) == bytes(payload(meta.hash))
-                self.host.end_lease(lease)
+        for tier in (self.host, self.disk):
+            for meta in [] if tier is None else tier.metas():
+                for view in tier.view([meta.hash]):
+                    assert bytes(view.payload) == bytes(payload(meta.hash))
+                    tier.end_view(view)
         for name, stored in self.shared.held().items():
             assert stored == bytes(payload(name))
 
     @invariant()
-    def events_tell_what_device_and_host_hold(self) -> None:
+    def events_tell_what_local_tiers_hold(self) -> None:
         for event in self.store.drain_events():
             known = self.believed[event.tier]
             if isinstance(event, BlockStored):
@@ -229,9 +263,17 @@ class StoreMachine(RuleBasedStateMachine):
             elif isinstance(event, AllBlocksCleared):
                 known.clear()
         if not self.loading():  # else an I/O thread may be writing to host
-            assert self.believed[TierName.DEVICE] == {short(meta.hash) for meta in self.device.metas()}
-            assert self.believed[TierName.HOST] == {short(meta.hash) for meta in self.host.metas()}
+            for tier in self.local:
+                assert self.believed[tier.name] == {short(meta.hash) for meta in tier.metas()}, tier.name
 
 
 StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestStoreAgainstANaiveModel = StoreMachine.TestCase
+
+
+class StoreWithDiskMachine(StoreMachine):
+    has_disk = True
+
+
+StoreWithDiskMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestStoreWithADiskAgainstANaiveModel = StoreWithDiskMachine.TestCase

@@ -12,7 +12,7 @@ from deploy.redis_server import PrivateRedis
 from kvstore.blocks import BlockHash
 from kvstore.device import DeviceTier
 from kvstore.events import TierName
-from kvstore.host import HostTier
+from kvstore.host.tier import HostTier
 from kvstore.store import ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, ROOT, ManualClock, chain, names, payloads

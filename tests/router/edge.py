@@ -34,6 +34,7 @@ class WordRouter:
         self.started = asyncio.Event()
         self.closed = asyncio.Event()
         self.drained: set[str] = set()
+        self.cache = WordCache()
         self.policy = admin_pb2.Policy(name="cache_aware", weights={"load": 1.0})
 
     async def generate(
@@ -112,6 +113,42 @@ class WordRouter:
 
     def ready(self) -> bool:
         return self.is_ready
+
+
+class WordCache:
+    """A CacheApi whose answers are short."""
+
+    def __init__(self) -> None:
+        self.requests: list[object] = []
+
+    def _take(self, request: object, caller: Caller) -> None:
+        self.requests.append(request)
+
+    async def list_blocks(
+        self, request: admin_pb2.ListBlocksRequest, *, caller: Caller
+    ) -> admin_pb2.ListBlocksResponse:
+        self._take(request, caller)
+        return admin_pb2.ListBlocksResponse(blocks=[admin_pb2.CachedBlock(worker="w0")])
+
+    def stats(self, request: admin_pb2.GetCacheStatsRequest, *, caller: Caller) -> admin_pb2.GetCacheStatsResponse:
+        self._take(request, caller)
+        return admin_pb2.GetCacheStatsResponse(workers=[admin_pb2.WorkerCache(worker="w0")])
+
+    async def warm(self, request: admin_pb2.WarmRequest, *, caller: Caller) -> admin_pb2.WarmResponse:
+        self._take(request, caller)
+        return admin_pb2.WarmResponse(blocks=3)
+
+    async def pin(self, request: admin_pb2.PinRequest, *, caller: Caller) -> admin_pb2.PinResponse:
+        self._take(request, caller)
+        return admin_pb2.PinResponse(workers=[admin_pb2.PinResponse.Pinned(worker="w0")])
+
+    async def unpin(self, request: admin_pb2.UnpinRequest, *, caller: Caller) -> admin_pb2.UnpinResponse:
+        self._take(request, caller)
+        return admin_pb2.UnpinResponse(workers=[admin_pb2.UnpinResponse.Unpinned(worker="w0")])
+
+    async def check(self, request: admin_pb2.CheckStoreRequest, *, caller: Caller) -> admin_pb2.CheckStoreResponse:
+        self._take(request, caller)
+        return admin_pb2.CheckStoreResponse(workers=[admin_pb2.CheckStoreResponse.Checked(worker="w0")])
 
 
 def config(**changes: object) -> RouterConfig:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from router.errors import InvalidRequest
-from router.protocol import Caller, RequestContext
+from router.protocol import CacheApi, Caller, RequestContext
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 
 MIB = 1 << 20
@@ -223,6 +223,10 @@ class ScriptedRouter:
         raise NotImplementedError
 
     async def clear_cache(self, request: Any, *, caller: Caller) -> admin_pb2.ClearCacheResponse:
+        raise NotImplementedError
+
+    @property
+    def cache(self) -> CacheApi:
         raise NotImplementedError
 
 

@@ -308,6 +308,31 @@ async def test_a_worker_that_was_away_is_cleared_when_it_is_heard_of_again() -> 
 
 
 @pytest.mark.asyncio
+async def test_a_clear_goes_over_all_workers_then_the_shared_tier_then_what_was_read_from_there_meanwhile() -> None:
+    workers = [FakeWorker(name, shared_tier_id="redis") for name in ("w0", "w1")]
+    confirmed: list[tuple[str, bool]] = []
+    seen: set[tuple[str, int]] = set()
+
+    def confirm() -> bool:
+        for worker, name in zip(workers, ("w0", "w1"), strict=True):
+            for one in worker.heard:
+                if one.HasField("clear") and (name, one.clear.clear_id) not in seen:
+                    seen.add((name, one.clear.clear_id))
+                    confirmed.append((name, one.clear.shared_tier))
+                    worker.say(clear_done={"clear_id": one.clear.clear_id, "host": 1})
+        return clearing.done()
+
+    async with fakes(*workers) as (_, router):
+        await all_ready(router, 2)
+        clearing = asyncio.ensure_future(router.clear_cache(admin_pb2.ClearCacheRequest(all=True), caller=ADMIN))
+        await eventually(confirm)
+        done = clearing.result()
+    local = {("w0", False), ("w1", False)}
+    assert (set(confirmed[:2]), confirmed[2], set(confirmed[3:])) == (local, ("w0", True), local)
+    assert sum(tier.blocks for each in done.workers for tier in each.dropped) == 4
+
+
+@pytest.mark.asyncio
 async def test_a_lost_worker_fails_over_to_those_that_are_left() -> None:
     async with rig(2) as fleet:
         router = await fleet.start_router()

@@ -261,7 +261,8 @@ class AgainstSets(RuleBasedStateMachine):
         self.forget(worker)
         (self.shares.add if shared_id else self.shares.discard)(worker)
         if shared_id and shared_id != self.shared_id:
-            self.shared.clear()
+            if self.shared_id:  # else the server that was not known by name until now
+                self.shared.clear()
             self.shared_id = shared_id
 
     def forget(self, worker: str) -> None:

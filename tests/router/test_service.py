@@ -18,6 +18,12 @@ ADMIN_CALLS = {
     "GetPolicy": admin_pb2.GetPolicyRequest(),
     "SetPolicy": admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")),
     "ClearCache": admin_pb2.ClearCacheRequest(all=True),
+    "ListBlocks": admin_pb2.ListBlocksRequest(),
+    "GetCacheStats": admin_pb2.GetCacheStatsRequest(),
+    "Warm": admin_pb2.WarmRequest(),
+    "Pin": admin_pb2.PinRequest(tenant="acme"),
+    "Unpin": admin_pb2.UnpinRequest(tenant="acme"),
+    "CheckStore": admin_pb2.CheckStoreRequest(),
     "WatchStats": admin_pb2.WatchStatsRequest(period_ms=100),
 }
 
@@ -40,7 +46,7 @@ async def test_admin_calls_need_the_role_admin(method: str) -> None:
             await (call.read() if method == "WatchStats" else call)
     assert caught.value.code() is PermissionDenied.code
     assert "admin" in (caught.value.details() or "")
-    assert (router.drained, router.policy.name) == (set(), "cache_aware")
+    assert (router.drained, router.policy.name, router.cache.requests) == (set(), "cache_aware", [])
 
 
 @pytest.mark.asyncio
@@ -57,6 +63,13 @@ async def test_admin_calls_reach_the_router() -> None:
         await stub.SetPolicy(ADMIN_CALLS["SetPolicy"])
         assert (await stub.GetPolicy(ADMIN_CALLS["GetPolicy"])).policy.name == "round_robin"
         assert [w.worker for w in (await stub.ClearCache(ADMIN_CALLS["ClearCache"])).workers] == ["w0"]
+        assert [b.worker for b in (await stub.ListBlocks(ADMIN_CALLS["ListBlocks"])).blocks] == ["w0"]
+        assert (await stub.Warm(ADMIN_CALLS["Warm"])).blocks == 3
+        for method in ("GetCacheStats", "Pin", "Unpin", "CheckStore"):
+            answer = await getattr(stub, method)(ADMIN_CALLS[method])
+            assert [w.worker for w in answer.workers] == ["w0"], method
+        asked = ["ListBlocks", "Warm", "GetCacheStats", "Pin", "Unpin", "CheckStore"]
+        assert router.cache.requests == [ADMIN_CALLS[method] for method in asked]
 
 
 @pytest.mark.asyncio

@@ -31,7 +31,7 @@ from warmkv import errors
 from warmkv.channel import Retry
 from warmkv.client import AsyncClient, ChatMessage, Client, WarmkvError
 from warmkv.requests import generate_request
-from warmkv.v1 import admin_pb2, common_pb2
+from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = Retry(first_s=0.01, most_s=0.02)
@@ -411,6 +411,16 @@ async def _ask(client: AsyncClient) -> list[object]:
         (await client.set_policy("round_robin", {"load": 2.0})).policy.name,
         (await client.get_policy()).policy.weights["load"],
         (await client.clear_cache(admin_pb2.ClearCacheRequest(all=True))).workers[0].worker,
+        (await client.list_blocks(text="abc", tenant="t", worker="w0", tier="host", page_size=5, page_token="p"))
+        .blocks[0]
+        .worker,
+        (await client.cache_stats("w0")).workers[0].worker,
+        (await client.warm(token_ids=[1, 2], workers=["w0"], compute=True, ttl=60)).blocks,
+        (await client.pin(tenant="t", seconds=30)).workers[0].worker,
+        (await client.unpin(messages=[{"role": "user", "content": "x"}], add_generation_prompt=False))
+        .workers[0]
+        .worker,
+        (await client.check_store(["w0"])).workers[0].worker,
         (await client.explain("abc", no_read=True)).prompt_tokens,
         list((await client.tokenize("ab")).token_ids),
     ]
@@ -425,18 +435,49 @@ def _ask_sync(client: Client) -> list[object]:
         client.set_policy("round_robin", {"load": 2.0}).policy.name,
         client.get_policy().policy.weights["load"],
         client.clear_cache(admin_pb2.ClearCacheRequest(all=True)).workers[0].worker,
+        client.list_blocks(text="abc", tenant="t", worker="w0", tier="host", page_size=5, page_token="p")
+        .blocks[0]
+        .worker,
+        client.cache_stats("w0").workers[0].worker,
+        client.warm(token_ids=[1, 2], workers=["w0"], compute=True, ttl=60).blocks,
+        client.pin(tenant="t", seconds=30).workers[0].worker,
+        client.unpin(messages=[{"role": "user", "content": "x"}], add_generation_prompt=False).workers[0].worker,
+        client.check_store(["w0"]).workers[0].worker,
         client.explain("abc", no_read=True).prompt_tokens,
         list(client.tokenize("ab").token_ids),
     ]
 
 
-ANSWERS = [["w0", "w1"], 5, None, ["w2"], "round_robin", 2.0, "w0", 3, [97, 98]]
+ANSWERS = [["w0", "w1"], 5, None, ["w2"], "round_robin", 2.0, "w0", "w0", "w0", 3, "w0", "w0", "w0", 3, [97, 98]]
+CHAT = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="x")], add_generation_prompt=False)
+CACHE_REQUESTS = [
+    admin_pb2.ListBlocksRequest(
+        tenant="t",
+        prompt=inference_pb2.Input(text="abc"),
+        worker="w0",
+        tier=common_pb2.TIER_HOST,
+        page_size=5,
+        page_token="p",
+    ),
+    admin_pb2.GetCacheStatsRequest(worker="w0"),
+    admin_pb2.WarmRequest(
+        prompt=inference_pb2.Input(token_ids=inference_pb2.TokenIds(ids=[1, 2])),
+        workers=["w0"],
+        compute=True,
+        ttl_seconds=60,
+    ),
+    admin_pb2.PinRequest(tenant="t", seconds=30),
+    admin_pb2.UnpinRequest(prompt=inference_pb2.Input(chat=CHAT)),
+    admin_pb2.CheckStoreRequest(workers=["w0"]),
+]
 
 
 @pytest.mark.asyncio
 async def test_operators_calls_answer() -> None:
-    async with connected(WordRouter()) as client:
+    router = WordRouter()
+    async with connected(router) as client:
         assert await _ask(client) == ANSWERS
+        assert router.cache.requests == CACHE_REQUESTS
         seen = [stats.in_flight async for stats in _first(2, client.watch_stats(period_ms=100, show_prompts=True))]
         assert seen == [1, 1]
         with pytest.raises(errors.NotFound):
@@ -444,11 +485,23 @@ async def test_operators_calls_answer() -> None:
 
 
 def test_operators_calls_answer_without_asyncio() -> None:
-    with served_from_a_thread(WordRouter()) as target, Client(target) as client:
+    router = WordRouter()
+    with served_from_a_thread(router) as target, Client(target) as client:
         assert _ask_sync(client) == ANSWERS
+        assert router.cache.requests == CACHE_REQUESTS
         stats = client.watch_stats(period_ms=100)
         assert [next(stats).in_flight for _ in range(2)] == [0, 0]
         stats.close()  # type: ignore[attr-defined]
+
+
+def test_what_names_no_blocks_or_too_many_is_refused_before_anything_is_sent() -> None:
+    with Client("127.0.0.1:1") as client:
+        with pytest.raises(TypeError, match="exactly one prompt"):
+            client.pin(text="a", token_ids=[1])
+        with pytest.raises(ValueError, match="use one of device, host, disk, redis, peer"):
+            client.list_blocks(tier="attic")
+        with pytest.raises(TypeError, match="tennant"):
+            client.unpin(tennant="x")  # type: ignore[call-arg]
 
 
 def test_both_clients_offer_the_same() -> None:

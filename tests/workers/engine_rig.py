@@ -16,9 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvstore.blocks import HashScheme, block_hashes
+from kvstore.codec import BlockCodec
 from kvstore.device import DeviceTier
-from kvstore.host import HostTier
-from kvstore.redis import RedisTier
+from kvstore.host.tier import HostTier
+from kvstore.redis.tier import RedisTier
 from kvstore.store import TieredStore
 from workers.engine import TorchEngine
 from workers.models import ModelRunner
@@ -153,7 +154,7 @@ def make_rig(
     host = HostTier(layout, host_blocks * layout.block_nbytes, clock=clock) if host_blocks else None
     shared = None
     if redis_url is not None:
-        shared = RedisTier(redis_url, layout=layout, namespace=scheme.digest(), timeout_s=5.0)
+        shared = RedisTier(redis_url, codec=BlockCodec(layout, scheme.digest()), timeout_s=5.0)
     store = TieredStore(layout, device, host, shared, clock=clock, default_ttl_s=None)
     info = EngineInfo(
         scheme=scheme,

@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer
 
 from deploy.redis_server import PrivateRedis, find_redis_server
+from kvstore.blocks import block_hashes
 from kvstore.events import AllBlocksCleared, BlockStored, TierName
-from tests.workers.engine_rig import Rig, make_rig, model_folder, oracle, prompts
+from tests.workers.engine_rig import BLOCK_SIZE, Rig, make_rig, model_folder, oracle, prompts
 from workers.protocol import FinishReason, Output
 from workers.sampler import Row, sample
 
@@ -329,6 +330,27 @@ def test_the_shared_tier_is_read_only_while_it_is_allowed():
         assert reader.run(reader.job("a", PROMPT, max_tokens=1, no_store=True))[0].fates == {"computed": 50}
         reader.engine.set_shared_reads(enabled=True)
         assert reader.run(reader.job("b", PROMPT, max_tokens=1))[0].fates == {"computed": 2, "redis": 48}
+        reader.close()
+
+
+def test_what_waits_behind_others_is_prefetched_and_counts_where_it_came_from():
+    if find_redis_server() is None:
+        pytest.skip("no redis-server was found")
+    with PrivateRedis() as server:
+        writer = make_rig(redis_url=server.url)
+        writer.run(writer.job("a", PROMPT, max_tokens=1))
+        writer.close()
+        reader = make_rig(redis_url=server.url, host_blocks=100, max_running=1)
+        reader.engine.submit(reader.job("first", prompts(1, seed=9)[0], max_tokens=20))
+        reader.engine.step()
+        reader.engine.submit(reader.job("second", PROMPT, max_tokens=1))
+        names = block_hashes(PROMPT, reader.engine.info.scheme.root(b""), BLOCK_SIZE)[:3]
+        while not all(reader.store.host.holds(name) for name in names):
+            reader.store.wait(0.05)
+            reader.store.pump()
+        assert [each.acquisition for each in reader.engine._scheduler._waiting] == [None], "it is not its turn yet"
+        answers = reader.collect()
+        assert answers["second"].fates == {"computed": 2, "redis": 48}
         reader.close()
 
 

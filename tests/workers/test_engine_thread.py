@@ -5,17 +5,30 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from kvstore.blocks import BlockHash
-from kvstore.errors import StoreError
+from kvstore.errors import InvariantError, StoreError
 from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, TierName
 from tests.workers.serving import INFO
 from tests.workers.stream_client import PATIENCE_S
-from workers.engine_thread import Cleared, ClearRequest, EngineThread, Failed, Published, Snapped, Stepped
-from workers.protocol import EngineInfo, Job, JobId, Load, Output, StepReport
+from workers.cache_commands import CacheAnswer, Check, ListBlocks, Pin, Selection, Unpin, Warm
+from workers.engine_thread import (
+    Answered,
+    Cleared,
+    ClearRequest,
+    EngineThread,
+    Failed,
+    Order,
+    Published,
+    Snapped,
+    Stepped,
+)
+from workers.protocol import CachedBlock, EngineInfo, Job, JobId, Load, Output, StepReport
+
+ROOT = BlockHash(b"r" * 32)
 
 
 class ScriptedEngine:
@@ -29,6 +42,12 @@ class ScriptedEngine:
         self.makes_tokens = False
         self.error: Exception | None = None
         self.clear_error: StoreError | None = None
+        self.shared_clear: Callable[[], dict[TierName, int]] | None = None
+        self.clearing = 0
+        self.list_error: Exception | None = None
+        self.names: list[BlockHash] = []
+        self.leased: set[BlockHash] = set()
+        self.wrong = ""
         self.pending: list[KvEvent] = []
         self.closed: float | None = None
         self.threads: set[int] = set()
@@ -59,13 +78,43 @@ class ScriptedEngine:
         assert not self.pending, "a snapshot was taken while events were not drained"
         return [BlockStored(TierName.DEVICE, (b"h" * 16,))]
 
-    def clear(
-        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None, shared: bool = False
-    ) -> dict[TierName, int]:
+    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
         if self.clear_error is not None:
             raise self.clear_error
         self.pending.append(AllBlocksCleared(TierName.DEVICE))
         return {TierName.DEVICE: 3}
+
+    def shared_clearing(
+        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None
+    ) -> Callable[[], dict[TierName, int]] | None:
+        self.clearing += self.shared_clear is not None
+        return self.shared_clear
+
+    def shared_cleared(self) -> None:
+        self.clearing -= 1
+
+    def list_blocks(
+        self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
+    ) -> list[CachedBlock]:
+        if self.list_error is not None:
+            raise self.list_error
+        names = sorted(name for name in self.names if after is None or name > after)
+        return [CachedBlock(name, None, ROOT, (TierName.DEVICE,)) for name in names[:limit]]
+
+    def prefetch(self, hashes: Sequence[BlockHash], *, root: BlockHash, ttl_s: float | None) -> int:
+        return len(hashes)
+
+    def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> dict[TierName, int]:
+        self.leased |= set(hashes)
+        return {TierName.DEVICE: len(hashes)}
+
+    def end_leases(self, hashes: Sequence[BlockHash]) -> dict[TierName, int]:
+        self.leased -= set(hashes)
+        return {TierName.DEVICE: len(hashes)}
+
+    def check(self) -> None:
+        if self.wrong:
+            raise InvariantError(self.wrong)
 
     def set_shared_reads(self, *, enabled: bool) -> None: ...
 
@@ -141,6 +190,141 @@ def test_a_clear_that_fails_is_answered_with_its_error_and_the_engine_goes_on(ri
     assert rig.next(Cleared) == Cleared("a", 9, {}, "the shared tier is down; try again")
     rig.thread.ask_snapshot("b")
     rig.next(Snapped)
+
+
+# The shared tier is cleared beside the engine's thread.
+
+
+def test_a_shared_clear_does_not_hold_up_the_steps_and_is_answered_when_it_is_done(rig: Rig) -> None:
+    threads: list[int] = []
+    started, go_on = threading.Event(), threading.Event()
+
+    def clear() -> dict[TierName, int]:
+        threads.append(threading.get_ident())
+        started.set()
+        assert go_on.wait(PATIENCE_S)
+        rig.engine.pending.append(AllBlocksCleared(TierName.REDIS))
+        return {TierName.REDIS: 7}
+
+    rig.engine.shared_clear = clear
+    rig.thread.ask_clear(ClearRequest("a", 1, shared=True))
+    assert started.wait(PATIENCE_S)
+    rig.thread.ask_clear(ClearRequest("a", 2))  # the engine's thread answers others meanwhile
+    assert rig.next(Cleared) == Cleared("a", 2, {TierName.DEVICE: 3})
+    assert rig.engine.clearing == 1
+    go_on.set()
+    events: list[KvEvent] = []
+    while not isinstance(item := rig.published.get(timeout=PATIENCE_S), Cleared):
+        events += item.report.events if isinstance(item, Stepped) else []
+    assert item == Cleared("a", 1, {TierName.DEVICE: 3, TierName.REDIS: 7})
+    assert AllBlocksCleared(TierName.REDIS) in events, "the answer came before the events"
+    assert set(threads).isdisjoint(rig.engine.threads)
+    assert rig.engine.clearing == 0
+
+
+def test_a_shared_clear_that_hangs_does_not_keep_the_worker_from_ending(rig: Rig) -> None:
+    started, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def clear() -> dict[TierName, int]:
+        started.set()
+        assert go_on.wait(PATIENCE_S)
+        ended.set()
+        return {}
+
+    rig.engine.shared_clear = clear
+    rig.thread.ask_clear(ClearRequest("a", 1, shared=True))
+    assert started.wait(PATIENCE_S)
+    rig.thread.stop(flush_s=0.0)
+    assert rig.engine.closed == 0.0
+    assert not ended.is_set()
+    go_on.set()
+    assert ended.wait(PATIENCE_S)
+
+
+def test_what_a_worker_was_about_to_write_is_dropped_before_the_shared_tier_is_cleared(rig: Rig) -> None:
+    order: list[str] = []
+    clear_own = rig.engine.clear
+
+    def clear(**scope: BlockHash | None) -> dict[TierName, int]:
+        order.append("own")
+        return clear_own()
+
+    rig.engine.clear = clear  # type: ignore[method-assign]
+    rig.engine.shared_clear = lambda: order.append("shared") or {TierName.REDIS: 1}  # type: ignore[func-returns-value]
+    rig.thread.ask_clear(ClearRequest("a", 1, shared=True))
+    rig.next(Cleared)
+    assert order == ["own", "shared"]
+
+
+def test_a_clear_that_leaves_the_shared_tier_alone_does_not_touch_it(rig: Rig) -> None:
+    rig.engine.shared_clear = lambda: {TierName.REDIS: 1}
+    rig.thread.ask_clear(ClearRequest("a", 1))
+    assert rig.next(Cleared) == Cleared("a", 1, {TierName.DEVICE: 3})
+
+
+@pytest.mark.parametrize("error", [StoreError("redis is down; try again"), ValueError("redis is down; try again")])
+def test_a_shared_clear_that_fails_says_so_and_what_went_all_the_same(rig: Rig, error: Exception) -> None:
+    def clear() -> dict[TierName, int]:
+        raise error
+
+    rig.engine.shared_clear = clear
+    rig.thread.ask_clear(ClearRequest("a", 1, shared=True))
+    assert rig.next(Cleared) == Cleared("a", 1, {TierName.DEVICE: 3}, "redis is down; try again")
+    assert rig.engine.clearing == 0
+
+
+# Orders of operators.
+
+
+def test_orders_are_answered_in_turn_with_what_the_engine_said(rig: Rig) -> None:
+    rig.engine.names = [BlockHash(bytes([n]) * 32) for n in range(3)]
+    names = rig.engine.names
+    rig.thread.order(Order("a", 1, ListBlocks(None, None, None, None, 2)))
+    rig.thread.order(Order("b", 2, Pin(Selection(names, None, None), 60.0)))
+    rig.thread.order(Order("a", 3, Unpin(Selection([], ROOT, None))))
+    rig.thread.order(Order("a", 4, Warm(names, ROOT, None)))
+    listed, pinned, unpinned, warmed = (rig.next(Answered) for _ in range(4))
+    blocks = [CachedBlock(name, None, ROOT, (TierName.DEVICE,)) for name in names[:2]]
+    assert listed == Answered("a", 1, CacheAnswer(blocks=blocks, next=names[1]))
+    assert pinned == Answered("b", 2, CacheAnswer(counts={TierName.DEVICE: 3}))
+    assert unpinned == Answered("a", 3, CacheAnswer(counts={TierName.DEVICE: 3}))
+    assert warmed == Answered("a", 4, CacheAnswer(started=3))
+    assert rig.engine.leased == set()
+
+
+def test_no_turn_carries_out_two_orders(rig: Rig) -> None:
+    """Else a fleet's questions could hold up its tokens for as long as there are questions."""
+    steps: list[int] = []
+    listing = rig.engine.list_blocks
+
+    def list_blocks(**asked: object) -> list[CachedBlock]:
+        steps.append(rig.engine.steps)
+        return listing(**asked)  # type: ignore[arg-type]
+
+    rig.engine.list_blocks = list_blocks  # type: ignore[method-assign]
+    for number in range(20):
+        rig.thread.order(Order("a", number, ListBlocks(None, None, None, None, 2)))
+    assert [rig.next(Answered).command_id for _ in range(20)] == list(range(20))  # type: ignore[union-attr]
+    assert len(set(steps)) == 20
+
+
+def test_an_audit_tells_what_is_wrong(rig: Rig) -> None:
+    rig.thread.order(Order("a", 1, Check()))
+    assert rig.next(Answered) == Answered("a", 1, CacheAnswer())
+    rig.engine.wrong = "slot 3 is held twice"
+    rig.thread.order(Order("a", 2, Check()))
+    assert rig.next(Answered) == Answered("a", 2, CacheAnswer(wrong="slot 3 is held twice"))
+
+
+@pytest.mark.parametrize("error", [StoreError("the store is closed"), KeyError("gone")])
+def test_an_order_that_fails_is_answered_with_its_error_and_the_engine_goes_on(rig: Rig, error: Exception) -> None:
+    rig.engine.list_error = error
+    rig.thread.order(Order("a", 1, ListBlocks(None, None, None, None, 2)))
+    answered = rig.next(Answered)
+    assert isinstance(answered, Answered)
+    assert "closed" in answered.error or "KeyError: 'gone'" in answered.error
+    rig.thread.order(Order("a", 2, Check()))
+    assert rig.next(Answered) == Answered("a", 2, CacheAnswer())
 
 
 def test_it_waits_for_blocks_only_when_a_step_made_no_tokens() -> None:

@@ -167,7 +167,10 @@ def test_the_answer_to_a_clear_follows_the_events_before_it() -> None:
     outbox = live_outbox()
     outbox.add_events(wire_events(BlockRemoved(TierName.DEVICE, (name(1),), RemovalCause.CLEARED)))
     outbox.add_answer(worker_pb2.ClearDone(clear_id=7))
-    assert kinds(pop_all(outbox)) == ["step", "clear_done"]
+    outbox.add_answer(worker_pb2.CacheDone(command_id=8))
+    sent = pop_all(outbox)
+    assert kinds(sent) == ["step", "clear_done", "cache_done"]
+    assert (sent[1].clear_done.clear_id, sent[2].cache_done.command_id) == (7, 8)
 
 
 def load(running: int) -> worker_pb2.Load:

@@ -55,10 +55,15 @@ class FakeStore:
         self.names: dict[BlockHash, int] = {}
         self.on_the_way: list[FakeAcquisition] = []
         self.slow = False
+        self.prefetched: list[list[BlockHash]] = []
 
     def match(self, hashes: Items[BlockHash], reads: ReadTiers | None = None) -> list[TierName]:
         found = next((i for i, name in enumerate(hashes) if name not in self.names), len(hashes))
         return [TierName.DEVICE] * found
+
+    def prefetch(self, hashes: Items[BlockHash], **_: object) -> int:
+        self.prefetched.append(list(hashes))
+        return 0
 
     def acquire(self, hashes: Items[BlockHash], **_: object) -> FakeAcquisition:
         acquisition = FakeAcquisition(self, hashes, slow=self.slow)
@@ -274,6 +279,16 @@ def test_a_newcomer_never_takes_blocks_from_those_before_it():
     for _ in range(2):
         assert [chunk.sequence.arrival for chunk in rig.step()] == [1]
     assert rig.scheduler.preemptions == 0
+    rig.finish()
+
+
+def test_only_who_has_to_wait_is_prefetched():
+    rig = Fixture(num_blocks=60, max_batch_tokens=100, max_running=1)
+    rig.add([1] * 12)
+    assert rig.scheduler._store.prefetched == []
+    rig.step()
+    second = rig.add([2] * 12)
+    assert rig.scheduler._store.prefetched == [second.hashes[:2]]
     rig.finish()
 
 

@@ -280,6 +280,37 @@ def test_clear_while_a_sequence_runs_leaves_it_its_blocks_and_frees_them_at_its_
     assert used_blocks(engine) == 0
 
 
+def test_prefetching_brings_a_chain_from_host_to_device_and_the_next_request_finds_it_there() -> None:
+    engine, _ = engine_of(device_blocks=6)
+    first = job(1, prompt(16, seed=1))
+    run(engine, first)
+    run(engine, job(2, prompt(20, seed=2)))  # takes the device from it
+    assert engine.prefetch(first.block_hashes, root=ROOT, ttl_s=None) > 0
+    engine.check()
+    assert engine.prefetch(first.block_hashes, root=ROOT, ttl_s=None) == 0
+    fates = run(engine, job(3, prompt(16, seed=1)))[3][-1].fates
+    assert fates == {"device": 15, "host": 0, "computed": 1}
+
+
+def test_leased_blocks_outlive_others_and_requests_still_find_room() -> None:
+    engine, now = engine_of(device_blocks=16, host_blocks=16, default_ttl_s=10.0)
+    kept = job(1, prompt(16, seed=1))
+    run(engine, kept)
+    assert engine.lease(kept.block_hashes, 100.0) == {TierName.HOST: 4}
+    for seed in range(2, 20):
+        run(engine, job(seed, prompt(40, seed=seed), max_tokens=8))
+    now.s += 50.0
+    engine.step()
+    listed = engine.list_blocks(root=ROOT, prefix=None, after=None, limit=99)
+    assert {block.hash for block in listed} == set(kept.block_hashes)
+    assert all(block.leased for block in listed)
+    assert engine.end_leases(kept.block_hashes) == {TierName.HOST: 4}
+    now.s += 11.0
+    engine.step()
+    assert engine.list_blocks(root=None, prefix=None, after=None, limit=99) == []
+    engine.check()
+
+
 def test_load_counts_what_waits_runs_and_decodes() -> None:
     engine, _ = engine_of(max_running=2)
     run(engine, job("warm", prompt(16, seed=0)))

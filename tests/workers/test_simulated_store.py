@@ -13,6 +13,8 @@ from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.errors import InvariantError
 from kvstore.events import BlockRemoved, BlockStored, RemovalCause, TierName
 from kvstore.tier import BlockMeta
+from workers.protocol import CachedBlock
+from workers.simulated_listing import listed
 from workers.simulated_store import Block, EventLog, SimulatedTier
 
 ROOT = BlockHash(b"r" * 32)
@@ -95,6 +97,74 @@ def test_clear_by_prefix_drops_what_follows_it_only() -> None:
     assert branch[1].hash in books
 
 
+def test_a_leased_block_is_cleared_all_the_same_and_its_lease_is_gone() -> None:
+    books, _, _ = tier(capacity=2)
+    (meta,) = chain(1)
+    books.add(meta)
+    assert books.lease([meta.hash], None) == 1
+    assert not books.allocate(2)
+    assert books.clear(None, None) == 1
+    assert books.stats().leased == 0
+    assert books.allocate(2)
+    books.check()
+
+
+@pytest.mark.parametrize("leases", [(100.0, 10.0), (10.0, 100.0), (None, 10.0), (10.0, None)])
+def test_of_several_leases_the_longest_holds(leases: tuple[float | None, ...]) -> None:
+    books, _, now = tier()
+    (meta,) = chain(1, ttl_s=5.0)
+    books.add(meta)
+    assert [books.lease([meta.hash], for_s) for for_s in leases] == [1, 1]
+    now.s = 50.0
+    books.sweep()
+    assert books.leased(meta.hash)
+    now.s = 200.0
+    books.sweep()
+    assert books.leased(meta.hash) == (None in leases)
+
+
+def test_at_most_half_of_a_tier_is_leased() -> None:
+    books, _, _ = tier(capacity=5)
+    metas = chain(1, 2, 3, 4, 5)
+    for meta in metas:
+        books.add(meta)
+    assert books.lease([meta.hash for meta in metas], 60.0) == 2
+    assert [books.leased(meta.hash) for meta in metas] == [True, True, False, False, False]
+
+
+def test_blocks_are_listed_in_the_order_of_their_names_with_what_every_tier_knows() -> None:
+    log, now = EventLog(), Now()
+    device, host = (SimulatedTier(name, 8, 64, now, log) for name in (TierName.DEVICE, TierName.HOST))
+    metas = chain(1, 2, 3, ttl_s=10.0)
+    others = [BlockMeta(BlockHash(b"o" * 32), BlockHash(b"p" * 32), BlockHash(b"p" * 32), None, priority=7)]
+    for meta in metas[:2] + others:
+        device.add(meta)
+    now.s = 4.0
+    for meta in metas:
+        host.add(meta)
+    host.lease([metas[2].hash], None)
+
+    def ask(
+        root: BlockHash | None = None, prefix: BlockHash | None = None, after: BlockHash | None = None, limit: int = 9
+    ) -> list[CachedBlock]:
+        return listed([device, host], root=root, prefix=prefix, after=after, limit=limit)
+
+    names = sorted(meta.hash for meta in metas + others)
+    assert [block.hash for block in ask()] == names
+    assert [block.hash for block in ask(limit=2)] == names[:2]
+    assert [block.hash for block in ask(after=names[1])] == names[2:]
+    assert {block.hash for block in ask(ROOT, metas[1].hash)} == {metas[1].hash, metas[2].hash}
+    known = {block.hash: block for block in ask()}
+    both = (TierName.DEVICE, TierName.HOST)
+    assert known[metas[0].hash] == CachedBlock(metas[0].hash, None, ROOT, both, ttl_s=10.0, ttl_left_s=10.0, position=0)
+    pinned = CachedBlock(metas[2].hash, metas[1].hash, ROOT, (TierName.HOST,), ttl_s=10.0, leased=True, position=2)
+    assert known[metas[2].hash] == pinned
+    assert known[others[0].hash].priority == 7
+    now.s = 13.0  # gone from device, and nobody has swept
+    assert known.keys() - {block.hash for block in ask()} == set()
+    assert {block.hash: block.tiers for block in ask()}[metas[0].hash] == (TierName.HOST,)
+
+
 def test_check_finds_a_tier_that_holds_more_than_it_may() -> None:
     books, _, _ = tier(capacity=1)
     books.private = 2
@@ -109,6 +179,7 @@ class NaiveTier:
         self.order: list[bytes] = []
         self.pins: dict[bytes, int] = {}
         self.deadlines: dict[bytes, float] = {}
+        self.leases: dict[bytes, float | None] = {}
         self.private = 0
 
     def use(self, name: bytes, deadline: float) -> None:
@@ -132,7 +203,25 @@ class NaiveTier:
         self.deadlines.pop(name, None)
         self.pins.pop(name, None)
 
+    def lease(self, name: bytes, until: float | None) -> bool:
+        if name in self.leases:
+            ends = [self.leases[name], until]
+            self.leases[name] = None if None in ends else max(end for end in ends if end is not None)
+            return True
+        if name not in self.order or len(self.leases) == CAPACITY // 2:
+            return False
+        self.leases[name] = until
+        self.pins[name] = self.pins.get(name, 0) + 1
+        return True
+
+    def end_lease(self, name: bytes, now: float) -> None:
+        del self.leases[name]
+        self.pins[name] -= 1
+        self.use(name, now + 10.0)
+
     def expire(self, now: float) -> None:
+        for name in [name for name, end in self.leases.items() if end is not None and end <= now][::-1]:
+            self.end_lease(name, now)
         for name in [name for name in self.order if self.deadlines[name] <= now and not self.pins.get(name, 0)]:
             self.forget(name)
 
@@ -179,6 +268,25 @@ class BooksMachine(RuleBasedStateMachine):
             if self.naive.pins[name] == 0:
                 self.naive.use(name, self.now.s + 10.0)
 
+    @rule(
+        tokens=st.lists(st.integers(0, 2), min_size=1, max_size=4),
+        for_s=st.sampled_from([None, 3.0, 20.0]),
+    )
+    def lease(self, tokens: list[int], for_s: float | None) -> None:
+        names = [meta.hash for meta in chain(*tokens)]
+        self.naive.expire(self.now.s)
+        until = None if for_s is None else self.now.s + for_s
+        assert self.books.lease(names, for_s) == sum([self.naive.lease(name, until) for name in names])
+
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=4))
+    def end_leases(self, tokens: list[int]) -> None:
+        names = [meta.hash for meta in chain(*tokens)]
+        self.naive.expire(self.now.s)
+        leased = [name for name in names if name in self.naive.leases]
+        assert self.books.end_leases(names) == len(leased)
+        for name in reversed(leased):
+            self.naive.end_lease(name, self.now.s)
+
     @rule(count=st.integers(1, CAPACITY))
     def allocate(self, count: int) -> None:
         fits = self.naive.make_room(count)
@@ -209,6 +317,8 @@ class BooksMachine(RuleBasedStateMachine):
                 assert changed <= self.mirror
                 self.mirror -= changed
         assert self.mirror == {short(BlockHash(name)) for name in self.naive.order}
+        assert self.books.stats().leased == len(self.naive.leases)
+        assert all(self.books.leased(BlockHash(name)) for name in self.naive.leases)
         self.books.check()
 
 

@@ -315,6 +315,45 @@ def test_a_clear_with_a_short_hash_is_answered_with_an_error_and_drops_nothing()
         assert len(router.mirror.blocks) == 6
 
 
+def asked(router: StreamClient, number: int, **kind: object) -> worker_pb2.CacheDone:
+    """The answer to an order."""
+    router.send(cache=worker_pb2.CacheCommand(command_id=number, **kind))  # type: ignore[arg-type]
+    answers: list[worker_pb2.CacheDone] = []
+
+    def answered() -> bool:
+        found = [m.cache_done for m in list(router.messages) if m.HasField("cache_done")]
+        answers[:] = [each for each in found if each.command_id == number]
+        return bool(answers)
+
+    router.wait_for(answered)
+    return answers[0]
+
+
+def test_operators_orders_are_answered_to_whoever_gave_them() -> None:
+    command, root = worker_pb2.CacheCommand, SCHEME.root(b"tenant")
+    with serving() as (_, address), routers(address, 2) as (asker, other):
+        asker.send(submit=job(SCHEME, 1, prompt(5)))
+        asker.send(submit=job(SCHEME, 2, prompt(2), tenant=b"other"))
+        asker.wait_finished(1, 2)
+        names = block_hashes(prompt(5), root, 16)
+        first = asked(asker, 1, list=command.List(chain_root=root, limit=3))
+        rest = asked(asker, 2, list=command.List(chain_root=root, limit=3, after=first.next))
+        assert [block.hash for done in (first, rest) for block in done.blocks] == sorted(names)
+        assert rest.next == b""
+        assert {block.parent for block in first.blocks} <= {b"", *names}
+        assert len(asked(asker, 3, list=command.List(tier=common_pb2.TIER_HOST, limit=99)).blocks) == 7
+        assert len(asked(asker, 4, list=command.List(tier=common_pb2.TIER_DISK, limit=99)).blocks) == 0
+        pinned = asked(asker, 5, pin=command.Pin(chain_root=root))
+        tiers = {count.tier: count.blocks for count in pinned.counts}
+        assert tiers == {common_pb2.TIER_HOST: 5}
+        assert all(block.leased for block in asked(asker, 6, list=command.List(chain_root=root, limit=9)).blocks)
+        assert [count.blocks for count in asked(asker, 7, unpin=command.Unpin(hashes=names[0])).counts] == [1]
+        assert asked(asker, 8, warm=command.Warm(chain_root=root, hashes=b"".join(names))).started == 0
+        assert asked(asker, 9, check=command.Check()) == worker_pb2.CacheDone(command_id=9)
+        assert "neither" in asked(asker, 10, pin=command.Pin()).error
+        assert "cache_done" not in other.kinds()
+
+
 def fleet_versions(router: StreamClient) -> list[tuple[int, str]]:
     return [(m.fleet.version, m.fleet.author) for m in list(router.messages) if m.HasField("fleet")]
 
@@ -328,7 +367,8 @@ def test_a_fleet_record_reaches_the_other_router_at_once_and_a_later_one_with_it
         author.send(fleet=record(3, "r0"))
         other.wait_for(lambda: fleet_versions(other) == [(3, "r0")])
         with routers(address) as (late,):
-            assert late.kinds()[:3] == ["hello", "fleet", "snapshot"]
+            late.wait_for(lambda: "snapshot" in late.kinds())
+            assert [kind for kind in late.kinds() if kind != "step"][:3] == ["hello", "fleet", "snapshot"]
             assert fleet_versions(late) == [(3, "r0")]
         assert fleet_versions(author) == []
 

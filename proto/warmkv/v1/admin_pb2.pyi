@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from warmkv.v1 import common_pb2 as _common_pb2
+from warmkv.v1 import inference_pb2 as _inference_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -706,6 +707,813 @@ class ClearCacheResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClearCacheResponse: _TypeAlias = ClearCacheResponse  # noqa: Y015
+
+@_typing.final
+class ListBlocksRequest(_message.Message):
+    """Which blocks to list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Only blocks of this tenant; empty: with a prompt the caller's, else everybody's."""
+    worker: _builtins.str
+    """Only blocks of this worker; empty: of all connected ones."""
+    tier: _common_pb2.Tier.ValueType
+    """Only blocks that this tier holds; unset: any."""
+    page_size: _builtins.int
+    """Most blocks in the answer, 1 to 1,000; zero: 100. There may be fewer though more follow."""
+    page_token: _builtins.str
+    """`next_page_token` of the answer before, with the other fields as they were; empty: from the first."""
+    @_builtins.property
+    def prompt(self) -> _inference_pb2.Input:
+        """Only blocks of prompts that start with this one: its last full block and all that follow it. Of the blocks before
+        that one `prompt_held` tells. Unset: of any prompt.
+        """
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        prompt: _inference_pb2.Input | None = ...,
+        worker: _builtins.str = ...,
+        tier: _common_pb2.Tier.ValueType = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "prompt", b"prompt", "tenant", b"tenant", "tier", b"tier", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBlocksRequest: _TypeAlias = ListBlocksRequest  # noqa: Y015
+
+@_typing.final
+class ListBlocksResponse(_message.Message):
+    """A page of blocks. What comes and goes while pages are read may be missing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    PROMPT_HELD_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Send it as `page_token` for what follows; empty: that was all."""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___CachedBlock]:
+        """Sorted by worker, and then by hash."""
+
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerProblem]:
+        """Workers that should have been asked and gave no answer."""
+
+    @_builtins.property
+    def prompt_held(self) -> Global___PrefixHolding:
+        """With a prompt: which worker holds how many of its leading tokens, as this router's index knows it."""
+
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[Global___CachedBlock] | None = ...,
+        next_page_token: _builtins.str = ...,
+        problems: _abc.Iterable[Global___WorkerProblem] | None = ...,
+        prompt_held: Global___PrefixHolding | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt_held", b"prompt_held"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "next_page_token", b"next_page_token", "problems", b"problems", "prompt_held", b"prompt_held"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBlocksResponse: _TypeAlias = ListBlocksResponse  # noqa: Y015
+
+@_typing.final
+class WorkerProblem(_message.Message):
+    """A worker that did not do what it was asked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """Its name."""
+    problem: _builtins.str
+    """What is wrong, and the remedy."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerProblem: _TypeAlias = WorkerProblem  # noqa: Y015
+
+@_typing.final
+class CachedBlock(_message.Message):
+    """A block of K/V on one worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    TTL_LEFT_SECONDS_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """The worker's name."""
+    hash: _builtins.str
+    """The block's hash, 16 bytes in hex, as in Explain and Tokenize."""
+    parent: _builtins.str
+    """That of the block before it; empty: it starts a prompt."""
+    tenant: _builtins.str
+    """Its tenants, joined by commas where several share blocks; empty: this router has not met them yet."""
+    first_token: _builtins.int
+    """Position of its first token in its prompt; unset: not known."""
+    tokens: _builtins.int
+    """How many tokens it holds."""
+    bytes: _builtins.int
+    """Bytes of one copy of it."""
+    ttl_seconds: _builtins.float
+    """Seconds that it lives after its last use; unset: until it is evicted."""
+    ttl_left_seconds: _builtins.float
+    """Seconds until it expires if nobody uses it; unset: not known, or never."""
+    pinned: _builtins.bool
+    """Whether it is pinned: neither evicted nor expired."""
+    priority: _builtins.int
+    """0 to 100; some eviction policies keep the higher ones longer."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Tier.ValueType]:
+        """Where it lies, from fast to slow."""
+
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        hash: _builtins.str = ...,
+        parent: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        first_token: _builtins.int | None = ...,
+        tokens: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        tiers: _abc.Iterable[_common_pb2.Tier.ValueType] | None = ...,
+        ttl_seconds: _builtins.float | None = ...,
+        ttl_left_seconds: _builtins.float | None = ...,
+        pinned: _builtins.bool = ...,
+        priority: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token", b"_first_token", "_ttl_left_seconds", b"_ttl_left_seconds", "_ttl_seconds", b"_ttl_seconds", "first_token", b"first_token", "ttl_left_seconds", b"ttl_left_seconds", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token", b"_first_token", "_ttl_left_seconds", b"_ttl_left_seconds", "_ttl_seconds", b"_ttl_seconds", "bytes", b"bytes", "first_token", b"first_token", "hash", b"hash", "parent", b"parent", "pinned", b"pinned", "priority", b"priority", "tenant", b"tenant", "tiers", b"tiers", "tokens", b"tokens", "ttl_left_seconds", b"ttl_left_seconds", "ttl_seconds", b"ttl_seconds", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_token: _TypeAlias = _typing.Literal["first_token"]  # noqa: Y015
+    _WhichOneofArgType__first_token: _TypeAlias = _typing.Literal["_first_token", b"_first_token"]  # noqa: Y015
+    _WhichOneofReturnType__ttl_left_seconds: _TypeAlias = _typing.Literal["ttl_left_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ttl_left_seconds: _TypeAlias = _typing.Literal["_ttl_left_seconds", b"_ttl_left_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token) -> _WhichOneofReturnType__first_token | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_left_seconds) -> _WhichOneofReturnType__ttl_left_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
+
+Global___CachedBlock: _TypeAlias = CachedBlock  # noqa: Y015
+
+@_typing.final
+class GetCacheStatsRequest(_message.Message):
+    """Asks for the numbers of the tiers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """Only of this worker; empty: of all."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCacheStatsRequest: _TypeAlias = GetCacheStatsRequest  # noqa: Y015
+
+@_typing.final
+class GetCacheStatsResponse(_message.Message):
+    """The numbers of the tiers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerCache]:
+        """Sorted by name."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___WorkerCache] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCacheStatsResponse: _TypeAlias = GetCacheStatsResponse  # noqa: Y015
+
+@_typing.final
+class WorkerCache(_message.Message):
+    """The tiers of one worker, as it reported them last."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """Its name."""
+    state: Global___WorkerState.ValueType
+    """Whether requests can go to it."""
+    problem: _builtins.str
+    """What is wrong with it, and the remedy; empty when nothing is."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierCache]:
+        """From fast to slow; none while it is not connected."""
+
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        state: Global___WorkerState.ValueType = ...,
+        problem: _builtins.str = ...,
+        tiers: _abc.Iterable[Global___TierCache] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem", "state", b"state", "tiers", b"tiers", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerCache: _TypeAlias = WorkerCache  # noqa: Y015
+
+@_typing.final
+class TierCache(_message.Message):
+    """One tier of one worker. Totals count since the worker started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MissesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class StoreFailuresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class RemovalsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TIER_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    STORES_FIELD_NUMBER: _builtins.int
+    STORE_FAILURES_FIELD_NUMBER: _builtins.int
+    REMOVALS_FIELD_NUMBER: _builtins.int
+    READ_BYTES_FIELD_NUMBER: _builtins.int
+    WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    READ_BLOCK_MS_FIELD_NUMBER: _builtins.int
+    HEALTHY_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    BAD_HITS_FIELD_NUMBER: _builtins.int
+    LOAD_MS_FIELD_NUMBER: _builtins.int
+    COMPUTE_MS_FIELD_NUMBER: _builtins.int
+    tier: _common_pb2.Tier.ValueType
+    """Which tier."""
+    used_bytes: _builtins.int
+    """Bytes that hold blocks."""
+    capacity_bytes: _builtins.int
+    """Bytes that it may hold; zero: unknown."""
+    blocks: _builtins.int
+    """Blocks that it holds; of the shared tier, those that this worker believes there."""
+    pinned: _builtins.int
+    """Of those pinned."""
+    hits: _builtins.int
+    """Blocks read and found whole."""
+    stores: _builtins.int
+    """Blocks written."""
+    read_bytes: _builtins.int
+    """Bytes read."""
+    written_bytes: _builtins.int
+    """Bytes written."""
+    read_block_ms: _builtins.float
+    """Measured time to read a block from it, milliseconds; zero: not measured."""
+    healthy: _builtins.bool
+    """False while its breaker is open."""
+    problem: _builtins.str
+    """What is wrong with it, and the remedy; empty when nothing is."""
+    loads: _builtins.int
+    """Reads for requests that delivered something."""
+    bad_hits: _builtins.int
+    """Of them, those that took longer than computing would have."""
+    load_ms: _builtins.float
+    """How long they took, milliseconds in all."""
+    compute_ms: _builtins.float
+    """How long computing the same blocks was predicted to take, milliseconds in all."""
+    @_builtins.property
+    def misses(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Blocks looked for and not delivered, by reason: absent, expired, corrupt, truncated, foreign, deadline, breaker,
+        error.
+        """
+
+    @_builtins.property
+    def store_failures(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Blocks that were to be written and were not, by reason: queue_full, breaker, error, full."""
+
+    @_builtins.property
+    def removals(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Blocks that left it, by cause: evicted, expired, cleared, invalid."""
+
+    def __init__(
+        self,
+        *,
+        tier: _common_pb2.Tier.ValueType = ...,
+        used_bytes: _builtins.int = ...,
+        capacity_bytes: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        pinned: _builtins.int = ...,
+        hits: _builtins.int = ...,
+        misses: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        stores: _builtins.int = ...,
+        store_failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        removals: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        read_bytes: _builtins.int = ...,
+        written_bytes: _builtins.int = ...,
+        read_block_ms: _builtins.float = ...,
+        healthy: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+        loads: _builtins.int = ...,
+        bad_hits: _builtins.int = ...,
+        load_ms: _builtins.float = ...,
+        compute_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_hits", b"bad_hits", "blocks", b"blocks", "capacity_bytes", b"capacity_bytes", "compute_ms", b"compute_ms", "healthy", b"healthy", "hits", b"hits", "load_ms", b"load_ms", "loads", b"loads", "misses", b"misses", "pinned", b"pinned", "problem", b"problem", "read_block_ms", b"read_block_ms", "read_bytes", b"read_bytes", "removals", b"removals", "store_failures", b"store_failures", "stores", b"stores", "tier", b"tier", "used_bytes", b"used_bytes", "written_bytes", b"written_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierCache: _TypeAlias = TierCache  # noqa: Y015
+
+@_typing.final
+class WarmRequest(_message.Message):
+    """Which prompt to warm, and where."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    COMPUTE_FIELD_NUMBER: _builtins.int
+    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Whose; empty: the caller's."""
+    compute: _builtins.bool
+    """Compute what no tier holds, by a request of one token at the lowest priority; it is not counted as a request of a
+    client. Else only what slower tiers hold is brought up, and the answer does not wait for it.
+    """
+    ttl_seconds: _builtins.int
+    """How long the blocks live after their last use, in seconds. Unset: the server's default."""
+    @_builtins.property
+    def prompt(self) -> _inference_pb2.Input:
+        """The prompt, of at least one full block."""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of workers; none: the one that the policy in force would send the prompt to."""
+
+    def __init__(
+        self,
+        *,
+        prompt: _inference_pb2.Input | None = ...,
+        tenant: _builtins.str = ...,
+        workers: _abc.Iterable[_builtins.str] | None = ...,
+        compute: _builtins.bool = ...,
+        ttl_seconds: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "prompt", b"prompt", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "compute", b"compute", "prompt", b"prompt", "tenant", b"tenant", "ttl_seconds", b"ttl_seconds", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
+
+Global___WarmRequest: _TypeAlias = WarmRequest  # noqa: Y015
+
+@_typing.final
+class WarmResponse(_message.Message):
+    """What was warmed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Warmed(_message.Message):
+        """What one worker did."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        WORKER_FIELD_NUMBER: _builtins.int
+        STARTED_FIELD_NUMBER: _builtins.int
+        FATES_FIELD_NUMBER: _builtins.int
+        PROBLEM_FIELD_NUMBER: _builtins.int
+        worker: _builtins.str
+        """Its name."""
+        started: _builtins.int
+        """Blocks that are on their way up from slow tiers; with `compute` see `fates`."""
+        problem: _builtins.str
+        """Why it did not do it, and the remedy; empty when it did."""
+        @_builtins.property
+        def fates(self) -> _common_pb2.TokensByFate:
+            """With `compute`: where each token of the prompt was found, or that it was computed."""
+
+        def __init__(
+            self,
+            *,
+            worker: _builtins.str = ...,
+            started: _builtins.int = ...,
+            fates: _common_pb2.TokensByFate | None = ...,
+            problem: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["fates", b"fates"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["fates", b"fates", "problem", b"problem", "started", b"started", "worker", b"worker"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Length of the prompt in tokens."""
+    blocks: _builtins.int
+    """Full blocks of it: what can be cached."""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WarmResponse.Warmed]:
+        """One a worker, sorted by name."""
+
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        workers: _abc.Iterable[Global___WarmResponse.Warmed] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "prompt_tokens", b"prompt_tokens", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WarmResponse: _TypeAlias = WarmResponse  # noqa: Y015
+
+@_typing.final
+class PinRequest(_message.Message):
+    """What to pin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Whose; empty: with a prompt the caller's. Without a prompt every block of the tenant is pinned."""
+    seconds: _builtins.int
+    """For how many seconds, from now. Unset: until Unpin. Range [1, 31,536,000]."""
+    @_builtins.property
+    def prompt(self) -> _inference_pb2.Input:
+        """Pin the full blocks of this prompt; not those that follow them."""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of workers; none: all connected ones."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        prompt: _inference_pb2.Input | None = ...,
+        seconds: _builtins.int | None = ...,
+        workers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "prompt", b"prompt", "seconds", b"seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds", b"_seconds", "prompt", b"prompt", "seconds", b"seconds", "tenant", b"tenant", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seconds: _TypeAlias = _typing.Literal["seconds"]  # noqa: Y015
+    _WhichOneofArgType__seconds: _TypeAlias = _typing.Literal["_seconds", b"_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds) -> _WhichOneofReturnType__seconds | None: ...
+
+Global___PinRequest: _TypeAlias = PinRequest  # noqa: Y015
+
+@_typing.final
+class PinResponse(_message.Message):
+    """What was pinned. The slowest of a worker's own tiers (disk, else host) that holds a block keeps it; copies in faster
+    ones may go. A pin ends with its worker's process, and does not hold for blocks that are stored later.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Pinned(_message.Message):
+        """What one worker did."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        WORKER_FIELD_NUMBER: _builtins.int
+        PINNED_FIELD_NUMBER: _builtins.int
+        PROBLEM_FIELD_NUMBER: _builtins.int
+        worker: _builtins.str
+        """Its name."""
+        problem: _builtins.str
+        """Why it did not do all of it, and the remedy; empty when it did."""
+        @_builtins.property
+        def pinned(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClearCacheResponse.TierCount]:
+            """Blocks pinned, tier by tier; tiers without any are left out."""
+
+        def __init__(
+            self,
+            *,
+            worker: _builtins.str = ...,
+            pinned: _abc.Iterable[Global___ClearCacheResponse.TierCount] | None = ...,
+            problem: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["pinned", b"pinned", "problem", b"problem", "worker", b"worker"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PinResponse.Pinned]:
+        """One a worker, sorted by name."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___PinResponse.Pinned] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinResponse: _TypeAlias = PinResponse  # noqa: Y015
+
+@_typing.final
+class UnpinRequest(_message.Message):
+    """What to unpin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Whose; empty: with a prompt the caller's. Without a prompt every block of the tenant is unpinned."""
+    @_builtins.property
+    def prompt(self) -> _inference_pb2.Input:
+        """Unpin the full blocks of this prompt."""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of workers; none: all connected ones."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        prompt: _inference_pb2.Input | None = ...,
+        workers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "tenant", b"tenant", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinRequest: _TypeAlias = UnpinRequest  # noqa: Y015
+
+@_typing.final
+class UnpinResponse(_message.Message):
+    """What was unpinned."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Unpinned(_message.Message):
+        """What one worker did."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        WORKER_FIELD_NUMBER: _builtins.int
+        UNPINNED_FIELD_NUMBER: _builtins.int
+        PROBLEM_FIELD_NUMBER: _builtins.int
+        worker: _builtins.str
+        """Its name."""
+        problem: _builtins.str
+        """Why it did not do all of it, and the remedy; empty when it did."""
+        @_builtins.property
+        def unpinned(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClearCacheResponse.TierCount]:
+            """Blocks whose pin was ended, tier by tier; tiers without any are left out."""
+
+        def __init__(
+            self,
+            *,
+            worker: _builtins.str = ...,
+            unpinned: _abc.Iterable[Global___ClearCacheResponse.TierCount] | None = ...,
+            problem: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem", "unpinned", b"unpinned", "worker", b"worker"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnpinResponse.Unpinned]:
+        """One a worker, sorted by name."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___UnpinResponse.Unpinned] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinResponse: _TypeAlias = UnpinResponse  # noqa: Y015
+
+@_typing.final
+class CheckStoreRequest(_message.Message):
+    """Which stores to audit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of workers; none: all connected ones."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckStoreRequest: _TypeAlias = CheckStoreRequest  # noqa: Y015
+
+@_typing.final
+class CheckStoreResponse(_message.Message):
+    """What the audits found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Checked(_message.Message):
+        """What one worker found."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        WORKER_FIELD_NUMBER: _builtins.int
+        WRONG_FIELD_NUMBER: _builtins.int
+        PROBLEM_FIELD_NUMBER: _builtins.int
+        worker: _builtins.str
+        """Its name."""
+        wrong: _builtins.str
+        """What is wrong with its store, a defect of warmkv; empty when nothing is."""
+        problem: _builtins.str
+        """Why it could not be audited, and the remedy; empty when it was."""
+        def __init__(
+            self,
+            *,
+            worker: _builtins.str = ...,
+            wrong: _builtins.str = ...,
+            problem: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem", "worker", b"worker", "wrong", b"wrong"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckStoreResponse.Checked]:
+        """One a worker, sorted by name."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___CheckStoreResponse.Checked] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckStoreResponse: _TypeAlias = CheckStoreResponse  # noqa: Y015
 
 @_typing.final
 class WatchStatsRequest(_message.Message):

@@ -70,6 +70,36 @@ class AdminServiceStub:
                 request_serializer=warmkv_dot_v1_dot_admin__pb2.ClearCacheRequest.SerializeToString,
                 response_deserializer=warmkv_dot_v1_dot_admin__pb2.ClearCacheResponse.FromString,
                 _registered_method=True)
+        self.ListBlocks = channel.unary_unary(
+                '/warmkv.v1.AdminService/ListBlocks',
+                request_serializer=warmkv_dot_v1_dot_admin__pb2.ListBlocksRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_admin__pb2.ListBlocksResponse.FromString,
+                _registered_method=True)
+        self.GetCacheStats = channel.unary_unary(
+                '/warmkv.v1.AdminService/GetCacheStats',
+                request_serializer=warmkv_dot_v1_dot_admin__pb2.GetCacheStatsRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_admin__pb2.GetCacheStatsResponse.FromString,
+                _registered_method=True)
+        self.Warm = channel.unary_unary(
+                '/warmkv.v1.AdminService/Warm',
+                request_serializer=warmkv_dot_v1_dot_admin__pb2.WarmRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_admin__pb2.WarmResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/warmkv.v1.AdminService/Pin',
+                request_serializer=warmkv_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_admin__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/warmkv.v1.AdminService/Unpin',
+                request_serializer=warmkv_dot_v1_dot_admin__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_admin__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.CheckStore = channel.unary_unary(
+                '/warmkv.v1.AdminService/CheckStore',
+                request_serializer=warmkv_dot_v1_dot_admin__pb2.CheckStoreRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_admin__pb2.CheckStoreResponse.FromString,
+                _registered_method=True)
         self.WatchStats = channel.unary_stream(
                 '/warmkv.v1.AdminService/WatchStats',
                 request_serializer=warmkv_dot_v1_dot_admin__pb2.WatchStatsRequest.SerializeToString,
@@ -130,6 +160,48 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListBlocks(self, request, context):
+        """Which blocks lie where, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCacheStats(self, request, context):
+        """Fill, hits, misses and failures of every tier of every worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Warm(self, request, context):
+        """Brings a prompt's blocks up from slow tiers, or computes them, before anybody asks for them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Forbids to evict or expire the blocks of a prompt or of a tenant that are held now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Ends what Pin began.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckStore(self, request, context):
+        """Audits the stores of workers: index against blocks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchStats(self, request, context):
         """The numbers behind the dashboard, one message a period.
         """
@@ -174,6 +246,36 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ClearCache,
                     request_deserializer=warmkv_dot_v1_dot_admin__pb2.ClearCacheRequest.FromString,
                     response_serializer=warmkv_dot_v1_dot_admin__pb2.ClearCacheResponse.SerializeToString,
+            ),
+            'ListBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBlocks,
+                    request_deserializer=warmkv_dot_v1_dot_admin__pb2.ListBlocksRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_admin__pb2.ListBlocksResponse.SerializeToString,
+            ),
+            'GetCacheStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCacheStats,
+                    request_deserializer=warmkv_dot_v1_dot_admin__pb2.GetCacheStatsRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_admin__pb2.GetCacheStatsResponse.SerializeToString,
+            ),
+            'Warm': grpc.unary_unary_rpc_method_handler(
+                    servicer.Warm,
+                    request_deserializer=warmkv_dot_v1_dot_admin__pb2.WarmRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_admin__pb2.WarmResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=warmkv_dot_v1_dot_admin__pb2.PinRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_admin__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=warmkv_dot_v1_dot_admin__pb2.UnpinRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_admin__pb2.UnpinResponse.SerializeToString,
+            ),
+            'CheckStore': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckStore,
+                    request_deserializer=warmkv_dot_v1_dot_admin__pb2.CheckStoreRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_admin__pb2.CheckStoreResponse.SerializeToString,
             ),
             'WatchStats': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchStats,
@@ -371,6 +473,168 @@ class AdminService:
             '/warmkv.v1.AdminService/ClearCache',
             warmkv_dot_v1_dot_admin__pb2.ClearCacheRequest.SerializeToString,
             warmkv_dot_v1_dot_admin__pb2.ClearCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmkv.v1.AdminService/ListBlocks',
+            warmkv_dot_v1_dot_admin__pb2.ListBlocksRequest.SerializeToString,
+            warmkv_dot_v1_dot_admin__pb2.ListBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCacheStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmkv.v1.AdminService/GetCacheStats',
+            warmkv_dot_v1_dot_admin__pb2.GetCacheStatsRequest.SerializeToString,
+            warmkv_dot_v1_dot_admin__pb2.GetCacheStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Warm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmkv.v1.AdminService/Warm',
+            warmkv_dot_v1_dot_admin__pb2.WarmRequest.SerializeToString,
+            warmkv_dot_v1_dot_admin__pb2.WarmResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmkv.v1.AdminService/Pin',
+            warmkv_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
+            warmkv_dot_v1_dot_admin__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmkv.v1.AdminService/Unpin',
+            warmkv_dot_v1_dot_admin__pb2.UnpinRequest.SerializeToString,
+            warmkv_dot_v1_dot_admin__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmkv.v1.AdminService/CheckStore',
+            warmkv_dot_v1_dot_admin__pb2.CheckStoreRequest.SerializeToString,
+            warmkv_dot_v1_dot_admin__pb2.CheckStoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

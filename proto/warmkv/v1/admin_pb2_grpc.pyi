@@ -47,6 +47,18 @@ class AdminServiceStub:
     """Changes policy or weights: from the next request on, on all routers within a second."""
     ClearCache: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ClearCacheRequest, _admin_pb2.ClearCacheResponse]
     """Drops blocks; answers when every worker confirmed."""
+    ListBlocks: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListBlocksRequest, _admin_pb2.ListBlocksResponse]
+    """Which blocks lie where, page by page."""
+    GetCacheStats: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetCacheStatsRequest, _admin_pb2.GetCacheStatsResponse]
+    """Fill, hits, misses and failures of every tier of every worker."""
+    Warm: _grpc.UnaryUnaryMultiCallable[_admin_pb2.WarmRequest, _admin_pb2.WarmResponse]
+    """Brings a prompt's blocks up from slow tiers, or computes them, before anybody asks for them."""
+    Pin: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PinRequest, _admin_pb2.PinResponse]
+    """Forbids to evict or expire the blocks of a prompt or of a tenant that are held now."""
+    Unpin: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnpinRequest, _admin_pb2.UnpinResponse]
+    """Ends what Pin began."""
+    CheckStore: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CheckStoreRequest, _admin_pb2.CheckStoreResponse]
+    """Audits the stores of workers: index against blocks."""
     WatchStats: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchStatsRequest, _admin_pb2.WatchStatsResponse]
     """The numbers behind the dashboard, one message a period."""
 
@@ -69,6 +81,18 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Changes policy or weights: from the next request on, on all routers within a second."""
     ClearCache: _aio.UnaryUnaryMultiCallable[_admin_pb2.ClearCacheRequest, _admin_pb2.ClearCacheResponse]  # type: ignore[assignment]
     """Drops blocks; answers when every worker confirmed."""
+    ListBlocks: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListBlocksRequest, _admin_pb2.ListBlocksResponse]  # type: ignore[assignment]
+    """Which blocks lie where, page by page."""
+    GetCacheStats: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetCacheStatsRequest, _admin_pb2.GetCacheStatsResponse]  # type: ignore[assignment]
+    """Fill, hits, misses and failures of every tier of every worker."""
+    Warm: _aio.UnaryUnaryMultiCallable[_admin_pb2.WarmRequest, _admin_pb2.WarmResponse]  # type: ignore[assignment]
+    """Brings a prompt's blocks up from slow tiers, or computes them, before anybody asks for them."""
+    Pin: _aio.UnaryUnaryMultiCallable[_admin_pb2.PinRequest, _admin_pb2.PinResponse]  # type: ignore[assignment]
+    """Forbids to evict or expire the blocks of a prompt or of a tenant that are held now."""
+    Unpin: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnpinRequest, _admin_pb2.UnpinResponse]  # type: ignore[assignment]
+    """Ends what Pin began."""
+    CheckStore: _aio.UnaryUnaryMultiCallable[_admin_pb2.CheckStoreRequest, _admin_pb2.CheckStoreResponse]  # type: ignore[assignment]
+    """Audits the stores of workers: index against blocks."""
     WatchStats: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchStatsRequest, _admin_pb2.WatchStatsResponse]  # type: ignore[assignment]
     """The numbers behind the dashboard, one message a period."""
 
@@ -130,6 +154,54 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ClearCacheResponse, _abc.Awaitable[_admin_pb2.ClearCacheResponse]]:
         """Drops blocks; answers when every worker confirmed."""
+
+    @_abc_1.abstractmethod
+    def ListBlocks(
+        self,
+        request: _admin_pb2.ListBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListBlocksResponse, _abc.Awaitable[_admin_pb2.ListBlocksResponse]]:
+        """Which blocks lie where, page by page."""
+
+    @_abc_1.abstractmethod
+    def GetCacheStats(
+        self,
+        request: _admin_pb2.GetCacheStatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetCacheStatsResponse, _abc.Awaitable[_admin_pb2.GetCacheStatsResponse]]:
+        """Fill, hits, misses and failures of every tier of every worker."""
+
+    @_abc_1.abstractmethod
+    def Warm(
+        self,
+        request: _admin_pb2.WarmRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.WarmResponse, _abc.Awaitable[_admin_pb2.WarmResponse]]:
+        """Brings a prompt's blocks up from slow tiers, or computes them, before anybody asks for them."""
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _admin_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PinResponse, _abc.Awaitable[_admin_pb2.PinResponse]]:
+        """Forbids to evict or expire the blocks of a prompt or of a tenant that are held now."""
+
+    @_abc_1.abstractmethod
+    def Unpin(
+        self,
+        request: _admin_pb2.UnpinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UnpinResponse, _abc.Awaitable[_admin_pb2.UnpinResponse]]:
+        """Ends what Pin began."""
+
+    @_abc_1.abstractmethod
+    def CheckStore(
+        self,
+        request: _admin_pb2.CheckStoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.CheckStoreResponse, _abc.Awaitable[_admin_pb2.CheckStoreResponse]]:
+        """Audits the stores of workers: index against blocks."""
 
     @_abc_1.abstractmethod
     def WatchStats(

@@ -32,6 +32,7 @@ class ConnectRequest(_message.Message):
     CLEAR_FIELD_NUMBER: _builtins.int
     FLEET_FIELD_NUMBER: _builtins.int
     RESYNC_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """The first message."""
@@ -56,6 +57,10 @@ class ConnectRequest(_message.Message):
     def resync(self) -> Global___Resync:
         """Send a new snapshot (the router found a gap)."""
 
+    @_builtins.property
+    def cache(self) -> Global___CacheCommand:
+        """An operator's question or order about blocks."""
+
     def __init__(
         self,
         *,
@@ -65,12 +70,13 @@ class ConnectRequest(_message.Message):
         clear: Global___Clear | None = ...,
         fleet: Global___FleetRecord | None = ...,
         resync: Global___Resync | None = ...,
+        cache: Global___CacheCommand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "clear", "fleet", "resync"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "clear", "fleet", "resync", "cache"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -135,6 +141,7 @@ class ConnectResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     CLEAR_DONE_FIELD_NUMBER: _builtins.int
     FLEET_FIELD_NUMBER: _builtins.int
+    CACHE_DONE_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """1, 2, 3, ... A gap means that the router must resync."""
     @_builtins.property
@@ -157,6 +164,10 @@ class ConnectResponse(_message.Message):
     def fleet(self) -> Global___FleetRecord:
         """The newest fleet record that the worker knows."""
 
+    @_builtins.property
+    def cache_done(self) -> Global___CacheDone:
+        """The answer to CacheCommand."""
+
     def __init__(
         self,
         *,
@@ -166,12 +177,13 @@ class ConnectResponse(_message.Message):
         step: Global___Step | None = ...,
         clear_done: Global___ClearDone | None = ...,
         fleet: Global___FleetRecord | None = ...,
+        cache_done: Global___CacheDone | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clear_done", b"clear_done", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_done", b"cache_done", "clear_done", b"clear_done", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clear_done", b"clear_done", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "seq", b"seq", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_done", b"cache_done", "clear_done", b"clear_done", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "seq", b"seq", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "snapshot", "step", "clear_done", "fleet"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "snapshot", "step", "clear_done", "fleet", "cache_done"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -468,6 +480,344 @@ class ClearDone(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClearDone: _TypeAlias = ClearDone  # noqa: Y015
+
+@_typing.final
+class CacheCommand(_message.Message):
+    """An operator's question or order about one worker's blocks. Each is carried out by the engine between two steps, and is
+    bounded so that it does not hold up those that decode: what is longer is asked for in pieces.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class List(_message.Message):
+        """Asks for blocks, in the order of their hashes."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        CHAIN_ROOT_FIELD_NUMBER: _builtins.int
+        PREFIX_HASH_FIELD_NUMBER: _builtins.int
+        TIER_FIELD_NUMBER: _builtins.int
+        AFTER_FIELD_NUMBER: _builtins.int
+        LIMIT_FIELD_NUMBER: _builtins.int
+        chain_root: _builtins.bytes
+        """Only blocks of this chain root, 32 bytes; empty: of all."""
+        prefix_hash: _builtins.bytes
+        """Only this block and those that follow it, 32 bytes; empty: all of the root."""
+        tier: _common_pb2.Tier.ValueType
+        """Only blocks that this tier holds; unset: any."""
+        after: _builtins.bytes
+        """Only blocks behind this hash, 32 bytes; empty: from the first."""
+        limit: _builtins.int
+        """Look at so many blocks at most, 1 to 1,000."""
+        def __init__(
+            self,
+            *,
+            chain_root: _builtins.bytes = ...,
+            prefix_hash: _builtins.bytes = ...,
+            tier: _common_pb2.Tier.ValueType = ...,
+            after: _builtins.bytes = ...,
+            limit: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "chain_root", b"chain_root", "limit", b"limit", "prefix_hash", b"prefix_hash", "tier", b"tier"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Warm(_message.Message):
+        """Brings the blocks of one prompt up from slow tiers."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        CHAIN_ROOT_FIELD_NUMBER: _builtins.int
+        HASHES_FIELD_NUMBER: _builtins.int
+        TTL_MS_FIELD_NUMBER: _builtins.int
+        chain_root: _builtins.bytes
+        """Of the chain, 32 bytes."""
+        hashes: _builtins.bytes
+        """The blocks, 32 bytes each, joined, from the first."""
+        ttl_ms: _builtins.int
+        """How long they live after their last use, milliseconds; unset: the worker's default."""
+        def __init__(
+            self,
+            *,
+            chain_root: _builtins.bytes = ...,
+            hashes: _builtins.bytes = ...,
+            ttl_ms: _builtins.int | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_ms", b"_ttl_ms", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_ms", b"_ttl_ms", "chain_root", b"chain_root", "hashes", b"hashes", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__ttl_ms: _TypeAlias = _typing.Literal["ttl_ms"]  # noqa: Y015
+        _WhichOneofArgType__ttl_ms: _TypeAlias = _typing.Literal["_ttl_ms", b"_ttl_ms"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_ms) -> _WhichOneofReturnType__ttl_ms | None: ...
+
+    @_typing.final
+    class Pin(_message.Message):
+        """Forbids to drop blocks: the given ones, or with none given the next 1,000 of a root."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        HASHES_FIELD_NUMBER: _builtins.int
+        CHAIN_ROOT_FIELD_NUMBER: _builtins.int
+        AFTER_FIELD_NUMBER: _builtins.int
+        FOR_MS_FIELD_NUMBER: _builtins.int
+        hashes: _builtins.bytes
+        """The blocks, 32 bytes each, joined."""
+        chain_root: _builtins.bytes
+        """With no hashes: of which root, 32 bytes."""
+        after: _builtins.bytes
+        """With no hashes: only blocks behind this hash, 32 bytes; empty: from the first."""
+        for_ms: _builtins.int
+        """For how long, milliseconds; unset: until Unpin."""
+        def __init__(
+            self,
+            *,
+            hashes: _builtins.bytes = ...,
+            chain_root: _builtins.bytes = ...,
+            after: _builtins.bytes = ...,
+            for_ms: _builtins.int | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_for_ms", b"_for_ms", "for_ms", b"for_ms"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_for_ms", b"_for_ms", "after", b"after", "chain_root", b"chain_root", "for_ms", b"for_ms", "hashes", b"hashes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__for_ms: _TypeAlias = _typing.Literal["for_ms"]  # noqa: Y015
+        _WhichOneofArgType__for_ms: _TypeAlias = _typing.Literal["_for_ms", b"_for_ms"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__for_ms) -> _WhichOneofReturnType__for_ms | None: ...
+
+    @_typing.final
+    class Unpin(_message.Message):
+        """Ends what Pin began, for the given blocks, or with none given for the next 1,000 of a root."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        HASHES_FIELD_NUMBER: _builtins.int
+        CHAIN_ROOT_FIELD_NUMBER: _builtins.int
+        AFTER_FIELD_NUMBER: _builtins.int
+        hashes: _builtins.bytes
+        """The blocks, 32 bytes each, joined."""
+        chain_root: _builtins.bytes
+        """With no hashes: of which root, 32 bytes."""
+        after: _builtins.bytes
+        """With no hashes: only blocks behind this hash, 32 bytes; empty: from the first."""
+        def __init__(
+            self,
+            *,
+            hashes: _builtins.bytes = ...,
+            chain_root: _builtins.bytes = ...,
+            after: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "chain_root", b"chain_root", "hashes", b"hashes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Check(_message.Message):
+        """Audits index against blocks, in all tiers. Takes as long as it takes: some 25 ms for 1,000 blocks."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    COMMAND_ID_FIELD_NUMBER: _builtins.int
+    LIST_FIELD_NUMBER: _builtins.int
+    WARM_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
+    UNPIN_FIELD_NUMBER: _builtins.int
+    CHECK_FIELD_NUMBER: _builtins.int
+    command_id: _builtins.int
+    """Answered by CacheDone with the same id."""
+    @_builtins.property
+    def list(self) -> Global___CacheCommand.List:
+        """Which blocks are there."""
+
+    @_builtins.property
+    def warm(self) -> Global___CacheCommand.Warm:
+        """Bring blocks up from slow tiers."""
+
+    @_builtins.property
+    def pin(self) -> Global___CacheCommand.Pin:
+        """Keep blocks."""
+
+    @_builtins.property
+    def unpin(self) -> Global___CacheCommand.Unpin:
+        """Keep blocks no longer."""
+
+    @_builtins.property
+    def check(self) -> Global___CacheCommand.Check:
+        """Audit the store."""
+
+    def __init__(
+        self,
+        *,
+        command_id: _builtins.int = ...,
+        list: Global___CacheCommand.List | None = ...,
+        warm: Global___CacheCommand.Warm | None = ...,
+        pin: Global___CacheCommand.Pin | None = ...,
+        unpin: Global___CacheCommand.Unpin | None = ...,
+        check: Global___CacheCommand.Check | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "kind", b"kind", "list", b"list", "pin", b"pin", "unpin", b"unpin", "warm", b"warm"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "command_id", b"command_id", "kind", b"kind", "list", b"list", "pin", b"pin", "unpin", b"unpin", "warm", b"warm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["list", "warm", "pin", "unpin", "check"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___CacheCommand: _TypeAlias = CacheCommand  # noqa: Y015
+
+@_typing.final
+class CacheDone(_message.Message):
+    """The answer to a CacheCommand."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Block(_message.Message):
+        """A block."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        HASH_FIELD_NUMBER: _builtins.int
+        PARENT_FIELD_NUMBER: _builtins.int
+        CHAIN_ROOT_FIELD_NUMBER: _builtins.int
+        TIERS_FIELD_NUMBER: _builtins.int
+        TTL_MS_FIELD_NUMBER: _builtins.int
+        TTL_LEFT_MS_FIELD_NUMBER: _builtins.int
+        LEASED_FIELD_NUMBER: _builtins.int
+        PRIORITY_FIELD_NUMBER: _builtins.int
+        POSITION_FIELD_NUMBER: _builtins.int
+        hash: _builtins.bytes
+        """Its hash, 32 bytes."""
+        parent: _builtins.bytes
+        """The block before it, 32 bytes; empty: it starts a chain."""
+        chain_root: _builtins.bytes
+        """The root of its chain, 32 bytes; empty: not known."""
+        ttl_ms: _builtins.int
+        """How long it lives after its last use, milliseconds; unset: until it is evicted."""
+        ttl_left_ms: _builtins.int
+        """Milliseconds until it expires if nobody uses it; unset: not known, or never."""
+        leased: _builtins.bool
+        """Whether it is pinned in one of those tiers."""
+        priority: _builtins.int
+        """0 to 100; some eviction policies keep the higher ones longer."""
+        position: _builtins.int
+        """How many blocks come before it; unset: not known, as one of them is not held here."""
+        @_builtins.property
+        def tiers(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Tier.ValueType]:
+            """Where it lies, from fast to slow."""
+
+        def __init__(
+            self,
+            *,
+            hash: _builtins.bytes = ...,
+            parent: _builtins.bytes = ...,
+            chain_root: _builtins.bytes = ...,
+            tiers: _abc.Iterable[_common_pb2.Tier.ValueType] | None = ...,
+            ttl_ms: _builtins.int | None = ...,
+            ttl_left_ms: _builtins.int | None = ...,
+            leased: _builtins.bool = ...,
+            priority: _builtins.int = ...,
+            position: _builtins.int | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_ttl_left_ms", b"_ttl_left_ms", "_ttl_ms", b"_ttl_ms", "position", b"position", "ttl_left_ms", b"ttl_left_ms", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "_ttl_left_ms", b"_ttl_left_ms", "_ttl_ms", b"_ttl_ms", "chain_root", b"chain_root", "hash", b"hash", "leased", b"leased", "parent", b"parent", "position", b"position", "priority", b"priority", "tiers", b"tiers", "ttl_left_ms", b"ttl_left_ms", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__position: _TypeAlias = _typing.Literal["position"]  # noqa: Y015
+        _WhichOneofArgType__position: _TypeAlias = _typing.Literal["_position", b"_position"]  # noqa: Y015
+        _WhichOneofReturnType__ttl_left_ms: _TypeAlias = _typing.Literal["ttl_left_ms"]  # noqa: Y015
+        _WhichOneofArgType__ttl_left_ms: _TypeAlias = _typing.Literal["_ttl_left_ms", b"_ttl_left_ms"]  # noqa: Y015
+        _WhichOneofReturnType__ttl_ms: _TypeAlias = _typing.Literal["ttl_ms"]  # noqa: Y015
+        _WhichOneofArgType__ttl_ms: _TypeAlias = _typing.Literal["_ttl_ms", b"_ttl_ms"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__position) -> _WhichOneofReturnType__position | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_left_ms) -> _WhichOneofReturnType__ttl_left_ms | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_ms) -> _WhichOneofReturnType__ttl_ms | None: ...
+
+    @_typing.final
+    class Count(_message.Message):
+        """A number of blocks in a tier."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TIER_FIELD_NUMBER: _builtins.int
+        BLOCKS_FIELD_NUMBER: _builtins.int
+        tier: _common_pb2.Tier.ValueType
+        """The tier."""
+        blocks: _builtins.int
+        """How many."""
+        def __init__(
+            self,
+            *,
+            tier: _common_pb2.Tier.ValueType = ...,
+            blocks: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "tier", b"tier"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    COMMAND_ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    WRONG_FIELD_NUMBER: _builtins.int
+    command_id: _builtins.int
+    """Which."""
+    error: _builtins.str
+    """What failed, and what to do; empty when all went well."""
+    next: _builtins.bytes
+    """Answers List, Pin and Unpin: there may be more behind this hash; empty: that was all."""
+    started: _builtins.int
+    """Answers Warm: blocks that are on their way up."""
+    wrong: _builtins.str
+    """Answers Check: what is wrong; empty when nothing is."""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheDone.Block]:
+        """Answers List."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheDone.Count]:
+        """Answers Pin and Unpin: blocks that were pinned or unpinned, tier by tier; those that hold none are left out."""
+
+    def __init__(
+        self,
+        *,
+        command_id: _builtins.int = ...,
+        error: _builtins.str = ...,
+        blocks: _abc.Iterable[Global___CacheDone.Block] | None = ...,
+        next: _builtins.bytes = ...,
+        counts: _abc.Iterable[Global___CacheDone.Count] | None = ...,
+        started: _builtins.int = ...,
+        wrong: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "command_id", b"command_id", "counts", b"counts", "error", b"error", "next", b"next", "started", b"started", "wrong", b"wrong"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheDone: _TypeAlias = CacheDone  # noqa: Y015
 
 @_typing.final
 class FleetRecord(_message.Message):
@@ -848,6 +1198,11 @@ class TierLoad(_message.Message):
     READ_BYTES_FIELD_NUMBER: _builtins.int
     WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    LEASED_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    BAD_HITS_FIELD_NUMBER: _builtins.int
+    LOAD_MS_FIELD_NUMBER: _builtins.int
+    COMPUTE_MS_FIELD_NUMBER: _builtins.int
     tier: _common_pb2.Tier.ValueType
     """Which tier."""
     used_bytes: _builtins.int
@@ -872,6 +1227,16 @@ class TierLoad(_message.Message):
     """Bytes written."""
     problem: _builtins.str
     """What is wrong with the tier, and the remedy; empty when nothing is."""
+    leased: _builtins.int
+    """Blocks that are pinned: neither evicted nor expired."""
+    loads: _builtins.int
+    """Reads for requests that delivered something."""
+    bad_hits: _builtins.int
+    """Of them, those that took longer than computing would have."""
+    load_ms: _builtins.float
+    """How long they took, milliseconds in all."""
+    compute_ms: _builtins.float
+    """How long computing the same blocks was predicted to take, milliseconds in all."""
     @_builtins.property
     def misses(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Misses by reason: absent, expired, corrupt, truncated, foreign, deadline, breaker, error."""
@@ -902,10 +1267,15 @@ class TierLoad(_message.Message):
         read_bytes: _builtins.int = ...,
         written_bytes: _builtins.int = ...,
         problem: _builtins.str = ...,
+        leased: _builtins.int = ...,
+        loads: _builtins.int = ...,
+        bad_hits: _builtins.int = ...,
+        load_ms: _builtins.float = ...,
+        compute_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "capacity_bytes", b"capacity_bytes", "healthy", b"healthy", "hits", b"hits", "misses", b"misses", "problem", b"problem", "read_block_ms", b"read_block_ms", "read_bytes", b"read_bytes", "read_latency_ms", b"read_latency_ms", "removals", b"removals", "store_failures", b"store_failures", "stores", b"stores", "tier", b"tier", "used_bytes", b"used_bytes", "written_bytes", b"written_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_hits", b"bad_hits", "blocks", b"blocks", "capacity_bytes", b"capacity_bytes", "compute_ms", b"compute_ms", "healthy", b"healthy", "hits", b"hits", "leased", b"leased", "load_ms", b"load_ms", "loads", b"loads", "misses", b"misses", "problem", b"problem", "read_block_ms", b"read_block_ms", "read_bytes", b"read_bytes", "read_latency_ms", b"read_latency_ms", "removals", b"removals", "store_failures", b"store_failures", "stores", b"stores", "tier", b"tier", "used_bytes", b"used_bytes", "written_bytes", b"written_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,117 @@
+"""A prompt's prefix on its way to the device, as its owner sees it, and the plan that says where it comes from.
+
+Covers: what a request may read, what it got. Does not cover: how blocks are brought (`promotion`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvstore.blocks import BlockHash
+from kvstore.events import TierName
+
+ComputeMs = Callable[[int, int], float]  # (first block, number of blocks) -> predicted milliseconds to compute them
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTiers:
+    """Which tiers a request may read from (directive no_read: none; the fleet record may forbid the shared one)."""
+
+    device: bool = True
+    host: bool = True
+    disk: bool = True
+    shared: bool = True
+
+    def allows(self, tier: TierName) -> bool:
+        """Whether it may read from this tier."""
+        allowed = {TierName.DEVICE: self.device, TierName.HOST: self.host, TierName.DISK: self.disk}
+        return allowed.get(tier, self.shared)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is wanted of the store.
+
+    Attributes:
+        hashes: the prefix, from its first block. reads: the tiers that may be read.
+        compute_ms: what computing would cost instead. A result that is not positive and finite says: not measured.
+        root: of the chain; None: the caller does not know. ttl_s: what blocks that are read get at least.
+    """
+
+    hashes: Sequence[BlockHash]
+    reads: ReadTiers
+    compute_ms: ComputeMs
+    root: BlockHash | None = None
+    ttl_s: float | None = None
+
+    def price(self, first: int, count: int) -> float | None:
+        """Milliseconds to compute `count` blocks from block `first` on; None: nothing has been measured yet."""
+        ms = self.compute_ms(first, count)
+        return ms if 0 < ms < float("inf") else None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """Consecutive blocks that would be treated alike.
+
+    Attributes:
+        tier: where they lie; None: nowhere that is known.
+        first, count: positions in the prefix.
+        load_ms: predicted time to read them, what is already queued included; None: not measured yet.
+        compute_ms: predicted time to compute them; None: not measured yet.
+        load: the choice.
+    """
+
+    tier: TierName | None
+    first: int
+    count: int
+    load_ms: float | None
+    compute_ms: float | None
+    load: bool
+
+
+class Acquisition:
+    """Blocks of a prompt's prefix on their way to the device. Owned by the engine's thread.
+
+    Until `done`, the sequence waits while others run. Then `block_ids` and `fates` hold the contiguous prefix that
+    arrived whole: one device block, referenced for the caller, and the tier it came from, for each block. A load that
+    failed only makes it shorter.
+    """
+
+    def __init__(self, wish: Wish, give_back: Callable[[Sequence[int]], None]) -> None:
+        """Nothing has arrived yet. `give_back` releases device blocks of a cancelled acquisition."""
+        self.wish = wish
+        self.block_ids: list[int] = []
+        self.fates: list[TierName] = []
+        self.done = False
+        self.load_ms = 0.0
+        self.started = 0.0
+        self.cancelled = False
+        self.looked = False  # one device miss is counted for an acquisition, where the first look-up ended
+        self.give_up_at = float("inf")  # on the clock: when it waits no more for the load that it waits for
+        self.is_cut = False  # what it waited for was cleared meanwhile: it takes no more from slow tiers
+        self.tried: dict[TierName, int] = {}  # position at which a tier came up short
+        self.arrived: dict[BlockHash, TierName] = {}  # loaded by somebody else that this one waited for
+        self._give_back = give_back
+
+    def cancel(self) -> None:
+        """Give all blocks back; bytes still on their way are thrown away when they arrive. Again: nothing happens."""
+        self.cancelled = self.done = True
+        self._give_back(self.block_ids)
+        self.block_ids, self.fates = [], []
+
+    @property
+    def position(self) -> int:
+        """How many blocks have come."""
+        return len(self.block_ids)
+
+    @property
+    def rest(self) -> Sequence[BlockHash]:
+        """What has not come yet."""
+        return self.wish.hashes[self.position :]
+
+    def take(self, block_ids: Sequence[int], fates: Sequence[TierName]) -> None:
+        """The next blocks have come."""
+        self.block_ids += block_ids
+        self.fates += fates

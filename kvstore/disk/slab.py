@@ -1,0 +1,300 @@
+"""A file of fixed slots, each of which holds one block: written and read past the page cache where that is possible.
+
+Covers: where a slot lies, direct and buffered I/O, what a slot says of itself. Does not cover: which slot holds what
+(`books`), what is written where after a crash (`recovery`).
+
+    page 0       what the file is: a msgpack record and its checksum: the file's epoch, and the stamp
+    then slots   one page of header, then the payload, padded to whole pages
+
+    a slot's first page
+    0    512  the block's header (`codec`)
+    512   24  stamp, sequence number, xxh3-64 of bytes 0..527, each u64 little-endian
+
+The page has a checksum of its own, so that the whole index can be rebuilt from the slots' first pages alone; payloads
+are verified when they are read. Only slots that were filled under the file's stamp count, and survivors of older ones
+(`survivors`): a new stamp empties the file in one write, or all but the survivors. A new epoch is a new stamp
+without survivors, to which no log belongs yet.
+Sequence numbers rise, so that of two slots that name one block the later one wins.
+
+The file is as long as all its slots from the start, reserved and not written: opening takes milliseconds whatever its
+size. Data is on the device after `sync`; a direct write has left the process before that, so `kill -9` loses none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import xxhash
+
+from kvstore.buffers import Buffers, aligned
+from kvstore.codec import HEADER_NBYTES
+from kvstore.disk.files import NO_ROOM, PAGE_NBYTES, Files, open_direct, pages, read_all, write_all
+from kvstore.disk.folder import SURVIVORS_SUFFIX
+from kvstore.disk.survivors import Survivors
+
+log = logging.getLogger(__name__)
+
+KEPT_BUFFERS = 8
+SLAB_VERSION = 1
+
+_MAGIC = "warmkv slab"
+_FOOTER = struct.Struct("<QQQ")
+_SIGNED_NBYTES = HEADER_NBYTES + 16
+_STAMP = struct.Struct("<QQ")
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPage:
+    """A block's header, and under which stamp and number its slot was filled."""
+
+    header: bytes
+    stamp: int
+    sequence: int
+
+
+class Slab:
+    """The file. Thread-safe as long as no two threads use one slot, of which one writes.
+
+    Attributes:
+        num_slots: how many. slot_nbytes: bytes of each. direct: whether the page cache is passed by.
+        epoch: of the file, for its log. stamp: of what is filled from now on. is_new: nothing was found to go on with.
+        problem: what is not as it should be; empty when nothing is.
+    """
+
+    def __init__(self, path: Path, num_slots: int, payload_nbytes: int, *, files: Files, direct: bool = True) -> None:
+        """Open the file, or make it.
+
+        Args:
+            path: of the file.
+            num_slots: what it holds from now on; slots past that are cut off.
+            payload_nbytes: bytes of a payload.
+            files: the operating system. direct: try direct I/O.
+
+        Raises:
+            OSError: it cannot be opened, or its first page cannot be read or written.
+        """
+        self.num_slots = num_slots
+        self.payload_nbytes = payload_nbytes
+        self.slot_nbytes = slot_nbytes(payload_nbytes)
+        self.problem = ""
+        self.epoch = self.stamp = 0
+        self.is_new = True
+        self._files = files
+        self._heads = Buffers(PAGE_NBYTES, keep=KEPT_BUFFERS)
+        self._bounces = Buffers(pages(payload_nbytes), keep=KEPT_BUFFERS)
+        self._fd, self.direct = open_direct(files, path, direct=direct)
+        try:
+            self._survivors = Survivors(path.with_suffix(SURVIVORS_SUFFIX), files=files)
+            self._prepare()
+        except BaseException:
+            files.close(self._fd)
+            raise
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the file has no name any more, so that all goes when we do."""
+        try:
+            return os.fstat(self._fd).st_nlink == 0
+        except OSError:
+            return False
+
+    def write(self, slot: int, header: bytes, payload: memoryview, *, stamp: int, sequence: int) -> None:
+        """Fill a slot. The payload is not copied if it lies on a page's border and is whole pages long.
+
+        Raises:
+            OSError: the system refused; the slot holds garbage.
+        """
+        heads = self._heads.take(1)
+        bounces: list[memoryview] = []
+        try:
+            heads[0][: _SIGNED_NBYTES + 8] = _signed(header, stamp, sequence)
+            if self.direct and not _fits(payload):
+                bounces = self._bounces.take(1)
+                payload = _padded(payload, bounces[0])
+            write_all(self._files, self._fd, [heads[0], payload], self._offset(slot))
+        finally:
+            self._heads.give(heads)
+            self._bounces.give(bounces)
+
+    def read(self, slot: int, into: memoryview) -> tuple[bytes, int]:
+        """Fetch a slot: its header, and how many bytes of the payload there were. Nothing is verified.
+
+        Raises:
+            OSError: the system refused.
+        """
+        heads = self._heads.take(1)
+        bounces = self._bounces.take(1) if self.direct and not _fits(into) else []
+        try:
+            target = bounces[0] if bounces else into
+            found = read_all(self._files, self._fd, [heads[0], target], self._offset(slot), step=self._step)
+            count = max(0, min(found - PAGE_NBYTES, into.nbytes))
+            if bounces:
+                np.copyto(np.frombuffer(into, np.uint8)[:count], np.frombuffer(bounces[0], np.uint8)[:count])
+            return bytes(heads[0][: min(found, HEADER_NBYTES)]), count
+        finally:
+            self._heads.give(heads)
+            self._bounces.give(bounces)
+
+    def page(self, slot: int) -> SlotPage | None:
+        """What the slot says of itself; None: it is free or damaged.
+
+        Raises:
+            OSError: the system refused.
+        """
+        heads = self._heads.take(1)
+        try:
+            found = read_all(self._files, self._fd, heads, self._offset(slot), step=self._step)
+            head = bytes(heads[0][: _SIGNED_NBYTES + 8])
+        finally:
+            self._heads.give(heads)
+        stamp, sequence, checksum = _FOOTER.unpack(head[HEADER_NBYTES:])
+        if found < PAGE_NBYTES or checksum != xxhash.xxh3_64_intdigest(head[:_SIGNED_NBYTES]):
+            return None
+        return SlotPage(head[:HEADER_NBYTES], stamp, sequence)
+
+    def counts(self, slot: int, page: SlotPage) -> bool:
+        """Whether what the slot says was not cleared. For the time before anything is written."""
+        return page.stamp == self.stamp or slot in self._survivors
+
+    def wipe(self, slot: int) -> None:
+        """Let the slot say of itself that it is free.
+
+        Raises:
+            OSError: the system refused.
+        """
+        write_all(self._files, self._fd, [aligned_zeros()], self._offset(slot))
+
+    def begin_epoch(self) -> None:
+        """Let all slots say of themselves that they are free.
+
+        Raises:
+            OSError: the system refused.
+        """
+        self._sign(epoch := secrets.randbits(63), epoch)
+
+    def begin_stamp(self, survivors: Sequence[int]) -> None:
+        """Let all slots but these say of themselves that they are free; the log goes on.
+
+        Raises:
+            OSError: the system refused.
+        """
+        self._survivors.write(stamp := secrets.randbits(63), survivors, self.num_slots)
+        self._sign(self.epoch, stamp)
+
+    def sync(self) -> None:
+        """Wait until all is on the device.
+
+        Raises:
+            OSError: it is not, and may never be.
+        """
+        self._survivors.sync()
+        self._files.sync(self._fd)
+
+    def close(self) -> None:
+        """Give the file back. Nobody may be reading or writing."""
+        with suppress(OSError):  # nothing was written through it that `sync` has not seen
+            self._files.close(self._fd)
+        self._survivors.close()
+
+    @property
+    def _step(self) -> int:
+        return PAGE_NBYTES if self.direct else 1
+
+    def _offset(self, slot: int) -> int:
+        return PAGE_NBYTES + slot * self.slot_nbytes
+
+    def _prepare(self) -> None:
+        found = self._read_epoch()
+        self.is_new = found is None
+        self._reserve()
+        with suppress(OSError):  # tells when it was used last, should another model need its room
+            os.utime(self._fd)
+        if found is None:
+            self.begin_epoch()
+        else:
+            self.epoch, self.stamp = found
+            self._survivors.read(self.stamp)
+
+    def _sign(self, epoch: int, stamp: int) -> None:
+        page = aligned_zeros()
+        record = msgpack.packb((_MAGIC, SLAB_VERSION, self.payload_nbytes, self.slot_nbytes, epoch, stamp))
+        page[: len(record)] = record
+        page[-8:] = xxhash.xxh3_64_intdigest(page[:-8]).to_bytes(8, "little")
+        write_all(self._files, self._fd, [page], 0)
+        self.epoch, self.stamp = epoch, stamp
+
+    def _read_epoch(self) -> tuple[int, int] | None:
+        """Epoch and stamp; None: it is no slab of ours."""
+        page = aligned_zeros()
+        found = read_all(self._files, self._fd, [page], 0, step=self._step)
+        checksum = xxhash.xxh3_64_intdigest(page[:-8]).to_bytes(8, "little")
+        if found < PAGE_NBYTES or bytes(page[-8:]) != checksum:
+            return None
+        unpacker = msgpack.Unpacker()
+        unpacker.feed(page[:-8])
+        match unpacker.unpack():
+            case [str(magic), int(version), int(payload), int(slot), int(epoch), int(stamp)]:
+                expected = (_MAGIC, SLAB_VERSION, self.payload_nbytes, self.slot_nbytes)
+                return (epoch, stamp) if (magic, version, payload, slot) == expected else None
+        return None
+
+    def _reserve(self) -> None:
+        """Give the file its length, and its room where the file system can; else it takes it as it is written."""
+        nbytes = self._offset(self.num_slots)
+        try:
+            if os.fstat(self._fd).st_size > nbytes:
+                self._files.truncate(self._fd, nbytes)
+            if not self._files.reserve(self._fd, nbytes):
+                self._files.truncate(self._fd, nbytes)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self.problem = (
+                f"the disk has no room for the disk tier's {nbytes} bytes ({error.strerror}): it may fill up and then "
+                "keeps nothing new; free room or give the tier fewer bytes"
+            )
+            log.warning("no room to reserve the disk tier's file", extra={"bytes": nbytes})
+            with suppress(OSError):  # then it grows as it is written
+                self._files.truncate(self._fd, nbytes)
+
+
+def slot_nbytes(payload_nbytes: int) -> int:
+    """Bytes that a block takes on disk: its payload in whole pages, and one page more."""
+    return PAGE_NBYTES + pages(payload_nbytes)
+
+
+def aligned_zeros() -> memoryview:
+    """A page of zeros, on a page's border."""
+    page = aligned(PAGE_NBYTES)
+    page[:] = bytes(PAGE_NBYTES)
+    return page
+
+
+def _fits(buffer: memoryview) -> bool:
+    """Whether direct I/O can use the buffer itself."""
+    if buffer.nbytes % PAGE_NBYTES:
+        return False
+    address: int = np.frombuffer(buffer, np.uint8).ctypes.data
+    return address % PAGE_NBYTES == 0
+
+
+def _padded(payload: memoryview, bounce: memoryview) -> memoryview:
+    """The payload and zeros, in `bounce`: nothing of the block that lay there before is written to disk."""
+    row = np.frombuffer(bounce, np.uint8)
+    np.copyto(row[: payload.nbytes], np.frombuffer(payload, np.uint8))
+    row[payload.nbytes :] = 0
+    return bounce
+
+
+def _signed(header: bytes, stamp: int, sequence: int) -> bytes:
+    signed = header + _STAMP.pack(stamp, sequence)
+    return signed + xxhash.xxh3_64_intdigest(signed).to_bytes(8, "little")

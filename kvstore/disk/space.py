@@ -1,0 +1,236 @@
+"""A disk tier's folder while it is open: its slab, its log and their books, in step with one another.
+
+Covers: opening and restoring, handing changes to the log, erasing, audits, closing. Does not cover: blocks' bytes on
+their way in and out (`transfer`), what a tier promises (`disk`).
+
+Lock order: `_stamping`, those of `index`, then `lock`, which guards the books and is never held while a file is
+used.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kvstore.codec import BlockCodec
+from kvstore.disk.books import DiskBooks
+from kvstore.disk.entries import Entry
+from kvstore.disk.files import Files
+from kvstore.disk.folder import LOG_SUFFIX, lock_folder, room_beside_others, slab_path
+from kvstore.disk.health import DiskHealth
+from kvstore.disk.index import DiskIndex
+from kvstore.disk.recovery import recover
+from kvstore.disk.slab import Slab, slot_nbytes
+from kvstore.errors import CodecError, InvariantError, TierError
+from kvstore.events import RemovalCause
+from kvstore.tier import Clock
+
+log = logging.getLogger(__name__)
+
+LOADED_BY_STARTER = 2048  # restored blocks; more of them are loaded in the background while the tier serves
+MAX_WIPED = 8  # headers that are wiped one by one, each a write; of more, all other slots are written down
+
+
+class DiskSpace:
+    """An open folder.
+
+    Attributes:
+        lock: of the books. books, slab, index, health: the parts.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        capacity_bytes: int,
+        *,
+        codec: BlockCodec,
+        clock: Clock,
+        wall_clock: Clock,
+        eviction: str,
+        direct: bool,
+        files: Files,
+    ) -> None:
+        """As `DiskTier`.
+
+        Raises:
+            TierError: somebody else owns the folder, it cannot be used, or the capacity is less than a block.
+            ValueError: there is no such eviction policy.
+        """
+        self._codec = codec
+        self._clock, self._wall_clock = clock, wall_clock
+        self._loader: threading.Thread | None = None
+        self.lock = threading.Lock()
+        self.health = DiskHealth(str(path), clock)
+        self._is_stamp_due = False  # something was cleared, and the slots do not say so yet
+        self._stamping = threading.Lock()
+        self.folder = lock_folder(path)
+        try:
+            self._open(path, capacity_bytes, eviction, files, direct=direct)
+        except OSError as error:
+            self.folder.release(closed=False)
+            raise TierError(
+                f"the disk tier's files in {path} cannot be used: {error}; see that we may write there"
+            ) from error
+        except BaseException:
+            self.folder.release(closed=False)
+            raise
+
+    def write_down(self, *, rewrites: bool = True) -> None:
+        """Hand what has changed to the log, unless that has just failed.
+
+        `rewrites`: also if the whole log must be written anew for it, which waits for the device.
+        """
+        was_incomplete = self.index.is_incomplete
+        if was_incomplete and not (rewrites and self.health.may_write()):
+            return
+        try:
+            self.index.flush()
+            self._begin_stamp_when_due()
+        except OSError as error:
+            self.health.failed_to_write(error)
+            return
+        if was_incomplete:
+            self.health.wrote()
+        self.index.rewrite_when_long()
+
+    def erase(self, gone: Sequence[Entry], cause: RemovalCause) -> None:
+        """Write removals down and let the slots go. What was cleared, or is wrong, does not come back without a log."""
+        self._is_stamp_due |= cause is RemovalCause.CLEARED or (cause is RemovalCause.INVALID and len(gone) > MAX_WIPED)
+        try:
+            if cause is RemovalCause.INVALID and not self._is_stamp_due:
+                for entry in gone:
+                    self.slab.wipe(entry.index)
+        except OSError as error:
+            self.health.failed_to_write(error)
+        self.write_down()
+        with self.lock:
+            self.books.unpin(gone)
+
+    def begin_epoch(self) -> None:
+        """Let no slot count any more that was filled before."""
+        try:
+            with self._stamping:
+                self.slab.begin_epoch()
+            self.index.rewrite()
+        except OSError as error:
+            self.health.failed_to_write(error)
+
+    def flush(self) -> None:
+        """Let all of it outlive a power cut. Waits for the device.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        self.index.flush()
+        self.slab.sync()
+        self.index.sync()
+
+    def check(self) -> None:
+        """As `DiskTier.check`."""
+        with suppress(OSError):  # a disk that refuses is no error of the books
+            self.index.check()
+        with self.lock:
+            self.books.check()
+            entries = self.books.look()
+        try:
+            for entry in entries:
+                self._check_slot(entry)
+        finally:
+            with self.lock:
+                self.books.look_away(entries)
+
+    def close(self) -> None:
+        """Put everything on the device and let the folder go."""
+        self.index.end_loading()
+        if self._loader is not None:
+            self._loader.join()
+        clean = True
+        try:
+            self.flush()
+        except OSError as error:
+            clean = False
+            log.warning("the disk tier was closed without its last records", extra={"reason": str(error)})
+        self.index.close()
+        self.slab.close()
+        self.folder.release(closed=clean)
+
+    def _open(self, path: Path, capacity_bytes: int, eviction: str, files: Files, *, direct: bool) -> None:
+        path = slab_path(path, self._codec.namespace, self._codec.value_nbytes)
+        nbytes = self._codec.layout.block_nbytes
+        room = room_beside_others(path, capacity_bytes, files=files, wall_clock=self._wall_clock)
+        slots = (room - slot_nbytes(0)) // slot_nbytes(nbytes)
+        if slots < 1:
+            raise TierError(
+                f"the disk tier's {capacity_bytes} bytes hold no block of {nbytes}; give it more bytes, or zero "
+                "for no disk tier"
+            )
+        self.books = DiskBooks(slots, clock=self._clock, wall_clock=self._wall_clock, eviction=eviction)
+        self.slab = Slab(path, slots, nbytes, files=files, direct=direct)
+        try:
+            self.index = DiskIndex(path.with_suffix(LOG_SUFFIX), self.slab, files=files)
+        except BaseException:
+            self.slab.close()
+            raise
+        try:
+            self._restore()
+        except BaseException:
+            self.index.close()
+            self.slab.close()
+            raise
+
+    def _restore(self) -> None:
+        with _no_collection():
+            recovered = recover(self.slab, self.index.read(), self._codec, self._wall_clock())
+            self.books.restore(recovered.found)
+        self.index.attach(self.books, self.lock)
+        self._is_exact = not self.folder.after_a_power_cut
+        if recovered.found and not recovered.log_is_whole:
+            log.warning("the disk tier's log was lost; its slots were asked", extra={"blocks": len(recovered.found)})
+        # Times in the future would be in the future of the next start as well: write them down as they are taken now.
+        self.index.is_incomplete |= recovered.log_is_stale or not recovered.log_is_whole
+        if len(recovered.found) <= LOADED_BY_STARTER or self.index.is_incomplete:
+            self.index.load()
+            self.books.expire()
+            self.books.events.clear()  # nobody has been told of what is gone
+        else:
+            self._loader = threading.Thread(target=self.index.load_gently, name="kvstore-disk-load", daemon=True)
+            self._loader.start()
+        self.write_down()
+
+    def _begin_stamp_when_due(self) -> None:
+        with self._stamping:
+            if not self._is_stamp_due:
+                return
+            with self.lock:
+                held = self.books.held_slots()
+            self._is_stamp_due = False
+            try:
+                self.slab.begin_stamp(held)
+            except OSError:
+                self._is_stamp_due = True
+                raise
+
+    def _check_slot(self, entry: Entry) -> None:
+        try:
+            page = self.slab.page(entry.index)
+            found = None if page is None else (page.sequence, self._codec.parse(page.header).hash)
+        except (OSError, CodecError):
+            return
+        if found not in (None, (entry.sequence, entry.meta.hash)) and self._is_exact and not entry.removed:
+            raise InvariantError(f"slot {entry.index} holds another block than the books say")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from looking at every object of a large log again and again while it is read."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

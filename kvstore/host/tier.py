@@ -1,0 +1,297 @@
+"""The host tier: blocks in this process's RAM, in fixed slots of one slab.
+
+Making it takes a moment whatever its size: memory is reserved, and made ready in the background (`slab`). The
+books (`books`) are kept under one lock, taken once a batch; bytes are copied outside it. A write is two-phase: the
+slot is reserved, filled, and only then published, so that a half-written block is never found. A slot that is being
+read or viewed is not evicted, and if its block is removed meanwhile, the slot is given back when the last reader goes.
+
+Bytes here never leave the process, so a block is known by its name and carries no checksum.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from kvstore.blocks import BlockHash
+from kvstore.chains import stored_events, tree_runs
+from kvstore.errors import TierError
+from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, RemovalCause, TierName
+from kvstore.host.books import HostBooks, Slot
+from kvstore.host.memory import available_bytes
+from kvstore.host.slab import Pinner, Slab
+from kvstore.host.views import VIEW_S, Views
+from kvstore.host.views import BlockView as BlockView
+from kvstore.layout import KVLayout
+from kvstore.tier import BlockMeta, Clock, Honours, TierStats, select
+
+
+class HostTier:
+    """Fixed slots of one slab; eviction by name, quotas, sliding TTLs, leases.
+
+    Thread-safe. O(1) a block, and O(log n) where the eviction policy or a TTL needs it.
+    """
+
+    name = TierName.HOST
+    honours = Honours(capacity=True, ttl=True, named_eviction=True, injected_clock=True, lease=True, quota=True)
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        capacity_bytes: int,
+        *,
+        clock: Clock,
+        eviction: str = "lru",
+        shares: Mapping[BlockHash, int] | None = None,
+        pinner: Pinner | None = None,
+    ) -> None:
+        """Reserve `capacity_bytes`, rounded down to whole blocks.
+
+        Args:
+            layout: what a block holds.
+            capacity_bytes: size of the slab.
+            clock: what TTLs, leases and the deadlines of views go by.
+            eviction: a name that `make_eviction` knows.
+            shares: bytes that a root may count on; what it does not use, others may. None: nobody has a share.
+            pinner: page-locks the slab, which a GPU then copies from and to at bus speed; None: no GPU.
+
+        Raises:
+            TierError: the capacity is less than a block, or more than the memory that this process may still take.
+            ValueError: there is no eviction policy of that name, or the shares are more than the capacity.
+        """
+        slots = capacity_bytes // layout.block_nbytes
+        if slots < 1:
+            raise TierError(
+                f"the host tier's {capacity_bytes} bytes hold no block of {layout.block_nbytes}; "
+                "give it more bytes, or zero for no host tier"
+            )
+        _check_room(slots * layout.block_nbytes)
+        self.layout = layout
+        self._clock = clock
+        self._slab = Slab(slots, layout.block_nbytes, pinner=pinner)
+        self._books = HostBooks(
+            self.name,
+            self._slab,
+            clock=clock,
+            eviction=eviction,
+            shares=None if shares is None else {root: size // layout.block_nbytes for root, size in shares.items()},
+        )
+        self._views = Views()
+        self._lock = threading.Lock()
+
+    @property
+    def num_slots(self) -> int:
+        """Blocks that fit."""
+        return self._slab.num_slots
+
+    @property
+    def pins(self) -> int:
+        """Readers, writers and views of all slots; zero when nothing is going on. O(blocks)."""
+        with self._lock:
+            return self._books.pins()
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait until all memory is touched and, with a GPU, page-locked; it serves before. False: the time was up."""
+        return self._slab.wait_ready(timeout_s)
+
+    def holds(self, name: BlockHash) -> bool:
+        """Whether the block can be read now."""
+        with self._lock:
+            return self._books.live(name)
+
+    def match(self, hashes: Sequence[BlockHash], *, deadline_s: float | None = None) -> int:
+        """As `Tier.match`; `deadline_s` is of no use here."""
+        with self._lock:
+            return self._books.leading(hashes)
+
+    def find(self, name: BlockHash) -> BlockMeta | None:
+        """The metadata under which a block is held; None when it is not."""
+        with self._lock:
+            return self._books.slots[name].meta if self._books.live(name) else None
+
+    def find_run(self, hashes: Sequence[BlockHash]) -> list[BlockMeta]:
+        """The metadata of the leading blocks that are held."""
+        with self._lock:
+            return [self._books.slots[name].meta for name in hashes[: self._books.leading(hashes)]]
+
+    def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
+        """As `Tier.read`. The copies run outside the lock."""
+        books = self._books
+        with self._lock:
+            count = books.leading(hashes)
+            if count < len(hashes):
+                books.miss(hashes[count])
+            slots = books.pin(hashes[:count])
+        done = 0
+        try:
+            for slot, buffer in zip(slots, into, strict=False):
+                np.copyto(np.frombuffer(buffer, np.uint8), self._slab.row(slot.index))
+                done += 1
+        finally:
+            with self._lock:
+                books.hits += done
+                books.unpin(slots)
+        return count
+
+    def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
+        """As `Tier.write`. The copies run outside the lock; blocks removed while they run are not published."""
+        with self._lock:
+            held, fresh, count = self._books.admit(metas)
+        filled = 0
+        try:
+            for number, slot in fresh:
+                np.copyto(self._slab.row(slot.index), np.frombuffer(payloads[number], np.uint8))
+                filled += 1
+        finally:
+            with self._lock:
+                for _, slot in fresh[filled:]:
+                    slot.removed = True
+                self._books.publish([slot for _, slot in fresh])
+                self._books.unpin(held)
+        return count
+
+    def view(self, hashes: Iterable[BlockHash], *, owner: str = "unnamed", for_s: float = VIEW_S) -> list[BlockView]:
+        """Keep the bytes of those blocks in place that are held, and look at them. It is no use and no hit.
+
+        A viewed block is not evicted; should it be removed or expire, its bytes stay all the same. Each view is a
+        context manager; else end it by `end_view` or `end_views`.
+
+        Args:
+            hashes: names.
+            owner: who reads, in a word; reported with views that are open for more than `for_s` seconds.
+        """
+        slab, deadline = self._slab, self._clock() + for_s
+        with self._lock:
+            views = [
+                BlockView(
+                    slot.meta,
+                    slab.read_only(slot.index),
+                    owner,
+                    deadline,
+                    slot,
+                    slab.generations[slot.index],
+                    self,
+                )
+                for slot in self._books.look(hashes)
+            ]
+            self._views.open(views, deadline)
+        return views
+
+    def end_view(self, view: BlockView) -> None:
+        """Let the slot go. The payload must not be used any more."""
+        with self._lock:
+            if self._views.end(view):
+                self._books.look_away(view.slot)
+
+    def end_views(self, views: Iterable[BlockView]) -> None:
+        """As `end_view`, for each that is still open."""
+        with self._lock:
+            for view in views:
+                if self._views.end(view):
+                    self._books.look_away(view.slot)
+
+    def generation(self, slot: Slot) -> int:
+        """How often a slot was given back; a view's bytes are there while it has not changed."""
+        return self._slab.generations[slot.index]
+
+    def overdue_views(self) -> list[BlockView]:
+        """The views that are open past their deadline."""
+        with self._lock:
+            return self._views.overdue(self._clock())
+
+    def touch(self, hashes: Sequence[BlockHash]) -> None:
+        """As `Tier.touch`; last first, so that a chain's tail is evicted before its head."""
+        with self._lock:
+            self._books.use(hashes)
+
+    def prolong(self, hashes: Sequence[BlockHash], ttl_s: float | None) -> None:
+        """As `touch`, and from now on give each the longer one of its own TTL and `ttl_s`."""
+        with self._lock:
+            self._books.prolong(hashes, ttl_s)
+
+    def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> int:
+        """As `Tier.lease`."""
+        with self._lock:
+            return self._books.lease(hashes, None if for_s is None else self._clock() + for_s)
+
+    def end_leases(self, hashes: Sequence[BlockHash]) -> int:
+        """As `Tier.end_leases`."""
+        with self._lock:
+            return self._books.end_leases(hashes)
+
+    def remove(self, hashes: Sequence[BlockHash], cause: RemovalCause) -> int:
+        """As `Tier.remove`; a block that is being written is dropped too, and not counted."""
+        with self._lock:
+            return self._books.remove(hashes, cause)
+
+    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> int:
+        """As `Tier.clear`; blocks that are being written are dropped too, and not counted."""
+        books = self._books
+        with self._lock:
+            metas = [slot.meta for slot in books.slots.values()]
+            before = len(books.events)
+            count = books.remove(select(metas + books.writing(), root, prefix), RemovalCause.CLEARED)
+            if root is None and prefix is None:
+                books.events[before:] = [AllBlocksCleared(self.name)]
+            return count
+
+    def sweep(self) -> float | None:
+        """As `Tier.sweep`. Logs views that have become overdue."""
+        with self._lock:
+            self._views.report(self._clock())
+            return self._books.expire()
+
+    def snapshot(self) -> list[BlockStored]:
+        """All that can be read, as events."""
+        # Only the list is made under the lock; what takes long is done outside.
+        parents: dict[bytes, bytes | None] = dict(meta.link for meta in self.metas())
+        return stored_events(self.name, tree_runs(parents))
+
+    def drain_events(self) -> list[KvEvent]:
+        """As `Tier.drain_events`."""
+        with self._lock:
+            events, self._books.events = self._books.events, []
+        return events
+
+    def metas(self) -> list[BlockMeta]:
+        """The metadata of all blocks."""
+        with self._lock:
+            return [slot.meta for slot in self._books.slots.values()]
+
+    def stats(self) -> TierStats:
+        """As `Tier.stats`; overdue views and memory that could not be page-locked are a `problem`."""
+        with self._lock:
+            stats = self._books.stats()
+            overdue = self._views.problem(self._clock())
+        stats.problem = "; ".join(filter(None, (overdue, self._slab.problem)))
+        return stats
+
+    def check(self) -> None:
+        """As `Tier.check`, O(blocks).
+
+        Raises:
+            InvariantError: the books disagree, or a view is overdue.
+        """
+        with self._lock:
+            self._books.check()
+            self._views.check(self._clock())
+
+    def close(self) -> None:
+        """Give the slab back; the memory goes when no view of it is left."""
+        self._slab.close()
+
+
+def _check_room(nbytes: int) -> None:
+    """Refuse now what the system would end the process for later.
+
+    Raises:
+        TierError: there is no such room.
+    """
+    room = available_bytes()
+    if nbytes > room:
+        raise TierError(
+            f"the host tier asks for {nbytes >> 20} MiB, and this process may take {room >> 20} MiB more; "
+            "give the host tier fewer bytes, or raise the memory limit of the container"
+        )

@@ -1,0 +1,256 @@
+"""What the Redis tier counts and believes: statistics, events, and which blocks it thinks are on the server.
+
+No I/O. A belief is a memory of the last time a block was seen; the server may have dropped it since. Beliefs decide
+which removals are worth an event and with which TTL a block is touched; they never answer a question.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+
+from kvstore.blocks import BlockHash, short
+from kvstore.chains import consecutive_runs, stored_events
+from kvstore.errors import InvariantError, MissReason
+from kvstore.events import AllBlocksCleared, BlockRemoved, KvEvent, RemovalCause, TierName
+from kvstore.tier import BlockMeta, Honours, TierStats, select
+
+MAX_BELIEFS = 1 << 16  # about 25 MB
+_MAX_HEARD = 1 << 14
+
+
+class RedisBooks:
+    """Thread-safe."""
+
+    def __init__(self, *, max_beliefs: int = MAX_BELIEFS) -> None:
+        self._max_beliefs = max_beliefs
+        self._lock = threading.Lock()
+        self._believed: OrderedDict[BlockHash, BlockMeta] = OrderedDict()  # the last seen at the end
+        self._events: list[KvEvent] = []
+        self._hits = self._stores = 0
+        self._read_bytes = self._written_bytes = 0
+        self._misses: Counter[str] = Counter()
+        self._removals: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._doubts: list[set[BlockHash]] = []
+        self._heard: OrderedDict[BlockHash, None] = OrderedDict()  # said to be gone while not believed there
+        self._doubtful: list[BlockHash] = []
+
+    def missed(self, reason: MissReason) -> None:
+        """A block was not delivered."""
+        with self._lock:
+            self._misses[reason] += 1
+
+    def failed_to_store(self, cause: str, count: int) -> None:
+        """Blocks were not written."""
+        with self._lock:
+            self._failures[cause] += count
+
+    def delivered(self, metas: Sequence[BlockMeta], nbytes: int) -> None:
+        """Blocks of `nbytes` payload each were read."""
+        with self._lock:
+            self._hits += len(metas)
+            self._read_bytes += len(metas) * nbytes
+            self._believe(metas)
+
+    def stored(self, metas: Sequence[BlockMeta], *, written: int, nbytes: int) -> None:
+        """The server holds these, in chain order; `written` of them since now."""
+        with self._lock:
+            self._stores += written
+            self._written_bytes += written * nbytes
+            self._believe(metas)
+
+    def believed(self, names: Iterable[BlockHash]) -> dict[BlockHash, BlockMeta]:
+        """What is remembered of them."""
+        with self._lock:
+            return {name: self._believed[name] for name in names if name in self._believed}
+
+    def forget(self, *, root: BlockHash | None, prefix: BlockHash | None) -> list[BlockMeta]:
+        """Believe no more what a clear of that scope drops; tell nobody. What is still believed."""
+        with self._lock:
+            for name in select(list(self._believed.values()), root, prefix):
+                self._believed.pop(name, None)
+            return list(self._believed.values())
+
+    def removed(self, names: Sequence[BlockHash], cause: RemovalCause) -> None:
+        """These were dropped."""
+        with self._lock:
+            self._removals[cause] += len(names)
+            for name in names:
+                self._believed.pop(name, None)
+            self._announce_removal(names, cause)
+
+    def absent(self, names: Sequence[BlockHash]) -> None:
+        """These are not on the server; of those that were thought there, tell."""
+        with self._lock:
+            gone = [name for name in names if self._believed.pop(name, None) is not None]
+            self._removals.update({RemovalCause.ABSENT: len(gone)} if gone else {})
+            self._announce_removal(gone, RemovalCause.ABSENT)
+
+    @contextmanager
+    def doubting(self) -> Iterator[set[BlockHash]]:
+        """The server is being asked which blocks are gone; the set collects those that are seen on it meanwhile."""
+        seen: set[BlockHash] = set()
+        with self._lock:
+            self._doubts.append(seen)
+        try:
+            yield seen
+        finally:
+            with self._lock:
+                self._doubts = [other for other in self._doubts if other is not seen]
+
+    def gone(self, causes: Mapping[BlockHash, RemovalCause], *, seen: set[BlockHash]) -> list[BlockHash]:
+        """The server has said that these are gone; tell, of blocks that were not believed there, too.
+
+        An answer may be older than what was seen meanwhile (a write, a read): those stay, and are returned.
+        Events keep the order of `causes`.
+        """
+        with self._lock:
+            again = [name for name in causes if name in seen]
+            told = [(name, cause) for name, cause in causes.items() if name not in seen]
+            for cause, run in groupby(told, key=lambda pair: pair[1]):
+                names = [name for name, _ in run]
+                believed = sum(self._believed.pop(name, None) is not None for name in names)
+                self._removals.update({cause: believed} if believed else {})
+                self._announce_removal(names, cause)
+                self._note_heard(names)
+            return again
+
+    def suspects(self, name: BlockHash) -> bool:
+        """Somebody says that this may be gone: whether it is believed there. If not, it is doubtful once it is."""
+        with self._lock:
+            if name not in self._believed:
+                self._note_heard([name])
+            return name in self._believed
+
+    def take_doubtful(self) -> list[BlockHash]:
+        """Blocks that are believed there since the last call, and were said to be gone shortly before.
+
+        A write is entered here after the server has taken it; news that it is gone already may be faster.
+        """
+        with self._lock:
+            doubtful, self._doubtful = self._doubtful, []
+        return doubtful
+
+    def gone_all(self) -> bool:
+        """The server was emptied by somebody: tell so, unless blocks were seen there since (False)."""
+        with self._lock:
+            if not self._believed:
+                self._events.append(AllBlocksCleared(TierName.REDIS))
+            return not self._believed
+
+    def names(self) -> list[BlockHash]:
+        """All that is believed there, the last seen at the end."""
+        with self._lock:
+            return list(self._believed)
+
+    def emptied(self, dropped: int = 0) -> None:
+        """Nothing of ours is left on the server; that many blocks were cleared by us."""
+        with self._lock:
+            self._removals.update({RemovalCause.CLEARED: dropped} if dropped else {})
+            self._believed.clear()
+            self._events.append(AllBlocksCleared(TierName.REDIS))
+
+    def drain_events(self) -> list[KvEvent]:
+        """The events since the last call, in order."""
+        with self._lock:
+            events, self._events = self._events, []
+        return events
+
+    def stats(self) -> TierStats:
+        """The counters; fill and health are left to the tier."""
+        with self._lock:
+            return TierStats(
+                blocks=len(self._believed),
+                hits=self._hits,
+                misses=dict(self._misses),
+                removals=dict(self._removals),
+                stores=self._stores,
+                store_failures=dict(self._failures),
+                read_bytes=self._read_bytes,
+                written_bytes=self._written_bytes,
+            )
+
+    def check(self) -> None:
+        """Audit.
+
+        Raises:
+            InvariantError: the books are wrong.
+        """
+        with self._lock:
+            if len(self._believed) > self._max_beliefs:
+                raise InvariantError(f"{len(self._believed)} beliefs, more than {self._max_beliefs}")
+            if any(name != meta.hash for name, meta in self._believed.items()):
+                raise InvariantError("a belief is filed under another name")
+
+    def _believe(self, metas: Sequence[BlockMeta]) -> None:
+        fresh: dict[float | None, list[BlockMeta]] = {}
+        for meta in metas:
+            known = self._believed.get(meta.hash)
+            if known is None or known.ttl_s != meta.ttl_s:
+                fresh.setdefault(meta.ttl_s, []).append(meta)
+            self._believed[meta.hash] = meta
+            self._believed.move_to_end(meta.hash)
+            for seen in self._doubts:
+                seen.add(meta.hash)
+            if meta.hash in self._heard:
+                del self._heard[meta.hash]
+                self._doubtful.append(meta.hash)
+        while len(self._believed) > self._max_beliefs:
+            self._believed.popitem(last=False)
+        for ttl_s, news in fresh.items():
+            runs = consecutive_runs(meta.link for meta in news)
+            self._events += stored_events(TierName.REDIS, runs, ttl_s)
+
+    def _note_heard(self, names: Iterable[BlockHash]) -> None:
+        self._heard.update(dict.fromkeys(names))
+        while len(self._heard) > _MAX_HEARD:
+            self._heard.popitem(last=False)
+
+    def _announce_removal(self, names: Sequence[BlockHash], cause: RemovalCause) -> None:
+        if names:
+            self._events.append(BlockRemoved(TierName.REDIS, tuple(short(name) for name in names), cause))
+
+
+class FromBooks:
+    """What a tier on Redis servers answers from its books alone, as the contract of `SharedTier` says."""
+
+    name = TierName.REDIS
+    honours = Honours(capacity=False, ttl=True, named_eviction=False, injected_clock=False, restart=True)
+
+    def __init__(self) -> None:
+        self._books = RedisBooks()
+
+    def find(self, name: BlockHash) -> BlockMeta | None:
+        """As `SharedTier.find`."""
+        return self._books.believed([name]).get(name)
+
+    def forget(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> list[BlockMeta]:
+        """As `SharedTier.forget`."""
+        return self._books.forget(root=root, prefix=prefix)
+
+    def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> int:
+        """As `Tier.lease`: the server evicts as it likes."""
+        return 0
+
+    def end_leases(self, hashes: Sequence[BlockHash]) -> int:
+        """As `Tier.end_leases`."""
+        return 0
+
+    def sweep(self) -> float | None:
+        """Nothing to do: the server drops what has expired."""
+        return None
+
+    def drain_events(self) -> list[KvEvent]:
+        """As `Tier.drain_events`. A removal is told of blocks only that this tier believed on the server.
+
+        While it is watched, blocks that others wrote are told as removed, too.
+        """
+        return self._books.drain_events()
+
+    def check(self) -> None:
+        """As `Tier.check`; of what is on the server nothing is known for sure, so only our own books are audited."""
+        self._books.check()

@@ -1,0 +1,163 @@
+"""What a Redis server says of itself, and what a person should do about it.
+
+Covers: reading INFO and CONFIG, judging the configuration, turning an error into words that end with a remedy. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import redis
+
+GRANTS = (
+    "~warmkv:* +hset +hmget +hget +hstrlen +multi +exec +exists +pexpire +persist +pttl +touch +unlink +scan +info "
+    "+ping +eval +evalsha +cluster|slots"
+)
+SETTINGS = (b"save", b"maxmemory-clients")  # what INFO does not tell; users often may not ask for it
+
+_MIB = 1 << 20
+_MEMORY_SHARE = 0.9  # of the machine's; what goes beyond it is swapped or killed
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """One look at INFO, and at CONFIG where that is allowed.
+
+    Attributes:
+        version: (major, minor); (0, 0) unknown.
+        run_id: changes with every start of the server; empty: unknown.
+        maxmemory, used_memory: bytes, of the whole server. policy: what it evicts when it is full.
+        cluster: whether it is a node of a cluster.
+        data: names what it holds (the server's replication id); data_before: what it held as a replica, before it
+            became a primary.
+        system_memory: bytes of the machine; zero: unknown.
+        appends, saves: whether it logs every write to disk, and whether it writes all it holds there at times.
+        limits_clients: whether buffers of its clients are limited together; None: unknown, or it cannot.
+    """
+
+    version: tuple[int, int] = (0, 0)
+    run_id: str = ""
+    maxmemory: int = 0
+    used_memory: int = 0
+    policy: str = ""
+    cluster: bool = False
+    data: str = ""
+    data_before: str = ""
+    system_memory: int = 0
+    appends: bool = False
+    saves: bool = False
+    limits_clients: bool | None = None
+
+    def with_settings(self, replies: Sequence[object]) -> ServerFacts:
+        """The same with the replies to CONFIG GET of each of SETTINGS; what was refused stays unknown."""
+        save, clients = (r[1] if isinstance(r, list) and len(r) == 2 else None for r in replies)
+        return replace(
+            self,
+            saves=isinstance(save, bytes) and save.strip() not in (b"", b'""'),
+            limits_clients=clients != b"0" if isinstance(clients, bytes) else None,
+        )
+
+    def inherits(self, earlier: ServerFacts) -> bool:
+        """Whether it goes on with what an earlier run, or another server, held: after a failover, or from a file."""
+        return bool(earlier.data.strip("0")) and earlier.data in (self.data, self.data_before)
+
+    @property
+    def can_only_lengthen(self) -> bool:
+        """Whether EXPIRE knows GT."""
+        return self.version >= (7, 0)
+
+    def advice(self, *, in_cluster: bool = False) -> str:
+        """What is wrong with its configuration and what to do; empty when nothing is or nothing is known.
+
+        `in_cluster`: whether it is spoken to as a node of one.
+        """
+        if not self.run_id:
+            return ""
+        if self.cluster and not in_cluster:
+            return "the Redis server is a cluster node; write redis+cluster:// instead of redis:// in the Redis URL"
+        return "; ".join(filter(None, (self._memory_advice(), self._disk_advice())))
+
+    def hint(self) -> str:
+        """What could be better without anything being wrong; empty when nothing could or nothing is known."""
+        if self.run_id and not self.can_only_lengthen:
+            return "the Redis server is older than 7.0, so TTLs are lengthened by a script; upgrade it"
+        if self.limits_clients is False:
+            return (
+                "the Redis server counts its clients' buffers as its own memory without a limit, and a slow reader can "
+                "push blocks out; set maxmemory-clients 10%"
+            )
+        return ""
+
+    def _memory_advice(self) -> str:
+        if not self.maxmemory:
+            return "the Redis server has no memory limit and will grow; set maxmemory and maxmemory-policy allkeys-lru"
+        if self.policy == "noeviction":
+            return (
+                f"the Redis server evicts nothing and refuses writes at {self.maxmemory // _MIB} MiB; "
+                "set maxmemory-policy allkeys-lru"
+            )
+        if self.system_memory and self.maxmemory > _MEMORY_SHARE * self.system_memory:
+            return (
+                f"the Redis server may fill {self.maxmemory // _MIB} of its machine's {self.system_memory // _MIB} MiB "
+                "and will be swapped or killed; set maxmemory to three quarters of that"
+            )
+        return ""
+
+    def _disk_advice(self) -> str:
+        setting = " and ".join(
+            name for name, is_on in (("appendonly no", self.appends), ("save ''", self.saves)) if is_on
+        )
+        if not setting:
+            return ""
+        return f"the Redis server writes every block to its disk, too, which a cache does not need; set {setting}"
+
+
+def parse_info(text: bytes) -> ServerFacts:
+    """Facts out of the reply to INFO; what is missing or odd stays unknown."""
+    lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
+    found = {name: value.strip() for name, colon, value in lines if colon}
+    return ServerFacts(
+        version=_version(found.get("redis_version", "")),
+        run_id=found.get("run_id", ""),
+        maxmemory=_whole(found.get("maxmemory", "")),
+        used_memory=_whole(found.get("used_memory", "")),
+        policy=found.get("maxmemory_policy", ""),
+        cluster=found.get("cluster_enabled") == "1",
+        data=found.get("master_replid", ""),
+        data_before=found.get("master_replid2", ""),
+        system_memory=_whole(found.get("total_system_memory", "")),
+        appends=found.get("aof_enabled") == "1",
+    )
+
+
+def remedy(error: Exception, where: str, said: str) -> str:
+    """One line: what went wrong at `where` (a masked URL), and what to do. `said`: the error's own words, masked."""
+    if isinstance(error, redis.AuthenticationError):
+        return f"{where} refused the login; put the right user and password into the Redis URL"
+    if isinstance(error, redis.exceptions.NoPermissionError):
+        return f"{where} forbids a command to this user; grant it with ACL SETUSER name {GRANTS}"
+    if isinstance(error, redis.BusyLoadingError):
+        return f"{where} is loading its data; wait, or turn its persistence off (save '', appendonly no)"
+    if isinstance(error, redis.OutOfMemoryError):
+        return f"{where} is full and evicts nothing; set maxmemory-policy allkeys-lru or raise maxmemory"
+    if isinstance(error, redis.ReadOnlyError):
+        return f"{where} is a read-only replica; name its primary in the Redis URL"
+    if isinstance(error, redis.exceptions.MovedError | redis.exceptions.AskError):
+        return f"{where} is a cluster node; write redis+cluster:// instead of redis:// in the Redis URL"
+    if isinstance(error, redis.TimeoutError | TimeoutError):
+        return f"{where} does not answer in time; check the server and the network, or raise the Redis timeout"
+    if isinstance(error, redis.InvalidResponse):
+        return f"{where} does not speak RESP ({said}); check that the Redis URL names a Redis server"
+    if isinstance(error, redis.ResponseError):
+        return f"{where} refused a command ({said}); check the server's version and log"
+    return f"{where} cannot be reached ({said}); start the server or correct the Redis URL"
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, _, rest = text.partition(".")
+    return _whole(major), _whole(rest.partition(".")[0])
+
+
+def _whole(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() else 0

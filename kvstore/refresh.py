@@ -1,0 +1,104 @@
+"""When to refresh a block in a slow tier: it must not die there while it is used in a fast one.
+
+A name is due at most once per quarter of its TTL; `spill` then touches what the tier holds and reports what it lost.
+Pure, on an injected clock.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from kvstore.blocks import BlockHash
+from kvstore.eviction.deadlines import Deadlines
+from kvstore.tier import Clock, is_longer
+
+RETRY_S = 5.0  # after a refresh that got no answer; sooner where the TTL is short
+REFRESH_WITHOUT_TTL_S = 300.0  # keeps recency in a server that evicts by it
+
+
+@dataclass(slots=True)
+class _Use:
+    renewed: float | None  # when the lower tier last heard of it; None: not that we know
+    ttl_s: float | None = None  # that it then heard of
+
+
+class RefreshSchedule:
+    """When to refresh a name in the lower tier: a quarter of its TTL after the last refresh, if it was used since.
+
+    A use that comes too early is not forgotten: it is due when the quarter is over, so that the lower tier's TTL ends
+    at the earliest three quarters of a TTL after the last use. Pure, on an injected clock; O(log n) once per refresh,
+    O(1) for uses in between. Bounded: names not used for longest are forgotten, which costs one early refresh.
+    """
+
+    def __init__(self, capacity: int, *, clock: Clock) -> None:
+        """Remember at most `capacity` names."""
+        self._capacity = capacity
+        self._clock = clock
+        self._uses: OrderedDict[BlockHash, _Use] = OrderedDict()
+        self._due: Deadlines[BlockHash] = Deadlines()
+
+    def used(self, name: BlockHash, ttl_s: float | None) -> None:
+        """It was hit in a faster tier."""
+        use = self._entry(name)
+        grew = use.renewed is not None and is_longer(ttl_s, use.ttl_s)
+        if self._due.get(name) is not None and not grew:
+            return
+        now = self._clock()
+        self._set_due(name, now if grew or use.renewed is None else max(now, use.renewed + _interval_s(ttl_s)))
+        if grew or use.renewed is None:
+            use.ttl_s = ttl_s
+
+    def doubted(self, name: BlockHash, ttl_s: float | None) -> None:
+        """It had to be computed though the lower tier should hold it: ask there at once whether it does."""
+        use = self._entry(name)
+        if use.renewed is None or is_longer(ttl_s, use.ttl_s):
+            use.ttl_s = ttl_s
+        self._set_due(name, self._clock())
+
+    def renewed(self, name: BlockHash, ttl_s: float | None) -> None:
+        """The lower tier has just been written or read: its TTL, this one, has begun again."""
+        use = self._entry(name)
+        use.renewed, use.ttl_s = self._clock(), ttl_s
+        self._due.discard(name)
+
+    def unanswered(self, name: BlockHash, ttl_s: float | None) -> None:
+        """A refresh got no answer: try again soon."""
+        self._entry(name)
+        self._set_due(name, self._clock() + min(RETRY_S, _interval_s(ttl_s) / 4))
+
+    def lost(self, name: BlockHash) -> None:
+        """The lower tier does not hold it."""
+        self._uses.pop(name, None)
+        self._due.discard(name)
+
+    def retain(self, names: set[BlockHash]) -> None:
+        """Of all others it is not known any more whether the lower tier holds them."""
+        for name in [name for name in self._uses if name not in names]:
+            self.lost(name)
+
+    def pop_due(self) -> list[BlockHash]:
+        """Names to refresh now, in the order of their uses. They count as renewed."""
+        now = self._clock()
+        due = list(self._due.pop_due(now))
+        for name in due:
+            self._uses[name].renewed = now
+        return due
+
+    def _set_due(self, name: BlockHash, time: float) -> None:
+        self._due.discard(name)  # moving one to an earlier time leaves a heap item behind: only this counts those
+        self._due.set(name, time)
+
+    def _entry(self, name: BlockHash) -> _Use:
+        use = self._uses.get(name)
+        if use is None:
+            use = self._uses[name] = _Use(renewed=None)
+            if len(self._uses) > self._capacity:
+                self.lost(next(iter(self._uses)))
+        else:
+            self._uses.move_to_end(name)
+        return use
+
+
+def _interval_s(ttl_s: float | None) -> float:
+    return REFRESH_WITHOUT_TTL_S if ttl_s is None else ttl_s / 4
