@@ -79,7 +79,7 @@ def measure(engine: TorchEngine, length: int, rng: random.Random) -> dict[str, f
             raise RuntimeError(f"{tier}: the prompt's tokens had the fates {fates}")
         if not engine.store.flush(FLUSH_S):
             raise RuntimeError(f"Redis did not take the blocks within {FLUSH_S:g} s")
-    engine.clear(shared=True)
+    engine.store.clear(shared=True)
     return seconds
 
 
