@@ -78,8 +78,12 @@ class NearPeer:
         self._server = worker(self._shape, int(self.address.rpartition(":")[2]), secret)
 
     def signal(self, number: signal.Signals) -> None:
-        """Cannot be done to it."""
-        raise NotImplementedError("signals are for processes; name the case in PROCESSES")
+        """It has no process of its own.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("signals are for processes; name the case in PROCESSES")
 
     def kill(self) -> None:
         """End it."""
