@@ -142,7 +142,7 @@ def test_another_ray_version_is_a_failure(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_own_ray_that_has_died_is_a_warning(tmp_path: Path) -> None:
-    write_record(tmp_path, ClusterRecord("127.0.0.2:1", 1, 0.0, "/tmp/x", "t", "s"))
+    write_record(tmp_path, ClusterRecord("127.0.0.2:1", 1, 0.0, "/tmp/x", "t"))
     (finding,) = doctor.check_ray(_settings(), tmp_path)
     assert finding.level == "warn"
     assert "warmkv down" in finding.remedy
