@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy import cli_cache, cli_fleet, cli_requests
+from deploy import cli_cache, cli_fleet, cli_requests, cli_size
 from deploy.connection import Json
 from deploy.failures import EXIT_CODES, UNHEALTHY, Failure, reports_failures
 
@@ -292,3 +292,4 @@ def _worker_address(text: str) -> WorkerAddress:
 cli_fleet.add_to(app)
 cli_cache.add_to(app)
 cli_requests.add_to(app)
+cli_size.add_to(app)
