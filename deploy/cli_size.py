@@ -11,9 +11,10 @@ import typer
 
 from deploy.connection import Json
 from deploy.failures import USAGE, Failure, reports_failures
+from deploy.setting_options import Assignments, ConfigFile
 
 if TYPE_CHECKING:
-    from deploy.size import SizePlan
+    from kvstore.layout import KVLayout
 
 TIERS = ("device", "host", "disk", "redis")
 
@@ -28,11 +29,6 @@ DiskBytes = Annotated[str | None, _bytes_option("disk", "store.disk_bytes")]
 RedisBytes = Annotated[
     str | None,
     typer.Option("--redis-bytes", metavar="SIZE", help="The server's maxmemory, for the whole fleet."),
-]
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file of settings.")]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, for example model.dtype=bfloat16; repeatable."),
 ]
 
 
@@ -105,7 +101,7 @@ def size(
     typer.echo(size_json(plan) if as_json else size_text(plan))
 
 
-def _layout(path: Path | None, dtype: str, block_size: int | None) -> Any:
+def _layout(path: Path | None, dtype: str, block_size: int | None) -> KVLayout:
     from dataclasses import replace
 
     from deploy.model_shape import ModelShapeError, layout_of_config
@@ -124,7 +120,9 @@ def _config(path: Path) -> Mapping[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Failure(f"{file} cannot be read ({error}); give --model a model folder or its config.json", USAGE) from None
+        raise Failure(
+            f"{file} cannot be read ({error}); give --model a model folder or its config.json", USAGE
+        ) from None
     if not isinstance(config, dict):
         raise Failure(f"{file} holds no JSON object; give --model a model folder or its config.json", USAGE)
     return config

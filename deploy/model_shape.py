@@ -28,7 +28,8 @@ _EXPLICIT = frozenset(
     {"ernie4_5", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt_oss", "helium", "minimax_m2"}
 ) | {"ministral3", "qwen3", "qwen3_moe", "seed_oss"}
 
-KNOWN_TYPES = _UNGROUPED | _LIKE_LLAMA | _GROUPED | _EXPLICIT
+ASKS = _GROUPED | _EXPLICIT  # for a field that is missing
+KNOWN_TYPES = _UNGROUPED | _LIKE_LLAMA | ASKS
 _ALIASES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -71,11 +72,9 @@ def _check_kind(kind: str, config: Mapping[str, Any], text: Mapping[str, Any]) -
     if text.get("quantization_config") or config.get("quantization_config"):
         _refuse(kind, "its weights are quantised, which workers do not serve")
     if kind not in KNOWN_TYPES:
-        _refuse(kind, f"its K/V layout has not been compared with a running model (known: {', '.join(_sorted())})")
-
-
-def _sorted() -> list[str]:
-    return sorted(KNOWN_TYPES)
+        _refuse(
+            kind, f"its K/V layout has not been compared with a running model (known: {', '.join(sorted(KNOWN_TYPES))})"
+        )
 
 
 def _kv_heads(kind: str, text: Mapping[str, Any], heads: int) -> int:

@@ -76,10 +76,20 @@ def test_the_figures_of_the_design_come_out(warmkv: Warmkv, config: Path) -> Non
 def test_sizes_that_are_not_given_are_those_of_the_settings(warmkv: Warmkv, config: Path) -> None:
     chosen = ("--set", "store.host_bytes=8GiB", "--set", "store.block_size=32", "--set", "model.dtype=float32")
     answer = json.loads(warmkv.invoke("size", "--model", str(config), *chosen, "--json").stdout)
-    assert {tier["tier"]: tier["capacity_bytes"] >> 30 for tier in answer["tiers"]} == {"device": 1, "host": 8, "disk": 4}
+    assert {tier["tier"]: tier["capacity_bytes"] >> 30 for tier in answer["tiers"]} == {
+        "device": 1,
+        "host": 8,
+        "disk": 4,
+    }
     assert answer["layout"] == {
-        **{"layers": 32, "kv_heads": 8, "k_dim": 128, "v_dim": 128, "dtype": "float32", "block_size": 32},
-        **{"token_bytes": 262144, "block_bytes": 8388608},
+        "layers": 32,
+        "kv_heads": 8,
+        "k_dim": 128,
+        "v_dim": 128,
+        "dtype": "float32",
+        "block_size": 32,
+        "token_bytes": 262144,
+        "block_bytes": 8388608,
     }
     assert answer["break_even_bytes_per_s"] is None
     assert layout_of_config(LLAMA).block_size == 16
