@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from deploy.quantities import size_text as bytes_text
 from deploy.render import table
-from deploy.render_cache import size_text as bytes_text
 from deploy.size import SizedTier, SizePlan
 
 

@@ -64,7 +64,7 @@ export function byTier(workers) {
 }
 
 const order = ({ tier }) => Object.keys(TITLES).indexOf(tier);
-const empty = (tier) => ({ tier, workers: 0, cutOff: [], used_bytes: 0, capacity_bytes: 0, blocks: 0,
+const empty = (tier) => ({ tier, workers: 0, cutOff: [], troubled: 0, used_bytes: 0, capacity_bytes: 0, blocks: 0,
   ...Object.fromEntries(SUMS.map((name) => [name, 0])), ...Object.fromEntries(COUNTS.map((name) => [name, {}])) });
 
 function add(sum, tier, worker) {
@@ -74,6 +74,7 @@ function add(sum, tier, worker) {
   for (const name of COUNTS) for (const [key, count] of Object.entries(tier[name])) sum[name][key] = (sum[name][key] ?? 0) + count;
   sum.workers += 1;
   if (!tier.healthy) sum.cutOff.push(worker);
+  else if (tier.problem !== "") sum.troubled += 1;
 }
 
 /** Each problem once, with those who have it: a server that is down is one problem, not one a worker. */
@@ -107,12 +108,14 @@ function number(key, label, title) {
   return textColumn(key, label, (row) => format.count(row[key]), { class: "number", title });
 }
 
-function updateState(cell, { cutOff, workers }) {
+function updateState(cell, { cutOff, troubled, workers }) {
   if (cell.firstElementChild === null) cell.append(h("span", {}, h("i", { "aria-hidden": "true" }), h("span")));
   const [sign, text] = cell.firstElementChild.children;
-  setAttribute(cell.firstElementChild, "class", cutOff.length > 0 ? "state lost" : "state ready");
-  setText(sign, cutOff.length > 0 ? "✕" : "●");
-  setText(text, cutOff.length === 0 ? "works" : `cut off (${cutOff.length} of ${workers})`);
+  const [kind, mark, words] = cutOff.length > 0 ? ["lost", "✕", `cut off (${cutOff.length} of ${workers})`]
+    : troubled > 0 ? ["suspect", "!", `has a problem (${troubled} of ${workers})`] : ["ready", "●", "works"];
+  setAttribute(cell.firstElementChild, "class", `state ${kind}`);
+  setText(sign, mark);
+  setText(text, words);
   setAttribute(cell, "title", cutOff.length > 0 ? `Cut off after errors on ${cutOff.join(", ")}` : null);
 }
 
