@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +95,18 @@ def test_sizes_that_are_not_given_are_those_of_the_settings(warmkv: Warmkv, conf
     }
     assert answer["break_even_bytes_per_s"] is None
     assert layout_of_config(LLAMA).block_size == 16
+
+
+def test_the_example_of_the_documentation_is_what_the_command_prints(
+    warmkv: Warmkv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+    section = page[page.index("\n## Sizing") :].partition("\n## ")[2].partition("\n## ")[0]
+    config, command, output = re.findall(r"^```\w*\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    (tmp_path / "config.json").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    done = warmkv.invoke(*shlex.split(command.replace("\\\n", " "))[1:])
+    assert done.stdout == output
 
 
 @pytest.mark.parametrize(
