@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy import cli_cache, cli_fleet, cli_requests
+from deploy import cli_cache, cli_fleet, cli_requests, cli_size
 from deploy.connection import Json
 from deploy.failures import EXIT_CODES, UNHEALTHY, Failure, reports_failures
+from deploy.setting_options import Assignments, ConfigFile
 
 if TYPE_CHECKING:
     from deploy.layers import Loaded
@@ -33,11 +34,6 @@ app = typer.Typer(
 config_app = typer.Typer(help="Show the settings and who set them.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file of settings.")]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, for example store.host_bytes=4GiB; repeatable."),
-]
 StateDir = Annotated[
     Path | None,
     typer.Option(
@@ -292,3 +288,4 @@ def _worker_address(text: str) -> WorkerAddress:
 cli_fleet.add_to(app)
 cli_cache.add_to(app)
 cli_requests.add_to(app)
+cli_size.add_to(app)

@@ -13,18 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from deploy.connection import (
-    DEFAULT_ROUTER,
-    WAIT_TIMEOUT_S,
-    ApiKey,
-    Json,
-    Router,
-    TlsCa,
-    TlsCert,
-    TlsKey,
-    client_of,
-    tls_of,
-)
+from deploy.connection import WAIT_TIMEOUT_S, Connection, Json, asks_router
 from deploy.failures import FAILED, UNHEALTHY, USAGE, Failure, reports_failures
 from deploy.named_prompts import Messages, OfTenant, Prefix, clear_request, prompt_options, scope_options
 
@@ -63,6 +52,7 @@ def add_to(app: typer.Typer) -> None:
 
 @cache_app.command("ls", epilog="Example: warmkv cache ls --tenant search --tier host --limit 20")
 @reports_failures
+@asks_router
 def cache_ls(
     tenant: OfTenant = None,
     prefix: Prefix = None,
@@ -76,11 +66,8 @@ def cache_ls(
         str,
         typer.Option("--page-token", metavar="TOKEN", help="Go on where an earlier list ended.", show_default=False),
     ] = "",
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """List cached blocks: whose they are, where they lie, how long they still live.
@@ -92,8 +79,7 @@ def cache_ls(
     from deploy.render_cache import print_blocks
 
     prompt = prompt_options(tenant, prefix, messages)
-    tls = tls_of(tls_ca, tls_cert, tls_key)
-    with client_of(router, api_key, tls, timeout=WAIT_TIMEOUT_S) as client:
+    with connection.client(timeout=WAIT_TIMEOUT_S) as client:
         found = _pages(client, prompt, worker=worker or "", tier=tier or "", limit=limit, token=page_token)
     _show(found, message_json, print_blocks, as_json=as_json)
     if found.problems:
@@ -102,15 +88,13 @@ def cache_ls(
 
 @cache_app.command("stats", epilog="Example: warmkv cache stats --worker w0")
 @reports_failures
+@asks_router
 def cache_stats(
     worker: Annotated[
         str, typer.Option("--worker", "-w", metavar="WORKER", help="Only of this.", show_default=False)
     ] = "",
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Show every tier of every worker: how full it is, hits, misses with their reasons, what was stored and removed.
@@ -120,13 +104,14 @@ def cache_stats(
     from deploy.render import message_json
     from deploy.render_cache import print_stats
 
-    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+    with connection.client() as client:
         answer = client.cache_stats(worker)
     _show(answer, message_json, print_stats, as_json=as_json)
 
 
 @cache_app.command("warm", epilog="Example: warmkv cache warm --compute - < system_prompt.txt")
 @reports_failures
+@asks_router
 def cache_warm(
     prompt: Annotated[
         str | None,
@@ -147,11 +132,8 @@ def cache_warm(
         str | None,
         typer.Option("--ttl", metavar="DURATION", help="How long its blocks live after a use: 5m, 30m, 1h, 24h, ..."),
     ] = None,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Bring a prompt's blocks up before it is asked for, so that the first request is fast already.
@@ -166,8 +148,7 @@ def cache_warm(
     options = prompt_options(tenant, prompt, messages, name="PROMPT")
     if not options.keys() - {"tenant"}:
         raise Failure("give a PROMPT, or --messages FILE", USAGE)
-    tls = tls_of(tls_ca, tls_cert, tls_key)
-    with client_of(router, api_key, tls, timeout=WAIT_TIMEOUT_S) as client:
+    with connection.client(timeout=WAIT_TIMEOUT_S) as client:
         answer = client.warm(workers=worker or (), compute=compute, ttl=seconds, **options)
     _show(answer, message_json, print_warmed, as_json=as_json)
     _fail_on_problems(each.problem for each in answer.workers)
@@ -175,6 +156,7 @@ def cache_warm(
 
 @cache_app.command("pin", epilog="Example: warmkv cache pin --tenant search --prefix - --for 24h < system_prompt.txt")
 @reports_failures
+@asks_router
 def cache_pin(
     tenant: OfTenant = None,
     prefix: Prefix = None,
@@ -183,11 +165,8 @@ def cache_pin(
         str, typer.Option("--for", metavar="DURATION", help="From now: 5m, 30m, 1h, 24h, ...; or `ever`: until unpin.")
     ] = "1h",
     worker: OnWorkers = None,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Keep blocks: neither eviction nor their time to live drops them. `clear` does.
@@ -201,8 +180,7 @@ def cache_pin(
 
     seconds = None if duration == "ever" else _seconds("--for", duration)
     options = scope_options(tenant, prefix, messages)
-    tls = tls_of(tls_ca, tls_cert, tls_key)
-    with client_of(router, api_key, tls, timeout=WAIT_TIMEOUT_S) as client:
+    with connection.client(timeout=WAIT_TIMEOUT_S) as client:
         answer = client.pin(seconds=seconds, workers=worker or (), **options)
     _show(answer, message_json, print_pinned, as_json=as_json)
     _fail_on_problems(each.problem for each in answer.workers)
@@ -210,16 +188,14 @@ def cache_pin(
 
 @cache_app.command("unpin", epilog="Example: warmkv cache unpin --tenant search")
 @reports_failures
+@asks_router
 def cache_unpin(
     tenant: OfTenant = None,
     prefix: Prefix = None,
     messages: Messages = None,
     worker: OnWorkers = None,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Keep blocks no longer than others: ends what `pin` began.
@@ -230,8 +206,7 @@ def cache_unpin(
     from deploy.render_cache import print_unpinned
 
     options = scope_options(tenant, prefix, messages)
-    tls = tls_of(tls_ca, tls_cert, tls_key)
-    with client_of(router, api_key, tls, timeout=WAIT_TIMEOUT_S) as client:
+    with connection.client(timeout=WAIT_TIMEOUT_S) as client:
         answer = client.unpin(workers=worker or (), **options)
     _show(answer, message_json, print_unpinned, as_json=as_json)
     _fail_on_problems(each.problem for each in answer.workers)
@@ -239,6 +214,7 @@ def cache_unpin(
 
 @cache_app.command("clear", epilog="Example: warmkv cache clear --tenant search --prefix - < prompt.txt")
 @reports_failures
+@asks_router
 def cache_clear(
     everything: Annotated[bool, typer.Option("--all", help="Every block of every tenant.")] = False,
     tenant: Annotated[
@@ -246,11 +222,8 @@ def cache_clear(
     ] = None,
     prefix: Prefix = None,
     messages: Messages = None,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Drop cached blocks from all tiers, pinned ones too; returns when every worker has confirmed.
@@ -265,21 +238,18 @@ def cache_clear(
     given = prompt_options(tenant, prefix, messages)
     if everything == bool(given):
         raise Failure("give --all, or --tenant TENANT, or a prompt by --prefix TEXT or --messages FILE", USAGE)
-    tls = tls_of(tls_ca, tls_cert, tls_key)
-    with client_of(router, api_key, tls, timeout=WAIT_TIMEOUT_S) as client:
+    with connection.client(timeout=WAIT_TIMEOUT_S) as client:
         answer = client.clear_cache(clear_request(client, given))
     _show(answer, message_json, print_cleared, as_json=as_json)
 
 
 @cache_app.command("check", epilog="Example: warmkv cache check")
 @reports_failures
+@asks_router
 def cache_check(
     worker: OnWorkers = None,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Audit the stores of the workers: what their indexes say against the blocks that they hold.
@@ -290,8 +260,7 @@ def cache_check(
     from deploy.render import message_json
     from deploy.render_cache import print_checked
 
-    tls = tls_of(tls_ca, tls_cert, tls_key)
-    with client_of(router, api_key, tls, timeout=WAIT_TIMEOUT_S) as client:
+    with connection.client(timeout=WAIT_TIMEOUT_S) as client:
         answer = client.check_store(worker or ())
     _show(answer, message_json, print_checked, as_json=as_json)
     if any(each.wrong or each.problem for each in answer.workers):

@@ -6,19 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.connection import (
-    ASK_TIMEOUT_S,
-    DEFAULT_ROUTER,
-    WAIT_TIMEOUT_S,
-    ApiKey,
-    Json,
-    Router,
-    TlsCa,
-    TlsCert,
-    TlsKey,
-    client_of,
-    tls_of,
-)
+from deploy.connection import ASK_TIMEOUT_S, WAIT_TIMEOUT_S, Connection, Json, asks_router
 from deploy.failures import UNHEALTHY, USAGE, Failure, reports_failures
 
 policy_app = typer.Typer(help="Show or change how requests are routed.", no_args_is_help=True)
@@ -36,12 +24,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 @reports_failures
+@asks_router
 def status(
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Show the workers, how full their tiers are, the policy and the hit rate.
@@ -50,23 +36,21 @@ def status(
     """
     from deploy.render import is_healthy, message_json, status_text
 
-    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+    with connection.client() as client:
         stats = next(iter(client.watch_stats(period_ms=1000, timeout=ASK_TIMEOUT_S)), None)
     if stats is None:
-        raise Failure(f"the router at {router} ended before it answered; try it again")
+        raise Failure(f"the router at {connection.router} ended before it answered; try it again")
     typer.echo(message_json(stats) if as_json else status_text(stats))
     if not is_healthy(stats):
         raise typer.Exit(UNHEALTHY)
 
 
 @reports_failures
+@asks_router
 def scale(
     workers: Annotated[int, typer.Option("--workers", "-n", min=0, max=1024, help="How many there should be.")],
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Start or end workers until there are that many; the highest numbers end first.
@@ -75,8 +59,7 @@ def scale(
     """
     from deploy.render import message_json
 
-    tls = tls_of(tls_ca, tls_cert, tls_key)
-    with client_of(router, api_key, tls, timeout=WAIT_TIMEOUT_S) as client:
+    with connection.client(timeout=WAIT_TIMEOUT_S) as client:
         answer = client.scale(workers)
     if as_json:
         typer.echo(message_json(answer))
@@ -86,55 +69,50 @@ def scale(
 
 
 @reports_failures
+@asks_router
 def drain(
     worker: WorkerName,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
 ) -> None:
     """Send a worker nothing new, on all routers; what runs there goes on. `undrain` takes it back."""
-    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+    with connection.client() as client:
         running = client.drain(worker)
     typer.echo(f"{worker} is drained; {running} requests still run there")
 
 
 @reports_failures
+@asks_router
 def undrain(
     worker: WorkerName,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
 ) -> None:
     """Send requests to a drained worker again."""
-    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+    with connection.client() as client:
         client.undrain(worker)
     typer.echo(f"{worker} takes requests again")
 
 
 @policy_app.command("show", epilog="Example: warmkv policy show")
 @reports_failures
+@asks_router
 def policy_show(
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Show the policy in force, its weights, and the policies that can be set."""
     from deploy.render import message_json, policy_text
 
-    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+    with connection.client() as client:
         answer = client.get_policy()
     typer.echo(message_json(answer) if as_json else policy_text(answer))
 
 
 @policy_app.command("set", epilog="Example: warmkv policy set cache_aware --weight load=2 --weight tie_ms=5")
 @reports_failures
+@asks_router
 def policy_set(
     name: Annotated[str, typer.Argument(metavar="NAME", help="See `warmkv policy show`.")],
     weight: Annotated[list[str] | None, typer.Option("--weight", "-w", metavar="KEY=VALUE", help="Repeatable.")] = None,
@@ -142,18 +120,15 @@ def policy_set(
         bool | None,
         typer.Option("--shared-tier-reads/--no-shared-tier-reads", help="Whether workers read blocks from Redis."),
     ] = None,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Change the policy: from the next request on, on all routers within a second."""
     from deploy.render import message_json, weights_text
 
     weights = dict(_weight(text) for text in weight or ())
-    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+    with connection.client() as client:
         answer = client.set_policy(name, weights, shared_tier_reads=shared_tier_reads)
     typer.echo(
         message_json(answer) if as_json else f"{answer.policy.name} {weights_text(answer.policy.weights)}".strip()

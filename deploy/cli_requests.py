@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.connection import DEFAULT_ROUTER, ApiKey, Json, Router, TlsCa, TlsCert, TlsKey, client_of, tls_of
+from deploy.connection import Connection, Json, asks_router
 from deploy.failures import USAGE, Failure, reports_failures
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 @reports_failures
+@asks_router
 def generate(
     prompt: Prompt,
     max_tokens: MaxTokens = 128,
@@ -41,11 +42,8 @@ def generate(
     top_p: TopP = None,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")] = None,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +54,7 @@ def generate(
     from deploy.render import generation_json, generation_text
 
     options = _options(max_tokens, temperature, top_p, seed, stop)
-    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key), timeout=None) as client:
+    with connection.client(timeout=None) as client:
         stream = client.generate(_text(prompt), **options)
         if as_json:
             typer.echo(generation_json(stream.result()))
@@ -67,17 +65,15 @@ def generate(
 
 
 @reports_failures
+@asks_router
 def chat(
     system: Annotated[str | None, typer.Option("--system", "-s", help="What the model is told first.")] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     quiet: Quiet = False,
 ) -> None:
     """Talk with the model. Each turn finds the turns before it in the cache. Ctrl-D or /exit ends it.
@@ -87,7 +83,7 @@ def chat(
     from deploy.render import generation_text
 
     options = _options(max_tokens, temperature, top_p, seed, None)
-    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key), timeout=None) as client:
+    with connection.client(timeout=None) as client:
         conversation = client.chat(system=system, **options)
         while (said := _next_turn()) is not None:
             stream = conversation.send(said)
@@ -97,13 +93,11 @@ def chat(
 
 
 @reports_failures
+@asks_router
 def explain(
     prompt: Prompt,
-    router: Router = DEFAULT_ROUTER,
-    api_key: ApiKey = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
+    *,
+    connection: Connection,
     as_json: Json = False,
 ) -> None:
     """Say what `generate` would decide for this prompt, and why. Changes nothing.
@@ -112,7 +106,7 @@ def explain(
     """
     from deploy.render import explain_text, message_json
 
-    with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key)) as client:
+    with connection.client() as client:
         answer = client.explain(_text(prompt))
     typer.echo(message_json(answer) if as_json else explain_text(answer))
 

@@ -105,9 +105,7 @@ def _start(settings: RaySettings, state_dir: Path, least_cpus: int) -> ClusterRe
     process = _spawn(settings, cpus, token, temp_dir)
     try:
         address = _await_address(process, temp_dir, settings.start_timeout)
-        record = ClusterRecord(
-            address, process.pid, psutil.Process(process.pid).create_time(), temp_dir, token, secrets.token_hex(32)
-        )
+        record = ClusterRecord(address, process.pid, psutil.Process(process.pid).create_time(), temp_dir, token)
         write_record(state_dir, record)
     except BaseException:
         _end_session(process.pid)

@@ -1,11 +1,14 @@
-"""The options by which commands reach a router, and the client that they make."""
+"""The options by which commands reach a router, said once for all of them, and the client that they make."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -13,6 +16,8 @@ from deploy.failures import UNREACHABLE, USAGE, Failure
 
 if TYPE_CHECKING:
     from warmkv.client import Client, Tls
+
+R = TypeVar("R")
 
 DEFAULT_ROUTER = "127.0.0.1:50051"
 # Commands that ask once; a generation may take as long as it takes.
@@ -46,7 +51,72 @@ TlsKey = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
-def tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What a command was told about its router; see `asks_router`."""
+
+    router: str
+    api_key: str | None
+    tls: Tls | None
+
+    @contextmanager
+    def client(self, *, timeout: float | None = ASK_TIMEOUT_S) -> Iterator[Client]:
+        """A client, closed at the end of the block. Failing to reach the router becomes its own exit code.
+
+        Args:
+            timeout: seconds of every call; None: as long as it takes.
+
+        Raises:
+            Failure: no router answers.
+        """
+        from warmkv.client import Client, WarmkvError
+        from warmkv.errors import DeadlineExceeded, Unavailable
+
+        try:
+            with Client(self.router, api_key=self.api_key, timeout=timeout, tls=self.tls) as client:
+                yield client
+        except WarmkvError as error:
+            # A router signs its errors with a reason; without one nobody has answered.
+            if isinstance(error, Unavailable | DeadlineExceeded) and not error.reason:
+                where = f"no router answers at {self.router}"
+                raise Failure(f"{where}; start one by `warmkv up`, or give --router HOST:PORT", UNREACHABLE) from error
+            raise
+
+
+def asks_router(command: Callable[..., R]) -> Callable[..., R]:
+    """Gives a command the options by which a router is reached, in the place of its argument `connection`.
+
+    The command is called with a `Connection`; typer sees the options.
+    """
+    asked = inspect.signature(_reach, eval_str=True).parameters.values()
+    own = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> R:
+        reach = {option.name: given.pop(option.name) for option in asked}
+        return command(connection=_reach(**reach), **given)
+
+    shown: list[inspect.Parameter] = []
+    for parameter in own.parameters.values():
+        shown += asked if parameter.name == "connection" else [parameter]
+    as_options = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
+    run.__signature__ = own.replace(parameters=as_options)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in shown}
+    return run
+
+
+def _reach(
+    router: Router = DEFAULT_ROUTER,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+) -> Connection:
+    """The options that every command has that asks a router. Raises Failure."""
+    return Connection(router, api_key, _tls_of(tls_ca, tls_cert, tls_key))
+
+
+def _tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
     """TLS with these PEM files; None where none is named.
 
     Raises:
@@ -60,27 +130,3 @@ def tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
     if (cert is None) != (key is None):
         raise Failure("a certificate needs its key, and the reverse; give both --tls-cert and --tls-key", USAGE)
     return None if ca is None and cert is None else Tls(ca=ca, cert=cert, key=key)
-
-
-@contextmanager
-def client_of(
-    router: str, api_key: str | None, tls: Tls | None = None, *, timeout: float | None = ASK_TIMEOUT_S
-) -> Iterator[Client]:
-    """A client, closed at the end of the block. Failing to reach the router becomes its own exit code.
-
-    Raises:
-        Failure: no router answers.
-    """
-    from warmkv.client import Client, WarmkvError
-    from warmkv.errors import DeadlineExceeded, Unavailable
-
-    try:
-        with Client(router, api_key=api_key, timeout=timeout, tls=tls) as client:
-            yield client
-    except WarmkvError as error:
-        # A router signs its errors with a reason; without one nobody has answered.
-        if isinstance(error, Unavailable | DeadlineExceeded) and not error.reason:
-            raise Failure(
-                f"no router answers at {router}; start one by `warmkv up`, or give --router HOST:PORT", UNREACHABLE
-            ) from error
-        raise

@@ -15,13 +15,14 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
-from deploy.quantities import format_size
+from deploy.quantities import format_size, size_text
 from deploy.settings import Settings
 from deploy.state import ClusterRecord, lives, read_record
 from kvstore.redis.address import mask_url, server_urls
@@ -34,7 +35,6 @@ _OLDEST_PYTHON = (3, 11)
 _LEAST_SHM = 200 << 20
 _CLOCK_TOLERANCE_S = 1.0
 _REDIS_TIMEOUT_S = 3.0
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,18 +173,31 @@ def check_ports(settings: Settings, state_dir: Path) -> Iterator[Finding]:
 
 
 def check_memory(settings: Settings, state_dir: Path) -> Iterator[Finding]:
-    """Whether the tiers of all workers of this machine fit into its RAM."""
+    """Whether the tiers of all workers of this machine fit into its RAM; what our own fleet holds now may be theirs."""
     store, count = settings.store, settings.workers.count
     on_cpu = settings.workers.device == "cpu" or not shutil.which("nvidia-smi")
     wanted = count * (store.host_bytes + (store.device_bytes if on_cpu else 0))
-    free = psutil.virtual_memory().available
-    said = f"{free / _GIB:.1f} GiB of RAM free; {count} worker(s) may fill {wanted / _GIB:.1f} GiB with blocks"
-    if wanted > free:
+    free, held = psutil.virtual_memory().available, _held_by_own_fleet(state_dir)
+    said = f"{size_text(free)} of RAM free"
+    said += f" and {size_text(held)} held by the fleet that runs here" if held else ""
+    said += f"; {count} worker(s) may fill {size_text(wanted)} with blocks"
+    if wanted > free + held:
         yield Finding(
             "warn", "memory", said, "lower store.host_bytes or store.device_bytes (--set store.host_bytes=1GiB)"
         )
     else:
         yield Finding("ok", "memory", said)
+
+
+def _held_by_own_fleet(state_dir: Path) -> int:
+    from deploy.cluster import session_members
+
+    record = read_record(state_dir)
+    held = 0
+    for process in session_members(record.pid) if record is not None and lives(record) else ():
+        with suppress(psutil.NoSuchProcess):
+            held += process.memory_info().rss
+    return held
 
 
 def check_disk(settings: Settings, state_dir: Path) -> Iterator[Finding]:
@@ -202,15 +215,35 @@ def check_disk(settings: Settings, state_dir: Path) -> Iterator[Finding]:
         return
     used = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
     free, wanted = shutil.disk_usage(there).free + used, settings.workers.count * store.disk_bytes
-    said = (
-        f"{folder}: {format_size(free)} for blocks; {settings.workers.count} worker(s) may fill {format_size(wanted)}"
-    )
+    said = f"{folder}: {size_text(free)} for blocks; {settings.workers.count} worker(s) may fill {size_text(wanted)}"
     if wanted > free:
         yield Finding(
             "warn", "disk", said, "lower store.disk_bytes, or name another folder (--set store.disk_dir=PATH)"
         )
     else:
         yield Finding("ok", "disk", said)
+
+
+def check_secret(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """Under which secret blocks outlive the fleet: one that is set, or the one that is kept."""
+    from deploy.kept_secret import FILE, kept_secret
+    from deploy.state import StateProblem
+
+    path = state_dir / FILE
+    if settings.auth.fleet_secret is not None:
+        yield Finding("ok", "secret", "auth.fleet_secret is set")
+        return
+    try:
+        kept = kept_secret(state_dir)
+    except StateProblem as problem:
+        yield Finding("fail", "secret", str(problem), f"restore {path}, or remove it")
+        return
+    if kept is None:
+        yield Finding("ok", "secret", f"none yet; the first `warmkv up` makes one and keeps it in {path}")
+    elif path.stat().st_mode & 0o077:
+        yield Finding("warn", "secret", f"{path} can be read by other users", f"chmod 600 {path}")
+    else:
+        yield Finding("ok", "secret", f"kept in {path}: blocks on disk and in Redis outlive `warmkv down`")
 
 
 def check_shm(settings: Settings, state_dir: Path) -> Iterator[Finding]:
@@ -221,9 +254,9 @@ def check_shm(settings: Settings, state_dir: Path) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(folder).free
     if free < _LEAST_SHM:
-        yield Finding("fail", "shm", f"{format_size(free)} free in /dev/shm", "in Docker: --shm-size=1g")
+        yield Finding("fail", "shm", f"{size_text(free)} free in /dev/shm", "in Docker: --shm-size=1g")
     else:
-        yield Finding("ok", "shm", f"{free / _GIB:.1f} GiB free in /dev/shm")
+        yield Finding("ok", "shm", f"{size_text(free)} free in /dev/shm")
 
 
 def check_redis(settings: Settings, state_dir: Path) -> Iterator[Finding]:
@@ -347,6 +380,7 @@ CHECKS: tuple[Check, ...] = (
     check_ports,
     check_memory,
     check_disk,
+    check_secret,
     check_shm,
     check_redis,
     check_ray,

@@ -131,8 +131,7 @@ class LocalFleet:
         grpc_port, http_port = (port or free_port() for port in self.shape.ports)
         self.grpc_address, self.http_address = f"127.0.0.1:{grpc_port}", f"127.0.0.1:{http_port}"
         self._write_files(grpc_port, http_port)
-        self._router = self.spawn("up", "--config", str(self.folder / "warmkv.toml"), "--ephemeral", log=self.log_path)
-        await self._until(self._router_answers, "the router does not answer")
+        await self._up()
         self._say(f"router: gRPC {self.grpc_address}")
 
     async def wait_ready(self, count: int | None = None, *, newer_than: Mapping[str, int] | None = None) -> None:
@@ -167,6 +166,18 @@ class LocalFleet:
             os.kill(pid, signal.SIGKILL)
         return died
 
+    async def down_and_up(self) -> None:
+        """`warmkv down`, as a user types it, then the end of the router, then `warmkv up`; returns as `start` does.
+
+        Raises:
+            FleetProblem: `down` failed, or something did not come up.
+        """
+        ended = await asyncio.to_thread(self.spawn("down", log=self.log_path).wait)
+        if ended:
+            raise FleetProblem(f"`warmkv down` exited with {ended}; its last words:\n{self._last_words()}")
+        await asyncio.to_thread(self._end_router)
+        await self._up()
+
     async def stop(self) -> None:
         """End all that was started and remove the folder."""
         await asyncio.to_thread(self._stop)
@@ -179,6 +190,10 @@ class LocalFleet:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
             )
+
+    async def _up(self) -> None:
+        self._router = self.spawn("up", "--config", str(self.folder / "warmkv.toml"), "--ephemeral", log=self.log_path)
+        await self._until(self._router_answers, "the router does not answer")
 
     def _make_model(self) -> None:
         if isinstance(self.shape.model, Path):
@@ -244,7 +259,7 @@ class LocalFleet:
             return "none"
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-15:])
 
-    def _stop(self) -> None:
+    def _end_router(self) -> None:
         if self._router is not None and self._router.poll() is None:
             self._router.send_signal(signal.SIGTERM)
             try:
@@ -252,6 +267,9 @@ class LocalFleet:
             except subprocess.TimeoutExpired:
                 self._router.kill()
                 self._router.wait()
+
+    def _stop(self) -> None:
+        self._end_router()
         end_own_ray(self.state_dir)
         if self.redis is not None:
             self.redis.stop()

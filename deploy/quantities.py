@@ -48,6 +48,15 @@ def format_size(size: int) -> str:
     return f"{size}B"
 
 
+def size_text(size: float) -> str:
+    """For people, rounded: `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
 def parse_duration(value: object) -> float:
     """Seconds from `30m`, `1h30m`, `250ms`, or a number of seconds.
 

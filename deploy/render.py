@@ -81,7 +81,9 @@ def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
     parts.append(f"policy     {stats.policy.name} {weights_text(stats.policy.weights)}".rstrip())
     parts.append(f"prompts    {fates_text(stats.prompt_tokens)}")
     reads = "on" if stats.shared_tier_reads else "off"
-    parts.append(f"shared     {_tier_text(stats.shared_tier)}; reads {reads}")
+    shared = stats.shared_tier  # a fleet that has none says nothing of its health
+    state = _cut_off(shared) if shared.capacity_bytes or shared.blocks else ""
+    parts.append(f"shared     {_tier_text(shared)}{state}; reads {reads}")
     ttft = stats.ttft
     if ttft.count:
         window = f"the last {stats.window_seconds:g} s, {ttft.count} requests"
@@ -168,16 +170,18 @@ def tier_name(tier: int) -> str:
 
 def _worker_row(worker: admin_pb2.WorkerInfo) -> tuple[str, ...]:
     state = admin_pb2.WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower()
-    tiers = "  ".join(f"{tier_name(tier.tier)} {_tier_text(tier)}" for tier in worker.tiers)
+    tiers = "  ".join(f"{tier_name(tier.tier)} {_tier_text(tier)}{_cut_off(tier)}" for tier in worker.tiers)
     prefill = f"{worker.prefill_ms_per_1k:.0f}" if worker.prefill_ms_per_1k else "-"
     return worker.name, state, worker.address, str(worker.running), str(worker.waiting), prefill, tiers
 
 
 def _tier_text(tier: admin_pb2.TierUsage) -> str:
     used = f"{tier.used_bytes / _MIB:.0f}"
-    size = f"{used}/{tier.capacity_bytes / _MIB:.0f} MiB" if tier.capacity_bytes else f"{tier.blocks} blocks"
-    broken = "" if tier.healthy or not (tier.capacity_bytes or tier.blocks) else " (cut off)"
-    return size + broken
+    return f"{used}/{tier.capacity_bytes / _MIB:.0f} MiB" if tier.capacity_bytes else f"{tier.blocks} blocks"
+
+
+def _cut_off(tier: admin_pb2.TierUsage) -> str:
+    return "" if tier.healthy else " (cut off)"
 
 
 def _candidate_row(candidate: inference_pb2.Candidate) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deploy.quantities import format_duration
+from deploy.quantities import format_duration, size_text
 from deploy.render import tier_name
 from warmkv.v1 import admin_pb2, common_pb2
 
@@ -56,7 +56,7 @@ def print_warmed(answer: admin_pb2.WarmResponse) -> None:
         if each.HasField("fates"):
             _print(f"{each.worker}: {_fates(each.fates)}")
         else:
-            _print(f"{each.worker}: {each.started or 'no'} blocks on their way up from slower tiers")
+            _print(f"{each.worker}: {_looking(each.started)}")
     _print_problems((each.worker, each.problem) for each in answer.workers)
 
 
@@ -120,15 +120,6 @@ def _placed_behind(block: admin_pb2.CachedBlock, following: admin_pb2.CachedBloc
     return placed
 
 
-def size_text(size: float) -> str:
-    """`1.5 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 def _blocks_table(blocks: Sequence[admin_pb2.CachedBlock]) -> Table:
     table = _table("worker", "block", "after", "tokens", "tenant", "tiers", "TTL", "left", "pinned", "prio", "size")
     for block in blocks:
@@ -180,6 +171,12 @@ def _loads(tier: admin_pb2.TierCache) -> str:
         return "-"
     bad = f", {tier.bad_hits} slower than computing" if tier.bad_hits else ""
     return f"{tier.loads} in {tier.load_ms:.0f} ms (computing: {tier.compute_ms:.0f} ms){bad}"
+
+
+def _looking(blocks: int) -> str:
+    if not blocks:
+        return "nothing to look for: it is in RAM already, or no slower tier can have it (--compute computes it)"
+    return f"looks for {blocks} {'block' if blocks == 1 else 'blocks'} in slower tiers, and brings up what is there"
 
 
 def _state(cache: admin_pb2.WorkerCache) -> str:

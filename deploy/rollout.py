@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from deploy.cluster import ClusterProblem
 from deploy.discovery import KnownWorker, RayDiscovery
+from deploy.kept_secret import keep_secret
 from deploy.layers import Loaded, Origin
 from deploy.settings import Settings
-from deploy.state import ClusterRecord
 
 Say = Callable[[str], None]
 
@@ -29,9 +29,17 @@ _LOOK_EVERY_S = 1.0
 class Rollout:
     """One run: `begin` returns as soon as the workers are on their way, `finish` when all are ready."""
 
-    def __init__(self, loaded: Loaded, discovery: RayDiscovery, say: Say, started_at: float) -> None:
-        """Args: started_at: on the monotonic clock; progress is told as seconds since then."""
+    def __init__(
+        self, loaded: Loaded, discovery: RayDiscovery, say: Say, started_at: float, *, state_dir: Path
+    ) -> None:
+        """Name the fleet.
+
+        Args:
+            started_at: on the monotonic clock; progress is told as seconds since then.
+            state_dir: where the secret of a fleet is kept whose settings name none.
+        """
         self._loaded = loaded
+        self._state_dir = state_dir
         self._settings = loaded.settings
         self._discovery = discovery
         self._say = say
@@ -40,18 +48,15 @@ class Rollout:
         self._wanted: list[str] = []
         self._placed_at = time.monotonic()
 
-    async def begin(self, record: ClusterRecord | None) -> str:
+    async def begin(self) -> str:
         """Say what workers are made from and place them; the fleet's secret.
 
         Raises:
             ClusterProblem: another fleet runs there already, or Ray does not answer.
+            StateProblem: the kept secret cannot be read or written.
         """
         present: list[str] = await self._discovery.call("names")
-        secret = own_secret(self._settings) or (record.fleet_secret if record is not None else secrets.token_hex(32))
-        if present:
-            config = (await self._discovery.call("blueprint"))["config"]
-            _check_same_fleet(self._settings, config)
-            secret = config["fleet_secret"]
+        secret = await self._secret(present)
         template = self._settings.worker_config("template", fleet_secret=secret, threads=_threads(self._settings))
         await self._discovery.configure(template, await _bundle(self._settings, self._discovery))
         self._wanted = self._names_wanted(present)
@@ -86,6 +91,14 @@ class Rollout:
             if "ready" not in states.values():
                 raise ClusterProblem(f"{problem}, or give workers.start_timeout more") from None
             self._say(problem)
+
+    async def _secret(self, present: list[str]) -> str:
+        """That of the fleet that runs, else the one that was set, else the one that was kept."""
+        if present:
+            config = (await self._discovery.call("blueprint"))["config"]
+            _check_same_fleet(self._settings, config)
+            return str(config["fleet_secret"])
+        return own_secret(self._settings) or await asyncio.to_thread(keep_secret, self._state_dir)
 
     def _names_wanted(self, present: list[str]) -> list[str]:
         if present and self._loaded.origin("workers.count") is Origin.DEFAULT:

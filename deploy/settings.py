@@ -196,7 +196,9 @@ class AuthSettings(_Section):
         default="default", min_length=1, description="Tenant of callers where there is no keys file."
     )
     fleet_secret: SecretStr | None = Field(
-        default=None, description="What routers present to workers; none: made at the first `up`."
+        default=None,
+        description="What routers present to workers, and what block names are salted with; "
+        "none: made at the first `up`, and kept in the state folder.",
     )
 
 

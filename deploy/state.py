@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 _FILE = "cluster.json"
-_VERSION = 1
+_VERSION = 2  # 1 held the fleet secret as well
 _SAME_START_S = 5.0  # the clock may be stepped between two looks
 
 
@@ -31,7 +31,7 @@ class ClusterRecord:
 
     Attributes:
         address: of its GCS. pid: its first process, which leads its session. started_at: of that process, seconds
-        since 1970. temp_dir: its folder, removed with it. token: for Ray. fleet_secret: for workers.
+        since 1970. temp_dir: its folder, removed with it. token: for Ray.
     """
 
     address: str
@@ -39,7 +39,6 @@ class ClusterRecord:
     started_at: float
     temp_dir: str
     token: str
-    fleet_secret: str
 
 
 def default_state_dir(environ: Mapping[str, str] | None = None) -> Path:
@@ -70,16 +69,27 @@ def read_record(state_dir: Path) -> ClusterRecord | None:
 
 
 def write_record(state_dir: Path, record: ClusterRecord) -> None:
-    """Replace the record; only this user may read it, since it holds secrets.
+    """Replace the record; only this user may read it, since it holds Ray's token.
 
     Raises:
         StateProblem: the folder cannot be written.
     """
-    path, draft = state_dir / _FILE, state_dir / f"{_FILE}.{os.getpid()}"
+    write_private(state_dir / _FILE, json.dumps({"version": _VERSION, **asdict(record)}, indent=1))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a file of a state folder, whole or not at all, readable by this user only.
+
+    Raises:
+        StateProblem: the folder cannot be written.
+    """
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-            json.dump({"version": _VERSION, **asdict(record)}, stream, indent=1)
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
         draft.replace(path)
     except OSError as error:
         raise StateProblem(f"{path} cannot be written ({error.strerror}); give another --state-dir") from error

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from deploy.cluster import ClusterProblem, end_own_ray, ray_environment, start_own_ray
 from deploy.discovery import Borrowed, RayDiscovery
+from deploy.kept_secret import kept_secret
 from deploy.layers import Loaded, SettingsProblem
 from deploy.rollout import Rollout, Say, own_secret, since
 from deploy.settings import Settings
@@ -54,6 +55,7 @@ async def up(loaded: Loaded, state_dir: Path, *, ephemeral: bool, say: Say) -> N
     folder = check_model_folder(settings)
     check_router(settings)
     check_store(settings)
+    check_secret(settings, state_dir)
     started_at = time.monotonic()
     stop = _listen_to_signals()
     record: ClusterRecord | None = None
@@ -64,8 +66,8 @@ async def up(loaded: Loaded, state_dir: Path, *, ephemeral: bool, say: Say) -> N
         discovery = _ray_discovery(settings, record)
         try:
             await _unless(stop, discovery.start())
-            rollout = Rollout(loaded, discovery, say, started_at)
-            secret = await _unless(stop, rollout.begin(record))
+            rollout = Rollout(loaded, discovery, say, started_at, state_dir=state_dir)
+            secret = await _unless(stop, rollout.begin())
             config = settings.router_config(_router_name(settings), model_dir=str(folder), fleet_secret=secret)
             await _serve(config, Borrowed(discovery), stop, say, meanwhile=rollout.finish)
         finally:
@@ -177,6 +179,16 @@ def check_store(settings: Settings) -> None:
         Keyring.parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise KeyringError(f"store.keys_file {path} cannot be read ({error}); name a file that this user can") from None
+
+
+def check_secret(settings: Settings, state_dir: Path) -> None:
+    """Look at the kept secret where it would be used: no fleet runs yet, and the settings name none.
+
+    Raises:
+        StateProblem: it cannot be read.
+    """
+    if settings.ray.address is None and own_secret(settings) is None and _living(state_dir) is None:
+        kept_secret(state_dir)
 
 
 def check_router(settings: Settings) -> None:

@@ -72,8 +72,13 @@ class CacheAdmin:
     def stats(self, request: admin_pb2.GetCacheStatsRequest, *, caller: Caller) -> admin_pb2.GetCacheStatsResponse:
         """What workers reported last. Raises WorkerNotFound."""
         with audited("cache_stats", caller, of_worker=request.worker):
-            links = [self._fleet.link(request.worker)] if request.worker else self._fleet.links()
-            return admin_pb2.GetCacheStatsResponse(workers=[self._worker_cache(link) for link in links])
+            if not request.worker:
+                return self.tiers()
+            return admin_pb2.GetCacheStatsResponse(workers=[self._worker_cache(self._fleet.link(request.worker))])
+
+    def tiers(self) -> admin_pb2.GetCacheStatsResponse:
+        """What all workers reported last. Not logged: pages ask for it every other second."""
+        return admin_pb2.GetCacheStatsResponse(workers=[self._worker_cache(link) for link in self._fleet.links()])
 
     async def warm(self, request: admin_pb2.WarmRequest, *, caller: Caller) -> admin_pb2.WarmResponse:
         """See `Warming.warm`."""

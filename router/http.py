@@ -3,6 +3,7 @@
     GET  /              the dashboard           GET /static/NAME   its parts
     GET  /metrics       Prometheus, OpenMetrics GET /healthz, /readyz
     GET  /api/stats     the numbers, once       GET /events        one frame a second (server-sent events)
+    GET  /api/cache     the tiers of all workers
     GET  /api/policy    the policy in force     POST /api/policy   sets it (role admin, same origin, CSRF token)
 
 With API keys configured, /api and /events ask for one (`Authorization: Bearer KEY`). The page itself, metrics and
@@ -115,6 +116,7 @@ class _Handlers:
             web.get("/healthz", self.healthz),
             web.get("/readyz", self.readyz),
             web.get("/api/stats", self.stats),
+            web.get("/api/cache", self.cache),
             web.get("/events", self.events),
             web.get("/api/policy", self.get_policy),
             web.post("/api/policy", self.set_policy),
@@ -147,6 +149,10 @@ class _Handlers:
     async def stats(self, request: web.Request) -> web.Response:
         caller = self._caller(request)
         return _json(stats_to_plain(self._router.stats(show_prompts=self._may_see_prompts(request, caller))))
+
+    async def cache(self, request: web.Request) -> web.Response:
+        self._caller(request)
+        return _json(to_plain(self._router.cache.tiers()))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         caller = self._caller(request)

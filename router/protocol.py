@@ -119,7 +119,11 @@ class Encoder(Protocol):
 
 
 class CacheApi(Protocol):
-    """What operators ask of the cache. All raise `router.errors.RouterError`, and all are logged."""
+    """What operators ask of the cache. All raise `router.errors.RouterError`, and all but `tiers` are logged."""
+
+    def tiers(self) -> admin_pb2.GetCacheStatsResponse:
+        """The numbers of every tier of every worker, for a page that asks every other second."""
+        ...
 
     async def list_blocks(
         self, request: admin_pb2.ListBlocksRequest, *, caller: Caller

@@ -31,6 +31,7 @@ export async function call(path, options = {}) {
   return response;
 }
 
+export const getCache = async () => (await call("/api/cache")).json();
 export const getPolicy = async () => (await call("/api/policy")).json();
 
 export async function setPolicy(change, csrfToken) {

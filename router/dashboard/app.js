@@ -8,6 +8,7 @@ import { Feed } from "/static/feed.js";
 import { History } from "/static/history.js";
 import { PolicyForm } from "/static/policy.js";
 import { PrefixMap } from "/static/prefixes.js";
+import { Store } from "/static/store.js";
 import { renderTiles } from "/static/tiles.js";
 import { Workers } from "/static/workers.js";
 
@@ -25,6 +26,7 @@ const charts = new Charts(history);
 const workers = new Workers();
 const prefixMap = new PrefixMap();
 const decisions = new Decisions();
+const store = new Store();
 const policyForm = new PolicyForm();
 let stats = null;
 let scheduled = false;
@@ -42,6 +44,7 @@ feed.addEventListener("stats", ({ detail }) => {
   history.add(detail.point);
   stats = detail.stats;
   policyForm.follow(stats);
+  store.follow(schedule);
   schedule();
 });
 
@@ -87,6 +90,7 @@ function render() {
   workers.render(stats);
   prefixMap.render(stats);
   decisions.render(stats);
+  store.render();
 }
 
 function askForKey(reason) {

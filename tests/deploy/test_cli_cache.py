@@ -41,7 +41,7 @@ def test_warming_computes_a_prompt_and_the_next_request_finds_it(fleet: Fleet) -
 
 def test_without_compute_nothing_that_nobody_holds_is_made(fleet: Fleet) -> None:
     done = fleet.run("cache", "warm", SYSTEM)
-    assert re.search(r"^w\d: no blocks on their way up from slower tiers$", done.stdout, re.M), done.stdout
+    assert re.search(r"^w\d: nothing to look for: it is in RAM already,", done.stdout, re.M), done.stdout
     assert "no such blocks" in fleet.run("cache", "ls").stdout
 
 

@@ -40,7 +40,7 @@ def family() -> Iterator[subprocess.Popen[str]]:
 
 def _record(process: subprocess.Popen[str], temp_dir: Path) -> ClusterRecord:
     started = psutil.Process(process.pid).create_time()
-    return ClusterRecord("127.0.0.2:1", process.pid, started, str(temp_dir), "token", "secret")
+    return ClusterRecord("127.0.0.2:1", process.pid, started, str(temp_dir), "token")
 
 
 def test_ending_takes_the_whole_session_and_only_it(
@@ -72,7 +72,7 @@ def test_children_of_a_dead_leader_are_ended_too(tmp_path: Path, family: subproc
 
 def test_a_number_that_another_process_bears_now_is_not_touched(tmp_path: Path, family: subprocess.Popen[str]) -> None:
     ours = _record(family, tmp_path / "gone")
-    write_record(tmp_path, ClusterRecord(ours.address, ours.pid, ours.started_at - 999, ours.temp_dir, "t", "s"))
+    write_record(tmp_path, ClusterRecord(ours.address, ours.pid, ours.started_at - 999, ours.temp_dir, "t"))
     assert end_own_ray(tmp_path)
     assert len(session_members(family.pid)) == 2
     assert read_record(tmp_path) is None
@@ -94,7 +94,7 @@ def test_a_ray_that_does_not_start_says_why_and_leaves_nothing(tmp_path: Path, m
 
 
 def test_the_token_goes_to_drivers_of_the_own_ray_only() -> None:
-    record = ClusterRecord("127.0.0.2:1", 1, 1.0, "/tmp/x", "s3cret", "fleet")
+    record = ClusterRecord("127.0.0.2:1", 1, 1.0, "/tmp/x", "s3cret")
     theirs = {"PATH": "/bin", "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": "/theirs"}
     own = ray_environment(record, theirs)
     assert (own["RAY_AUTH_MODE"], own["RAY_AUTH_TOKEN"]) == ("token", "s3cret")

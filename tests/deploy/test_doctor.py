@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from deploy import doctor
 from deploy.doctor import Finding, examine
+from deploy.kept_secret import FILE, keep_secret
 from deploy.layers import load_settings
 from deploy.redis_server import PrivateRedis
 from deploy.settings import Settings
@@ -142,7 +146,7 @@ def test_another_ray_version_is_a_failure(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_own_ray_that_has_died_is_a_warning(tmp_path: Path) -> None:
-    write_record(tmp_path, ClusterRecord("127.0.0.2:1", 1, 0.0, "/tmp/x", "t", "s"))
+    write_record(tmp_path, ClusterRecord("127.0.0.2:1", 1, 0.0, "/tmp/x", "t"))
     (finding,) = doctor.check_ray(_settings(), tmp_path)
     assert finding.level == "warn"
     assert "warmkv down" in finding.remedy
@@ -168,3 +172,34 @@ def test_the_folder_of_the_disk_tier_must_be_writable_and_have_room(tmp_path: Pa
     (tmp_path / "file").write_text("")
     assert levels(store__disk_dir=str(tmp_path / "file")) == ["fail"]
     assert not (tmp_path / "blocks").exists(), "a question changes nothing"
+
+
+def test_what_the_fleet_that_runs_here_holds_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = psutil.virtual_memory()._replace(available=1 << 20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    chosen = _settings(store__host_bytes="2MiB", store__device_bytes="1MiB", workers__device="cpu")
+    assert _levels(list(doctor.check_memory(chosen, tmp_path))) == ["warn"]
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as leader:
+        started = psutil.Process(leader.pid).create_time()
+        write_record(tmp_path, ClusterRecord("127.0.0.2:1", leader.pid, started, "/tmp/x", "t"))
+        monkeypatch.setattr(psutil.Process, "memory_info", lambda _self: SimpleNamespace(rss=3 << 20))
+        (finding,) = doctor.check_memory(chosen, tmp_path)
+        leader.kill()
+    assert finding.level == "ok"
+    assert "3.0 MiB held by the fleet that runs here" in finding.found
+
+
+def test_the_fleet_secret_is_looked_at_and_not_made(tmp_path: Path) -> None:
+    def check(**flags: object) -> tuple[str, str]:
+        (finding,) = doctor.check_secret(_settings(**flags), tmp_path)
+        return finding.level, finding.found + finding.remedy
+
+    assert check()[0] == "ok"
+    assert list(tmp_path.iterdir()) == []
+    keep_secret(tmp_path)
+    assert "outlive" in check()[1]
+    (tmp_path / FILE).chmod(0o644)
+    assert check() == ("warn", f"{tmp_path / FILE} can be read by other userschmod 600 {tmp_path / FILE}")
+    (tmp_path / FILE).write_text("damaged")
+    assert check()[0] == "fail"
+    assert check(auth__fleet_secret="mine") == ("ok", "auth.fleet_secret is set")

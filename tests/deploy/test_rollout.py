@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from deploy.cluster import ClusterProblem
 from deploy.discovery import KnownWorker, RayDiscovery
+from deploy.kept_secret import kept_secret
 from deploy.layers import load_settings
 from deploy.rollout import Rollout
-from deploy.state import ClusterRecord
 from workers.config import WorkerConfig
 
-RECORD = ClusterRecord("127.0.0.2:1", 1, 1.0, "/tmp/x", "token", "secret-of-the-record")
+KEPT = "ab" * 32
 
 
 class FakeDiscovery:
@@ -51,29 +52,46 @@ class FakeDiscovery:
         await asyncio.sleep(0.01)
 
 
-def _rollout(discovery: FakeDiscovery, said: list[str], **flags: object) -> Rollout:
+def _rollout(
+    discovery: FakeDiscovery, said: list[str], *, state_dir: Path = Path("/dev/null/none"), **flags: object
+) -> Rollout:
     chosen = {"model.dir": "/m", **{name.replace("__", "."): value for name, value in flags.items()}}
     loaded = load_settings(environ={}, flags=chosen)
-    return Rollout(loaded, cast("RayDiscovery", discovery), said.append, time.monotonic())
+    return Rollout(loaded, cast("RayDiscovery", discovery), said.append, time.monotonic(), state_dir=state_dir)
 
 
 @pytest.mark.asyncio
-async def test_all_workers_are_placed_at_once_and_the_last_one_is_waited_for() -> None:
+async def test_all_workers_are_placed_at_once_and_the_last_one_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "fleet-secret").write_text(KEPT)
     discovery, said = FakeDiscovery([], lambda _name: "ready"), list[str]()
-    rollout = _rollout(discovery, said, workers__count=5)
-    assert await rollout.begin(RECORD) == "secret-of-the-record"
+    rollout = _rollout(discovery, said, workers__count=5, state_dir=tmp_path)
+    assert await rollout.begin() == KEPT
     await rollout.finish()
     assert discovery.scaled == [5]
     assert any("5 of 5 ready" in line for line in said)
     assert discovery.template is not None
-    assert discovery.template.fleet_secret == "secret-of-the-record"
+    assert discovery.template.fleet_secret == KEPT
+
+
+@pytest.mark.asyncio
+async def test_a_secret_that_was_set_is_used_and_not_kept(tmp_path: Path) -> None:
+    discovery = FakeDiscovery([], lambda _name: "ready")
+    assert await _rollout(discovery, [], state_dir=tmp_path, auth__fleet_secret="mine").begin() == "mine"
+    assert kept_secret(tmp_path) is None
+
+
+@pytest.mark.asyncio
+async def test_two_fleets_of_one_state_folder_one_after_the_other_have_one_secret(tmp_path: Path) -> None:
+    discoveries = [FakeDiscovery([], lambda _name: "ready") for _ in range(2)]
+    first, second = [await _rollout(each, [], state_dir=tmp_path / "new").begin() for each in discoveries]
+    assert first == second
 
 
 @pytest.mark.asyncio
 async def test_a_worker_that_is_there_is_never_ended_on_the_way_up() -> None:
     discovery = FakeDiscovery(["w3"], lambda _name: "ready", fleet=_fleet())
     rollout = _rollout(discovery, [], workers__count=6)
-    assert await rollout.begin(RECORD) == "theirs", "the fleet that runs keeps its secret"
+    assert await rollout.begin() == "theirs", "the fleet that runs keeps its secret"
     await rollout.finish()
     assert min(discovery.scaled) >= 4
     assert discovery.scaled[-1] == 6
@@ -83,7 +101,7 @@ async def test_a_worker_that_is_there_is_never_ended_on_the_way_up() -> None:
 async def test_without_a_number_a_fleet_that_runs_is_left_as_it_is() -> None:
     discovery = FakeDiscovery(["w0", "w1", "w2"], lambda _name: "ready", fleet=_fleet())
     rollout = _rollout(discovery, [])
-    await rollout.begin(RECORD)
+    await rollout.begin()
     await rollout.finish()
     assert discovery.scaled == []
 
@@ -93,25 +111,25 @@ async def test_without_a_number_a_fleet_that_runs_is_left_as_it_is() -> None:
 async def test_a_fleet_of_something_else_is_not_joined(different: dict[str, object]) -> None:
     discovery = FakeDiscovery(["w0"], lambda _name: "ready", fleet={**_fleet(), **different})
     with pytest.raises(ClusterProblem, match="warmkv down"):
-        await _rollout(discovery, []).begin(RECORD)
+        await _rollout(discovery, []).begin()
     assert discovery.scaled == []
 
 
 @pytest.mark.asyncio
-async def test_when_no_worker_can_start_the_reason_is_the_error() -> None:
+async def test_when_no_worker_can_start_the_reason_is_the_error(tmp_path: Path) -> None:
     discovery, said = FakeDiscovery([], lambda _name: "failed"), list[str]()
-    rollout = _rollout(discovery, said, workers__count=2)
-    await rollout.begin(RECORD)
+    rollout = _rollout(discovery, said, workers__count=2, state_dir=tmp_path)
+    await rollout.begin()
     with pytest.raises(ClusterProblem, match="it broke"):
         await rollout.finish()
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("one_is", "raises"), [("ready", False), ("starting", True)])
-async def test_a_late_worker_is_an_error_only_where_none_is_ready(one_is: str, raises: bool) -> None:
+async def test_a_late_worker_is_an_error_only_where_none_is_ready(one_is: str, raises: bool, tmp_path: Path) -> None:
     discovery, said = FakeDiscovery([], lambda name: one_is if name == "w0" else "starting"), list[str]()
-    rollout = _rollout(discovery, said, workers__count=2, workers__start_timeout="100ms")
-    await rollout.begin(RECORD)
+    rollout = _rollout(discovery, said, workers__count=2, workers__start_timeout="100ms", state_dir=tmp_path)
+    await rollout.begin()
     if raises:
         with pytest.raises(ClusterProblem, match="w1 starting"):
             await rollout.finish()
@@ -121,10 +139,10 @@ async def test_a_late_worker_is_an_error_only_where_none_is_ready(one_is: str, r
 
 
 @pytest.mark.asyncio
-async def test_cuda_without_a_gpu_is_refused_before_anything_is_placed() -> None:
+async def test_cuda_without_a_gpu_is_refused_before_anything_is_placed(tmp_path: Path) -> None:
     discovery = FakeDiscovery([], lambda _name: "ready")
     with pytest.raises(ClusterProblem, match="no GPU"):
-        await _rollout(discovery, [], workers__device="cuda").begin(RECORD)
+        await _rollout(discovery, [], workers__device="cuda", state_dir=tmp_path).begin()
     assert discovery.scaled == []
 
 

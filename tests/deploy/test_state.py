@@ -26,7 +26,7 @@ from deploy.state import (
 @pytest.fixture
 def record() -> ClusterRecord:
     own = psutil.Process()
-    return ClusterRecord("127.0.0.2:1", own.pid, own.create_time(), "/tmp/x", "token", "secret")
+    return ClusterRecord("127.0.0.2:1", own.pid, own.create_time(), "/tmp/x", "token")
 
 
 def test_a_record_comes_back_as_it_was_written_and_only_its_owner_may_read_it(
@@ -42,7 +42,7 @@ def test_a_record_comes_back_as_it_was_written_and_only_its_owner_may_read_it(
     remove_record(path.parent)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 99}', '{"version": 1, "pid": 1}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 99}', '{"version": 2, "pid": 1}'])
 def test_a_record_that_cannot_be_read_is_a_problem_with_a_remedy(tmp_path: Path, content: str) -> None:
     (tmp_path / "cluster.json").write_text(content)
     with pytest.raises(StateProblem, match=r"cluster\.json"):
@@ -86,4 +86,4 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, record: Cluste
 
 def test_the_record_names_its_version(tmp_path: Path, record: ClusterRecord) -> None:
     write_record(tmp_path, record)
-    assert json.loads((tmp_path / "cluster.json").read_text())["version"] == 1
+    assert json.loads((tmp_path / "cluster.json").read_text())["version"] == 2

@@ -404,7 +404,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_without_redis_prefixes_come_back_from_disk_and_nothing_is_left_at_the_end() -> None:
+def test_without_redis_prefixes_come_back_from_disk_also_after_down_and_up_and_nothing_is_left_at_the_end() -> None:
     fleet = LocalFleet(FleetShape(MODEL, workers=1, redis_bytes=0, disk_bytes=64 * MIB))
 
     async def comes_back() -> None:
@@ -421,6 +421,14 @@ def test_without_redis_prefixes_come_back_from_disk_and_nothing_is_left_at_the_e
             await until(on_disk)
             died = await fleet.kill_workers()
             await fleet.wait_ready(newer_than=died)
+            again, warm, _ = await ask(client, TEXT)
+        assert again == tokens
+        assert fates(warm).get("disk", 0) > 0.8 * warm.prompt_tokens
+        before = fleet.worker_pids()
+        await fleet.down_and_up()
+        await fleet.wait_ready()
+        assert fleet.worker_pids() != before
+        async with fleet.client() as client:
             again, warm, _ = await ask(client, TEXT)
         assert again == tokens
         assert fates(warm).get("disk", 0) > 0.8 * warm.prompt_tokens

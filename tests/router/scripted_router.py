@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 from router.errors import InvalidRequest
 from router.protocol import CacheApi, Caller, RequestContext
@@ -46,12 +46,13 @@ class ScriptedRouter:
 
     Attributes:
         now: the next answer of `stats`, free to be changed. applied: what `set_policy` was asked for.
-        snapshots: calls of `stats`, by `show_prompts`.
+        snapshots: calls of `stats`, by `show_prompts`. store: the answer of `cache.tiers`, free to be changed.
     """
 
     def __init__(self, *, workers: int = 4, seed: int = 1) -> None:
         self.applied: list[admin_pb2.SetPolicyRequest] = []
         self.snapshots: list[bool] = []
+        self.store = admin_pb2.GetCacheStatsResponse()
         self.is_ready = True
         self._taken = asyncio.Event()
         self._random = random.Random(seed)
@@ -227,7 +228,10 @@ class ScriptedRouter:
 
     @property
     def cache(self) -> CacheApi:
-        raise NotImplementedError
+        return cast("CacheApi", self)
+
+    def tiers(self) -> admin_pb2.GetCacheStatsResponse:
+        return self.store
 
 
 def hash_of(index: int) -> str:

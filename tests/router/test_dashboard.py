@@ -232,6 +232,68 @@ def test_workers_show_state_load_fill_and_what_is_wrong(server: Server, open_pag
     assert "1,024 blocks" in text(page, ".shared")
 
 
+def fill_store(router: ScriptedRouter) -> None:
+    """Two workers with a disk and a Redis; one disk is full, the Redis is cut off."""
+    down = "redis does not answer; start it"
+    for name, problem in (("w0", ""), ("w1", "the disk is full; free room")):
+        worker = router.store.workers.add(worker=name, state=admin_pb2.WORKER_STATE_READY)
+        worker.tiers.add(
+            tier=common_pb2.TIER_DISK,
+            used_bytes=8 * MIB,
+            capacity_bytes=32 * MIB,
+            blocks=64,
+            pinned=3,
+            healthy=True,
+            hits=10,
+            misses={"corrupt": 1, "absent": 2},
+            store_failures={"full": 4},
+            problem=problem,
+            removals={"evicted": 5},
+            loads=4,
+            bad_hits=1,
+            load_ms=40,
+            compute_ms=200,
+        )
+        worker.tiers.add(
+            tier=common_pb2.TIER_REDIS,
+            used_bytes=100 * MIB,
+            capacity_bytes=200 * MIB,
+            blocks=800,
+            healthy=False,
+            problem=down,
+            misses={"deadline": 3},
+        )
+
+
+def test_the_store_shows_every_tier_with_its_misses_and_its_problems(
+    server: Server, open_page: Callable[..., Watched], tmp_path: Path
+) -> None:
+    watched = open_page(server.url)
+    page = watched.page
+    live(page)
+    expect(page.locator("#store .empty")).to_be_visible()
+    server.do(fill_store)
+    rows = page.locator("#store tbody tr")
+    expect(rows).to_have_count(2)
+    cells = [[cell.strip() for cell in row.locator("th, td").all_inner_texts()] for row in rows.all()]
+    assert cells[0] == [
+        *("Disk", "!has a problem (1 of 2)", "16 MiB of 64 MiB", "128", "6", "20", "absent 4, corrupt 2", "full 8", "evicted 10"),
+        *("8 · 10 ms (computing 50 ms)", "2"),
+    ]
+    # One server is not two: what all workers share does not add up.
+    assert cells[1][:4] == [
+        *("Redis", "✕cut off (2 of 2)", "100 MiB of 200 MiB", "800"),
+    ]
+    alarming = page.locator("#store .bad").all_inner_texts()
+    assert alarming == ["absent 4, corrupt 2", "full 8", "2"], "a deadline is no wrong byte"
+    assert page.locator("#store-problems li").all_inner_texts() == [
+        "Redis of w0, w1 redis does not answer; start it",
+        "Disk of w1 the disk is full; free room",
+    ]
+    shot(page, tmp_path, "store")
+    assert watched.problems == []
+
+
 def share_of(locator: Any) -> float:
     """The width of a bar's filled part in its parent's. Transitions are waited for."""
     script = """async (bar) => {

@@ -205,7 +205,16 @@ async def test_a_wrong_method_is_a_405_that_names_the_right_one() -> None:
 @pytest.mark.asyncio
 async def test_a_foreign_host_is_refused_everywhere_but_at_the_probes() -> None:
     async with serving(ScriptedRouter()) as client:
-        for path in ["/", "/static/app.js", "/metrics", "/api/stats", "/api/policy", "/events", "/nowhere"]:
+        for path in [
+            "/",
+            "/static/app.js",
+            "/metrics",
+            "/api/stats",
+            "/api/cache",
+            "/api/policy",
+            "/events",
+            "/nowhere",
+        ]:
             async with client.get(path, headers={"Host": "evil.example:8080"}) as response:
                 assert (await error_of(response))[:2] == (403, "PERMISSION_DENIED"), path
         for path in ["/healthz", "/readyz"]:
@@ -235,6 +244,18 @@ async def test_stats_are_the_routers_numbers() -> None:
     assert stats["requests"] == {"OK": 20}
     assert stats["workers"][1]["state"] == "WORKER_STATE_READY"
     assert stats["prefixes"][0]["held"][0]["device_tokens"] == router.now.prefixes[0].held[0].device_tokens
+
+
+@pytest.mark.asyncio
+async def test_the_tiers_of_all_workers_are_those_that_they_reported() -> None:
+    router = ScriptedRouter()
+    tier = router.store.workers.add(worker="w0").tiers.add(hits=1 << 40, misses={"absent": 7}, problem="none")
+    async with serving(router) as client:
+        status, text, headers = await get(client, "/api/cache")
+    assert (status, headers["Cache-Control"]) == (200, "no-store")
+    (worker,) = json.loads(text)["workers"]
+    assert worker["tiers"][0]["hits"] == tier.hits, "a number, not a text"
+    assert (worker["tiers"][0]["misses"], worker["tiers"][0]["problem"]) == ({"absent": 7}, "none")
 
 
 @pytest.mark.asyncio
@@ -436,7 +457,7 @@ async def test_a_huge_body_is_refused() -> None:
 @pytest.mark.asyncio
 async def test_with_keys_data_needs_one_and_the_page_and_scrapers_do_not(keys: ApiKeys) -> None:
     async with serving(ScriptedRouter(), authenticate=keys.authenticate) as client:
-        for path in ["/api/stats", "/api/policy", "/events"]:
+        for path in ["/api/stats", "/api/cache", "/api/policy", "/events"]:
             async with client.get(path) as response:
                 assert (await error_of(response))[:2] == (401, "UNAUTHENTICATED"), path
                 assert response.headers["WWW-Authenticate"] == "Bearer"
