@@ -7,8 +7,8 @@ several tiers or workers.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from kvstore.eviction.policies import Eviction, Hint, make_eviction
 from kvstore.eviction.tail import spare_blocks
@@ -31,6 +31,7 @@ class Replay:
 
     Attributes:
         counted: number of the first request that counts.
+        said: what a server knows of each request's conversation when it serves it.
     """
 
     def __init__(self, trace: Trace, *, longest: int | None = None) -> None:
@@ -41,6 +42,7 @@ class Replay:
         self.segments = segments(trace.requests, longest=longest)
         self.counted = len(trace.requests) // 10
         self.tokens = sum(request.input_length for request in trace.requests[self.counted :])
+        self.said = list(told(trace.requests))
 
     def hit(self, policy: str, capacity_tokens: int) -> float:
         """Share of the prompt tokens that one cache of that size would have had."""
@@ -64,6 +66,21 @@ class Replay:
         return blocks
 
 
+def told(requests: Sequence[Request]) -> Iterator[Hint]:
+    """What a server knows of each request's conversation: turn, time since the turn before, tokens added, stop."""
+    latest: dict[str, Request] = {}
+    for request in requests:
+        before = None if request.session is None else latest.get(request.session)
+        yield Hint(
+            turn=request.turn,
+            think_s=None if before is None else request.time_s - before.time_s,
+            new_tokens=request.input_length - (0 if before is None else before.input_length),
+            awaits_tool=None if request.stop is None else request.stop == "tool_use",
+        )
+        if request.session is not None:
+            latest[request.session] = request
+
+
 class Cache:
     """One cache under a policy of the store. Segments are evicted from their end, block by block.
 
@@ -73,6 +90,7 @@ class Cache:
 
     def __init__(self, replay: Replay, policy: str, capacity: int) -> None:
         self._segments = replay.segments
+        self._said = replay.said
         self._capacity = capacity
         self._clock = Clock()
         self._used = 0
@@ -89,7 +107,7 @@ class Cache:
             if segment in self.held:
                 self._eviction.use(segment)
             else:
-                self._eviction.add(segment, None, hint=self._hint(segment, request))
+                self._eviction.add(segment, None, hint=self._hint(segment, number))
             self._used += length - self.held.get(segment, 0)
             self.held[segment] = length
         while self._used > self._capacity:
@@ -106,14 +124,9 @@ class Cache:
             del self.held[victim]
             self._eviction.remove(victim)
 
-    def _hint(self, segment: int, request: Request) -> Hint:
-        return Hint(
-            name=segment,
-            parent=self._segments.parents[segment],
-            position=self._segments.ends[segment] - 1,
-            turn=request.turn,
-            awaits_tool=None if request.stop is None else request.stop == "tool_use",
-        )
+    def _hint(self, segment: int, number: int) -> Hint:
+        place = self._segments.ends[segment] - 1
+        return replace(self._said[number], name=segment, parent=self._segments.parents[segment], position=place)
 
 
 class Belady:

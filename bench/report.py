@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -21,10 +22,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+_MET = {True: "yes", False: "NO", None: ""}
+_BAR = re.compile(r"(<=|>=|<|>|)\s*([\d.]+)(?:\s*\+-\s*([\d.]+))?(?:\s|$)")
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure: the median of `n` measurements, with the smallest and the largest."""
+    """One figure: the median of `n` measurements, with the smallest and the largest.
+
+    Attributes:
+        bar: what `value` should reach: `>= 3.5`, `< 1`, `0.145 +- 0.005` or `0`, and then any words; empty: nothing.
+        is_met: whether it does; None: there is no bar.
+    """
 
     name: str
     value: float
@@ -33,6 +42,7 @@ class Row:
     max: float
     n: int
     bar: str = ""
+    is_met: bool | None = None
 
 
 @dataclass(slots=True)
@@ -43,8 +53,13 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def add(self, name: str, samples: Sequence[float], unit: str, *, bar: str = "") -> Row:
-        """A row of the samples' median; `bar` is what the figure should reach, for people."""
-        row = Row(name, statistics.median(samples), unit, min(samples), max(samples), len(samples), bar)
+        """A row of the samples' median; `bar` is what the figure should reach, for people.
+
+        Raises:
+            ValueError: the bar is none, or there are no samples.
+        """
+        value = statistics.median(samples)
+        row = Row(name, value, unit, min(samples), max(samples), len(samples), bar, reaches(value, bar))
         self.rows.append(row)
         return row
 
@@ -53,16 +68,39 @@ class Report:
         machine = machine_facts()
         command = shlex.join(["python", "-m", f"bench.{self.bench}", *sys.argv[1:]])
         if as_json:
-            rows = [{k: v for k, v in asdict(row).items() if k != "bar"} for row in self.rows]
+            rows = [{k: v for k, v in asdict(row).items() if k not in ("bar", "is_met")} for row in self.rows]
             print(json.dumps({"bench": self.bench, "command": command, "machine": machine, "rows": rows}))
             return
         table = Table(title=command, caption=", ".join(f"{k} {v}" for k, v in machine.items()), caption_justify="left")
-        for column in ("row", "median", "min", "max", "n", "unit", "bar"):
-            table.add_column(column, justify="left" if column in ("row", "unit", "bar") else "right")
+        for column in ("row", "median", "min", "max", "n", "unit", "bar", "met"):
+            table.add_column(column, justify="left" if column in ("row", "unit", "bar", "met") else "right")
         for row in self.rows:
             figures = (f"{x:.4g}" for x in (row.value, row.min, row.max))
-            table.add_row(row.name, *figures, str(row.n), row.unit, row.bar)
+            table.add_row(row.name, *figures, str(row.n), row.unit, row.bar, _MET[row.is_met])
         Console(width=None if sys.stdout.isatty() else 120).print(table)
+        missed = [row.name for row in self.rows if row.is_met is False]
+        print(f"bars missed: {', '.join(missed) or 'none'}")
+
+
+def reaches(value: float, bar: str) -> bool | None:
+    """Whether a value reaches its bar; None: there is none.
+
+    Raises:
+        ValueError: the bar is none.
+    """
+    if not bar:
+        return None
+    parts = _BAR.match(bar)
+    if parts is None:
+        raise ValueError(f"{bar!r} is no bar; write it like '>= 3.5' or '0.145 +- 0.005'")
+    relation, limit, tolerance = parts[1], float(parts[2]), float(parts[3] or 0.0)
+    met = {"<=": value <= limit, ">=": value >= limit, "<": value < limit, ">": value > limit}
+    return met.get(relation, abs(value - limit) <= tolerance)
+
+
+def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Pairwise: each value by the other one that was measured beside it."""
+    return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def machine_facts() -> dict[str, str | int]:

@@ -15,8 +15,6 @@ def main() -> None:
     """Print the table."""
     options = arguments(__doc__)
     report = Report("store")
-    if importlib.util.find_spec("hiredis") is None:
-        print("redis-py with hiredis: left out; pip install hiredis to see it", file=sys.stderr)
     for part in PARTS:
         if importlib.util.find_spec(f"bench.{part}") is None:
             print(f"bench.{part}: left out, it is not there", file=sys.stderr)

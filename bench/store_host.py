@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from bench.report import Report, arguments
+from bench.report import Report, arguments, ratios
 from kvstore.blocks import BlockHash, block_hashes
 from kvstore.events import RemovalCause
 from kvstore.host.memory import available_bytes
@@ -140,11 +140,6 @@ def write_each(tier: HostTier, batches_of_one: list[list[BlockMeta]]) -> float:
     """Seconds to write blocks one by one."""
     payload = [memoryview(bytes(SMALL.block_nbytes))]
     return seconds(lambda: [tier.write(metas, payload) for metas in batches_of_one])
-
-
-def ratios(values: list[float], others: list[float]) -> list[float]:
-    """Pairwise."""
-    return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def filled(blocks: int) -> HostTier:

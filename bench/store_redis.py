@@ -4,36 +4,29 @@ Every size writes and reads one set of values through every client in turn, roun
 hits all of them. A figure is the best of a batch of rounds; the rows' n counts batches. Values are random bytes, read
 into slots that have been touched before; keys are dropped before each write, outside of its time. GB = 10^9 bytes.
 
-`raw` is the ceiling: plain SET and GET of one string, four under way, no header, no checksum, no deadline, no TTL.
+The clients are those of `redis_clients`: `raw` is the ceiling, `raw_hset` the ceiling for values of our form. A ratio
+is that of two clients' best rounds in one batch, the lower one of unix socket and TCP.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import socket
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
 
 import numpy as np
 import redis
-from redis._parsers import Encoder, _RESP2Parser
-from redis.connection import PythonRespSerializer
 
-from bench.report import Report
+from bench.redis_clients import ROOT, Ours, Views, absent, expect, open_clients, open_tier
+from bench.report import Report, arguments, ratios
 from deploy.redis_server import PrivateRedis
-from kvstore.blocks import BlockHash, block_hashes
-from kvstore.codec import BlockCodec
+from kvstore.blocks import block_hashes
 from kvstore.events import RemovalCause
-from kvstore.layout import KVLayout
-from kvstore.redis.resp import pack
-from kvstore.redis.tier import RedisTier
-from kvstore.tier import chain_metas
 
 SIZES = {
     "64kib": 64 << 10,
@@ -45,139 +38,26 @@ SIZES = {
     "32mib": 32 << 20,
 }
 MAIN_SIZE = "2mib"
-LAYER_NBYTES = 64 << 10
 ROUNDS_A_BATCH = 9
+BATCHES = 3
+QUICK_ROUNDS = 2  # of the sizes that no bar is about
 LOOK_UP_BLOCKS = 256
-ROOT = BlockHash(b"b" * 32)
-NAMESPACE = b"n" * 32
-PATIENCE_S = 30.0
-WINDOW = 4
+TRANSPORTS = ("unix", "tcp")
 BARS = {
     "redis_get_unix_2mib_gbps": ">= 3.5",
     "redis_get_tcp_2mib_gbps": ">= 3.0",
     "redis_set_unix_2mib_gbps": ">= 3.5",
     "redis_get_unix_2mib_cpu_s_per_gb": "<= 0.15",
 }
+# Of two clients at MAIN_SIZE, and the bar. What `raw_hset` loses against `raw` is the server's share.
+RATIOS = {
+    "vs_raw": ("ours", "raw", ">= 0.85"),
+    "vs_raw_hset": ("ours", "raw_hset", ">= 0.85"),
+    "raw_hset_vs_raw": ("raw_hset", "raw", ""),
+}
+NOT_PEERS = {"ours", "raw", "raw_hset"}
 
-Views = Sequence[memoryview]
-
-
-class Client(Protocol):
-    """One way to move values."""
-
-    def drop(self) -> None:
-        """Remove its keys."""
-        ...
-
-    def write(self, values: Views) -> None:
-        """Store them all."""
-        ...
-
-    def read(self, slots: Views) -> None:
-        """Fetch them all."""
-        ...
-
-
-class Raw:
-    """The ceiling: blocking sockets, strings, a window of four."""
-
-    def __init__(self, sock: socket.socket, names: Sequence[BlockHash]) -> None:
-        self._sock = sock
-        self._keys = [b"raw:" + name.hex().encode() for name in names]
-        self._bytes = bytearray(64)
-        self._buffer = memoryview(self._bytes)
-        self._low = self._high = 0
-
-    def drop(self) -> None:
-        """Remove its keys."""
-        for key in self._keys:
-            self._sock.sendall(pack(b"UNLINK", key))
-            self._line()
-
-    def write(self, values: Views) -> None:
-        """SET each."""
-        for number, (key, value) in enumerate(zip(self._keys, values, strict=True)):
-            front = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, len(value))
-            rest = [memoryview(front), value, memoryview(b"\r\n")]
-            while rest:
-                sent = self._sock.sendmsg(rest)
-                while rest and sent >= len(rest[0]):
-                    sent -= len(rest.pop(0))
-                if sent:
-                    rest[0] = rest[0][sent:]
-            if number >= WINDOW:
-                self._line()
-        for _ in range(min(WINDOW, len(self._keys))):
-            self._line()
-
-    def read(self, slots: Views) -> None:
-        """GET each into its slot."""
-        commands = [pack(b"GET", key) for key in self._keys]
-        self._sock.sendall(b"".join(commands[:WINDOW]))
-        for number, slot in enumerate(slots):
-            length = int(self._line()[1:])
-            done = min(length, self._high - self._low)
-            slot[:done] = self._buffer[self._low : self._low + done]
-            self._low += done
-            while done < length:
-                done += self._sock.recv_into(slot[done:length])
-            self._line()
-            if number + WINDOW < len(commands):
-                self._sock.sendall(commands[number + WINDOW])
-
-    def _line(self) -> bytes:
-        while (end := self._bytes.find(b"\r\n", self._low, self._high)) < 0:
-            left = self._bytes[self._low : self._high]
-            self._bytes[: len(left)] = left
-            self._low, self._high = 0, len(left)
-            self._high += self._sock.recv_into(self._buffer[self._high :])
-        line = self._bytes[self._low : end]
-        self._low = end + 2
-        return bytes(line)
-
-
-class RedisPy:
-    """redis-py as its documentation shows it, one value at a time."""
-
-    def __init__(self, client: redis.Redis, names: Sequence[BlockHash]) -> None:
-        self._client = client
-        self._keys = [b"py:" + name.hex().encode() for name in names]
-
-    def drop(self) -> None:
-        """Remove its keys."""
-        for key in self._keys:
-            self._client.unlink(key)
-
-    def write(self, values: Views) -> None:
-        """SET each."""
-        for key, value in zip(self._keys, values, strict=True):
-            self._client.set(key, value)
-
-    def read(self, slots: Views) -> None:
-        """GET each and copy it into its slot."""
-        for key, slot in zip(self._keys, slots, strict=True):
-            slot[:] = cast("bytes", self._client.get(key))
-
-
-class Ours:
-    """The tier as the store uses it: header, checksum, TTL, deadline."""
-
-    def __init__(self, tier: RedisTier, names: Sequence[BlockHash]) -> None:
-        self._tier = tier
-        self._names = names
-        self._metas = chain_metas(names, before=ROOT, root=ROOT, ttl_s=86400.0)
-
-    def drop(self) -> None:
-        """Remove its keys."""
-        self._tier.remove(self._names, RemovalCause.CLEARED)
-
-    def write(self, values: Views) -> None:
-        """Store each block."""
-        _expect(self._tier.write(self._metas, values), len(values))
-
-    def read(self, slots: Views) -> None:
-        """Fetch and verify each block."""
-        _expect(self._tier.read(self._names, slots), len(slots))
+Key = tuple[str, str, str]  # verb, transport, client
 
 
 @dataclass(slots=True)
@@ -189,15 +69,17 @@ class Speeds:
 
     def best(self) -> list[float]:
         """The fastest round of each batch."""
-        return [max(batch) for batch in _batches(self.gbps)]
+        return [max(batch) for batch in batches(self.gbps)]
 
     def least_cpu(self) -> list[float]:
         """The cheapest round of each batch."""
-        return [min(batch) for batch in _batches(self.cpu)]
+        return [min(batch) for batch in batches(self.cpu)]
 
 
 def rows(report: Report, quick: bool) -> None:
-    """Add the rows of the Redis tier; about 20 s with `quick`, some minutes without."""
+    """Add the rows of the Redis tier; about 25 s with `quick`, some minutes without."""
+    for line in absent():
+        print(line, file=sys.stderr)
     _memcpy(report, quick)
     with ExitStack() as stack:
         servers = {
@@ -214,15 +96,15 @@ def _one_size(report: Report, servers: dict[str, PrivateRedis], size: str, *, qu
     is_main, nbytes = size == MAIN_SIZE, SIZES[size]
     in_all = 64 << 20 if not quick else 16 << 20 if is_main else 8 << 20
     count = max(1 if quick else 2, in_all // nbytes)
-    rounds = ROUNDS_A_BATCH * (1 if quick else 3) if is_main or not quick else 1
+    rounds = ROUNDS_A_BATCH * BATCHES if is_main or not quick else QUICK_ROUNDS
     values, slots = _random(count, nbytes), _random(count, nbytes)
     names = block_hashes(list(range(count)), ROOT, 1)
-    speeds: dict[tuple[str, str, str], Speeds] = defaultdict(lambda: Speeds([], []))
+    speeds: dict[Key, Speeds] = defaultdict(lambda: Speeds([], []))
     with ExitStack() as stack:
         clients = {
             (transport, name): client
             for transport, server in servers.items()
-            for name, client in _clients(stack, server, names, nbytes).items()
+            for name, client in open_clients(stack, server.url, names, nbytes).items()
         }
         for _ in range(rounds):
             for (transport, name), client in clients.items():
@@ -232,58 +114,42 @@ def _one_size(report: Report, servers: dict[str, PrivateRedis], size: str, *, qu
                 _compare(values, slots)
         for client in clients.values():
             client.drop()
-    _add(report, size, speeds)
+    add_rows(report, size, speeds)
 
 
-def _add(report: Report, size: str, speeds: dict[tuple[str, str, str], Speeds]) -> None:
+def add_rows(report: Report, size: str, speeds: dict[Key, Speeds]) -> None:
+    """What was measured at one size; at MAIN_SIZE also how the clients compare."""
     for (verb, transport, client), found in speeds.items():
         name = f"redis_{verb}_{transport}_{size}" + ("" if client == "ours" else f"_{client}")
         report.add(f"{name}_gbps", found.best(), "GB/s", bar=BARS.get(f"{name}_gbps", ""))
         report.add(f"{name}_cpu_s_per_gb", found.least_cpu(), "s/GB", bar=BARS.get(f"{name}_cpu_s_per_gb", ""))
-    if size != MAIN_SIZE:
-        return
-    for verb in ("get", "set"):
-        ratios = {t: _ratio(speeds[verb, t, "ours"], speeds[verb, t, "raw"]) for t in ("unix", "tcp")}
-        for transport, ratio in ratios.items():
-            report.add(f"redis_{verb}_vs_raw_{transport}_ratio", ratio, "ratio", bar=">= 0.85")
-        lower = [min(pair) for pair in zip(*ratios.values(), strict=True)]
-        report.add(f"redis_{verb}_vs_raw_ratio", lower, "ratio", bar=">= 0.85")
-    report.add("redis_get_cpu_s_per_gb", speeds["get", "unix", "ours"].least_cpu(), "s/GB", bar="<= 0.15")
+    if size == MAIN_SIZE:
+        for verb in ("get", "set"):
+            for pair, (one, other, bar) in RATIOS.items():
+                _add_ratio(
+                    report, f"redis_{verb}_{pair}", bar, [_pair(speeds, verb, t, one, other) for t in TRANSPORTS]
+                )
+            by_transport = [_against_peers(speeds, verb, t) for t in TRANSPORTS]
+            _add_ratio(report, f"redis_{verb}_vs_best_peer", "> 1", by_transport)
+        report.add("redis_get_cpu_s_per_gb", speeds["get", "unix", "ours"].least_cpu(), "s/GB", bar="<= 0.15")
 
 
-def _ratio(ours: Speeds, raw: Speeds) -> list[float]:
-    return [a / b for a, b in zip(ours.best(), raw.best(), strict=True)]
+def _pair(speeds: dict[Key, Speeds], verb: str, transport: str, one: str, other: str) -> list[float]:
+    return ratios(speeds[verb, transport, one].best(), speeds[verb, transport, other].best())
 
 
-def _clients(stack: ExitStack, server: PrivateRedis, names: Sequence[BlockHash], nbytes: int) -> dict[str, Client]:
-    codec = BlockCodec(KVLayout(nbytes // LAYER_NBYTES, 8, 128, 128, "bfloat16"), NAMESPACE)
-    tier = RedisTier(server.url, codec=codec, timeout_s=PATIENCE_S, write_timeout_s=PATIENCE_S)
-    stack.callback(tier.close)
-    clients: dict[str, Client] = {
-        "raw": Raw(stack.enter_context(_socket(server.url)), names),
-        "ours": Ours(tier, names),
-    }
-    encode = Encoder("utf-8", "strict", decode_responses=False).encode  # type: ignore[no-untyped-call]
-    plain: dict[str, Any] = {"parser_class": _RESP2Parser, "command_packer": PythonRespSerializer(6000, encode)}
-    kinds: dict[str, dict[str, Any]] = {"redis_py": plain}
-    if importlib.util.find_spec("hiredis") is not None:
-        kinds["hiredis"] = {}
-    for name, options in kinds.items():
-        client = redis.Redis.from_url(server.url, protocol=2, **options)
-        stack.callback(client.close)
-        clients[name] = RedisPy(client, names)
-    return clients
+def _against_peers(speeds: dict[Key, Speeds], verb: str, transport: str) -> list[float]:
+    """Ours by the fastest of those that others made, batch by batch."""
+    peers = {client for what, where, client in speeds if (what, where) == (verb, transport)} - NOT_PEERS
+    every = [_pair(speeds, verb, transport, "ours", peer) for peer in peers]
+    return [min(batch) for batch in zip(*every, strict=True)]
 
 
-def _socket(url: str) -> socket.socket:
-    settings = redis.connection.parse_url(url)  # type: ignore[no-untyped-call]
-    if "path" in settings:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(settings["path"])
-    else:
-        sock = socket.create_connection((settings["host"], settings["port"]))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
+def _add_ratio(report: Report, name: str, bar: str, by_transport: Sequence[Sequence[float]]) -> None:
+    for transport, found in zip(TRANSPORTS, by_transport, strict=True):
+        report.add(f"{name}_{transport}_ratio", found, "ratio", bar=bar)
+    lower = [min(batch) for batch in zip(*by_transport, strict=True)]
+    report.add(f"{name}_ratio", lower, "ratio", bar=bar)
 
 
 def _memcpy(report: Report, quick: bool) -> None:
@@ -305,34 +171,33 @@ def _memory(report: Report, server: PrivateRedis) -> None:
     nbytes = SIZES[MAIN_SIZE]
     names, values = block_hashes(list(range(4)), ROOT, 1), _random(4, nbytes)
     with ExitStack() as stack:
-        ours = _clients(stack, server, names, nbytes)["ours"]
+        ours = Ours(open_tier(stack, server.url, nbytes), names)
         ours.write(values)
         client = stack.enter_context(redis.Redis.from_url(server.url))
         keys = list(client.scan_iter("warmkv:*"))
         charged = [client.memory_usage(key) / nbytes for key in keys]
         ours.drop()
-    _expect(len(charged), 4)
+    expect(len(charged), 4)
     report.add("redis_memory_overhead_ratio", charged, "ratio", bar="<= 1.02")
 
 
 def _look_ups(report: Report, server: PrivateRedis, times: int) -> None:
     nbytes = SIZES["64kib"]
     names, values = block_hashes(list(range(LOOK_UP_BLOCKS)), ROOT, 1), _random(LOOK_UP_BLOCKS, nbytes)
-    codec = BlockCodec(KVLayout(nbytes // LAYER_NBYTES, 8, 128, 128, "bfloat16"), NAMESPACE)
-    tier = RedisTier(server.url, codec=codec, timeout_s=PATIENCE_S, write_timeout_s=PATIENCE_S)
-    ours = Ours(tier, names)
-    ours.write(values)
     held = {"lookup_256_ms": LOOK_UP_BLOCKS, "lookup_256_with_100_held_ms": 100}
-    for name, count in held.items():
-        tier.remove(names[count:], RemovalCause.CLEARED)
-        found = []
-        for _ in range(times):
-            started = time.perf_counter()
-            _expect(tier.match(names), count)
-            found.append((time.perf_counter() - started) * 1e3)
-        report.add(name, found, "ms", bar="<= 0.3")
-    ours.drop()
-    tier.close()
+    with ExitStack() as stack:
+        tier = open_tier(stack, server.url, nbytes)
+        ours = Ours(tier, names)
+        ours.write(values)
+        for name, count in held.items():
+            tier.remove(names[count:], RemovalCause.CLEARED)
+            found = []
+            for _ in range(times):
+                started = time.perf_counter()
+                expect(tier.match(names), count)
+                found.append((time.perf_counter() - started) * 1e3)
+            report.add(name, found, "ms", bar="<= 0.3")
+        ours.drop()
 
 
 def _time(found: Speeds, work: Callable[[], object], nbytes: int) -> None:
@@ -343,7 +208,8 @@ def _time(found: Speeds, work: Callable[[], object], nbytes: int) -> None:
     found.cpu.append((time.process_time() - cpu) / (nbytes / 1e9))
 
 
-def _batches(samples: Sequence[float]) -> list[Sequence[float]]:
+def batches(samples: Sequence[float]) -> list[Sequence[float]]:
+    """The samples in runs of a batch's rounds; the last run may be shorter."""
     return [samples[start : start + ROUNDS_A_BATCH] for start in range(0, len(samples), ROUNDS_A_BATCH)]
 
 
@@ -360,6 +226,13 @@ def _compare(values: Views, slots: Views) -> None:
         slot[:64] = bytes(64)
 
 
-def _expect(count: int, wanted: int) -> None:
-    if count != wanted:
-        raise RuntimeError(f"{count} of {wanted} blocks; is another program using the memory of this machine?")
+def main() -> None:
+    """Print the table."""
+    options = arguments(__doc__)
+    report = Report("store_redis")
+    rows(report, options.quick)
+    report.print(as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()

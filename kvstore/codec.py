@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgpack
@@ -45,6 +46,8 @@ _CHECKSUM_AT = HEADER_NBYTES - 8
 _TAG_AT = _CHECKSUM_AT - TAG_NBYTES
 _PROTECTIONS = {codec: protection for protection, codec in PROTECTED_CODECS.items()}
 _NO_TAG = bytes(TAG_NBYTES)
+_IDENTITY = ("namespace", "layout", "dtype", "num_tokens", "payload_nbytes", "checksum")
+_identity_of = attrgetter(*_IDENTITY)
 _BEFORE_TTL = (int, bytes, bytes, bytes, bytes, str, str, int, str, int, float)
 _FIELD_TYPES = {(*_BEFORE_TTL, ttl, int, str, str, bytes) for ttl in (float, type(None))}  # as msgpack gives them
 
@@ -111,20 +114,14 @@ class BlockCodec:
     keyring: Keyring | None = None
     protection: Protection = Protection.AUTHENTICATE
     _keys: BlockKeys | None = field(init=False, repr=False, compare=False)
-    _identity: tuple[tuple[str, object], ...] = field(init=False, repr=False, compare=False)
+    _identity: tuple[bytes, str, str, int, int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         keys = None if self.keyring is None else self.keyring.for_namespace(self.namespace)
         object.__setattr__(self, "_keys", keys)
-        identity = {
-            "namespace": self.namespace,
-            "layout": self.layout.describe(),
-            "dtype": self.layout.dtype,
-            "num_tokens": self.layout.block_size,
-            "payload_nbytes": self.layout.block_nbytes,
-            "checksum": CHECKSUM_ALGORITHM,
-        }
-        object.__setattr__(self, "_identity", tuple(identity.items()))
+        layout = self.layout  # whose properties are computed anew each time
+        shape = layout.describe(), layout.dtype, layout.block_size, layout.block_nbytes
+        object.__setattr__(self, "_identity", (self.namespace, *shape, CHECKSUM_ALGORITHM))
 
     @property
     def value_nbytes(self) -> int:
@@ -194,22 +191,22 @@ class BlockCodec:
 
     def _pack(self, meta: BlockMeta, created: float, codec: str, key_id: str, nonce: bytes) -> bytes:
         """Bytes 0 to _TAG_AT of a header."""
-        layout = self.layout
+        namespace, layout, dtype, num_tokens, payload_nbytes, checksum = self._identity
         fields = (
             FORMAT_VERSION,
-            self.namespace,
+            namespace,
             meta.hash,
             meta.parent,
             meta.root,
-            layout.describe(),
-            layout.dtype,
-            layout.block_size,
+            layout,
+            dtype,
+            num_tokens,
             codec,
-            layout.block_nbytes,
+            payload_nbytes,
             float(created),
             None if meta.ttl_s is None else float(meta.ttl_s),
             meta.priority,
-            CHECKSUM_ALGORITHM,
+            checksum,
             key_id,
             nonce,
         )
@@ -223,9 +220,10 @@ class BlockCodec:
             raise _foreign("hash", found.hash, expect)
         if parent is not None and found.parent != parent:
             raise _foreign("parent", found.parent, parent)
-        for name, value in self._identity:
-            if getattr(found, name) != value:
-                raise _foreign(name, getattr(found, name), value)
+        wanted = self._identity
+        if _identity_of(found) != wanted:
+            differ = zip(_IDENTITY, _identity_of(found), wanted, strict=True)
+            raise _foreign(*next(fields for fields in differ if fields[1] != fields[2]))
 
     def _unprotect(self, found: Header, head: bytes, payload: memoryview) -> None:
         if self._keys is None:
@@ -268,7 +266,7 @@ def _parse(head: bytes) -> Header:
     if tuple(map(type, fields)) not in _FIELD_TYPES:
         raise CodecError(MissReason.CORRUPT, "header has fields of other types")
     header = Header._make(fields)
-    if min(header.num_tokens, header.payload_nbytes, header.priority) < 0 or math.isnan(header.ttl_s or 0.0):
+    if header.num_tokens < 0 or header.payload_nbytes < 0 or header.priority < 0 or math.isnan(header.ttl_s or 0.0):
         raise CodecError(MissReason.CORRUPT, "header has a negative number, or a TTL that is none")
     return header
 

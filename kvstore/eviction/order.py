@@ -35,6 +35,8 @@ class Hint:
         position: how many entries its chain has before it (policy `tail_optimized`); zero: one more than its parent's,
         if that is held.
         turn: which turn of its conversation this is, from 1 (policy `reuse`). None: not known.
+        think_s: seconds since the turn before (policy `reuse`). None: this is the first, or not known.
+        new_tokens: what this turn adds to its conversation: of a first turn, all of it (policy `reuse`).
         awaits_tool: whether the answer ended with a call of a tool, whose result follows soon (policy `reuse`).
     """
 
@@ -44,6 +46,8 @@ class Hint:
     priority: int = 0
     position: int = 0
     turn: int | None = None
+    think_s: float | None = None
+    new_tokens: int | None = None
     awaits_tool: bool | None = None
 
 

@@ -6,6 +6,7 @@ The models of `arc` and `s3fifo` follow the papers' pseudo-code, with the libert
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain as concatenated
 from itertools import pairwise
 from typing import Protocol
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.eviction.policies import POLICIES, Eviction, Hint, make_eviction
-from kvstore.eviction.reuse import _EDGES, _PRIOR, _PRIOR_REUSED, ReuseOrder, age_bucket, worth
+from kvstore.eviction.reuse import _EDGES, _PRIOR, _PRIOR_REUSED, ReuseOrder, age_bucket, kind_of, worth
 from kvstore.eviction.tail import spare_blocks
 from tests.kvstore.blocks_for_tests import ManualClock
 
@@ -341,16 +342,65 @@ def test_reuse_learns_which_turns_are_followed_by_another_even_of_what_it_evicte
     assert eviction.victim() not in kept
 
 
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (Hint(turn=2, think_s=10.0), Hint(turn=2, think_s=100.0)),
+        (Hint(turn=2, think_s=100.0), Hint(turn=2, think_s=1000.0)),
+        (Hint(turn=1, new_tokens=100), Hint(turn=1, new_tokens=5000)),
+        (Hint(turn=1, new_tokens=5000), Hint(turn=1, new_tokens=10_000)),
+        (Hint(turn=1, new_tokens=10_000), Hint(turn=1, new_tokens=100_000)),
+        (Hint(turn=2, awaits_tool=True), Hint(turn=2, awaits_tool=False)),
+        (Hint(turn=2), Hint(turn=1)),
+        (Hint(turn=2), Hint()),
+    ],
+)
+def test_reuse_tells_apart_by_all_that_it_is_told(good: Hint, bad: Hint) -> None:
+    """Of entries of one age, those stay that are like others that came back, if nothing else speaks for them."""
+    clock = ManualClock(0.0)
+    eviction: Eviction[int] = make_eviction("reuse", clock, 10)
+    for name in range(1500):
+        clock.now += 1.0
+        eviction.add(name, None, hint=replace(bad if name % 2 else good, name=name))
+        if name >= 6 and name % 2 == 0:
+            eviction.use(name - 6)
+        while len(eviction) > 10:
+            victim = eviction.victim()
+            assert victim is not None
+            eviction.remove(victim)
+    held = list(eviction)
+    assert len([name for name in held if name % 2 == 0]) >= 7, held
+
+
+def test_a_class_that_was_hardly_seen_takes_after_what_it_is_a_part_of() -> None:
+    """Second turns have come back, first ones never, all of them short; now there is a long one of each."""
+    clock = ManualClock(0.0)
+    order: ReuseOrder[int] = ReuseOrder(clock, 5000)
+    eviction = Eviction(clock, order)
+    for name in range(1000):
+        clock.now += 1.0
+        eviction.add(name, None, hint=Hint(name=name, turn=1 + name % 2, new_tokens=100))
+        if name % 2 and name > 4:
+            eviction.use(name - 4)
+    eviction.add(2000, None, hint=Hint(name=2000, turn=2, new_tokens=100_000))
+    eviction.add(2001, None, hint=Hint(name=2001, turn=1, new_tokens=100_000))
+    order._learn()
+    kinds = [kind_of(Hint(turn=turn, new_tokens=tokens)) for turn, tokens in [(2, 100_000), (1, 100_000), (1, 100)]]
+    alike, other, seen = (order._classes[kind].worth[age_bucket(2.0)] for kind in kinds)
+    assert alike > 5 * other
+    assert other > seen, "what was not seen at all is believed to come back more than what never did"
+
+
 def test_reuse_counts_what_comes_back_after_it_was_evicted() -> None:
     clock = ManualClock(0.0)
     order: ReuseOrder[int] = ReuseOrder(clock, 4)
     eviction = Eviction(clock, order)
-    eviction.add(1, None, hint=Hint(name="again", turn=2))
+    eviction.add(1, None, hint=Hint(name="again", turn=1))
     assert eviction.victim() == 1
     eviction.remove(1)
     clock.now = 60.0
-    eviction.add(7, None, hint=Hint(name="again", turn=3))
-    counts = order._classes[2, None, False]
+    eviction.add(7, None, hint=Hint(name="again", turn=2))
+    counts = order._classes[kind_of(Hint(turn=1))]
     assert (counts.starts, counts.reused[age_bucket(60.0)], sum(counts.reused)) == (1, 1, 1)
 
 
