@@ -149,6 +149,14 @@ class RedisLink:
             raise
         self._answered(purpose)
 
+    def noted(self, purpose: Purpose, refusal: redis.ResponseError | None) -> None:
+        """What came of commands that went along with those of another purpose, during a contact."""
+        if refusal is not None:
+            self._refused(purpose, refusal)
+            return
+        with self._lock:
+            self._refusals.pop(purpose, None)
+
     def refresh_facts(self, wire: Wire) -> None:
         """Ask the server about itself, if the last time is a while ago."""
         if self._clock() - self._facts_at >= FACTS_AGE_S:
@@ -184,8 +192,9 @@ class RedisLink:
         self._answered(purpose)
         problem = self._remedy(error)
         with self._lock:
-            self._refusals[purpose] = problem
-        log.warning("redis refused", extra={"server": self._where, "purpose": str(purpose), "problem": problem})
+            is_new, self._refusals[purpose] = problem != self._refusals.get(purpose), problem
+        if is_new:
+            log.warning("redis refused", extra={"server": self._where, "purpose": str(purpose), "problem": problem})
         is_full = isinstance(error, redis.OutOfMemoryError)
         return UnavailableError(problem, MissReason.ERROR, "full" if is_full else "error")
 

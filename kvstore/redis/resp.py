@@ -172,6 +172,14 @@ class Wire:
             raise redis.InvalidResponse(f"asked for a value, got {line[:32]!r}")
         return _length(line[1:])
 
+    def read_number(self) -> int | redis.ResponseError:
+        """The next reply, which is a number between values.
+
+        Raises:
+            redis.InvalidResponse: it is none.
+        """
+        return self._number_or_error(self._line(_READ_AHEAD))
+
     def read_into(self, target: memoryview) -> None:
         """Fill `target` with the value's next bytes."""
         done = self._from_buffer(target)

@@ -104,7 +104,8 @@ class RedisTier(FromBooks):
         """As `Tier.read`; a few values are under way at a time, and each may take the timeout."""
         if not hashes:
             return 0
-        reading = self._server.read(hashes, [flattened(buffer) for buffer in into], end_of(deadline_s))
+        known = self._books.believed(hashes)
+        reading = self._server.read(hashes, [flattened(buffer) for buffer in into], end_of(deadline_s), known)
         count = len(reading.arrived)
         if reading.reason is not None:
             self._books.missed(reading.reason)
