@@ -38,6 +38,7 @@ class Purpose(StrEnum):
     TOUCHES = "touches"
     REMOVALS = "removals"
     PROBES = "probes"
+    VALUES = "probes of values' connections"
 
 
 class UnavailableError(Exception):
@@ -85,7 +86,8 @@ class RedisLink:
         self._info_refusal = ""
         self._is_open = True
         questions, values = (WirePool(url, self._learn) for _ in range(2))
-        self._pools = {p: values if p in (Purpose.READS, Purpose.WRITES) else questions for p in Purpose}
+        of_values = (Purpose.READS, Purpose.WRITES, Purpose.VALUES)
+        self._pools = {purpose: values if purpose in of_values else questions for purpose in Purpose}
 
     @property
     def facts(self) -> ServerFacts:
@@ -112,9 +114,14 @@ class RedisLink:
         return "; ".join(dict.fromkeys(filter(None, problems)))
 
     def probe(self, patience_s: float) -> bool:
-        """Ask for a sign of life, if the breaker lets us; whether there was one."""
-        with suppress(UnavailableError), self.contact(Purpose.PROBES, patience_s) as wire:
-            wire.ask(b"PING")
+        """Ask for a sign of life, if the breaker lets us; whether there was one.
+
+        On both kinds of connections, which are then open: a first read has less patience than a greeting may take.
+        """
+        with suppress(UnavailableError):
+            for purpose in (Purpose.PROBES, Purpose.VALUES):
+                with self.contact(purpose, patience_s) as wire:
+                    wire.ask(b"PING")
             return True
         return False
 
@@ -130,20 +137,24 @@ class RedisLink:
         Raises:
             UnavailableError: instead of any fault of the server.
         """
-        started = time.monotonic()
+        started, asked_at = time.monotonic(), self._clock()
         self._admit(is_late=started >= ends_at)
         wire: Wire | None = None
         try:
             with self._pools[purpose].lease(patience_s, ends_at) as wire:
                 yield wire
         except (redis.TimeoutError, TimeoutError) as error:
-            # A caller in a hurry who hangs up while the server talks says nothing about the server.
+            # A caller in a hurry who hangs up while the server talks says nothing about the server, and one who granted
+            # it less than its time says little.
             hung_up = wire is not None and wire.heard_at >= started and time.monotonic() >= ends_at
-            raise self._hung_up(error) if hung_up else self._lost(error, MissReason.DEADLINE) from error
+            if hung_up:
+                raise UnavailableError(self._remedy(error), MissReason.DEADLINE) from error
+            weight = min(1.0, (ends_at - started) / patience_s)
+            raise self._lost(error, MissReason.DEADLINE, asked_at, weight) from error
         except redis.ResponseError as error:
             raise self._refused(purpose, error) from error
         except (redis.RedisError, OSError) as error:
-            raise self._lost(error, MissReason.ERROR) from error
+            raise self._lost(error, MissReason.ERROR, asked_at) from error
         except CodecError:  # a wrong value is an answer, too
             self._answered(purpose)
             raise
@@ -176,11 +187,8 @@ class RedisLink:
         if not self._breaker.admit():
             raise UnavailableError(self._trouble, MissReason.BREAKER, "breaker")
 
-    def _hung_up(self, error: Exception) -> UnavailableError:
-        return UnavailableError(self._remedy(error), MissReason.DEADLINE)
-
-    def _lost(self, error: Exception, reason: MissReason) -> UnavailableError:
-        self._breaker.failed()
+    def _lost(self, error: Exception, reason: MissReason, asked_at: float, weight: float = 1.0) -> UnavailableError:
+        self._breaker.failed(asked_at=asked_at, weight=weight)
         problem = self._remedy(error)
         with self._lock:
             is_new, self._trouble = problem != self._trouble, problem
