@@ -201,8 +201,7 @@ class RedisClusterTier(FromBooks):
     @property
     def advice(self) -> str:
         """As `RedisTier.advice`; of several nodes that of one."""
-        found = (node.watch.advice for node in self._topology.nodes().values() if node.watch is not None)
-        return next(filter(None, found), "")
+        return next(filter(None, (node.advice for node in self._topology.nodes().values())), "")
 
     def close(self) -> None:
         """Close all connections. Calls that come later are misses."""

@@ -19,6 +19,7 @@ import redis
 from kvstore.breaker import Breaker
 from kvstore.errors import CodecError, MissReason
 from kvstore.redis.facts import SETTINGS, ServerFacts, parse_info, remedy
+from kvstore.redis.judgement import Advice, judge
 from kvstore.redis.pool import WirePool, mask_url
 from kvstore.redis.resp import Wire, pack
 from kvstore.tier import Clock
@@ -26,6 +27,7 @@ from kvstore.tier import Clock
 log = logging.getLogger(__name__)
 
 FACTS_AGE_S = 5.0
+SETTINGS_AGE_S = 60.0
 NEVER = float("inf")
 
 
@@ -60,7 +62,15 @@ class RedisLink:
     A refusal (no permission, full, read-only) is an answer: it is a problem of its purpose alone, until that succeeds.
     """
 
-    def __init__(self, url: str, *, clock: Clock, on_restart: Callable[[], None], in_cluster: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        clock: Clock,
+        on_restart: Callable[[], None],
+        in_cluster: bool = False,
+        block_nbytes: int = 0,
+    ) -> None:
         """Connect to nothing yet.
 
         Args:
@@ -69,6 +79,7 @@ class RedisLink:
             on_restart: called when another run of the server is found than before, which does not go on with what that
                 held (the replica that became the primary does).
             in_cluster: it is spoken to as one node of a cluster, of keys that it serves.
+            block_nbytes: of the blocks, to judge how many it has room for; zero: not judged.
 
         Raises:
             TierError: the URL cannot be used.
@@ -77,10 +88,13 @@ class RedisLink:
         self._clock = clock
         self._on_restart = on_restart
         self._in_cluster = in_cluster
+        self._block_nbytes = block_nbytes
         self._breaker = Breaker(clock)
         self._lock = threading.Lock()
         self._facts = ServerFacts()
-        self._facts_at = -NEVER
+        self._facts_at = self._settings_at = -NEVER
+        self._settings_are_refused = False
+        self._told: set[str] = set()
         self._trouble = ""  # with the way to the server
         self._refusals: dict[Purpose, str] = {}
         self._info_refusal = ""
@@ -105,13 +119,14 @@ class RedisLink:
     def problem(self) -> str:
         """What is wrong and what to do; empty when nothing is."""
         with self._lock:
-            problems = [
-                self._trouble,
-                *self._refusals.values(),
-                self._info_refusal,
-                self._facts.advice(in_cluster=self._in_cluster),
-            ]
+            wrong = [str(advice) for advice in self._judge(self._facts) if advice.is_wrong]
+            problems = [self._trouble, *self._refusals.values(), self._info_refusal, *wrong]
         return "; ".join(dict.fromkeys(filter(None, problems)))
+
+    @property
+    def advice(self) -> list[str]:
+        """What could be better about how the server is set up, though nothing is wrong, and what to do."""
+        return [str(advice) for advice in self._judge(self._facts) if not advice.is_wrong]
 
     def probe(self, patience_s: float) -> bool:
         """Ask for a sign of life, if the breaker lets us; whether there was one.
@@ -231,14 +246,28 @@ class RedisLink:
             self._on_restart()
 
     def _with_settings(self, wire: Wire, facts: ServerFacts) -> ServerFacts:
-        """Settings are asked for once a run: they rarely change, and a server notes every refusal in its ACL log."""
-        known = self._facts
-        if facts.run_id == known.run_id:
+        """Settings rarely change. Where they are refused they are asked for once a run: the ACL log notes each time."""
+        known, now = self._facts, self._clock()
+        is_same = facts.run_id == known.run_id
+        if is_same and (now - self._settings_at < SETTINGS_AGE_S or self._settings_are_refused):
             return replace(facts, saves=known.saves, limits_clients=known.limits_clients)
-        facts = facts.with_settings(wire.ask_all([pack(b"CONFIG", b"GET", name) for name in SETTINGS]))
-        for advice in filter(None, (facts.advice(in_cluster=self._in_cluster), facts.hint())):
-            log.info("redis could be set up better", extra={"server": self._where, "advice": advice})
+        replies = wire.ask_all([pack(b"CONFIG", b"GET", name) for name in SETTINGS])
+        self._settings_at = now
+        self._settings_are_refused = all(isinstance(reply, redis.ResponseError) for reply in replies)
+        facts = facts.with_settings(replies)
+        self._tell(self._judge(facts))
         return facts
+
+    def _tell(self, found: list[Advice]) -> None:
+        """Log what has not been logged yet. Figures may differ from one time to the next; remedies are the same."""
+        for advice in found:
+            if advice.remedy not in self._told:
+                self._told.add(advice.remedy)
+                level = logging.WARNING if advice.is_wrong else logging.INFO
+                log.log(level, "redis could be set up better", extra={"server": self._where, "advice": str(advice)})
+
+    def _judge(self, facts: ServerFacts) -> list[Advice]:
+        return judge(facts, in_cluster=self._in_cluster, block_nbytes=self._block_nbytes)
 
     def _remedy(self, error: Exception) -> str:
         return remedy(error, self._where, self._pools[Purpose.READS].masked(str(error)))

@@ -101,7 +101,8 @@ class RedisNode:
         self._timeout_s = timeout_s
         self._write_timeout_s = write_timeout_s
         self._wall_clock = wall_clock
-        self.link = RedisLink(url, clock=clock, on_restart=on_restart, in_cluster=in_cluster)
+        nbytes = commands.codec.layout.block_nbytes
+        self.link = RedisLink(url, clock=clock, on_restart=on_restart, in_cluster=in_cluster, block_nbytes=nbytes)
 
     def slots(self) -> SlotMap:
         """What this node knows of its cluster."""
@@ -211,6 +212,12 @@ class RedisNode:
     def problem(self) -> str:
         """What is wrong and what to do; empty when nothing is."""
         return self.link.problem or ("" if self.watch is None else self.watch.problem)
+
+    @property
+    def advice(self) -> str:
+        """What could be better about the server, though nothing is wrong, and what to do; empty when nothing could."""
+        heard = "" if self.watch is None else self.watch.advice
+        return "; ".join(filter(None, [heard, *self.link.advice]))
 
     def close(self) -> None:
         """Close all connections."""

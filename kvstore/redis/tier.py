@@ -190,8 +190,11 @@ class RedisTier(FromBooks):
 
     @property
     def advice(self) -> str:
-        """What would let the server tell of removals sooner; empty when nothing would or it is not watched."""
-        return "" if self._server.watch is None else self._server.watch.advice
+        """What could be better about the server, though nothing is wrong, and what to do; empty when nothing could.
+
+        How it could tell of removals sooner, if it is watched; how it is set up.
+        """
+        return self._server.advice
 
     def close(self) -> None:
         """Close all connections. Calls that come later are misses."""
