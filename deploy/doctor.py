@@ -25,7 +25,7 @@ import psutil
 from deploy.quantities import format_size, size_text
 from deploy.settings import Settings
 from deploy.state import ClusterRecord, lives, read_record
-from kvstore.redis.address import mask_url, server_urls
+from kvstore.redis.address import is_cluster, mask_url, parse_address, server_urls
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -260,56 +260,62 @@ def check_shm(settings: Settings, state_dir: Path) -> Iterator[Finding]:
 
 
 def check_redis(settings: Settings, state_dir: Path) -> Iterator[Finding]:
-    """The shared tier: reachable, what it evicts, how much it may hold, and whether its clock agrees with ours."""
+    """The shared tier: reachable, how it is set up, and whether its clock agrees with ours."""
     if settings.redis.url is None:
         yield Finding("ok", "redis", "none named (--redis URL): device and host tiers only")
         return
     import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
 
     url = settings.redis.url.get_secret_value()
-    patience = {"socket_timeout": _REDIS_TIMEOUT_S, "socket_connect_timeout": _REDIS_TIMEOUT_S}
     try:
-        for server in server_urls(url, _REDIS_TIMEOUT_S):
-            with redis.Redis.from_url(server, **patience, retry=Retry(NoBackoff(), 0)) as client:
-                yield from _redis_findings(client, mask_url(server))
-    except redis.AuthenticationError as error:
-        yield Finding(
-            "fail", "redis", f"{mask_url(url)} refuses the login ({error})", "put user and password into the URL"
-        )
-    except redis.RedisError as error:
-        remedy = "start it, or correct --redis; until then requests go on without the shared tier"
-        yield Finding("fail", "redis", f"{mask_url(url)} does not answer ({error})", remedy)
+        servers = server_urls(url, _REDIS_TIMEOUT_S)
+    except redis.RedisError as error:  # no sentinel names the primary
+        yield _redis_failure(mask_url(url), error, str(error))
+        return
+    for server in servers:
+        yield from _redis_findings(server, settings, in_cluster=is_cluster(url))
 
 
-def _redis_findings(client: object, shown: str) -> Iterator[Finding]:
-    import time
-
+def _redis_findings(url: str, settings: Settings, *, in_cluster: bool) -> Iterator[Finding]:
     import redis
 
-    info = client.info()  # type: ignore[attr-defined]
-    version, limit, policy = info["redis_version"], info.get("maxmemory", 0), info.get("maxmemory_policy", "")
-    yield Finding("ok", "redis", f"{shown}: version {version}, holds {info['used_memory_human']}")
-    if not limit:
-        yield Finding(
-            "warn", "redis", "has no memory limit", "CONFIG SET maxmemory 8gb, so that it evicts instead of dying"
-        )
-    elif policy == "noeviction":
-        remedy = "CONFIG SET maxmemory-policy allkeys-lru; when full it refuses new blocks until then"
-        yield Finding("warn", "redis", f"evicts nothing, limit {format_size(limit)}", remedy)
-    else:
-        yield Finding("ok", "redis", f"limit {format_size(limit)}, evicts by {policy}")
+    from kvstore.redis.inspection import inspect
+    from kvstore.redis.judgement import judge, judge_events
+
     try:
-        seconds, microseconds = client.time()  # type: ignore[attr-defined]
-    except redis.exceptions.NoPermissionError:
-        yield Finding("ok", "clock", "not compared with that of Redis: this login may not ask for its TIME")
+        server = inspect(url, _REDIS_TIMEOUT_S)
+    except (redis.RedisError, OSError) as error:
+        yield _redis_failure(mask_url(url), error, parse_address(url).masked(str(error)))
         return
-    skew = abs(time.time() - (seconds + microseconds / 1e6))
+    facts = server.facts
+    yield Finding("ok", "redis", f"{mask_url(url)}: {server.version}, holds {format_size(facts.used_memory)}")
+    if facts.maxmemory and facts.policy != "noeviction":
+        limit, share = format_size(facts.maxmemory), facts.used_memory / facts.maxmemory
+        yield Finding("ok", "redis", f"limit {limit}, {share:.0%} of it in use, evicts by {facts.policy}")
+    advice = judge(facts, in_cluster=in_cluster)
+    if settings.redis.watch == "listen" and server.events is not None:
+        advice += judge_events(server.events)
+    for each in advice:
+        yield Finding("warn", "redis", each.found, each.remedy)
+    yield _clock_finding(server.clock_s)
+
+
+def _redis_failure(shown: str, error: Exception, said: str) -> Finding:
+    from kvstore.redis.facts import remedy
+
+    found, _, what_to_do = remedy(error, shown, said).rpartition("; ")
+    return Finding("fail", "redis", found, f"{what_to_do}; until then requests go on without the shared tier")
+
+
+def _clock_finding(clock_s: float | None) -> Finding:
+    import time
+
+    if clock_s is None:
+        return Finding("ok", "clock", "not compared with that of Redis: this login may not ask for its TIME")
+    skew = abs(time.time() - clock_s)
     if skew > _CLOCK_TOLERANCE_S:
-        yield Finding("warn", "clock", f"differs from that of Redis by {skew:.1f} s", "let NTP set both clocks")
-    else:
-        yield Finding("ok", "clock", f"agrees with that of Redis within {skew:.2f} s")
+        return Finding("warn", "clock", f"differs from that of Redis by {skew:.1f} s", "let NTP set both clocks")
+    return Finding("ok", "clock", f"agrees with that of Redis within {skew:.2f} s")
 
 
 def check_ray(settings: Settings, state_dir: Path) -> Iterator[Finding]:

@@ -146,7 +146,9 @@ class RedisSettings(_Section):
         default=None,
         description="redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; none: no shared tier.",
     )
-    timeout: Duration = Field(default=0.1, gt=0, description="Longest that one read may take before it is a miss.")
+    timeout: Duration = Field(
+        default=0.05, gt=0, description="Longest silence of the server during a look-up or a read; then it is a miss."
+    )
     watch: Literal["off", "listen", "configure"] = Field(
         default="listen",
         description="Whether to hear of removals from the server; configure: turn its notifications on for that.",

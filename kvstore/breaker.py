@@ -5,7 +5,9 @@ Covers: the three states and their times. Does not cover: what counts as a failu
 Closed: everybody asks. `failures` in a row open it: nobody asks, an answer costs microseconds instead of a deadline.
 After the cool-down it is half open: one caller a cool-down asks. If that succeeds it closes; if it fails the cool-down
 doubles, up to its limit. A caller that is let through and never reports delays the next probe by one cool-down and
-nothing else, so a lost report cannot wedge it. (M. Nygard, "Release It!", 2007.)
+nothing else, so a lost report cannot wedge it. Callers who wait at the same time see the same trouble: of those who had
+asked before the last failure was told, none adds to the count, so that one stall of a moment does not open it, however
+many met it. (M. Nygard, "Release It!", 2007.)
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Breaker:
         self._first_cooldown_s = cooldown_s
         self._max_cooldown_s = max_cooldown_s
         self._lock = threading.Lock()
-        self._failures = 0  # in a row
+        self._failures = 0.0  # in a row
+        self._failed_at = float("-inf")
         self._cooldown_s = cooldown_s
         self._probe_at: float | None = None  # None: closed
 
@@ -50,16 +53,25 @@ class Breaker:
     def succeeded(self) -> None:
         """The server answered."""
         with self._lock:
-            self._failures = 0
+            self._failures = 0.0
             self._cooldown_s = self._first_cooldown_s
             self._probe_at = None
 
-    def failed(self) -> None:
-        """The server did not answer, or not as a server should."""
+    def failed(self, *, asked_at: float | None = None, weight: float = 1.0) -> None:
+        """The server did not answer, or not as a server should.
+
+        Args:
+            asked_at: when this caller was let through, on the clock; None: it was the only one.
+            weight: less than one for a caller who gave the server less time than a failure takes.
+        """
         with self._lock:
-            self._failures += 1
+            now = self._clock()
+            if asked_at is not None and asked_at < self._failed_at:
+                return
+            self._failed_at = now
+            self._failures += weight
             if self._probe_at is not None:
                 self._cooldown_s = min(self._cooldown_s * 2, self._max_cooldown_s)
             elif self._failures < self._limit:
                 return
-            self._probe_at = self._clock() + self._cooldown_s
+            self._probe_at = now + self._cooldown_s

@@ -23,7 +23,7 @@ class WorkerConfig:
         store_keys: lines of a keyring (`kvstore.crypto.Keyring.parse`); empty: blocks are not protected. protection:
         `authenticate` or `encrypt`, what is done with it.
         redis_url: the shared tier; None: without.
-        redis_timeout_s: longest that one read may take before it is a miss. redis_watch: a value of
+        redis_timeout_s: longest silence of the server before a read is a miss. redis_watch: a value of
         `kvstore.redis.watch.Watching`.
         block_size: None: `KVLayout.with_chosen_block_size`.
         default_ttl_s: time to live of blocks after their last use; None: until evicted.
@@ -51,7 +51,7 @@ class WorkerConfig:
     store_keys: str = field(default="", repr=False)
     protection: str = "authenticate"
     redis_url: str | None = None
-    redis_timeout_s: float = 0.1
+    redis_timeout_s: float = 0.05
     redis_watch: str = "listen"
     block_size: int | None = None
     default_ttl_s: float | None = 3600.0

@@ -112,7 +112,7 @@ class PeerLink:
 
     def renew(self, channel: Channel, ends_at: float) -> None:
         """Grant the peer its time anew, for one more answer."""
-        channel.until = min(time.monotonic() + self._timeout_s, ends_at)
+        channel.grant(self._timeout_s, ends_at)
 
     def close(self) -> None:
         """Close the idle connections, and the others when they come back; later contacts fail."""

@@ -25,7 +25,7 @@ from kvstore.peer.link import PeerBusyError, PeerLink, PeerUnavailableError
 from kvstore.peer.wire import BUSY, END, MAX_HASHES, Channel, PeerProtocolError
 from kvstore.tier import BlockMeta, Clock, Honours, TierStats
 
-DEFAULT_TIMEOUT_S = 0.1
+DEFAULT_TIMEOUT_S = 0.05
 MAX_SEEN = 1 << 14
 
 
@@ -54,7 +54,8 @@ class PeerTier:
             address: `host:port` of its `PeerServer`; the host best as a number: names are looked up without a deadline.
             codec: of the blocks; both workers need the same namespace, layout and keyring.
             secret: of the fleet.
-            timeout_s: longest wait for the answer to a question, and for each block of a read.
+            timeout_s: longest silence of the peer: the wait for an answer, and within one for the next
+                `kvstore.redis.resp.FLOW_NBYTES` of it. How long a whole read may take is its `deadline_s`.
             clock: of the breaker.
 
         Raises:
@@ -79,7 +80,7 @@ class PeerTier:
             return 0
 
     def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
-        """As `Tier.read`; the first block takes one round trip, the others follow it. Each may take the timeout.
+        """As `Tier.read`; the first block takes one round trip, the others follow it. The timeout is for silence.
 
         Raises:
             LayoutError: a buffer has not the size of a block.

@@ -38,6 +38,7 @@ import redis
 
 from kvstore.codec import HEADER_NBYTES, BlockCodec
 from kvstore.errors import TierError
+from kvstore.redis.resp import FLOW_NBYTES
 from kvstore.redis.sockets import PlainTransport
 
 PROTOCOL_VERSION = 1
@@ -77,6 +78,13 @@ class Channel:
         self._transport = PlainTransport(sock, self._left)
         self.until = until
         self.heard_at = -math.inf
+        self._patience_s, self._ends_at = 0.0, until
+        self._flowed = 0  # bytes since the patience began anew
+
+    def grant(self, patience_s: float, ends_at: float) -> None:
+        """From now on the other side may be silent for that long: it begins anew with each FLOW_NBYTES that come."""
+        self._patience_s, self._ends_at, self._flowed = patience_s, ends_at, 0
+        self.until = min(time.monotonic() + patience_s, ends_at)
 
     def send(self, parts: Sequence[bytes | memoryview]) -> None:
         """Send them all, joined by the kernel.
@@ -95,10 +103,14 @@ class Channel:
         done = 0
         while done < len(target):
             try:
-                done += self._transport.receive(target[done:], whole=True)
+                count = self._transport.receive(target[done:], whole=True)
             except redis.ConnectionError as error:
                 raise HungUpError("the other side closed the connection") from error
             self.heard_at = time.monotonic()
+            done += count
+            self._flowed += count
+            if self._patience_s and self._flowed >= FLOW_NBYTES:
+                self.grant(self._patience_s, self._ends_at)
 
     def send_frame(self, *fields: object) -> None:
         """Send one list. Raises as `send`."""

@@ -201,8 +201,7 @@ class RedisClusterTier(FromBooks):
     @property
     def advice(self) -> str:
         """As `RedisTier.advice`; of several nodes that of one."""
-        found = (node.watch.advice for node in self._topology.nodes().values() if node.watch is not None)
-        return next(filter(None, found), "")
+        return next(filter(None, (node.advice for node in self._topology.nodes().values())), "")
 
     def close(self) -> None:
         """Close all connections. Calls that come later are misses."""
@@ -226,11 +225,12 @@ class RedisClusterTier(FromBooks):
     ) -> tuple[int, list[BlockMeta], MissReason | None]:
         """How many leading blocks arrived, their metadata, and why not all did."""
         flat = [flattened(buffer) for buffer in into]
+        known = self._books.believed(hashes)
         count, reason = len(hashes), None
         metas: dict[int, BlockMeta] = {}
 
         def work(node: RedisNode, part: list[int]) -> Reading:
-            return node.read([hashes[i] for i in part], [flat[i] for i in part], ends_at)
+            return node.read([hashes[i] for i in part], [flat[i] for i in part], ends_at, known)
 
         for part, answer in self._ask(hashes, work):
             reading = answer if isinstance(answer, Reading) else Reading(reason=answer.reason, fault=answer)

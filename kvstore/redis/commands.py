@@ -1,8 +1,8 @@
-"""What the Redis tier says to the server, over one connection: look up, receive, send, lengthen, scan, unlink.
+"""What the Redis tier says to the server, over one connection: look up, send, lengthen, scan, unlink.
 
-Covers: commands, their order and their batches. Does not cover: the form of a value (`values`), when to ask at
-all, counters, faults (`redis`). Every function leaves the connection without an unread reply, or raises, and then the
-connection must be closed.
+Covers: commands, their order and their batches. Does not cover: reading values (`reading`), the form of a value
+(`values`), when to ask at all, counters, faults (`redis`). Every function leaves the connection without an unread
+reply, or raises, and then the connection must be closed.
 
 Raises, all of them: redis.RedisError, OSError (the server or the way to it), redis.ResponseError among them when the
 server refuses a command.
@@ -19,7 +19,7 @@ import redis
 
 from kvstore.blocks import BlockHash
 from kvstore.codec import HEADER_NBYTES, BlockCodec, Header
-from kvstore.errors import CodecError, LayoutError
+from kvstore.errors import CodecError
 from kvstore.redis.resp import Reply, Wire, argument, pack
 from kvstore.redis.values import ValueForm, is_wrong_type, milliseconds
 from kvstore.tier import BlockMeta
@@ -56,18 +56,19 @@ class BlockCommands:
         prefix: of every key.
         codec: of every block.
         scattered: keys lie in many slots of a cluster, so that no command may name two of them.
+        window: values that may be under way at once.
     """
 
     prefix: bytes
     codec: BlockCodec
     scattered: bool = False
     form: ValueForm = field(init=False, repr=False)
-    _window: int = field(init=False, repr=False)
+    window: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "form", ValueForm(self.codec))
         fitting = WINDOW_NBYTES // self.codec.value_nbytes
-        object.__setattr__(self, "_window", max(MIN_WINDOW, min(WINDOW, fitting)))
+        object.__setattr__(self, "window", max(MIN_WINDOW, min(WINDOW, fitting)))
 
     def key(self, name: BlockHash) -> bytes:
         """The key of a block."""
@@ -96,30 +97,6 @@ class BlockCommands:
             whole += map(self._is_whole, lengths[: len(batch)], lengths[len(batch) :])
         return whole
 
-    def receive(self, wire: Wire, names: Sequence[BlockHash], into: Sequence[memoryview]) -> Iterator[Header]:
-        """Leading blocks into the buffers, each verified before it is told; ends at the first that is absent.
-
-        Raises:
-            CodecError: the next value is not the block. The connection must be closed.
-            LayoutError: a buffer has not the size of a block.
-        """
-        nbytes = self.codec.layout.block_nbytes
-        if any(payload.nbytes != nbytes for payload in into):
-            raise LayoutError(f"every buffer must have the {nbytes} bytes of a block; give it buffers of that size")
-        gets = [pack(b"HMGET", self.key(name), b"h", b"d") for name in names]
-        head = self.form.buffer()
-        wire.renew()
-        wire.send([b"".join(gets[: self._window])])
-        for i, (name, payload) in enumerate(zip(names, into, strict=True)):
-            wire.renew()
-            if not self.form.receive(wire, name, head, payload):
-                for other in range(i + 1, min(i + self._window, len(names))):
-                    wire.renew()
-                    self.form.receive(wire, names[other], head, into[other])
-                return
-            wire.send(gets[i + self._window : i + self._window + 1])
-            yield self.codec.decode(head[:HEADER_NBYTES], payload, expect=name)
-
     def send(self, wire: Wire, blocks: Sequence[tuple[BlockMeta, memoryview]], created: float) -> Iterator[BlockMeta]:
         """Write blocks, each whole and with its TTL or not at all, telling each that the server has taken.
 
@@ -131,7 +108,7 @@ class BlockCommands:
             wire.renew()
             wire.send(self.form.write(self.key(meta.hash), meta, payload, created))
             waiting.append(meta)
-            if len(waiting) == self._window:
+            if len(waiting) == self.window:
                 self.form.expect_written(wire, waiting[0])
                 yield waiting.pop(0)
         while waiting:
@@ -152,6 +129,19 @@ class BlockCommands:
             commands = [pack(b"PEXPIRE", k, ms, b"GT") for k, ms in zip(keys, limits, strict=True)]
             for reply in wire.ask_numbers(b"".join(commands), len(commands)):
                 _integer(reply)
+
+    def renewal(self, meta: BlockMeta, *, by_script: bool) -> bytes:
+        """One command that gives a block at least its TTL; without one, none. Answered with a number.
+
+        By script: or with NOSCRIPT, and then `lengthen` sends it.
+        """
+        key = self.key(meta.hash)
+        if meta.ttl_s is None:
+            return pack(b"PERSIST", key)
+        limit = milliseconds(meta.ttl_s)
+        if by_script:
+            return pack(b"EVALSHA", _LENGTHEN_SHA, b"1", key, limit)
+        return pack(b"PEXPIRE", key, limit, b"GT")
 
     def keep(self, wire: Wire, names: Sequence[BlockHash]) -> None:
         """Take the TTL from blocks: they live until they are evicted. Absent ones stay absent."""

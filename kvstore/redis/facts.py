@@ -1,6 +1,7 @@
 """What a Redis server says of itself, and what a person should do about it.
 
-Covers: reading INFO and CONFIG, judging the configuration, turning an error into words that end with a remedy. Pure.
+Covers: reading INFO and CONFIG, turning an error into words that end with a remedy. Does not cover: judging what was
+read (`judgement`). Pure.
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ GRANTS = (
 )
 SETTINGS = (b"save", b"maxmemory-clients")  # what INFO does not tell; users often may not ask for it
 
-_MIB = 1 << 20
-_MEMORY_SHARE = 0.9  # of the machine's; what goes beyond it is swapped or killed
-
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
@@ -27,7 +25,8 @@ class ServerFacts:
     Attributes:
         version: (major, minor); (0, 0) unknown.
         run_id: changes with every start of the server; empty: unknown.
-        maxmemory, used_memory: bytes, of the whole server. policy: what it evicts when it is full.
+        maxmemory, used_memory: bytes, of the whole server; of the latter `uncounted_memory` does not count against the
+            limit. policy: what it evicts when it is full.
         cluster: whether it is a node of a cluster.
         data: names what it holds (the server's replication id); data_before: what it held as a replica, before it
             became a primary.
@@ -48,6 +47,7 @@ class ServerFacts:
     appends: bool = False
     saves: bool = False
     limits_clients: bool | None = None
+    uncounted_memory: int = 0
 
     def with_settings(self, replies: Sequence[object]) -> ServerFacts:
         """The same with the replies to CONFIG GET of each of SETTINGS; what was refused stays unknown."""
@@ -67,51 +67,6 @@ class ServerFacts:
         """Whether EXPIRE knows GT."""
         return self.version >= (7, 0)
 
-    def advice(self, *, in_cluster: bool = False) -> str:
-        """What is wrong with its configuration and what to do; empty when nothing is or nothing is known.
-
-        `in_cluster`: whether it is spoken to as a node of one.
-        """
-        if not self.run_id:
-            return ""
-        if self.cluster and not in_cluster:
-            return "the Redis server is a cluster node; write redis+cluster:// instead of redis:// in the Redis URL"
-        return "; ".join(filter(None, (self._memory_advice(), self._disk_advice())))
-
-    def hint(self) -> str:
-        """What could be better without anything being wrong; empty when nothing could or nothing is known."""
-        if self.run_id and not self.can_only_lengthen:
-            return "the Redis server is older than 7.0, so TTLs are lengthened by a script; upgrade it"
-        if self.limits_clients is False:
-            return (
-                "the Redis server counts its clients' buffers as its own memory without a limit, and a slow reader can "
-                "push blocks out; set maxmemory-clients 10%"
-            )
-        return ""
-
-    def _memory_advice(self) -> str:
-        if not self.maxmemory:
-            return "the Redis server has no memory limit and will grow; set maxmemory and maxmemory-policy allkeys-lru"
-        if self.policy == "noeviction":
-            return (
-                f"the Redis server evicts nothing and refuses writes at {self.maxmemory // _MIB} MiB; "
-                "set maxmemory-policy allkeys-lru"
-            )
-        if self.system_memory and self.maxmemory > _MEMORY_SHARE * self.system_memory:
-            return (
-                f"the Redis server may fill {self.maxmemory // _MIB} of its machine's {self.system_memory // _MIB} MiB "
-                "and will be swapped or killed; set maxmemory to three quarters of that"
-            )
-        return ""
-
-    def _disk_advice(self) -> str:
-        setting = " and ".join(
-            name for name, is_on in (("appendonly no", self.appends), ("save ''", self.saves)) if is_on
-        )
-        if not setting:
-            return ""
-        return f"the Redis server writes every block to its disk, too, which a cache does not need; set {setting}"
-
 
 def parse_info(text: bytes) -> ServerFacts:
     """Facts out of the reply to INFO; what is missing or odd stays unknown."""
@@ -128,6 +83,7 @@ def parse_info(text: bytes) -> ServerFacts:
         data_before=found.get("master_replid2", ""),
         system_memory=_whole(found.get("total_system_memory", "")),
         appends=found.get("aof_enabled") == "1",
+        uncounted_memory=_whole(found.get("mem_not_counted_for_evict", "")),
     )
 
 

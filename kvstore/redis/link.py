@@ -19,6 +19,7 @@ import redis
 from kvstore.breaker import Breaker
 from kvstore.errors import CodecError, MissReason
 from kvstore.redis.facts import SETTINGS, ServerFacts, parse_info, remedy
+from kvstore.redis.judgement import Advice, judge
 from kvstore.redis.pool import WirePool, mask_url
 from kvstore.redis.resp import Wire, pack
 from kvstore.tier import Clock
@@ -26,6 +27,7 @@ from kvstore.tier import Clock
 log = logging.getLogger(__name__)
 
 FACTS_AGE_S = 5.0
+SETTINGS_AGE_S = 60.0
 NEVER = float("inf")
 
 
@@ -38,6 +40,7 @@ class Purpose(StrEnum):
     TOUCHES = "touches"
     REMOVALS = "removals"
     PROBES = "probes"
+    VALUES = "probes of values' connections"
 
 
 class UnavailableError(Exception):
@@ -59,7 +62,15 @@ class RedisLink:
     A refusal (no permission, full, read-only) is an answer: it is a problem of its purpose alone, until that succeeds.
     """
 
-    def __init__(self, url: str, *, clock: Clock, on_restart: Callable[[], None], in_cluster: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        clock: Clock,
+        on_restart: Callable[[], None],
+        in_cluster: bool = False,
+        block_nbytes: int = 0,
+    ) -> None:
         """Connect to nothing yet.
 
         Args:
@@ -68,6 +79,7 @@ class RedisLink:
             on_restart: called when another run of the server is found than before, which does not go on with what that
                 held (the replica that became the primary does).
             in_cluster: it is spoken to as one node of a cluster, of keys that it serves.
+            block_nbytes: of the blocks, to judge how many it has room for; zero: not judged.
 
         Raises:
             TierError: the URL cannot be used.
@@ -76,16 +88,20 @@ class RedisLink:
         self._clock = clock
         self._on_restart = on_restart
         self._in_cluster = in_cluster
+        self._block_nbytes = block_nbytes
         self._breaker = Breaker(clock)
         self._lock = threading.Lock()
         self._facts = ServerFacts()
-        self._facts_at = -NEVER
+        self._facts_at = self._settings_at = -NEVER
+        self._settings_are_refused = False
+        self._told: set[str] = set()
         self._trouble = ""  # with the way to the server
         self._refusals: dict[Purpose, str] = {}
         self._info_refusal = ""
         self._is_open = True
         questions, values = (WirePool(url, self._learn) for _ in range(2))
-        self._pools = {p: values if p in (Purpose.READS, Purpose.WRITES) else questions for p in Purpose}
+        of_values = (Purpose.READS, Purpose.WRITES, Purpose.VALUES)
+        self._pools = {purpose: values if purpose in of_values else questions for purpose in Purpose}
 
     @property
     def facts(self) -> ServerFacts:
@@ -103,18 +119,24 @@ class RedisLink:
     def problem(self) -> str:
         """What is wrong and what to do; empty when nothing is."""
         with self._lock:
-            problems = [
-                self._trouble,
-                *self._refusals.values(),
-                self._info_refusal,
-                self._facts.advice(in_cluster=self._in_cluster),
-            ]
+            wrong = [str(advice) for advice in self._judge(self._facts) if advice.is_wrong]
+            problems = [self._trouble, *self._refusals.values(), self._info_refusal, *wrong]
         return "; ".join(dict.fromkeys(filter(None, problems)))
 
+    @property
+    def advice(self) -> list[str]:
+        """What could be better about how the server is set up, though nothing is wrong, and what to do."""
+        return [str(advice) for advice in self._judge(self._facts) if not advice.is_wrong]
+
     def probe(self, patience_s: float) -> bool:
-        """Ask for a sign of life, if the breaker lets us; whether there was one."""
-        with suppress(UnavailableError), self.contact(Purpose.PROBES, patience_s) as wire:
-            wire.ask(b"PING")
+        """Ask for a sign of life, if the breaker lets us; whether there was one.
+
+        On both kinds of connections, which are then open: a first read has less patience than a greeting may take.
+        """
+        with suppress(UnavailableError):
+            for purpose in (Purpose.PROBES, Purpose.VALUES):
+                with self.contact(purpose, patience_s) as wire:
+                    wire.ask(b"PING")
             return True
         return False
 
@@ -130,24 +152,36 @@ class RedisLink:
         Raises:
             UnavailableError: instead of any fault of the server.
         """
-        started = time.monotonic()
+        started, asked_at = time.monotonic(), self._clock()
         self._admit(is_late=started >= ends_at)
         wire: Wire | None = None
         try:
             with self._pools[purpose].lease(patience_s, ends_at) as wire:
                 yield wire
         except (redis.TimeoutError, TimeoutError) as error:
-            # A caller in a hurry who hangs up while the server talks says nothing about the server.
+            # A caller in a hurry who hangs up while the server talks says nothing about the server, and one who granted
+            # it less than its time says little.
             hung_up = wire is not None and wire.heard_at >= started and time.monotonic() >= ends_at
-            raise self._hung_up(error) if hung_up else self._lost(error, MissReason.DEADLINE) from error
+            if hung_up:
+                raise UnavailableError(self._remedy(error), MissReason.DEADLINE) from error
+            weight = min(1.0, (ends_at - started) / patience_s)
+            raise self._lost(error, MissReason.DEADLINE, asked_at, weight) from error
         except redis.ResponseError as error:
             raise self._refused(purpose, error) from error
         except (redis.RedisError, OSError) as error:
-            raise self._lost(error, MissReason.ERROR) from error
+            raise self._lost(error, MissReason.ERROR, asked_at) from error
         except CodecError:  # a wrong value is an answer, too
             self._answered(purpose)
             raise
         self._answered(purpose)
+
+    def noted(self, purpose: Purpose, refusal: redis.ResponseError | None) -> None:
+        """What came of commands that went along with those of another purpose, during a contact."""
+        if refusal is not None:
+            self._refused(purpose, refusal)
+            return
+        with self._lock:
+            self._refusals.pop(purpose, None)
 
     def refresh_facts(self, wire: Wire) -> None:
         """Ask the server about itself, if the last time is a while ago."""
@@ -168,11 +202,8 @@ class RedisLink:
         if not self._breaker.admit():
             raise UnavailableError(self._trouble, MissReason.BREAKER, "breaker")
 
-    def _hung_up(self, error: Exception) -> UnavailableError:
-        return UnavailableError(self._remedy(error), MissReason.DEADLINE)
-
-    def _lost(self, error: Exception, reason: MissReason) -> UnavailableError:
-        self._breaker.failed()
+    def _lost(self, error: Exception, reason: MissReason, asked_at: float, weight: float = 1.0) -> UnavailableError:
+        self._breaker.failed(asked_at=asked_at, weight=weight)
         problem = self._remedy(error)
         with self._lock:
             is_new, self._trouble = problem != self._trouble, problem
@@ -184,8 +215,9 @@ class RedisLink:
         self._answered(purpose)
         problem = self._remedy(error)
         with self._lock:
-            self._refusals[purpose] = problem
-        log.warning("redis refused", extra={"server": self._where, "purpose": str(purpose), "problem": problem})
+            is_new, self._refusals[purpose] = problem != self._refusals.get(purpose), problem
+        if is_new:
+            log.warning("redis refused", extra={"server": self._where, "purpose": str(purpose), "problem": problem})
         is_full = isinstance(error, redis.OutOfMemoryError)
         return UnavailableError(problem, MissReason.ERROR, "full" if is_full else "error")
 
@@ -214,14 +246,28 @@ class RedisLink:
             self._on_restart()
 
     def _with_settings(self, wire: Wire, facts: ServerFacts) -> ServerFacts:
-        """Settings are asked for once a run: they rarely change, and a server notes every refusal in its ACL log."""
-        known = self._facts
-        if facts.run_id == known.run_id:
+        """Settings rarely change. Where they are refused they are asked for once a run: the ACL log notes each time."""
+        known, now = self._facts, self._clock()
+        is_same = facts.run_id == known.run_id
+        if is_same and (now - self._settings_at < SETTINGS_AGE_S or self._settings_are_refused):
             return replace(facts, saves=known.saves, limits_clients=known.limits_clients)
-        facts = facts.with_settings(wire.ask_all([pack(b"CONFIG", b"GET", name) for name in SETTINGS]))
-        for advice in filter(None, (facts.advice(in_cluster=self._in_cluster), facts.hint())):
-            log.info("redis could be set up better", extra={"server": self._where, "advice": advice})
+        replies = wire.ask_all([pack(b"CONFIG", b"GET", name) for name in SETTINGS])
+        self._settings_at = now
+        self._settings_are_refused = all(isinstance(reply, redis.ResponseError) for reply in replies)
+        facts = facts.with_settings(replies)
+        self._tell(self._judge(facts))
         return facts
+
+    def _tell(self, found: list[Advice]) -> None:
+        """Log what has not been logged yet. Figures may differ from one time to the next; remedies are the same."""
+        for advice in found:
+            if advice.remedy not in self._told:
+                self._told.add(advice.remedy)
+                level = logging.WARNING if advice.is_wrong else logging.INFO
+                log.log(level, "redis could be set up better", extra={"server": self._where, "advice": str(advice)})
+
+    def _judge(self, facts: ServerFacts) -> list[Advice]:
+        return judge(facts, in_cluster=self._in_cluster, block_nbytes=self._block_nbytes)
 
     def _remedy(self, error: Exception) -> str:
         return remedy(error, self._where, self._pools[Purpose.READS].masked(str(error)))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import compress
+from types import MappingProxyType
 
+import redis
 from redis.exceptions import AskError, ClusterDownError, MovedError, TryAgainError
 
 from kvstore.blocks import BlockHash
@@ -21,6 +23,7 @@ from kvstore.errors import CodecError, MissReason
 from kvstore.redis.address import parse_address
 from kvstore.redis.commands import BlockCommands
 from kvstore.redis.link import NEVER, Purpose, RedisLink, UnavailableError
+from kvstore.redis.reading import BlockReading
 from kvstore.redis.resp import Wire
 from kvstore.redis.slots import SlotMap, parse_slots
 from kvstore.redis.watch import RedisWatch
@@ -98,7 +101,8 @@ class RedisNode:
         self._timeout_s = timeout_s
         self._write_timeout_s = write_timeout_s
         self._wall_clock = wall_clock
-        self.link = RedisLink(url, clock=clock, on_restart=on_restart, in_cluster=in_cluster)
+        nbytes = commands.codec.layout.block_nbytes
+        self.link = RedisLink(url, clock=clock, on_restart=on_restart, in_cluster=in_cluster, block_nbytes=nbytes)
 
     def slots(self) -> SlotMap:
         """What this node knows of its cluster."""
@@ -115,29 +119,36 @@ class RedisNode:
         with self._contact(Purpose.LOOK_UPS, self._timeout_s, ends_at) as wire:
             return self._commands.look_up(wire, names)
 
-    def read(self, names: Sequence[BlockHash], into: Sequence[memoryview], ends_at: float) -> Reading:
-        """Leading blocks into the buffers; their TTLs begin again, and a wrong value is dropped."""
+    def read(
+        self,
+        names: Sequence[BlockHash],
+        into: Sequence[memoryview],
+        ends_at: float,
+        known: Mapping[BlockHash, BlockMeta] = MappingProxyType({}),
+    ) -> Reading:
+        """Leading blocks into the buffers; their TTLs begin again, and a wrong value is dropped.
+
+        Args:
+            known: what is believed of some of them; a longer TTL there counts instead of the header's.
+        """
         reading = Reading()
+        is_over = False
         try:
             with self._contact(Purpose.READS, self._timeout_s, ends_at) as wire:
-                for header in self._commands.receive(wire, names, into):
-                    reading.arrived.append(header.meta)
-        except CodecError as error:
-            reading.reason = error.reason
-            wrong = names[len(reading.arrived) : len(reading.arrived) + 1]
-            log.warning("value in redis was wrong", extra={"block": wrong[0].hex(), "reason": str(error.reason)})
-            reading.dropped = self.drop(wrong, self._timeout_s, ends_at)[0]
+                by_script = not self.link.facts.can_only_lengthen
+                talk = BlockReading(wire, self._commands, names, into, known=known, by_script=by_script)
+                for meta in talk.blocks():
+                    reading.arrived.append(meta)
+                reading.reason = MissReason.ABSENT if len(reading.arrived) < len(names) else None
+                is_over = True
+                self._note_renewals(talk.settle(), talk.renewals)
+        except CodecError as error:  # which closed the connection, whatever else it had to say
+            if not is_over:
+                self._drop_wrong(reading, names, error, ends_at)
+            self._renew_apart(reading.arrived, ends_at)
         except UnavailableError as fault:
-            reading.reason, reading.fault = fault.reason, fault
-            return reading
-        else:
-            reading.reason = MissReason.ABSENT if len(reading.arrived) < len(names) else None
-        if any(meta.ttl_s for meta in reading.arrived):
-            with (
-                suppress(UnavailableError),  # noted as a problem; the blocks have arrived all the same
-                self._contact(Purpose.TOUCHES, self._timeout_s, ends_at) as wire,
-            ):
-                self._lengthen(wire, reading.arrived)
+            reading.fault = fault
+            reading.reason = reading.reason if is_over else fault.reason
         return reading
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> Writing:
@@ -202,6 +213,12 @@ class RedisNode:
         """What is wrong and what to do; empty when nothing is."""
         return self.link.problem or ("" if self.watch is None else self.watch.problem)
 
+    @property
+    def advice(self) -> str:
+        """What could be better about the server, though nothing is wrong, and what to do; empty when nothing could."""
+        heard = "" if self.watch is None else self.watch.advice
+        return "; ".join(filter(None, [heard, *self.link.advice]))
+
     def close(self) -> None:
         """Close all connections."""
         if self.watch is not None:
@@ -222,6 +239,27 @@ class RedisNode:
         if elsewhere is not None:
             is_down = isinstance(elsewhere, ClusterDownError)
             raise ElsewhereError(DOWN if is_down else MOVING, MissReason.ERROR) from elsewhere
+
+    def _note_renewals(self, refusal: redis.ResponseError | None, count: int) -> None:
+        """A slot that moves is no refusal: who reads the block from its new node renews it there."""
+        if count and not (self._in_cluster and isinstance(refusal, _ELSEWHERE)):
+            self.link.noted(Purpose.TOUCHES, refusal)
+
+    def _drop_wrong(self, reading: Reading, names: Sequence[BlockHash], error: CodecError, ends_at: float) -> None:
+        """A read ended at a value that is not the block."""
+        wrong = names[len(reading.arrived) : len(reading.arrived) + 1]
+        log.warning("value in redis was wrong", extra={"block": wrong[0].hex(), "reason": str(error.reason)})
+        reading.reason = error.reason
+        reading.dropped = self.drop(wrong, self._timeout_s, ends_at)[0]
+
+    def _renew_apart(self, metas: Sequence[BlockMeta], ends_at: float) -> None:
+        """Let the TTLs of blocks that have arrived begin again, over another connection."""
+        if any(meta.ttl_s for meta in metas):
+            with (
+                suppress(UnavailableError),  # noted as a problem; the blocks have arrived all the same
+                self._contact(Purpose.TOUCHES, self._timeout_s, ends_at) as wire,
+            ):
+                self._lengthen(wire, metas)
 
     def _lengthen(self, wire: Wire, metas: Sequence[BlockMeta]) -> None:
         ttls = [(meta.hash, meta.ttl_s) for meta in metas if meta.ttl_s is not None]

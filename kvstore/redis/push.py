@@ -26,13 +26,13 @@ from redis.retry import Retry
 
 from kvstore.events import RemovalCause
 from kvstore.redis.address import Address
+from kvstore.redis.judgement import FLAGS, judge_events, missing_flags
 
 CAUSES = {
     b"evicted": RemovalCause.EVICTED,
     b"expired": RemovalCause.EXPIRED,
     b"del": RemovalCause.CLEARED,
 }
-FLAGS = "Egxe"  # keyevents of generic commands (del), expired and evicted keys
 GRANTS = "+hello +ping +exists +dbsize +config|get +client|tracking +subscribe &__keyevent@*"
 
 
@@ -65,7 +65,7 @@ class PushConnection:
         """Connect and log in, within the patience; later it is the longest wait for one answer."""
         self._database = address.database
         self._messages: deque[Heard] = deque()
-        self._listens = False
+        self._lacks_flags = False
         self._patience_s = patience_s
         self._connection = address.kind(
             **address.settings,
@@ -116,6 +116,10 @@ class PushConnection:
             return Hearing.EVENTS, text
         return (Hearing.HINTS if is_tracking else Hearing.NONE), text
 
+    def could_hear_better(self) -> bool:
+        """Whether the server tells of every removal by now, after it did not when `listen` asked."""
+        return self._lacks_flags and self._notifies(False, [])
+
     def hear(self, wait_s: float) -> Iterator[Heard]:
         """What the server says now; the first message may take `wait_s`."""
         ends_at = time.monotonic() + wait_s
@@ -163,12 +167,13 @@ class PushConnection:
             advice.append(_grant("CONFIG GET", f"and set {setting} {FLAGS}"))
             return False
         flags = found.get(setting.encode(), b"").decode() if isinstance(found, dict) else ""
-        missing = "".join(flag for flag in FLAGS if flag not in flags and not (flag != "E" and "A" in flags))
+        missing = missing_flags(flags)
+        self._lacks_flags = bool(missing)
         if not missing:
             return True
         if may_configure and self._permitted(["CONFIG", "SET", setting, flags + missing], advice, "+config|set"):
             return True
-        advice.append(f"CONFIG SET {setting} {flags + missing} on the Redis server lets it tell of removals itself")
+        advice.extend(map(str, judge_events(flags)))
         return False
 
     def _subscribe(self, advice: list[str]) -> bool:

@@ -22,6 +22,9 @@ from kvstore.tier import Clock
 
 Reply = int | bytes | None | list[Any] | redis.ResponseError
 
+FLOW_NBYTES = 64 << 10
+_LOOK_S = 0.001  # how long a look takes for what has come, when the patience is up
+_MAX_LOOKS = 4  # in a row: the beginning of an answer, its value, its end
 _READ_AHEAD = 1 << 10  # in front of a value: its length and its header in one call, little of its payload
 _BUFFER_NBYTES = 64 << 10
 _MAX_LINE_NBYTES = 32 << 10
@@ -44,7 +47,9 @@ class Wire:
     """One connection.
 
     Time, on the clock: all waits since the last `renew` together take `patience_s` at most, and none goes beyond
-    `ends_at`. `heard_at` is when the last byte came.
+    `ends_at`. FLOW_NBYTES that have come renew it, too: a large value on a slow line is no silence. When the patience
+    is up, what has come meanwhile is still taken: it may be this process that had to wait for a processor, and not the
+    server that was silent. `heard_at` is when the last byte came.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -55,6 +60,9 @@ class Wire:
         self._buffer = memoryview(self._bytes)
         self._low = self._high = 0  # unread bytes of the buffer
         self._until = float("inf")
+        self._flowed = 0  # bytes since the last renewal
+        self._looks = _MAX_LOOKS  # after the patience was up, until the next renewal
+        self._has_news = True  # since the last look
         self.patience_s = self.ends_at = float("inf")
         self.heard_at = float("-inf")
 
@@ -65,6 +73,7 @@ class Wire:
     def renew(self) -> None:
         """Grant the server its time anew, for one more answer."""
         self._until = min(self._clock() + self.patience_s, self.ends_at)
+        self._flowed, self._looks, self._has_news = 0, _MAX_LOOKS, True
 
     def close(self) -> None:
         """Close the connection. May be called twice."""
@@ -172,6 +181,14 @@ class Wire:
             raise redis.InvalidResponse(f"asked for a value, got {line[:32]!r}")
         return _length(line[1:])
 
+    def read_number(self) -> int | redis.ResponseError:
+        """The next reply, which is a number between values.
+
+        Raises:
+            redis.InvalidResponse: it is none.
+        """
+        return self._number_or_error(self._line(_READ_AHEAD))
+
     def read_into(self, target: memoryview) -> None:
         """Fill `target` with the value's next bytes."""
         done = self._from_buffer(target)
@@ -235,7 +252,10 @@ class Wire:
 
     def _receive(self, target: memoryview, *, whole: bool = False) -> int:
         count = self._open().receive(target, whole=whole)
-        self.heard_at = self._clock()
+        self.heard_at, self._has_news = self._clock(), True
+        self._flowed += count
+        if self._flowed >= FLOW_NBYTES:
+            self.renew()
         return count
 
     def _open(self) -> Transport:
@@ -249,9 +269,12 @@ class Wire:
         Raises:
             redis.TimeoutError: none.
         """
-        left = self._until - self._clock()
+        now = self._clock()
+        left = self._until - now
         if left <= 0:
-            raise redis.TimeoutError("the server did not answer in time")
+            if not (self._has_news and self._looks and now < self.ends_at):
+                raise redis.TimeoutError("the server did not answer in time")
+            self._has_news, self._looks, left = False, self._looks - 1, min(_LOOK_S, self.ends_at - now)
         return left
 
 

@@ -30,7 +30,7 @@ from kvstore.redis.node import RedisNode, end_of, flattened
 from kvstore.redis.watch import Watching, start_watch
 from kvstore.tier import BlockMeta, Clock, TierStats
 
-DEFAULT_TIMEOUT_S = 0.1
+DEFAULT_TIMEOUT_S = 0.05
 DEFAULT_WRITE_TIMEOUT_S = 1.0
 
 
@@ -58,8 +58,10 @@ class RedisTier(FromBooks):
         Args:
             url: see `address.URL_FORMS`, not of a cluster.
             codec: of the blocks; the first 8 bytes of its namespace go into the keys.
-            timeout_s: longest wait for the answer to a look-up, and for each value of a read.
-            write_timeout_s: the same for writes, removals and clearing, which are in nobody's way.
+            timeout_s: longest silence that a look-up or a read bears: the wait for an answer, and within one for the
+                next `resp.FLOW_NBYTES` of it. How long a whole read may take is its `deadline_s`.
+            write_timeout_s: longest wait for each block that is written, and for each step of a removal or a clear,
+                which are in nobody's way.
             clock: of the breaker. wall_clock: seconds since the epoch, for headers.
             watching: whether a thread listens for blocks that the server drops, so that events tell of them.
 
@@ -101,10 +103,11 @@ class RedisTier(FromBooks):
         return count
 
     def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
-        """As `Tier.read`; a few values are under way at a time, and each may take the timeout."""
+        """As `Tier.read`; a few values are under way at a time. The timeout is for silence, the deadline for all."""
         if not hashes:
             return 0
-        reading = self._server.read(hashes, [flattened(buffer) for buffer in into], end_of(deadline_s))
+        known = self._books.believed(hashes)
+        reading = self._server.read(hashes, [flattened(buffer) for buffer in into], end_of(deadline_s), known)
         count = len(reading.arrived)
         if reading.reason is not None:
             self._books.missed(reading.reason)
@@ -187,8 +190,11 @@ class RedisTier(FromBooks):
 
     @property
     def advice(self) -> str:
-        """What would let the server tell of removals sooner; empty when nothing would or it is not watched."""
-        return "" if self._server.watch is None else self._server.watch.advice
+        """What could be better about the server, though nothing is wrong, and what to do; empty when nothing could.
+
+        How it could tell of removals sooner, if it is watched; how it is set up.
+        """
+        return self._server.advice
 
     def close(self) -> None:
         """Close all connections. Calls that come later are misses."""

@@ -77,6 +77,7 @@ class RedisWatch:
         is_ours: Callable[[BlockHash], bool] | None = None,
         patience_s: float = 2.0,
         ask_every_s: float = 1.0,
+        listen_again_s: float = 30.0,
     ) -> None:
         """Start the thread.
 
@@ -87,6 +88,7 @@ class RedisWatch:
             may_configure: whether it may turn on the server's notifications for everybody.
             is_ours: which of the believed blocks lie on this server (a node of a cluster); None: all.
             patience_s: longest wait for one answer. ask_every_s: between two batches of believed blocks.
+            listen_again_s: between two looks whether the server notifies by now, while it does not.
 
         Raises:
             TierError: the URL cannot be used.
@@ -99,6 +101,8 @@ class RedisWatch:
         self._is_ours = is_ours
         self._patience_s = patience_s
         self._ask_every_s = ask_every_s
+        self._listen_again_s = listen_again_s
+        self._listen_again_at = float("inf")
         self._suspects: dict[BlockHash, RemovalCause] = {}  # in the order in which they were heard of
         self._unasked: deque[BlockHash] = deque()  # believed ones whose turn will come
         self._ask_all = self._was_flushed = False
@@ -127,7 +131,7 @@ class RedisWatch:
                 with PushConnection(self._address, self._patience_s) as connection:
                     self._begin(connection)
                     pause_s = _FIRST_PAUSE_S
-                    while not self._ended.is_set():
+                    while not self._ended.is_set() and not self._could_hear_better(connection):
                         self._turn(connection)
             except (redis.RedisError, OSError) as error:
                 self._lost(error)
@@ -148,7 +152,15 @@ class RedisWatch:
         if self.problem:
             log.info("redis is watched again", extra={"server": self._where})
         self.advice, self.problem, self.hearing = advice, "", hearing
+        self._listen_again_at = time.monotonic() + self._listen_again_s
         self._ask_all = True  # whatever was said before we listened
+
+    def _could_hear_better(self, connection: PushConnection) -> bool:
+        """Asked now and then: somebody may have followed the advice."""
+        if self.hearing is Hearing.EVENTS or time.monotonic() < self._listen_again_at:
+            return False
+        self._listen_again_at = time.monotonic() + self._listen_again_s
+        return connection.could_hear_better()
 
     def _lost(self, error: Exception) -> None:
         with self._lock:

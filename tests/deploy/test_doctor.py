@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import redis
 
 from deploy import doctor
 from deploy.doctor import Finding, examine
@@ -19,6 +20,7 @@ from deploy.redis_server import PrivateRedis
 from deploy.settings import Settings
 from deploy.state import ClusterRecord, write_record
 from tests.kvstore.redis_fleets_for_tests import guarded
+from tests.kvstore.redis_for_tests import binary
 
 
 def _settings(**flags: object) -> Settings:
@@ -52,7 +54,7 @@ def test_a_redis_that_is_down_is_a_failure_and_its_password_is_not_shown(tmp_pat
     findings = list(doctor.check_redis(_settings(redis__url="redis://:hunter2@127.0.0.1:1"), tmp_path))
     assert _levels(findings) == ["fail"]
     assert "hunter2" not in str(findings)
-    assert "start it" in findings[0].remedy
+    assert "start the server" in findings[0].remedy
 
 
 def test_a_redis_that_refuses_the_password_is_told_apart(tmp_path: Path) -> None:
@@ -60,31 +62,63 @@ def test_a_redis_that_refuses_the_password_is_told_apart(tmp_path: Path) -> None
         wrong = server.url.replace("right", "wrong")
         findings = list(doctor.check_redis(_settings(redis__url=wrong), tmp_path))
     assert _levels(findings) == ["fail"]
-    assert "refuses the login" in findings[0].found
+    assert "refused the login" in findings[0].found
+    assert "wrong" not in str(findings)
+
+
+AS_DOCUMENTED = {"maxmemory-clients": "10%", "notify-keyspace-events": "Egxe"}
 
 
 @pytest.mark.parametrize(
-    ("policy", "maxmemory", "level", "said"),
+    ("directives", "remedies"),
     [
-        ("noeviction", 64 << 20, "warn", "maxmemory-policy"),
-        ("allkeys-lru", 0, "warn", "maxmemory"),
-        ("allkeys-lru", 64 << 20, "ok", ""),
+        ({}, []),
+        ({"maxmemory-policy": "noeviction"}, ["maxmemory-policy"]),
+        ({"maxmemory": "0"}, ["set maxmemory"]),
+        ({"save": "60 1", "appendonly": "yes"}, ["set appendonly no and save ''"]),
+        ({"maxmemory-policy": "volatile-lru"}, ["maxmemory-policy allkeys-lru"]),
+        ({"maxmemory-clients": "0"}, ["set maxmemory-clients 10%"]),
+        ({"notify-keyspace-events": '""'}, ["CONFIG SET notify-keyspace-events Egxe"]),
+        ({"maxmemory": "0", "notify-keyspace-events": "x"}, ["set maxmemory", "notify-keyspace-events xEge"]),
     ],
 )
-def test_how_redis_is_configured_is_judged(tmp_path: Path, policy: str, maxmemory: int, level: str, said: str) -> None:
-    with PrivateRedis(policy=policy, maxmemory_bytes=maxmemory) as server:
+def test_how_redis_is_configured_is_judged(tmp_path: Path, directives: dict[str, str], remedies: list[str]) -> None:
+    with PrivateRedis(binary=binary("system"), directives={**AS_DOCUMENTED, **directives}) as server:
         findings = list(doctor.check_redis(_settings(redis__url=server.url), tmp_path))
-    assert _levels(findings) == ["ok", level, "ok"]
-    assert said in findings[1].remedy
-    assert findings[2].check == "clock"
+    warned = [finding for finding in findings if finding.level != "ok"]
+    assert [finding.level for finding in warned] == ["warn"] * len(remedies)
+    assert all(words in finding.remedy for words, finding in zip(remedies, warned, strict=True))
+    assert findings[0].found.startswith("unix:///")
+    assert findings[-1].check == "clock"
+
+
+@pytest.mark.parametrize("watch", ["off", "configure"])
+def test_who_does_not_listen_or_may_configure_is_not_told_to_notify(tmp_path: Path, watch: str) -> None:
+    quiet = {**AS_DOCUMENTED, "notify-keyspace-events": '""'}
+    with PrivateRedis(binary=binary("system"), directives=quiet) as server:
+        findings = list(doctor.check_redis(_settings(redis__url=server.url, redis__watch=watch), tmp_path))
+    assert set(_levels(findings)) == {"ok"}
+
+
+def test_a_login_that_may_not_ask_for_settings_is_told_what_is_known(tmp_path: Path) -> None:
+    with PrivateRedis(binary=binary("system"), password="p") as server:
+        with redis.Redis.from_url(server.url) as client:
+            client.execute_command("ACL", "SETUSER", "poor", "on", ">p", "~warmkv:*", "+info")
+        url = server.url.replace("unix://:p@", "unix://poor:p@")
+        findings = list(doctor.check_redis(_settings(redis__url=url), tmp_path))
+    assert _levels(findings) == ["ok", "ok", "ok"]
+    assert "may not ask for its TIME" in findings[-1].found
 
 
 def test_the_primary_behind_sentinel_and_each_named_node_of_a_cluster_are_judged(tmp_path: Path) -> None:
     with guarded(tmp_path) as fleet:
         findings = list(doctor.check_redis(_settings(redis__url=fleet.url), tmp_path))
-        assert _levels(findings) == ["ok", "ok", "ok"]
         assert str(fleet.servers[0].port) in findings[0].found
-    with PrivateRedis(port=0) as one, PrivateRedis(port=0) as other:
+        assert "fail" not in _levels(findings)
+    with (
+        PrivateRedis(binary=binary("system"), port=0, directives=AS_DOCUMENTED) as one,
+        PrivateRedis(binary=binary("system"), port=0, directives=AS_DOCUMENTED) as other,
+    ):
         url = f"redis+cluster://{one.url[8:-2]},{other.url[8:-2]}"
         findings = list(doctor.check_redis(_settings(redis__url=url), tmp_path))
         assert _levels(findings) == ["ok"] * 6

@@ -552,3 +552,52 @@ def test_whatever_a_server_says_no_block_is_made_of_it(tmp_path_factory: pytest.
     finally:
         tier.close()
         server.close()
+
+
+def test_how_the_server_is_set_up_is_told_once_and_no_more_when_it_is_mended(
+    clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    metas = chain(1)
+    bad = {"save": "3600 1", "maxmemory-clients": "0"}
+    with (
+        PrivateRedis(binary=binary("system"), directives=bad, policy="volatile-lru") as server,
+        client_of(server) as client,
+        caplog.at_level(logging.INFO),
+    ):
+        tier = make_tier(server.url, clock=clock)
+        for _ in range(5):
+            assert tier.write(metas, payloads(metas)) == 1
+            clock.now += 6.0
+        assert "set save ''" in tier.stats().problem
+        assert "maxmemory-clients" not in tier.stats().problem
+        assert "set maxmemory-clients 10%" in tier.advice
+        assert "maxmemory-policy allkeys-lru" in tier.advice
+        told = [record.__dict__.get("advice", "") for record in caplog.records]
+        for remedy in ("save", "maxmemory-clients", "maxmemory-policy"):
+            assert sum(f"set {remedy}" in text for text in told) == 1
+        for name, value in (("save", ""), ("maxmemory-clients", "10%"), ("maxmemory-policy", "allkeys-lru")):
+            client.config_set(name, value)
+        clock.now += 60.0
+        assert tier.write(metas, payloads(metas)) == 1
+        assert (tier.stats().problem, tier.advice) == ("", "")
+        tier.close()
+
+
+def test_a_server_that_refuses_config_is_asked_once_a_run(clock: ManualClock) -> None:
+    metas = chain(1)
+    with PrivateRedis(binary=binary("system")) as server, client_of(server) as client:
+        client.execute_command("ACL", "SETUSER", "w", "on", ">p", "~*", "+@all", "-config")
+        tier = make_tier(server.url.replace("unix://", "unix://w:p@"), clock=clock)
+        for _ in range(5):
+            assert tier.write(metas, payloads(metas)) == 1
+            clock.now += 100.0
+        assert sum(int(entry["count"]) for entry in client.acl_log()) == 2  # two settings
+        assert (tier.stats().problem, tier.advice) == ("", "")
+        tier.close()
+
+
+def test_a_server_with_room_for_few_blocks_is_no_fault_but_said(clock: ManualClock) -> None:
+    with PrivateRedis(binary=binary("system"), maxmemory_bytes=40 * LAYOUT.block_nbytes) as server:
+        tier = make_tier(server.url, clock=clock)
+        assert "has room for 40 blocks" in tier.advice
+        tier.close()

@@ -510,8 +510,20 @@ def test_a_tier_says_how_its_server_could_tell_sooner(server: PrivateRedis) -> N
     tier.close()
     tier = make_tier(server.url, watching=Watching.CONFIGURE)
     Watched.until(_Tier(tier), lambda: tier._server.watch is not None and tier._server.watch.hearing is Hearing.EVENTS)
-    assert tier.advice == ""
+    assert "notify" not in tier.advice
     tier.close()
+
+
+def test_advice_that_was_followed_is_no_longer_given(server: PrivateRedis) -> None:
+    with client_of(server) as client:
+        client.config_set("notify-keyspace-events", "")
+        with watched(server, listen_again_s=0.05) as it:
+            it.until_it_hears(Hearing.HINTS)
+            assert "notify-keyspace-events Egxe" in it.watch.advice
+            client.config_set("notify-keyspace-events", "Egxe")
+            it.until(lambda: it.watch.hearing is Hearing.EVENTS)
+            assert it.watch.advice == ""
+        client.config_set("notify-keyspace-events", "")
 
 
 class _Tier(Watched):
