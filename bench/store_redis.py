@@ -177,7 +177,7 @@ class Ours:
 
     def read(self, slots: Views) -> None:
         """Fetch and verify each block."""
-        _expect(self._tier.read(self._names, slots), len(slots))
+        _expect(self._tier.read(self._names, slots).count, len(slots))
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from kvstore.acquisition import Acquisition, Wish
 from kvstore.blocks import BlockHash
 from kvstore.buffers import Buffers
-from kvstore.errors import InvariantError
+from kvstore.errors import InvariantError, MissReason
 from kvstore.host.tier import HostTier
 from kvstore.source import Source
 from kvstore.tier import BlockMeta, Clock, prolonged
@@ -25,6 +25,8 @@ MIN_DEADLINE_S = 0.02  # below this, the scheduler's jitter decides
 MAX_DEADLINE_S = 10.0  # while nobody knows what computing would take
 GRACE_S = 0.05  # a tier ends its reads at the deadline by itself; one that does not is given up this much later
 IDLE_BUFFERS = 64
+
+_NO_MEASURE = (MissReason.BREAKER, MissReason.BUSY, MissReason.ERROR)  # refused: that says nothing of reads
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Load:
         budget: of a prefetch, blocks that it may go on to fetch when these have come.
         buffers: where the bytes are. arrived: blocks that are whole, under the metadata that they were stored with;
         both set by the I/O thread, valid once the load is finished.
-        ms: how long it took; None: the tier was not asked. ended_absent: the next block is not in the tier.
+        ms: how long it took; None: nobody learnt how long reads take. is_next_gone: the tier lacks the next block.
         discarded: cleared meanwhile: nothing of it may be registered. Guarded by `lock`.
         is_stuck: its tier does not keep the deadline, and nobody joins it any more.
     """
@@ -59,7 +61,7 @@ class Load:
     buffers: list[memoryview] = field(default_factory=list)
     arrived: list[BlockMeta] = field(default_factory=list)
     ms: float | None = None
-    ended_absent: bool = False
+    is_next_gone: bool = False
     discarded: bool = False
     is_stuck: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -211,11 +213,9 @@ class Loader:
         tier = load.source.tier
         load.buffers = self._buffers.take(len(load.metas))
         was_healthy, started = tier.stats().healthy, self._clock()
-        count = tier.read([meta.hash for meta in load.metas], load.buffers, deadline_s=load.deadline_s)
-        took_s = self._clock() - started
-        if count > 0 or was_healthy:  # else the breaker may have answered, which says nothing of reads
-            load.ms = 1e3 * took_s
-        is_late = took_s >= load.deadline_s
-        load.ended_absent = count < len(load.metas) and not is_late and was_healthy and tier.stats().healthy
+        count, ended = tier.read([meta.hash for meta in load.metas], load.buffers, deadline_s=load.deadline_s)
+        if count > 0 or (ended not in _NO_MEASURE and (was_healthy or ended is not MissReason.DEADLINE)):
+            load.ms = 1e3 * (self._clock() - started)
+        load.is_next_gone = ended is not None and ended.is_gone
         stored = [find(meta.hash) or meta for meta in load.metas[:count]]
         return [prolonged(own, meta.ttl_s) for own, meta in zip(stored, load.metas, strict=False)]

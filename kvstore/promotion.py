@@ -198,7 +198,7 @@ class Promoter:
         if block_ids is None:
             return False
         started, landing = self._clock(), self._device.landing(block_ids)
-        count = host.read([meta.hash for meta in metas], landing.buffers)
+        count = host.read([meta.hash for meta in metas], landing.buffers).count
         self._device.land(landing, count)
         source.observe(count, 1e3 * (self._clock() - started))
         fates = [self._prefetched.pop(meta.hash, host.name) for meta in metas[:count]]
@@ -271,7 +271,7 @@ class Promoter:
     def _settle(self, load: Load) -> None:
         self._score(load)
         if not load.discarded:
-            self._on_read(load.source, load.metas, len(load.arrived), load.ended_absent)
+            self._on_read(load.source, load.metas, len(load.arrived), load.is_next_gone)
         interested = load.interested
         if not interested and load.owner is None and not load.discarded:
             self._remember(load)

@@ -409,12 +409,12 @@ class TieredStore:
     def _send_to_disk(self, name: BlockHash) -> bool:
         return self.disk is not None and self._lanes[self.disk.name].offer(name)
 
-    def _on_read(self, source: Source, metas: list[BlockMeta], count: int, ended_absent: bool) -> None:
+    def _on_read(self, source: Source, metas: list[BlockMeta], count: int, is_next_gone: bool) -> None:
         for meta in metas[:count]:
             source.absent.discard(meta.hash)
-        if ended_absent:
+        if is_next_gone:
             source.absent.add(metas[count].hash)
-        self._lanes[source.name].read(metas, count, ended_absent=ended_absent)
+        self._lanes[source.name].read(metas, count, is_next_gone=is_next_gone)
 
     def _select(self, root: BlockHash | None, prefix: BlockHash | None) -> list[BlockHash]:
         """What `clear` drops of all that lies or moves in this process; an unknown root counts as any."""

@@ -15,9 +15,10 @@ import torch
 
 from kvstore.acquisition import Acquisition, ReadTiers
 from kvstore.admission import Moment
-from kvstore.blocks import BlockHash
+from kvstore.blocks import BlockHash, short
 from kvstore.device import DeviceTier
-from kvstore.events import RemovalCause, TierName
+from kvstore.errors import MissReason
+from kvstore.events import BlockRemoved, RemovalCause, TierName
 from kvstore.host.tier import HostTier
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta
@@ -405,6 +406,20 @@ def test_a_tier_that_failed_is_asked_again_at_once(rig: Rig) -> None:
     assert rig.get(metas) == []
     rig.shared.read_limit, rig.shared.healthy = None, True
     assert rig.get(metas) == [REDIS] * 3
+
+
+@pytest.mark.parametrize("why", MissReason)
+def test_only_a_tier_that_says_so_has_lost_a_block(rig: Rig, why: MissReason) -> None:
+    metas = chain(3)
+    rig.shared.write(metas, payloads(metas))
+    rig.store.drain_events()
+    rig.shared.read_limit, rig.shared.ends = 1, why
+    assert rig.get(metas) == [REDIS]
+    gone = [event for event in rig.store.drain_events() if isinstance(event, BlockRemoved)]
+    is_gone = why in ("absent", "expired", "corrupt", "truncated", "foreign", "unreadable")
+    assert [event.hashes for event in gone] == ([(short(metas[1].hash),)] if is_gone else [])
+    rig.shared.read_limit = None
+    assert rig.get(metas) == [DEVICE] + ([] if is_gone else [REDIS, REDIS])  # what is gone is not asked for at once
 
 
 def test_blocks_that_are_not_admitted_are_written_at_their_first_use(rig: Rig) -> None:
