@@ -199,17 +199,18 @@ def test_a_prefetch_ends_in_host_and_its_use_tells_where_it_came_from_once(rig: 
     assert rig.get(metas) == [HOST] * 4
 
 
-def test_a_tier_that_does_not_keep_the_deadline_is_given_up_and_what_comes_late_is_not_wasted(rig: Rig) -> None:
+def test_a_tier_that_does_not_keep_the_limit_is_given_up_and_what_comes_late_is_not_wasted(rig: Rig) -> None:
     metas = chain(3)
     rig.shared.write(metas, payloads(metas))
     rig.shared.reads_open.clear()
+    rig.store._promoter.sources[REDIS].observe(3, 30.0)
     owner = rig.start(metas, compute_ms=lambda first, count: 100.0 * count)
     waiter = rig.start(metas, compute_ms=lambda first, count: 100.0 * count)
     until(lambda: bool(rig.shared.reads))
-    rig.clock.now += 0.2
+    rig.clock.now += 0.075
     rig.store.pump()
     assert not owner.done
-    rig.clock.now += 0.2
+    rig.clock.now += 0.01
     rig.store.pump()
     assert (owner.done, waiter.done, owner.fates, waiter.fates) == (True, True, [], [])
     rig.shared.reads_open.set()
