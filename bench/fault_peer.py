@@ -104,7 +104,7 @@ class PeerRig:
         into = [memoryview(bytearray(self.shape.layout.block_nbytes)) for _ in metas]
         started, count = time.perf_counter(), 0
         try:
-            count = self._tier.read([meta.hash for meta in metas], into)
+            count = self._tier.read([meta.hash for meta in metas], into).count
         except Exception:  # whatever it is: a request would have failed, and that is what is counted
             log.exception("a request failed")
             self.tally.failed += 1

@@ -232,7 +232,7 @@ class Ours:
 
     def read(self, slots: Views) -> None:
         """Fetch and verify each block."""
-        expect(self._tier.read(self._names, slots), len(slots))
+        expect(self._tier.read(self._names, slots).count, len(slots))
 
 
 def open_clients(stack: ExitStack, url: str, names: Sequence[BlockHash], nbytes: int) -> dict[str, Client]:

@@ -143,7 +143,11 @@ def restart(report: Report, folder: Path, *, rounds: int) -> None:
         started = time.perf_counter()
         tier = open_tier()
         opened.append(time.perf_counter() - started)
-        if tier.stats().blocks != RESTART_BLOCKS or tier.match(names) != length or tier.read(names, target) != length:
+        if (
+            tier.stats().blocks != RESTART_BLOCKS
+            or tier.match(names) != length
+            or tier.read(names, target).count != length
+        ):
             raise RuntimeError("blocks are missing after a restart")
         seconds.append(time.perf_counter() - started)
         tier.close()

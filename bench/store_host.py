@@ -160,7 +160,7 @@ def start(report: Report, *, rounds: int) -> None:
     for number in range(rounds):
         began = time.perf_counter()
         tier = HostTier(BLOCK, nbytes, clock=time.monotonic)
-        if tier.write(metas, payload) + tier.read([metas[0].hash], into) != 2:
+        if tier.write(metas, payload) + tier.read([metas[0].hash], into).count != 2:
             raise RuntimeError("a new tier did not store a block")
         serving.append(time.perf_counter() - began)
         if number == 0:

@@ -89,7 +89,7 @@ class Acquisition:
         self.started = 0.0
         self.cancelled = False
         self.looked = False  # one device miss is counted for an acquisition, where the first look-up ended
-        self.give_up_at = float("inf")  # on the clock: when it waits no more for the load that it waits for
+        self.limits: list[tuple[int, float]] = []  # of the load that it waits for: blocks of that, until when
         self.is_cut = False  # what it waited for was cleared meanwhile: it takes no more from slow tiers
         self.tried: dict[TierName, int] = {}  # position at which a tier came up short
         self.arrived: dict[BlockHash, TierName] = {}  # loaded by somebody else that this one waited for
@@ -100,6 +100,10 @@ class Acquisition:
         self.cancelled = self.done = True
         self._give_back(self.block_ids)
         self.block_ids, self.fates = [], []
+
+    def give_up_at(self, come: int) -> float:
+        """When it has waited long enough, on the clock, for a load of which so many blocks have come."""
+        return next((until for stop, until in self.limits if stop > come), float("inf"))
 
     @property
     def position(self) -> int:

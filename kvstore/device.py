@@ -21,7 +21,7 @@ from kvstore.blocks import BlockHash
 from kvstore.errors import TierError
 from kvstore.layout import KVLayout
 from kvstore.pool import BlockPool
-from kvstore.tier import BlockMeta, Clock, Honours
+from kvstore.tier import BlockMeta, Clock, Delivery, Honours
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -140,13 +140,16 @@ class DeviceTier(BlockPool):
         # The caching host allocator keeps the pinned bytes until the stream has read them.
         self._raw.index_copy_(0, index, landing._staging[:count].to(self.device, non_blocking=True))
 
-    def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
+    def read(
+        self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
+    ) -> Delivery:
         """As `Tier.read`; it cannot fail."""
         block_ids = self.acquire(hashes)
         for buffer, payload in zip(into, self.payloads(block_ids), strict=False):
             _copy(buffer, payload)
         self.release(block_ids)
-        return len(block_ids)
+        count = len(block_ids)
+        return Delivery(count, self.why_missing(hashes[count]) if count < len(hashes) else None)
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
         """As `Tier.write`: stores what has room beside the referenced blocks."""

@@ -17,16 +17,40 @@ from enum import StrEnum
 
 
 class MissReason(StrEnum):
-    """Why a block that was looked for in a tier was not delivered. Metrics count by these words."""
+    """Why a block that was looked for in a tier was not delivered. Metrics count by these words.
+
+    ABSENT and EXPIRED: it is not there. CORRUPT, TRUNCATED, FOREIGN: what was there was not the block, and is dropped.
+    UNREADABLE: the device gives its bytes no more, and it is dropped. DEADLINE, BREAKER, BUSY, ERROR: the tier did not
+    say; it may well hold it.
+    """
 
     ABSENT = "absent"
     EXPIRED = "expired"
     CORRUPT = "corrupt"
     TRUNCATED = "truncated"
     FOREIGN = "foreign"
+    UNREADABLE = "unreadable"
     DEADLINE = "deadline"
     BREAKER = "breaker"
+    BUSY = "busy"
     ERROR = "error"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the tier does not hold the block, at the latest from now on; else nothing is known of it."""
+        return self in _GONE
+
+
+_GONE = frozenset(
+    {
+        MissReason.ABSENT,
+        MissReason.EXPIRED,
+        MissReason.CORRUPT,
+        MissReason.TRUNCATED,
+        MissReason.FOREIGN,
+        MissReason.UNREADABLE,
+    }
+)
 
 
 class StoreError(Exception):

@@ -140,13 +140,13 @@ class Lane:
         for meta in metas:
             self._schedule.used(meta.hash, meta.ttl_s)
 
-    def read(self, metas: Sequence[BlockMeta], count: int, *, ended_absent: bool) -> None:
+    def read(self, metas: Sequence[BlockMeta], count: int, *, is_next_gone: bool) -> None:
         """A read of the tier ended: the TTLs of what came began again there, and it lacks the next one, perhaps."""
         arrived = [self.known.find(meta.hash) or meta for meta in metas[:count]]
         self.known.learn(arrived)
         for meta in arrived:
             self._schedule.renewed(meta.hash, meta.ttl_s)
-        if ended_absent:
+        if is_next_gone:
             self.known.lost([meta.hash for meta in metas[count : count + 1]])
 
     def write(self, name: BlockHash) -> bool:

@@ -1,7 +1,7 @@
 """Reads of slow tiers: one load each, run by an I/O thread of that tier, so that a stalled one delays no other.
 
-Covers: what a load is, fetching its bytes, copying them to host. Does not cover: which load to start and where its
-blocks go (`promotion`).
+Covers: what a load is, fetching its bytes piece by piece, copying them to host. Does not cover: which load to start and
+where its blocks go (`promotion`), how long it may take (`patience`).
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from kvstore.acquisition import Acquisition, Wish
 from kvstore.blocks import BlockHash
 from kvstore.buffers import Buffers
-from kvstore.errors import InvariantError
+from kvstore.daemon_pool import DaemonPool
+from kvstore.errors import InvariantError, MissReason
 from kvstore.host.tier import HostTier
+from kvstore.patience import Limit
 from kvstore.source import Source
-from kvstore.tier import BlockMeta, Clock, prolonged
+from kvstore.tier import BlockMeta, Clock, Delivery, prolonged
 
-MIN_DEADLINE_S = 0.02  # below this, the scheduler's jitter decides
-MAX_DEADLINE_S = 10.0  # while nobody knows what computing would take
-GRACE_S = 0.05  # a tier ends its reads at the deadline by itself; one that does not is given up this much later
 IDLE_BUFFERS = 64
+
+_NO_MEASURE = (MissReason.BREAKER, MissReason.BUSY, MissReason.ERROR)  # refused: that says nothing of reads
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,14 @@ class Load:
     Attributes:
         source: the tier. metas: what is read. wish: whose. first: position of the first block in the wish.
         owner: who waits for it; None: a prefetch, which ends in host. waiters: others that want the same blocks.
-        deadline_s: how long the read may take. started: when it was asked for, on the clock.
+        limits: of each of its pieces, in order. started: when it was asked for, on the clock.
         budget: of a prefetch, blocks that it may go on to fetch when these have come.
         buffers: where the bytes are. arrived: blocks that are whole, under the metadata that they were stored with;
-        both set by the I/O thread, valid once the load is finished.
-        ms: how long it took; None: the tier was not asked. ended_absent: the next block is not in the tier.
+        grows by a piece at a time. Both written by the I/O thread.
+        landed: of those, what was put into the device before the load had ended.
+        ms: how long it took; None: nobody learnt how long reads take. is_next_gone: the tier lacks the next block.
         discarded: cleared meanwhile: nothing of it may be registered. Guarded by `lock`.
-        is_stuck: its tier does not keep the deadline, and nobody joins it any more.
+        is_stuck: its tier does not keep the limit, and nobody joins it any more.
     """
 
     source: Source
@@ -52,14 +54,15 @@ class Load:
     wish: Wish
     first: int
     owner: Acquisition | None
-    deadline_s: float
+    limits: list[Limit]
     budget: int = 0
     started: float = 0.0
     waiters: list[Acquisition] = field(default_factory=list)
     buffers: list[memoryview] = field(default_factory=list)
     arrived: list[BlockMeta] = field(default_factory=list)
+    landed: list[BlockMeta] = field(default_factory=list)
     ms: float | None = None
-    ended_absent: bool = False
+    is_next_gone: bool = False
     discarded: bool = False
     is_stuck: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -68,6 +71,12 @@ class Load:
     def is_short(self) -> bool:
         """Whether less came than was asked for."""
         return len(self.arrived) < len(self.metas)
+
+    @property
+    def limit_s(self) -> float:
+        """How long the piece that is on its way may take, from the start of the load."""
+        come = len(self.arrived)
+        return next((limit.seconds for limit in self.limits if limit.stop > come), float("inf"))
 
     def leave(self, acquisition: Acquisition) -> None:
         """It does not wait for this any more."""
@@ -79,11 +88,6 @@ class Load:
         """Who waits for it, its owner first."""
         everybody = [*([] if self.owner is None else [self.owner]), *self.waiters]
         return [acquisition for acquisition in everybody if not acquisition.cancelled]
-
-
-def deadline_s(compute_ms: float | None) -> float:
-    """How long a load may take: no longer than computing (None: not measured)."""
-    return MAX_DEADLINE_S if compute_ms is None else min(MAX_DEADLINE_S, max(MIN_DEADLINE_S, compute_ms / 1e3))
 
 
 class Loader:
@@ -103,7 +107,8 @@ class Loader:
         self._loading: dict[BlockHash, Load] = {}
         self._running: dict[Load, Future[None]] = {}  # in the order of their start
         self._finished: deque[Load] = deque()
-        self._threads = {s.name: ThreadPoolExecutor(io_threads, f"kvstore-{s.name}") for s in sources}
+        self._threads = {s.name: DaemonPool(io_threads, f"kvstore-{s.name}") for s in sources}
+        self._next_limit = float("inf")  # on the clock; as of the last `start` or `overdue`
         self.arrived = threading.Event()
 
     def __contains__(self, name: BlockHash) -> bool:
@@ -121,6 +126,7 @@ class Loader:
         load.started = self._clock()
         load.source.pending_blocks += len(load.metas)
         self._running[load] = self._threads[load.source.name].submit(self._run, load, find)
+        self._next_limit = min(self._next_limit, load.started + load.limit_s)
 
     def take_finished(self) -> list[Load]:
         """Loads that ended since the last call, in that order. Give each one's buffers back by `end`."""
@@ -136,10 +142,10 @@ class Loader:
         return loads
 
     def find_stuck(self) -> list[Load]:
-        """Loads whose tier does not keep the deadline, each once. Nobody joins them any more, and others may be started
+        """Loads whose tier does not keep the limit, each once. Nobody joins them any more, and others may be started
         for the same blocks; but none of their tier while one of them runs."""
         now = self._clock()
-        late = [load for load in self._running if now >= load.started + load.deadline_s + GRACE_S]
+        late = [load for load in self._running if now >= load.started + load.limit_s]
         stuck = [load for load in late if not load.is_stuck]
         for load in stuck:
             load.is_stuck = True
@@ -150,7 +156,24 @@ class Loader:
     def overdue(self) -> list[tuple[Load, Acquisition]]:
         """Who has waited long enough, and for what."""
         now = self._clock()
-        return [(load, each) for load in self._running for each in load.interested if now >= each.give_up_at]
+        late = []
+        self._next_limit = min((load.started + load.limit_s for load in self._running), default=float("inf"))
+        for load in self._running:
+            come = len(load.arrived)
+            for each in load.interested:
+                give_up_at = each.give_up_at(come)
+                if now >= give_up_at:
+                    late.append((load, each))
+                else:
+                    self._next_limit = min(self._next_limit, give_up_at)
+        return late
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until something arrived, somebody has waited long enough, or the timeout."""
+        now = self._clock()
+        if now < self._next_limit < now + timeout_s:
+            timeout_s = self._next_limit - now
+        self.arrived.wait(timeout_s)
 
     def end(self, load: Load) -> None:
         """The bytes of a finished load are not needed any more."""
@@ -171,7 +194,7 @@ class Loader:
     def close(self, timeout_s: float) -> list[Load]:
         """End the loads that wait for a thread, and wait for the others; those that did not end in time."""
         for threads in self._threads.values():
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.close()
         wait(self._running.values(), timeout_s)
         self._finished.extend(load for load, future in self._running.items() if future.cancelled())
         return [load for load, future in self._running.items() if not future.done()]
@@ -194,11 +217,7 @@ class Loader:
     def _run(self, load: Load, find: FindMeta) -> None:
         """In an I/O thread: fetch, copy to host, report."""
         try:
-            arrived = [] if load.is_stuck else self._fetch(load, find)
-            with load.lock:
-                if self._host is not None and arrived and not load.discarded:
-                    self._host.write(arrived, load.buffers[: len(arrived)])
-            load.arrived = arrived
+            self._fetch(load, find)
         except Exception:
             # Tiers promise not to raise; if one does, the request must not wait for ever.
             logger.exception("load failed", extra={"tier": load.source.name})
@@ -206,16 +225,36 @@ class Loader:
             self._finished.append(load)
             self.arrived.set()
 
-    def _fetch(self, load: Load, find: FindMeta) -> list[BlockMeta]:
-        """Read; what arrived, with the longer one of its own TTL and the reader's."""
-        tier = load.source.tier
+    def _fetch(self, load: Load, find: FindMeta) -> None:
+        """Read piece by piece, until one comes short or late."""
+        started, first = self._clock(), 0
         load.buffers = self._buffers.take(len(load.metas))
-        was_healthy, started = tier.stats().healthy, self._clock()
-        count = tier.read([meta.hash for meta in load.metas], load.buffers, deadline_s=load.deadline_s)
-        took_s = self._clock() - started
-        if count > 0 or was_healthy:  # else the breaker may have answered, which says nothing of reads
-            load.ms = 1e3 * took_s
-        is_late = took_s >= load.deadline_s
-        load.ended_absent = count < len(load.metas) and not is_late and was_healthy and tier.stats().healthy
-        stored = [find(meta.hash) or meta for meta in load.metas[:count]]
-        return [prolonged(own, meta.ttl_s) for own, meta in zip(stored, load.metas, strict=False)]
+        for limit in load.limits:
+            left_s = limit.told_s - (self._clock() - load.started)
+            if load.is_stuck or load.discarded or left_s <= 0:
+                return
+            delivery = self._read_piece(load, slice(first, limit.stop), left_s, started)
+            self._keep(load, first, delivery.count, find)
+            first += delivery.count
+            if first < limit.stop:
+                return
+
+    def _read_piece(self, load: Load, piece: slice, left_s: float, started: float) -> Delivery:
+        """Read, and note how long all of it has taken and whether the next block is gone."""
+        tier = load.source.tier
+        was_healthy = tier.stats().healthy
+        delivery = tier.read([meta.hash for meta in load.metas[piece]], load.buffers[piece], deadline_s=left_s)
+        count, ended = delivery
+        if count > 0 or (ended not in _NO_MEASURE and (was_healthy or ended is not MissReason.DEADLINE)):
+            load.ms = 1e3 * (self._clock() - started)
+        load.is_next_gone = ended is not None and ended.is_gone
+        return delivery
+
+    def _keep(self, load: Load, first: int, count: int, find: FindMeta) -> None:
+        """Copy what arrived to host, with the longer one of its own TTL and the reader's."""
+        wanted = load.metas[first : first + count]
+        arrived = [prolonged(find(meta.hash) or meta, meta.ttl_s) for meta in wanted]
+        with load.lock:
+            if self._host is not None and arrived and not load.discarded:
+                self._host.write(arrived, load.buffers[first : first + count])
+        load.arrived += arrived

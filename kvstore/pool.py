@@ -78,11 +78,15 @@ class BlockPool:
         block_ids = []
         for name in hashes:
             if not self.holds(name):
-                self._misses[MissReason.EXPIRED if name in self._held else MissReason.ABSENT] += 1
+                self._misses[self.why_missing(name)] += 1
                 break
             block_ids.append(self.reference(name))
         self._hits += len(block_ids)
         return block_ids
+
+    def why_missing(self, name: BlockHash) -> MissReason:
+        """Why a block that is not cached, or no more, cannot be had."""
+        return MissReason.EXPIRED if name in self._held else MissReason.ABSENT
 
     def reference(self, name: BlockHash) -> int:
         """Reference a cached block without counting a hit; its number.

@@ -20,7 +20,8 @@ from kvstore.blocks import BlockHash
 from kvstore.device import DeviceTier
 from kvstore.events import TierName
 from kvstore.host.tier import HostTier
-from kvstore.loading import GRACE_S, FindMeta, Load, Loader, deadline_s
+from kvstore.loading import FindMeta, Load, Loader
+from kvstore.patience import DEFAULT_SLACK_S, Limit, cap_s, limits, pieces
 from kvstore.source import Source
 from kvstore.tier import BlockMeta, Clock, chain_metas
 
@@ -49,6 +50,7 @@ class Promoter:
         clock: Clock,
         io_threads: int,
         on_read: OnRead,
+        slack_s: float = DEFAULT_SLACK_S,
     ) -> None:
         """Take over the tiers.
 
@@ -59,8 +61,10 @@ class Promoter:
             io_threads: reads of each slow tier at once.
             on_read: hears of each finished read: its tier, what was asked for, how many came, and whether the next one
                 is known not to be there.
+            slack_s: see `patience`.
         """
         self._device, self._host, self._clock, self._on_read = device, host, clock, on_read
+        self._slack_s = slack_s
         self._reserve = device.num_blocks // RESERVE_SHARE
         self._slow = [source for source, _ in slow]
         self._find = {source.name: find for source, find in slow}
@@ -113,11 +117,11 @@ class Promoter:
             load.source.gave_up(len(load.metas), took_ms, load.wish.price(load.first, len(load.metas)))
         for load, acquisition in self._loader.overdue():
             load.leave(acquisition)
-            self._resume(acquisition, load, [])
+            self._resume(acquisition, load, self._land_early(load, acquisition))
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something arrived, or the timeout. Any thread may wait."""
-        self._loader.arrived.wait(timeout_s)
+        self._loader.wait(timeout_s)
 
     def used(self, names: Iterable[BlockHash]) -> None:
         """These are in the device now: where a prefetch brought them from has been told, or does not matter."""
@@ -140,7 +144,7 @@ class Promoter:
         for load in hanging:
             for acquisition in load.interested:
                 load.leave(acquisition)
-                self._resume(acquisition, load, [])
+                self._resume(acquisition, load, self._land_early(load, acquisition))
 
     def check(self) -> None:
         """Audit the loads.
@@ -198,7 +202,7 @@ class Promoter:
         if block_ids is None:
             return False
         started, landing = self._clock(), self._device.landing(block_ids)
-        count = host.read([meta.hash for meta in metas], landing.buffers)
+        count = host.read([meta.hash for meta in metas], landing.buffers).count
         self._device.land(landing, count)
         source.observe(count, 1e3 * (self._clock() - started))
         fates = [self._prefetched.pop(meta.hash, host.name) for meta in metas[:count]]
@@ -218,20 +222,29 @@ class Promoter:
         source, count = self._cheapest(wish, position, names, acquisition.tried)
         if source is None:
             return False
-        metas, limit_s = self._metas(wish, position, count, acquisition), self._deadline(wish, position, count)
-        acquisition.give_up_at = self._clock() + limit_s + GRACE_S
-        self._load(Load(source, metas, wish, position, acquisition, limit_s))
+        metas = self._metas(wish, position, count, acquisition)
+        load = Load(source, metas, wish, position, acquisition, self._limits(source, wish, position, count))
+        self._load(load)
+        acquisition.limits = [(limit.stop, load.started + limit.seconds) for limit in load.limits]
         return True
 
     def _may_join(self, acquisition: Acquisition, load: Load) -> bool:
-        """Whether to wait for what another one loads; if so, no longer than computing it would take."""
+        """Whether to wait for what another one loads; if so, as long as if it were its own."""
         wish, position = acquisition.wish, acquisition.position
         tier = load.source.name
         if not (wish.reads.device and wish.reads.allows(tier)) or acquisition.tried.get(tier) == position:
             return False
         before = next(i for i, meta in enumerate(load.metas) if meta.hash == wish.hashes[position])
-        limit_s = self._deadline(wish, position, min(len(load.metas) - before, len(acquisition.rest)))
-        acquisition.give_up_at = self._clock() + limit_s + GRACE_S
+        now, come = self._clock(), len(load.arrived)
+        due = {limit.stop: 1e3 * (load.started + limit.healthy_s - now) for limit in load.limits if limit.stop > come}
+        most = min(len(load.metas) - before, len(acquisition.rest))
+        found = limits(
+            list(due) or [len(load.metas)],
+            load_ms=lambda stop: due.get(stop, 0.0),
+            compute_ms=lambda stop: wish.price(position, min(most, stop - before)) if stop > before else 0.0,
+            slack_s=self._slack_s,
+        )
+        acquisition.limits = [(limit.stop, now + limit.seconds) for limit in found]
         return True
 
     def _prefetch(self, wish: Wish, first: int, budget: int) -> int:
@@ -239,8 +252,9 @@ class Promoter:
         source, count = self._cheapest(wish, first, names, {})
         if source is None:
             return 0
-        limit_s = self._deadline(wish, first, count)
-        self._load(Load(source, self._metas(wish, first, count), wish, first, None, limit_s, budget=budget - count))
+        most = cap_s(wish.price(first, count))  # nobody waits for it as yet
+        found = [replace(limit, seconds=most) for limit in self._limits(source, wish, first, count)]
+        self._load(Load(source, self._metas(wish, first, count), wish, first, None, found, budget=budget - count))
         return count
 
     def _load(self, load: Load) -> None:
@@ -271,7 +285,7 @@ class Promoter:
     def _settle(self, load: Load) -> None:
         self._score(load)
         if not load.discarded:
-            self._on_read(load.source, load.metas, len(load.arrived), load.ended_absent)
+            self._on_read(load.source, load.metas, len(load.arrived), load.is_next_gone)
         interested = load.interested
         if not interested and load.owner is None and not load.discarded:
             self._remember(load)
@@ -300,13 +314,15 @@ class Promoter:
 
     def _remember(self, load: Load) -> None:
         """What was prefetched counts as coming from its tier when it is used, once."""
-        for meta in load.arrived:
+        for meta in load.arrived[len(load.landed) :]:
             self._prefetched[meta.hash] = load.source.name
         while len(self._prefetched) > MAX_PREFETCHED:
             self._prefetched.popitem(last=False)
 
     def _land(self, load: Load, interested: Sequence[Acquisition]) -> list[BlockMeta]:
         """Put what arrived into device blocks, as far as there is room, for the owner or for all; what it was."""
+        if load.landed:
+            return self._land_early(load, interested[0])
         self._keep_rest(interested[0] if load.owner is None else load.owner)
         metas = load.arrived[: self._room]
         block_ids = self._device.allocate(len(metas)) or []
@@ -317,6 +333,20 @@ class Promoter:
             self._device.commit(block_ids, metas)
             self._device.release(block_ids)
         return metas
+
+    def _land_early(self, load: Load, acquisition: Acquisition) -> list[BlockMeta]:
+        """Put what has come of a load that somebody leaves into the device; what was put there so far."""
+        first = len(load.landed)
+        if load.discarded or len(load.arrived) == first:
+            return load.landed
+        self._keep_rest(acquisition)
+        metas = load.arrived[first : first + self._room]
+        block_ids = self._device.allocate(len(metas)) or []
+        self._device.inject(block_ids, load.buffers[first : first + len(block_ids)])
+        self._device.commit(block_ids, metas[: len(block_ids)])
+        self._device.release(block_ids)
+        load.landed += metas[: len(block_ids)]
+        return load.landed
 
     def _resume(self, acquisition: Acquisition, load: Load, landed: list[BlockMeta]) -> None:
         acquisition.arrived.update((meta.hash, load.source.name) for meta in landed)
@@ -390,8 +420,13 @@ class Promoter:
         """Device blocks that loads may take now."""
         return max(0, self._device.available - self._reserve)
 
-    def _deadline(self, wish: Wish, first: int, count: int) -> float:
-        return deadline_s(wish.price(first, count))
+    def _limits(self, source: Source, wish: Wish, first: int, count: int) -> list[Limit]:
+        return limits(
+            pieces(count, self._device.block_nbytes),
+            load_ms=source.predict_ms,
+            compute_ms=lambda blocks: wish.price(first, blocks),
+            slack_s=self._slack_s,
+        )
 
     def _metas(self, wish: Wish, first: int, count: int, acquisition: Acquisition | None = None) -> list[BlockMeta]:
         root = self._root_of(wish, acquisition)

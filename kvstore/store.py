@@ -25,6 +25,7 @@ from kvstore.known import KnownLocal, KnownShared
 from kvstore.lane import Lane, NearTiers, Refreshing, nobody
 from kvstore.layout import KVLayout
 from kvstore.leases import Leases
+from kvstore.patience import DEFAULT_SLACK_S
 from kvstore.promotion import Promoter
 from kvstore.source import Source
 from kvstore.spill import Writable
@@ -59,6 +60,7 @@ class TieredStore:
         io_threads: int = 2,
         queue_bytes: int = DEFAULT_QUEUE_BYTES,
         directory_entries: int = DEFAULT_DIRECTORY_ENTRIES,
+        load_slack_s: float = DEFAULT_SLACK_S,
     ) -> None:
         """Take over the tiers; `close` closes them.
 
@@ -73,6 +75,7 @@ class TieredStore:
             queue_bytes: blocks that wait for each slow tier; beyond it they are dropped. At most half of the host
                 tier's slots are kept from eviction by them.
             directory_entries: blocks of the shared tier, and last refreshes of each slow one, to remember.
+            load_slack_s: by how much a load may be late before the blocks are computed; see `patience`.
 
         Raises:
             ValueError: the admission asks to be asked when a block is evicted, which the store does not.
@@ -106,7 +109,15 @@ class TieredStore:
             (Source(tier, layout.block_nbytes, clock=clock, believed=_believed(known)), known.find)
             for tier, _, known in slow
         ]
-        self._promoter = Promoter(device, host, sources, clock=clock, io_threads=io_threads, on_read=self._on_read)
+        self._promoter = Promoter(
+            device,
+            host,
+            sources,
+            clock=clock,
+            io_threads=io_threads,
+            on_read=self._on_read,
+            slack_s=load_slack_s,
+        )
 
     # --- for requests ---
 
@@ -409,12 +420,12 @@ class TieredStore:
     def _send_to_disk(self, name: BlockHash) -> bool:
         return self.disk is not None and self._lanes[self.disk.name].offer(name)
 
-    def _on_read(self, source: Source, metas: list[BlockMeta], count: int, ended_absent: bool) -> None:
+    def _on_read(self, source: Source, metas: list[BlockMeta], count: int, is_next_gone: bool) -> None:
         for meta in metas[:count]:
             source.absent.discard(meta.hash)
-        if ended_absent:
+        if is_next_gone:
             source.absent.add(metas[count].hash)
-        self._lanes[source.name].read(metas, count, ended_absent=ended_absent)
+        self._lanes[source.name].read(metas, count, is_next_gone=is_next_gone)
 
     def _select(self, root: BlockHash | None, prefix: BlockHash | None) -> list[BlockHash]:
         """What `clear` drops of all that lies or moves in this process; an unknown root counts as any."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvstore.blocks import BlockHash
 from kvstore.chains import parent_of
 from kvstore.chains import select as select
+from kvstore.errors import MissReason
 from kvstore.events import BlockStored, KvEvent, RemovalCause, TierName
 
 Clock = Callable[[], float]  # seconds; monotonic in production, a number that tests move
@@ -105,6 +106,21 @@ class TierStats:
     compute_ms: float = 0.0
 
 
+class Delivery(NamedTuple):
+    """What a read brought.
+
+    Attributes:
+        count: leading blocks that arrived whole and verified.
+        ended: why not the next one; None: all that were asked for arrived, or as many as the tier gives in one read.
+    """
+
+    count: int  # type: ignore[assignment]  # hides `tuple.count`, which nobody needs of a pair
+    ended: MissReason | None
+
+
+NOTHING_ASKED = Delivery(0, None)
+
+
 class Tier(Protocol):
     """A place where blocks lie."""
 
@@ -115,8 +131,10 @@ class Tier(Protocol):
         """How many leading blocks it holds, unexpired. A question: recency, TTL and counters stay as they are."""
         ...
 
-    def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
-        """Copy leading blocks into the buffers; how many arrived whole and verified.
+    def read(
+        self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
+    ) -> Delivery:
+        """Copy leading blocks into the buffers; how many arrived whole and verified, and what ended it.
 
         Refreshes recency and TTL of those. The first block that is missing or wrong ends it, is counted by reason, and
         if it is wrong it is deleted. Buffers past the returned count hold garbage. Never raises for a fault of the

@@ -101,10 +101,10 @@ class DiskBooks:
                 return count
         return len(hashes)
 
-    def miss(self, name: BlockHash) -> None:
-        """Count why a block was not delivered."""
+    def why_missing(self, name: BlockHash) -> MissReason:
+        """Why a block that is not live cannot be read."""
         held = name in self.entries or name in self._restored
-        self.misses[MissReason.EXPIRED if held else MissReason.ABSENT] += 1
+        return MissReason.EXPIRED if held else MissReason.ABSENT
 
     def pin(self, hashes: Sequence[BlockHash]) -> list[Entry]:
         """Keep held blocks for a reader."""

@@ -30,14 +30,14 @@ from kvstore.disk.space import DiskSpace
 from kvstore.disk.transfer import DiskTransfer
 from kvstore.errors import MissReason
 from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, RemovalCause, TierName
-from kvstore.tier import BlockMeta, Clock, Honours, TierStats
+from kvstore.tier import BlockMeta, Clock, Delivery, Honours, TierStats
 
 log = logging.getLogger(__name__)
 
 LOADING_SWEEP_S = 1.0  # when to sweep again while restored blocks are loaded
 
 _DELETED = "the disk tier's file was deleted: what it holds ends with this process; restart it to begin a new one"
-_WRONG = (MissReason.CORRUPT, MissReason.TRUNCATED, MissReason.FOREIGN, MissReason.ERROR)
+_WRONG = (MissReason.CORRUPT, MissReason.TRUNCATED, MissReason.FOREIGN, MissReason.UNREADABLE)
 
 
 class DiskTier:
@@ -111,7 +111,9 @@ class DiskTier:
             entry = self._books.entry(name) if self._books.live(name) else None
             return None if entry is None else entry.meta
 
-    def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
+    def read(
+        self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
+    ) -> Delivery:
         """As `Tier.read`. The deadline is looked at between blocks: a read that the device does not end is not cut."""
         ends_at = None if deadline_s is None else time.monotonic() + deadline_s
         with self._lock:
@@ -125,15 +127,16 @@ class DiskTier:
         arrived = next((n for n, reason in enumerate(reasons) if reason is not None), count)
         with self._lock:
             self._books.hits += arrived
-            if arrived < count:
-                was_removed = entries[arrived].removed and reasons[arrived] in _WRONG
-                reason = MissReason.ABSENT if was_removed else reasons[arrived]
-                self._books.misses[reason or MissReason.ERROR] += 1
-            elif count < len(hashes):
-                self._books.miss(hashes[count])
+            ended = reasons[arrived] if arrived < count else None
+            if ended in _WRONG and entries[arrived].removed:
+                ended = MissReason.ABSENT
+            elif arrived == count < len(hashes):
+                ended = self._books.why_missing(hashes[count])
+            if ended is not None:
+                self._books.misses[ended] += 1
         if arrived < count and reasons[arrived] in _WRONG:
             self._drop_wrong(entries[arrived], str(reasons[arrived]))
-        return arrived
+        return Delivery(arrived, ended)
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
         """As `Tier.write`. While the disk refuses writes, only counts and refreshes what is already held."""

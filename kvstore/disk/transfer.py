@@ -89,7 +89,7 @@ class DiskTransfer:
             header, nbytes = self._space.slab.read(entry.index, buffer)
         except OSError as error:
             self._space.health.failed_to_read(error)
-            return MissReason.ERROR
+            return MissReason.UNREADABLE
         self._space.health.read()
         try:
             self._codec.decode(header, buffer[:nbytes], expect=entry.meta.hash)

@@ -101,9 +101,11 @@ class HostBooks:
             else:
                 self._eviction.unpin(slot.meta.hash)
 
-    def miss(self, name: BlockHash) -> None:
-        """Count why a block was not delivered."""
-        self._misses[MissReason.EXPIRED if name in self.slots else MissReason.ABSENT] += 1
+    def miss(self, name: BlockHash) -> MissReason:
+        """Count why a block was not delivered; why."""
+        reason = MissReason.EXPIRED if name in self.slots else MissReason.ABSENT
+        self._misses[reason] += 1
+        return reason
 
     def look(self, hashes: Iterable[BlockHash]) -> list[Slot]:
         """Keep those that can be read for a view each. It is no use."""

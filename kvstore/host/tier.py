@@ -25,7 +25,7 @@ from kvstore.host.slab import Pinner, Slab
 from kvstore.host.views import VIEW_S, Views
 from kvstore.host.views import BlockView as BlockView
 from kvstore.layout import KVLayout
-from kvstore.tier import BlockMeta, Clock, Honours, TierStats, select
+from kvstore.tier import BlockMeta, Clock, Delivery, Honours, TierStats, select
 
 
 class HostTier:
@@ -116,13 +116,14 @@ class HostTier:
         with self._lock:
             return [self._books.slots[name].meta for name in hashes[: self._books.leading(hashes)]]
 
-    def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
+    def read(
+        self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
+    ) -> Delivery:
         """As `Tier.read`. The copies run outside the lock."""
         books = self._books
         with self._lock:
             count = books.leading(hashes)
-            if count < len(hashes):
-                books.miss(hashes[count])
+            ended = books.miss(hashes[count]) if count < len(hashes) else None
             slots = books.pin(hashes[:count])
         done = 0
         try:
@@ -133,7 +134,7 @@ class HostTier:
             with self._lock:
                 books.hits += done
                 books.unpin(slots)
-        return count
+        return Delivery(count, ended)
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
         """As `Tier.write`. The copies run outside the lock; blocks removed while they run are not published."""

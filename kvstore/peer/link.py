@@ -100,7 +100,9 @@ class PeerLink:
             hung_up = channel is not None and channel.heard_at >= started and time.monotonic() >= ends_at
             problem = "it did not answer in time; see whether it is overloaded or unreachable"
             raise PeerUnavailableError(problem if hung_up else self._lost(problem), MissReason.DEADLINE) from error
-        except (PeerRefusedError, PeerProtocolError, PeerBusyError, OSError) as error:
+        except PeerBusyError as error:
+            raise PeerUnavailableError(self._lost(_remedy(error)), MissReason.BUSY) from error
+        except (PeerRefusedError, PeerProtocolError, OSError) as error:
             raise PeerUnavailableError(self._lost(_remedy(error)), MissReason.ERROR) from error
         else:
             self._answered()

@@ -23,7 +23,7 @@ from kvstore.errors import CodecError, LayoutError, MissReason
 from kvstore.events import KvEvent, RemovalCause, TierName
 from kvstore.peer.link import PeerBusyError, PeerLink, PeerUnavailableError
 from kvstore.peer.wire import BUSY, END, MAX_HASHES, Channel, PeerProtocolError
-from kvstore.tier import BlockMeta, Clock, Honours, TierStats
+from kvstore.tier import NOTHING_ASKED, BlockMeta, Clock, Delivery, Honours, TierStats
 
 DEFAULT_TIMEOUT_S = 0.05
 MAX_SEEN = 1 << 14
@@ -79,29 +79,34 @@ class PeerTier:
             self._missed(fault.reason)
             return 0
 
-    def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
+    def read(
+        self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
+    ) -> Delivery:
         """As `Tier.read`; the first block takes one round trip, the others follow it. The timeout is for silence.
 
         Raises:
             LayoutError: a buffer has not the size of a block.
         """
         if not hashes:
-            return 0
+            return NOTHING_ASKED
         hashes, buffers = hashes[:MAX_HASHES], [_as_bytes(buffer) for buffer in into[:MAX_HASHES]]
         if any(buffer.nbytes != self._codec.layout.block_nbytes for buffer in buffers):
             raise LayoutError(f"every buffer must have the {self._codec.layout.block_nbytes} bytes of a block")
         arrived: list[BlockMeta] = []
+        ended: MissReason | None = None
         try:
             ends_at = _end(deadline_s)
             with self._link.contact(ends_at) as channel:
                 self._receive(channel, hashes, buffers, arrived, ends_at)
         except (PeerUnavailableError, CodecError) as fault:
-            self._missed(fault.reason)
-        else:
-            if len(arrived) < len(hashes):
-                self._missed(MissReason.ABSENT)
+            ended = fault.reason
+        is_short = len(arrived) < len(hashes)
+        if is_short and ended is None:
+            ended = MissReason.ABSENT
+        if ended is not None:
+            self._missed(ended)
         self._delivered(arrived)
-        return len(arrived)
+        return Delivery(len(arrived), ended if is_short else None)  # what fails behind the last block ends nothing
 
     def touch(self, hashes: Sequence[BlockHash]) -> None:
         """As `Tier.touch`; of a peer that does not answer, nothing is touched."""

@@ -32,7 +32,7 @@ from kvstore.redis.slots import Primary, slots_under
 from kvstore.redis.tier import DEFAULT_TIMEOUT_S, DEFAULT_WRITE_TIMEOUT_S, key_prefix
 from kvstore.redis.topology import Topology
 from kvstore.redis.watch import Watching, start_watch
-from kvstore.tier import BlockMeta, Clock, TierStats
+from kvstore.tier import NOTHING_ASKED, BlockMeta, Clock, Delivery, TierStats
 
 T = TypeVar("T")
 
@@ -101,10 +101,12 @@ class RedisClusterTier(FromBooks):
         self._books.absent(absent)
         return count
 
-    def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
+    def read(
+        self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
+    ) -> Delivery:
         """As `Tier.read`. Asks first how far the prefix reaches, so that no node sends values from behind a gap."""
         if not hashes:
-            return 0
+            return NOTHING_ASKED
         ends_at = end_of(deadline_s)
         there, absent, fault = self._look_up(hashes, ends_at)
         reason = fault.reason if fault is not None else MissReason.ABSENT if there < len(hashes) else None
@@ -114,7 +116,7 @@ class RedisClusterTier(FromBooks):
             self._books.missed(reason)
         self._books.delivered(metas, self._block_nbytes)
         self._books.absent([*absent, *(hashes[count : count + 1] if late_reason is MissReason.ABSENT else [])])
-        return count
+        return Delivery(count, reason)
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
         """As `RedisTier.write`, each node its own blocks. Blocks behind one that fails are written all the same."""

@@ -28,7 +28,7 @@ from kvstore.redis.commands import BlockCommands
 from kvstore.redis.link import Purpose, UnavailableError
 from kvstore.redis.node import RedisNode, end_of, flattened
 from kvstore.redis.watch import Watching, start_watch
-from kvstore.tier import BlockMeta, Clock, TierStats
+from kvstore.tier import NOTHING_ASKED, BlockMeta, Clock, Delivery, TierStats
 
 DEFAULT_TIMEOUT_S = 0.05
 DEFAULT_WRITE_TIMEOUT_S = 1.0
@@ -102,10 +102,12 @@ class RedisTier(FromBooks):
         self._books.absent(absent)
         return count
 
-    def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
+    def read(
+        self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
+    ) -> Delivery:
         """As `Tier.read`; a few values are under way at a time. The timeout is for silence, the deadline for all."""
         if not hashes:
-            return 0
+            return NOTHING_ASKED
         known = self._books.believed(hashes)
         reading = self._server.read(hashes, [flattened(buffer) for buffer in into], end_of(deadline_s), known)
         count = len(reading.arrived)
@@ -116,7 +118,7 @@ class RedisTier(FromBooks):
             self._books.removed(reading.dropped, RemovalCause.INVALID)
         if reading.reason is MissReason.ABSENT:
             self._books.absent(hashes[count : count + 1])
-        return count
+        return Delivery(count, reading.reason)
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
         """As `Tier.write`, but the server makes the room. A block whose key holds a whole value is not sent again."""

@@ -10,15 +10,12 @@ from kvstore.blocks import BlockHash, short
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause
 from kvstore.tier import Tier
 from tests.contract.conftest import CAPACITY_BLOCKS, Harness
-from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, buffers, chain, names, payload, payloads
+from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, buffers, chain, names, payload, payloads, read_verified
 
 
 def read_back(tier: Tier, hashes: list[BlockHash]) -> int:
     """How many leading blocks arrive; each that does must be the right one."""
-    into = buffers(len(hashes))
-    count = tier.read(hashes, into)
-    assert [bytes(buffer) for buffer in into[:count]] == [bytes(payload(name)) for name in hashes[:count]]
-    return count
+    return read_verified(tier, hashes)
 
 
 def replay(events: list[KvEvent], known: set[bytes]) -> set[bytes]:
@@ -45,7 +42,9 @@ def test_nothing_is_found_in_a_new_tier(tier: Tier) -> None:
 
 
 def test_empty_requests_do_nothing(tier: Tier) -> None:
-    assert (tier.match([]), tier.read([], []), tier.write([], []), tier.remove([], RemovalCause.CLEARED)) == (0,) * 4
+    assert (tier.match([]), tier.read([], []).count, tier.write([], []), tier.remove([], RemovalCause.CLEARED)) == (
+        0,
+    ) * 4
 
 
 def test_match_ends_at_the_first_missing_block(tier: Tier) -> None:
@@ -374,7 +373,7 @@ def test_bytes_stay_whole_while_threads_write_read_and_remove(harness: Harness) 
         while not done.is_set():
             for metas in chains:
                 into = buffers(4)
-                count = tier.read(names(metas), into)
+                count = tier.read(names(metas), into).count
                 for name, buffer in zip(names(metas)[:count], into, strict=False):
                     if bytes(buffer) != bytes(payload(name)):
                         wrong.append(name)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstore.blocks import BlockHash, block_hashes
 from kvstore.layout import KVLayout
-from kvstore.tier import BlockMeta, chain_metas
+from kvstore.tier import BlockMeta, Tier, chain_metas
 
 LAYOUT = KVLayout(layers=2, kv_heads=1, k_dim=4, v_dim=2, dtype="float32", block_size=2)
 ROOT = BlockHash(b"r" * 32)
@@ -47,3 +48,16 @@ def chain(length: int, *, root: BlockHash = ROOT, ttl_s: float | None = None, fi
 
 def names(metas: Sequence[BlockMeta]) -> list[BlockHash]:
     return [meta.hash for meta in metas]
+
+
+def read_verified(
+    tier: Tier, hashes: Sequence[BlockHash], *, deadline_s: float | None = None, layout: KVLayout = LAYOUT
+) -> int:
+    """How many leading blocks arrive. Each must be the right one, and what ended the read must be told and counted."""
+    into, before = buffers(len(hashes), layout), Counter(tier.stats().misses)
+    count, ended = tier.read(hashes, into, deadline_s=deadline_s)
+    assert [bytes(buffer) for buffer in into[:count]] == [bytes(payload(name, layout)) for name in hashes[:count]]
+    assert (ended is None) == (count == len(hashes))
+    if ended is not None:
+        assert Counter(tier.stats().misses) - before == Counter([str(ended)])
+    return count

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from kvstore.blocks import BlockHash, short
 from kvstore.chains import consecutive_runs, select, stored_events
+from kvstore.errors import MissReason
 from kvstore.events import AllBlocksCleared, BlockRemoved, KvEvent, RemovalCause, TierName
-from kvstore.tier import BlockMeta, Clock, Honours, TierStats, prolonged
+from kvstore.tier import BlockMeta, Clock, Delivery, Honours, TierStats, prolonged
 
 
 @dataclass(slots=True)
@@ -24,8 +25,10 @@ class FakeSharedTier:
 
     Attributes:
         reads_open, writes_open: cleared by a test to hold answers back until it sets them again.
-        read_limit: deliver at most so many blocks of a read; None: all. raises: fail with this error in read and write.
-        healthy: what `stats` says. reads, writes: names asked for in each call.
+        read_limit: deliver at most so many blocks of a read; None: all. ends: what a read that is short says.
+        raises: fail with this error in read and write.
+        healthy: what `stats` says; if not, the breaker answers what is missing.
+        reads, writes: names asked for in each call.
     """
 
     name = TierName.REDIS
@@ -40,6 +43,7 @@ class FakeSharedTier:
         self.reads_open.set()
         self.writes_open.set()
         self.read_limit: int | None = None
+        self.ends = MissReason.ABSENT
         self.raises: Exception | None = None
         self.healthy = True
         self.reads: list[list[BlockHash]] = []
@@ -62,7 +66,9 @@ class FakeSharedTier:
         with self._lock:
             return self._leading(hashes)
 
-    def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
+    def read(
+        self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
+    ) -> Delivery:
         self.reads.append(list(hashes))
         self.deadlines.append(deadline_s)
         assert self.reads_open.wait(30)
@@ -77,7 +83,8 @@ class FakeSharedTier:
                 self._stored[name].used = self._clock()
             for buffer in into[count:]:
                 buffer[:] = b"\xff" * len(buffer)  # garbage, as the contract allows
-            return count
+            ended = self.ends if self.healthy else MissReason.BREAKER
+            return Delivery(count, ended if count < len(hashes) else None)
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
         assert self.writes_open.wait(30)

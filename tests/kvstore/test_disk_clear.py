@@ -12,16 +12,13 @@ from kvstore.blocks import BlockHash
 from kvstore.disk.folder import SLAB_SUFFIX, SURVIVORS_SUFFIX
 from kvstore.disk.tier import DiskTier
 from kvstore.events import RemovalCause
-from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT, buffers, chain, names, payload, payloads
+from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT, buffers, chain, names, payloads, read_verified
 from tests.kvstore.disk_for_tests import FaultyFiles, Place, log_file, slab_file
 from tests.kvstore.test_disk_kill import CHAINS, LENGTH, SLOTS, run_and_kill
 
 
 def read_back(tier: DiskTier, hashes: list[BlockHash]) -> int:
-    into = buffers(len(hashes))
-    count = tier.read(hashes, into)
-    assert [bytes(buffer) for buffer in into[:count]] == [bytes(payload(name)) for name in hashes[:count]]
-    return count
+    return read_verified(tier, hashes)
 
 
 @pytest.fixture
@@ -131,7 +128,7 @@ def test_a_block_that_goes_while_it_is_read_is_absent_and_not_wrong(
         return read(fd, buffers, offset)
 
     files.preadv = remove_first  # type: ignore[method-assign]
-    found = place.tier.read(names(metas), buffers(2))
+    found = place.tier.read(names(metas), buffers(2)).count
     assert place.tier.stats().misses == ({} if found == 2 else {"absent": 1})
     assert "wrong" not in caplog.text
     place.tier.check()

@@ -19,7 +19,7 @@ from kvstore.disk.lock import LOCK_NAME
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import TierError
 from kvstore.events import BlockRemoved, RemovalCause
-from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, buffers, chain, names, payload, payloads
+from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, buffers, chain, names, payloads, read_verified
 from tests.kvstore.disk_for_tests import (
     CODEC,
     SLOT,
@@ -34,10 +34,7 @@ from tests.kvstore.disk_for_tests import (
 
 
 def read_back(tier: DiskTier, hashes: list[BlockHash]) -> int:
-    into = buffers(len(hashes))
-    count = tier.read(hashes, into)
-    assert [bytes(buffer) for buffer in into[:count]] == [bytes(payload(name)) for name in hashes[:count]]
-    return count
+    return read_verified(tier, hashes)
 
 
 @pytest.fixture
@@ -349,7 +346,7 @@ def test_a_disk_that_refuses_reads_is_a_miss_and_then_costs_nothing(place: Place
     for meta in metas:
         assert read_back(place.tier, [meta.hash]) == 0
     stats = place.tier.stats()
-    assert stats.misses == {"error": 3, "breaker": 3}
+    assert stats.misses == {"unreadable": 3, "breaker": 3}
     assert not stats.healthy
     assert "dmesg" in stats.problem
     files.reads = 0
@@ -364,7 +361,7 @@ def test_a_disk_that_refuses_reads_is_a_miss_and_then_costs_nothing(place: Place
 def test_a_deadline_that_has_passed_is_a_miss_and_drops_nothing(place: Place) -> None:
     metas = chain(2)
     place.tier.write(metas, payloads(metas))
-    assert place.tier.read(names(metas), buffers(2), deadline_s=-1.0) == 0
+    assert place.tier.read(names(metas), buffers(2), deadline_s=-1.0).count == 0
     assert place.tier.stats().misses == {"deadline": 1}
     assert read_back(place.tier, names(metas)) == 2
 
@@ -520,7 +517,7 @@ def test_another_namespace_finds_nothing_of_ours(place: Place) -> None:
     place.tier.write(metas, payloads(metas))
     place.tier.close()
     other = DiskTier(place.folder, capacity(40), codec=BlockCodec(LAYOUT, b"x" * 32), clock=ManualClock())
-    assert other.read(names(metas), buffers(2)) == 0
+    assert other.read(names(metas), buffers(2)).count == 0
     other.close()
 
 

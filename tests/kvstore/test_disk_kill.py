@@ -99,7 +99,7 @@ def test_a_killed_writer_leaves_whole_blocks_and_all_that_it_had_written(tmp_pat
             for name in names(metas):
                 into = buffers(1)
                 if place.tier.match([name]):
-                    assert place.tier.read([name], into) == 1, "a block that the index names is not whole"
+                    assert place.tier.read([name], into).count == 1, "a block that the index names is not whole"
                     assert bytes(into[0]) == bytes(payload(name))
                     found[token] = found.get(token, 0) + 1
         for token in set(range(CHAINS)) - unsure:

@@ -94,7 +94,7 @@ def test_a_use_only_ever_lengthens_a_ttl(tier: RedisTier, server: PrivateRedis, 
     client.persist(key(metas[2].hash))
     match use:
         case "read":
-            assert tier.read(names(metas), buffers(3)) == 3
+            assert tier.read(names(metas), buffers(3)).count == 3
         case "touch":
             tier.touch(names(metas))
         case "write":
@@ -227,7 +227,7 @@ def test_blocks_of_one_tier_are_read_by_another_and_no_name_space_sees_the_other
     tier.write(metas, payloads(metas))
     other, stranger = fresh(server), make_tier(server.url, namespace=b"x" * 32)
     into = buffers(4)
-    assert other.read(names(metas), into) == 4
+    assert other.read(names(metas), into).count == 4
     assert [bytes(buffer) for buffer in into] == [bytes(p) for p in payloads(metas)]
     assert stranger.match(names(metas)) == stranger.clear() == 0
     assert tier.match(names(metas)) == 4
@@ -260,7 +260,7 @@ def test_a_block_that_vanished_is_told_once_and_only_by_who_believed_it_there(
     other = fresh(server)
     for asking in (tier, other):
         assert asking.match(names(metas)) == 1
-        assert asking.read(names(metas), buffers(3)) == 1
+        assert asking.read(names(metas), buffers(3)).count == 1
     gone = BlockRemoved(TierName.REDIS, (short(metas[1].hash), short(metas[2].hash)), RemovalCause.ABSENT)
     assert tier.drain_events() == [gone]
     assert [event for event in other.drain_events() if isinstance(event, BlockRemoved)] == []
@@ -272,7 +272,7 @@ def test_after_flushall_there_are_plain_misses_and_the_tier_goes_on(tier: RedisT
     metas = chain(3)
     tier.write(metas, payloads(metas))
     client.flushall()
-    assert tier.read(names(metas), buffers(3)) == 0
+    assert tier.read(names(metas), buffers(3)).count == 0
     assert tier.stats().misses == {"absent": 1}
     assert tier.write(metas, payloads(metas)) == tier.match(names(metas)) == 3
     assert tier.stats().healthy
@@ -283,7 +283,7 @@ def test_a_key_that_holds_something_short_is_overwritten_by_a_write(tier: RedisT
     client.set(key(metas[0].hash), b"half a bl")
     client.lpush(key(metas[1].hash), b"list")
     assert tier.write(metas, payloads(metas)) == 3
-    assert tier.read(names(metas), buffers(3)) == 3
+    assert tier.read(names(metas), buffers(3)).count == 3
 
 
 def test_clear_drops_thousands_in_batches_and_spares_other_keys(tier: RedisTier, client: redis.Redis) -> None:
@@ -311,7 +311,7 @@ def test_an_infinite_ttl_takes_the_ttl_from_a_key_that_has_one(tier: RedisTier, 
     assert tier.refresh(chain(2)) == []
     assert [client.pttl(key(name)) for name in names(timed)] == [-1, -1]
     assert tier.refresh(timed) == []  # the shorter one of a latecomer changes nothing
-    assert tier.read(names(timed), buffers(2)) == 2
+    assert tier.read(names(timed), buffers(2)).count == 2
     assert [client.pttl(key(name)) for name in names(timed)] == [-1, -1]
 
 
@@ -344,7 +344,7 @@ def test_a_write_that_is_cut_off_leaves_nothing(server: PrivateRedis, client: re
         sock.sendall(whole)
         assert sock.recv(5) == b"+OK\r\n"
         tier = make_tier(server.url)
-        assert tier.read([meta.hash], buffers(1)) == 1
+        assert tier.read([meta.hash], buffers(1)).count == 1
         assert ttl_s(client, meta.hash) > 0.9 * DAY_S
         tier.close()
 
@@ -359,7 +359,7 @@ def test_a_write_replaces_whatever_holds_the_key_and_its_ttl(tier: RedisTier, cl
     assert tier.write(metas, payloads(metas)) == 4
     assert [client.pttl(key(name)) for name in names(metas)] == [-1] * 4
     assert client.hlen(key(metas[1].hash)) == 2
-    assert tier.read(names(metas), buffers(4)) == 4
+    assert tier.read(names(metas), buffers(4)).count == 4
 
 
 def test_clear_of_a_prefix_takes_followers_behind_a_hole(
@@ -407,7 +407,7 @@ def test_the_server_evicts_and_what_is_left_is_right(
         arrived = 0
         for metas in chains:
             into = buffers(8)
-            count = tier.read(names(metas), into)
+            count = tier.read(names(metas), into).count
             assert [bytes(b) for b in into[:count]] == [bytes(payload(name)) for name in names(metas)[:count]]
             arrived += count
     finally:
@@ -424,7 +424,7 @@ def test_every_form_of_login_and_a_database_are_used(server: PrivateRedis, clien
     try:
         tier = make_tier(server.url.replace("unix://", f"unix://{login}") + "?db=3")
         metas = chain(2)
-        assert tier.write(metas, payloads(metas)) == tier.read(names(metas), buffers(2)) == 2
+        assert tier.write(metas, payloads(metas)) == tier.read(names(metas), buffers(2)).count == 2
         assert tier.stats().problem == ""
         assert client.info("keyspace")["db3"]["keys"] == 2
         tier.close()
@@ -453,7 +453,7 @@ def test_threads_share_a_tier(tier: RedisTier) -> None:
         for _ in range(10):
             into = buffers(16)
             tier.write(metas, payloads(metas))
-            count = tier.read(names(metas), into)
+            count = tier.read(names(metas), into).count
             results.append(count if [bytes(b) for b in into] == [bytes(p) for p in payloads(metas)] else -1)
             tier.touch(names(metas))
 
@@ -470,7 +470,7 @@ def test_a_closed_tier_answers_with_misses(server: PrivateRedis) -> None:
     tier = fresh(server)
     metas = chain(1)
     tier.close()
-    assert (tier.match(names(metas)), tier.read(names(metas), buffers(1))) == (0, 0)
+    assert (tier.match(names(metas)), tier.read(names(metas), buffers(1)).count) == (0, 0)
     assert tier.write(metas, payloads(metas)) == 0
     with pytest.raises(TierError, match="open another one"):
         tier.clear()
@@ -483,7 +483,7 @@ def test_big_blocks_arrive_whole_over_tcp(server: PrivateRedis) -> None:
         metas = chain(9, ttl_s=DAY_S)
         assert tier.write(metas, blocks_for_tests.payloads(metas, layout)) == 9
         into = blocks_for_tests.buffers(9, layout)
-        assert tier.read(names(metas), into) == 9
+        assert tier.read(names(metas), into).count == 9
         assert [bytes(b) for b in into] == [bytes(p) for p in blocks_for_tests.payloads(metas, layout)]
         assert layout.block_nbytes > 500_000
         tier.close()

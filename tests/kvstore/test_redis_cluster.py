@@ -19,7 +19,7 @@ from kvstore.redis.cluster import RedisClusterTier
 from kvstore.redis.node import ElsewhereError
 from kvstore.redis.watch import Watching
 from kvstore.tier import BlockMeta
-from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, buffers, chain, names, payload, payloads
+from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, buffers, chain, names, payload, payloads, read_verified
 from tests.kvstore.redis_fleets_for_tests import Cluster, Process, clustered, free_ports, system_redis, until
 from tests.kvstore.redis_for_tests import NAMESPACE, PATIENT_S, key, make_tier
 
@@ -61,10 +61,7 @@ def make(url: str, **settings: Any) -> RedisClusterTier:
 
 
 def read_back(tier: RedisClusterTier, hashes: Sequence[BlockHash]) -> int:
-    into = buffers(len(hashes))
-    count = tier.read(hashes, into)
-    assert [bytes(buffer) for buffer in into[:count]] == [bytes(payload(name)) for name in hashes[:count]]
-    return count
+    return read_verified(tier, hashes)
 
 
 def on(cluster: Cluster, node: Process, metas: Sequence[BlockMeta]) -> list[int]:

@@ -22,7 +22,7 @@ from kvstore.events import AllBlocksCleared, BlockRemoved, RemovalCause, TierNam
 from kvstore.redis.tier import RedisTier
 from kvstore.tier import BlockMeta
 from tests.kvstore import blocks_for_tests, redis_for_tests
-from tests.kvstore.blocks_for_tests import ManualClock, chain, names
+from tests.kvstore.blocks_for_tests import ManualClock, chain, names, read_verified
 from tests.kvstore.redis_for_tests import NAMESPACE, SERVERS, ScriptedServer, binary, client_of, fields_of, key
 from tests.kvstore.redis_for_tests import WIDE as LAYOUT
 
@@ -46,10 +46,7 @@ def clock() -> ManualClock:
 
 
 def read_back(tier: RedisTier, metas: list[BlockMeta], deadline_s: float | None = None) -> int:
-    into = buffers(len(metas))
-    count = tier.read(names(metas), into, deadline_s=deadline_s)
-    assert [bytes(b) for b in into[:count]] == [bytes(payload(name)) for name in names(metas)[:count]]
-    return count
+    return read_verified(tier, names(metas), deadline_s=deadline_s, layout=LAYOUT)
 
 
 def flip(field: str, at: int) -> Damage:
@@ -313,7 +310,7 @@ def test_bytes_stay_right_while_the_server_dies_and_comes_back(server: PrivateRe
         while not done.is_set():
             tier.write(metas, payloads(metas))
             into = buffers(8)
-            count = tier.read(names(metas), into)
+            count = tier.read(names(metas), into).count
             if [bytes(b) for b in into[:count]] != [bytes(payload(name)) for name in names(metas)[:count]]:
                 wrong.append("bytes")
             tier.touch(names(metas))
@@ -545,7 +542,7 @@ def test_whatever_a_server_says_no_block_is_made_of_it(tmp_path_factory: pytest.
     tier = make_tier(server.url)
     metas = chain(3)
     try:
-        assert tier.read(names(metas), buffers(3)) == 0
+        assert tier.read(names(metas), buffers(3)).count == 0
         assert tier.write(metas, payloads(metas)) == 0
         tier.match(names(metas))
         tier.touch(names(metas))

@@ -17,7 +17,7 @@ from kvstore.redis.books import RedisBooks
 from kvstore.redis.sentinel import PrimaryOf
 from kvstore.redis.tier import RedisTier
 from kvstore.redis.watch import RedisWatch
-from tests.kvstore.blocks_for_tests import ManualClock, buffers, chain, names, payload, payloads
+from tests.kvstore.blocks_for_tests import ManualClock, chain, names, payloads, read_verified
 from tests.kvstore.redis_fleets_for_tests import Guarded, free_ports, guarded, until
 from tests.kvstore.redis_for_tests import PREFIX, key, make_tier
 
@@ -29,11 +29,7 @@ def fleet(tmp_path: Path) -> Iterator[Guarded]:
 
 
 def read_back(tier: RedisTier, count: int) -> int:
-    metas = chain(count)
-    into = buffers(count)
-    arrived = tier.read(names(metas), into)
-    assert [bytes(b) for b in into[:arrived]] == [bytes(payload(name)) for name in names(metas)[:arrived]]
-    return arrived
+    return read_verified(tier, names(chain(count)))
 
 
 def test_blocks_are_written_to_the_primary_and_after_a_failover_to_the_new_one(fleet: Guarded) -> None:

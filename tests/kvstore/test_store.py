@@ -13,7 +13,7 @@ from kvstore.device import DeviceTier
 from kvstore.errors import TierError
 from kvstore.events import BlockRemoved, BlockStored, TierName
 from kvstore.host.tier import HostTier
-from kvstore.loading import MAX_DEADLINE_S
+from kvstore.patience import DEFAULT_SLACK_S, FIRST_TRY_S
 from kvstore.store import Acquisition, ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ROOT, ManualClock, chain, names, payload, payloads
@@ -332,10 +332,13 @@ def test_an_old_estimate_is_measured_again_by_a_few_blocks(rig: Rig) -> None:
     assert [len(read) for read in rig.shared.reads] == [4, 2], "the rest follows once it has shown to be fast"
 
 
-def test_a_read_may_take_as_long_as_computing_would(rig: Rig) -> None:
+def test_a_read_may_be_late_by_a_slack_but_not_take_longer_than_computing(rig: Rig) -> None:
     rig.get(chain(4), compute_ms=lambda first, count: 500.0 * count)
-    rig.get(chain(4, first_token=1), compute_ms=lambda first, count: 0.0)
-    assert rig.shared.deadlines == [2.0, MAX_DEADLINE_S]
+    rig.store._promoter.sources[REDIS].observe(4, 40.0)
+    for token, block_ms in enumerate((500.0, 0.0, 15.0), start=1):
+        rig.get(chain(4, first_token=token), compute_ms=lambda first, count, block_ms=block_ms: block_ms * count)
+    told = [FIRST_TRY_S, 0.04 + DEFAULT_SLACK_S, 0.04 + DEFAULT_SLACK_S, 0.06]
+    assert rig.shared.deadlines == pytest.approx([seconds - 0.01 for seconds in told], rel=0.3)
 
 
 def test_a_full_queue_drops_the_tail_and_says_so(rig: Rig) -> None:

@@ -15,9 +15,10 @@ import torch
 
 from kvstore.acquisition import Acquisition, ReadTiers
 from kvstore.admission import Moment
-from kvstore.blocks import BlockHash
+from kvstore.blocks import BlockHash, short
 from kvstore.device import DeviceTier
-from kvstore.events import RemovalCause, TierName
+from kvstore.errors import MissReason
+from kvstore.events import BlockRemoved, RemovalCause, TierName
 from kvstore.host.tier import HostTier
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta
@@ -198,17 +199,18 @@ def test_a_prefetch_ends_in_host_and_its_use_tells_where_it_came_from_once(rig: 
     assert rig.get(metas) == [HOST] * 4
 
 
-def test_a_tier_that_does_not_keep_the_deadline_is_given_up_and_what_comes_late_is_not_wasted(rig: Rig) -> None:
+def test_a_tier_that_does_not_keep_the_limit_is_given_up_and_what_comes_late_is_not_wasted(rig: Rig) -> None:
     metas = chain(3)
     rig.shared.write(metas, payloads(metas))
     rig.shared.reads_open.clear()
+    rig.store._promoter.sources[REDIS].observe(3, 30.0)
     owner = rig.start(metas, compute_ms=lambda first, count: 100.0 * count)
     waiter = rig.start(metas, compute_ms=lambda first, count: 100.0 * count)
     until(lambda: bool(rig.shared.reads))
-    rig.clock.now += 0.2
+    rig.clock.now += 0.075
     rig.store.pump()
     assert not owner.done
-    rig.clock.now += 0.2
+    rig.clock.now += 0.01
     rig.store.pump()
     assert (owner.done, waiter.done, owner.fates, waiter.fates) == (True, True, [], [])
     rig.shared.reads_open.set()
@@ -405,6 +407,20 @@ def test_a_tier_that_failed_is_asked_again_at_once(rig: Rig) -> None:
     assert rig.get(metas) == []
     rig.shared.read_limit, rig.shared.healthy = None, True
     assert rig.get(metas) == [REDIS] * 3
+
+
+@pytest.mark.parametrize("why", MissReason)
+def test_only_a_tier_that_says_so_has_lost_a_block(rig: Rig, why: MissReason) -> None:
+    metas = chain(3)
+    rig.shared.write(metas, payloads(metas))
+    rig.store.drain_events()
+    rig.shared.read_limit, rig.shared.ends = 1, why
+    assert rig.get(metas) == [REDIS]
+    gone = [event for event in rig.store.drain_events() if isinstance(event, BlockRemoved)]
+    is_gone = why in ("absent", "expired", "corrupt", "truncated", "foreign", "unreadable")
+    assert [event.hashes for event in gone] == ([(short(metas[1].hash),)] if is_gone else [])
+    rig.shared.read_limit = None
+    assert rig.get(metas) == [DEVICE] + ([] if is_gone else [REDIS, REDIS])  # what is gone is not asked for at once
 
 
 def test_blocks_that_are_not_admitted_are_written_at_their_first_use(rig: Rig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,9 +11,9 @@ import redis
 import torch
 
 from deploy.redis_server import PrivateRedis
-from kvstore.blocks import BlockHash
+from kvstore.blocks import BlockHash, short
 from kvstore.device import DeviceTier
-from kvstore.events import TierName
+from kvstore.events import BlockRemoved, TierName
 from kvstore.host.tier import HostTier
 from kvstore.store import ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
@@ -106,3 +108,32 @@ def test_a_server_that_is_gone_is_not_said_to_have_lost_a_block(server: PrivateR
     assert tier.refresh(metas) is None
     assert tier.drain_events() == []
     tier.close()
+
+
+def test_a_read_that_timed_out_takes_no_credit_from_the_server(server: PrivateRedis) -> None:
+    metas = chain(3)
+    first = open_store(server, ManualClock())
+    cache(first, metas)
+    first.close()
+    store = open_store(server, ManualClock())
+    store._lanes[TierName.REDIS].known.learn(metas)  # as a router's directory would have it
+    store.drain_events()
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        assert get(store, metas) == []
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert store.stats()[TierName.REDIS].misses == {"deadline": 1}
+    assert store.drain_events() == []
+    assert all(store._lanes[TierName.REDIS].known.holds(name) for name in names(metas))
+    assert get(store, metas) == [TierName.REDIS] * 3
+    with client_of(server) as client:
+        client.delete(key(metas[1].hash))
+    store.clear()
+    store._lanes[TierName.REDIS].known.learn(metas)
+    store.drain_events()
+    assert get(store, metas) == [TierName.REDIS]
+    gone = [event for event in store.drain_events() if isinstance(event, BlockRemoved)]
+    assert [event.hashes for event in gone] == [(short(metas[1].hash),)]
+    store.close()

@@ -1,0 +1,79 @@
+"""How long a request waits for a load: at any moment it may be behind by one slack (50 ms by default), and no more.
+
+A load is read in pieces of `PIECE_NBYTES`, so that one sees it come. The next piece is waited for until
+
+    min(compute(all), max(predicted(pieces so far and the next), compute(pieces so far)) + slack)
+
+from the start on, where `predicted` is the measured time of a healthy read, the queue before it included. Why:
+
+- A tier that falls silent costs the slack: a healthy load would have taken the predicted time anyway. What has come by
+  then is used; so the request is late by the slack, whichever of the two it is compared with.
+- A load that still delivers goes on, however slow, while it keeps up with computing: what has come has saved the time
+  that computing it would have taken. A tier that is ten times slower than predicted and still faster than computing is
+  read to the end; one that is slower than computing is left when it is behind by the slack.
+- Noise of reads is a few milliseconds, of a busy machine with two cores a few tens: less than the slack, which is not
+  scaled by the variance that was seen, because then a tier that has been erratic would delay requests by more than it
+  says. Where even healthy reads stutter longer, raise the slack (`store.load_slack`).
+- Beyond the time of computing all of it no load is waited for; but `MIN_LIMIT_S` is always granted, as below it the
+  scheduler's jitter decides.
+- Of a tier that was never read nothing is predicted. The first try may take `FIRST_TRY_S`, once: connecting and a cold
+  start are in it. It is measured then, whether it delivered or not.
+
+The tier itself is told to end its read a little earlier (`told_s`), so that what it has by then is handed over in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+DEFAULT_SLACK_S = 0.05
+MIN_LIMIT_S = 0.02
+FIRST_TRY_S = 0.2
+MAX_LIMIT_S = 10.0  # while nobody knows what computing would take
+PIECE_NBYTES = 32 << 20  # some 10 ms at the speed of a local Redis: one round trip more for each costs a percent
+_HAND_OVER_S = 0.01
+
+Ms = Callable[[int], float | None]  # of so many leading blocks; None: not known
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Until when the blocks up to `stop` are waited for, and when they are due; seconds from the start of the load."""
+
+    stop: int
+    seconds: float
+    healthy_s: float
+
+    @property
+    def told_s(self) -> float:
+        """When the tier is told to end its read, so that there is time to hand over what it has."""
+        return self.seconds - min(_HAND_OVER_S, self.seconds / 4)
+
+
+def cap_s(compute_ms: float | None) -> float:
+    """Longest that a load is waited for in all: as long as computing takes (None: not measured)."""
+    return MAX_LIMIT_S if compute_ms is None else min(MAX_LIMIT_S, max(MIN_LIMIT_S, compute_ms / 1e3))
+
+
+def limits(stops: list[int], *, load_ms: Ms, compute_ms: Ms, slack_s: float) -> list[Limit]:
+    """The limit of each piece of a load that somebody waits for.
+
+    Args:
+        stops: where each piece ends, the last one being the number of blocks.
+        load_ms, compute_ms: predicted times of leading blocks.
+    """
+    most, found, come = cap_s(compute_ms(stops[-1])), [], 0
+    for stop in stops:
+        expected = load_ms(stop)
+        healthy_s = FIRST_TRY_S - slack_s if expected is None else expected / 1e3
+        saved_s = (compute_ms(come) or 0.0) / 1e3 if come else 0.0
+        found.append(Limit(stop, min(most, max(healthy_s, saved_s, 0.0) + slack_s), healthy_s))
+        come = stop
+    return found
+
+
+def pieces(count: int, block_nbytes: int) -> list[int]:
+    """Where the pieces of a load of `count` blocks end."""
+    step = max(1, PIECE_NBYTES // block_nbytes)
+    return [*range(step, count, step), count]
