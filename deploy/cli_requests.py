@@ -9,6 +9,7 @@ import typer
 
 from deploy.connection import DEFAULT_ROUTER, ApiKey, Json, Router, TlsCa, TlsCert, TlsKey, client_of, tls_of
 from deploy.failures import USAGE, Failure, reports_failures
+from deploy.lifetime_options import ExpiresAt, FixedTtl, KeepPriority, Ttl, lifetime_options
 
 if TYPE_CHECKING:
     from warmkv.client import GenerateOptions
@@ -40,6 +41,10 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
+    ttl: Ttl = None,
+    fixed_ttl: FixedTtl = False,
+    expires_at: ExpiresAt = None,
+    keep_priority: KeepPriority = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")] = None,
     router: Router = DEFAULT_ROUTER,
     api_key: ApiKey = None,
@@ -55,7 +60,8 @@ def generate(
     """
     from deploy.render import generation_json, generation_text
 
-    options = _options(max_tokens, temperature, top_p, seed, stop)
+    lifetime = lifetime_options(ttl, expires_at, keep_priority, fixed_ttl=fixed_ttl)
+    options: GenerateOptions = {**_options(max_tokens, temperature, top_p, seed, stop), **lifetime}
     with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key), timeout=None) as client:
         stream = client.generate(_text(prompt), **options)
         if as_json:
@@ -73,6 +79,10 @@ def chat(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
+    ttl: Ttl = None,
+    fixed_ttl: FixedTtl = False,
+    expires_at: ExpiresAt = None,
+    keep_priority: KeepPriority = None,
     router: Router = DEFAULT_ROUTER,
     api_key: ApiKey = None,
     tls_ca: TlsCa = None,
@@ -86,7 +96,8 @@ def chat(
     """
     from deploy.render import generation_text
 
-    options = _options(max_tokens, temperature, top_p, seed, None)
+    lifetime = lifetime_options(ttl, expires_at, keep_priority, fixed_ttl=fixed_ttl)
+    options: GenerateOptions = {**_options(max_tokens, temperature, top_p, seed, None), **lifetime}
     with client_of(router, api_key, tls_of(tls_ca, tls_cert, tls_key), timeout=None) as client:
         conversation = client.chat(system=system, **options)
         while (said := _next_turn()) is not None:

@@ -207,7 +207,7 @@ class Loader:
             self.arrived.set()
 
     def _fetch(self, load: Load, find: FindMeta) -> list[BlockMeta]:
-        """Read; what arrived, with the longer one of its own TTL and the reader's."""
+        """Read; what arrived, with the longer one of its own lifetime and the reader's."""
         tier = load.source.tier
         load.buffers = self._buffers.take(len(load.metas))
         was_healthy, started = tier.stats().healthy, self._clock()
@@ -218,4 +218,4 @@ class Loader:
         is_late = took_s >= load.deadline_s
         load.ended_absent = count < len(load.metas) and not is_late and was_healthy and tier.stats().healthy
         stored = [find(meta.hash) or meta for meta in load.metas[:count]]
-        return [prolonged(own, meta.ttl_s) for own, meta in zip(stored, load.metas, strict=False)]
+        return [prolonged(own, load.wish.lifetime) for own in stored]

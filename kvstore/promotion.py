@@ -179,7 +179,7 @@ class Promoter:
         acquisition.looked = True
         block_ids = self._device.acquire(rest)
         names = rest[: len(block_ids)]
-        self._device.prolong(names, acquisition.wish.ttl_s)
+        self._device.prolong(names, acquisition.wish.lifetime)
         acquisition.take(block_ids, [acquisition.arrived.get(name, TierName.DEVICE) for name in names])
         return bool(block_ids)
 
@@ -192,7 +192,7 @@ class Promoter:
         run = self._until_device(wish, rest[: host.match(rest)])
         source, count = self.sources[host.name], min(len(run), self._room)
         names = run[: source.affordable(count, wish.price(position, count))]
-        host.prolong(names, wish.ttl_s)
+        host.prolong(names, wish.lifetime)
         metas = host.find_run(names)
         block_ids = self._device.allocate(len(metas)) if metas else None
         if block_ids is None:
@@ -396,7 +396,8 @@ class Promoter:
     def _metas(self, wish: Wish, first: int, count: int, acquisition: Acquisition | None = None) -> list[BlockMeta]:
         root = self._root_of(wish, acquisition)
         before = wish.hashes[first - 1] if first > 0 else root
-        return chain_metas(wish.hashes[first : first + count], before=before, root=root, ttl_s=wish.ttl_s)
+        names, (ttl_s, until, _) = wish.hashes[first : first + count], wish.lifetime
+        return chain_metas(names, before=before, root=root, ttl_s=ttl_s, until=until)
 
     def _root_of(self, wish: Wish, acquisition: Acquisition | None) -> BlockHash:
         """The chain's root: as given, or as the blocks before it have it, or empty for one that nobody told us."""
