@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from kvstore.eviction.policies import Eviction, Hint, make_eviction
 from kvstore.eviction.tail import spare_blocks
-from kvstore.lifetime import FOR_EVER
 from replay.traces import Request, Trace, segments
 
 THRESHOLD_S = 1.0  # of `tail_optimized`
@@ -90,7 +89,7 @@ class Cache:
             if segment in self.held:
                 self._eviction.use(segment)
             else:
-                self._eviction.add(segment, FOR_EVER, hint=self._hint(segment, request))
+                self._eviction.add(segment, None, hint=self._hint(segment, request))
             self._used += length - self.held.get(segment, 0)
             self.held[segment] = length
         while self._used > self._capacity:

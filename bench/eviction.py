@@ -19,7 +19,6 @@ from bench.cache_replay import Clock, Replay
 from bench.report import Report
 from kvstore.admission import ADMISSIONS, Moment, make_admission
 from kvstore.eviction.policies import POLICIES, Eviction, Hint, make_eviction
-from kvstore.lifetime import FOR_EVER
 from replay.traces import Trace, load, shipped
 
 # Capacities in tokens, where the traces differ between hopeless and all.
@@ -96,7 +95,7 @@ class TwoTiers:
         if block in tier:
             tier.use(block)
         else:
-            tier.add(block, FOR_EVER, hint=Hint(name=block, parent=self._segments.parents[block]))
+            tier.add(block, None, hint=Hint(name=block, parent=self._segments.parents[block]))
 
     @staticmethod
     def _evict(tier: Eviction[int], size: int) -> list[int]:

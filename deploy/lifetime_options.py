@@ -83,7 +83,7 @@ def epoch_seconds(option: str, time: str) -> int:
         return int(time)
     try:
         return math.ceil(datetime.fromisoformat(time).timestamp())
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError):
         raise Failure(
             f"{option}: {time!r} is no time; write it like 2027-01-31T18:00Z, or in seconds since 1970", USAGE
         ) from None

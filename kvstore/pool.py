@@ -113,8 +113,8 @@ class BlockPool:
     def commit(self, block_ids: Sequence[int], metas: Sequence[BlockMeta]) -> list[tuple[int, BlockMeta]]:
         """Name private blocks whose bytes are whole; those that got their name.
 
-        A name that another block holds stays there (and that block lives as long as the longer lifetime says); the caller's block
-        stays private. Committing a block again under its own name changes nothing but that.
+        A name that another block holds stays there (and that block lives as long as the longer lifetime says); the
+        caller's block stays private. Committing a block again under its own name changes nothing but that.
 
         Raises:
             InvariantError: a block is not referenced, or has another name already.
@@ -253,7 +253,7 @@ class BlockPool:
             raise InvariantError(f"block {block_id} was committed under two names")
         self._held[meta.hash] = block_id
         self._metas[block_id] = meta
-        self._lru.add(block_id, meta.lifetime)
+        self._lru.add(block_id, meta.ttl_s, until=meta.until)
         for _ in range(self._refs[block_id]):
             self._lru.pin(block_id)
         return True

@@ -128,9 +128,9 @@ class Tier(Protocol):
     def read(self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None) -> int:
         """Copy leading blocks into the buffers; how many arrived whole and verified.
 
-        Refreshes recency and TTL of those; a fixed end stays where it is. The first block that is missing or wrong ends it, is counted by reason, and
-        if it is wrong it is deleted. Buffers past the returned count hold garbage. Never raises for a fault of the
-        tier. `deadline_s` bounds the call, in seconds from now; None: the tier's own bound.
+        Refreshes recency and TTL of those; a fixed end stays where it is. The first block that is missing or wrong ends
+        it, is counted by reason, and if it is wrong it is deleted. Buffers past the returned count hold garbage. Never
+        raises for a fault of the tier. `deadline_s` bounds the call, in seconds from now; None: the tier's own bound.
         """
         ...
 

@@ -296,7 +296,7 @@ class SimulatedTier:
 
     def _insert(self, block: Block) -> None:
         self._blocks[block.meta.hash] = block
-        self._lru.add(block, block.meta.lifetime)
+        self._lru.add(block, block.meta.ttl_s, until=block.meta.until)
         self._stores += 1
         self._log.stored(self.name, block.meta)
 

@@ -333,7 +333,7 @@ class DiskBooks:
     def _hold_block(self, entry: Entry) -> None:
         meta = entry.meta
         self.entries[meta.hash] = entry
-        self._eviction.add(meta.hash, meta.lifetime, hint=hint_of(meta))
+        self._eviction.add(meta.hash, meta.ttl_s, until=meta.until, hint=hint_of(meta))
 
     def _hold(self, entry: Entry) -> None:
         entry.pins += 1

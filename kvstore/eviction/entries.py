@@ -10,8 +10,8 @@ last block to its first, so that under `lru` the last one is the oldest.
 
 Ends of lifetimes and of leases stand in two `Deadlines`: uses are O(1), expiry is O(log n) an entry, amortised.
 
-A fixed end is a time of the wall clock, all others are of the injected clock, which never jumps. It is converted at each
-use anew: a wall clock that is set in between moves the end with it from the next use on, and drops nothing at once.
+A fixed end is a time of the wall clock; all others are of the injected clock, which never jumps. It is converted at
+each use anew: a wall clock that is set in between moves the end from the next use on, and drops nothing at once.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Eviction(Generic[Key]):
     """Entries of a tier: pins, leases, lifetimes and chains, over a policy that says which goes first.
 
     A pinned entry is in use: it is neither evicted nor expired, and its TTL starts again when the last pin goes; then a
-    fixed end that has passed meanwhile counts. A leased one is neither evicted nor expired before its lease ends; its end is no use.
+    fixed end that has passed meanwhile counts. A leased one is neither evicted nor expired before its lease ends; its
+    end is no use.
     """
 
     def __init__(self, clock: Clock, order: Order[Key], *, wall_clock: Clock = time.time) -> None:
@@ -99,8 +100,12 @@ class Eviction(Generic[Key]):
         self._end_due_leases()
         return self._leased
 
-    def add(self, key: Key, lifetime: Lifetime, *, hint: Hint = NO_HINT, pins: int = 0) -> None:
+    def add(
+        self, key: Key, ttl_s: float | None, *, until: float | None = None, hint: Hint = NO_HINT, pins: int = 0
+    ) -> None:
         """Hold a new entry, just used; pinned so often by those who use it now, whose last `unpin` ends this use.
+
+        `ttl_s`, `until`: as in `Lifetime`.
 
         Raises:
             InvariantError: it is already held.
@@ -109,7 +114,7 @@ class Eviction(Generic[Key]):
             raise InvariantError(f"{key!r} is already held")
         self._order.add(key, hint)
         node = self._candidates.add(key, hint.name, hint.parent)
-        entry = self._entries[key] = _Entry(key, node, lifetime)
+        entry = self._entries[key] = _Entry(key, node, Lifetime(ttl_s, until))
         self._renew(entry)
         for _ in range(pins):
             self.pin(key)

@@ -201,7 +201,7 @@ class HostBooks:
                 self._slab.give_back(slot.index)
                 continue
             self.slots[meta.hash] = slot
-            self._eviction.add(meta.hash, meta.lifetime, hint=hint_of(meta))
+            self._eviction.add(meta.hash, meta.ttl_s, until=meta.until, hint=hint_of(meta))
             published.append(meta.link)
         self._stores += len(published)
         self.events += stored_events(self._name, consecutive_runs(reversed(published)))

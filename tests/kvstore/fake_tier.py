@@ -109,7 +109,7 @@ class FakeSharedTier:
             held = [meta for meta in metas if self._live(meta.hash)]
             for meta in held:
                 stored = self._stored[meta.hash]
-                stored.meta = prolonged(stored.meta, meta.ttl_s)
+                stored.meta = prolonged(stored.meta, meta.lifetime)
         self.touch([meta.hash for meta in held])
         return [meta.hash for meta in metas if meta not in held]
 

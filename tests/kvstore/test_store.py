@@ -13,6 +13,7 @@ from kvstore.device import DeviceTier
 from kvstore.errors import TierError
 from kvstore.events import BlockRemoved, BlockStored, TierName
 from kvstore.host.tier import HostTier
+from kvstore.lifetime import Lifetime
 from kvstore.loading import MAX_DEADLINE_S
 from kvstore.store import Acquisition, ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
@@ -67,6 +68,8 @@ class Rig:
 
     def acquire(self, metas: list[BlockMeta], **options: object) -> Acquisition:
         arguments: dict[str, object] = {"reads": ReadTiers(), "compute_ms": slow_compute, "root": metas[0].root}
+        if "ttl_s" in options:
+            options["lifetime"] = Lifetime(options.pop("ttl_s"))  # type: ignore[arg-type]
         return self.store.acquire(names(metas), **(arguments | options))  # type: ignore[arg-type]
 
     def finish(self, acquisition: Acquisition) -> Acquisition:

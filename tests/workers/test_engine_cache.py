@@ -32,7 +32,10 @@ def test_blocks_are_listed_with_their_place_in_the_prompt_and_their_tiers():
     for position, name in enumerate(job.block_hashes):
         parent = job.block_hashes[position - 1] if position else None
         tiers = (TierName.DEVICE, TierName.HOST)
-        assert mine[name] == CachedBlock(name, parent, job.root, tiers, ttl_s=60.0, position=position)
+        assert mine[name] == CachedBlock(
+            name, parent, job.root, tiers, ttl_s=60.0, ttl_left_s=mine[name].ttl_left_s, position=position
+        )
+        assert 0 < mine[name].ttl_left_s <= 60.0
     assert [block.hash for block in listed(rig, job.root, job.block_hashes[2])] == sorted(job.block_hashes[2:])
     whole = listed(rig)
     assert len(whole) == 6

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.events import BlockRemoved, BlockStored, TierName
 from kvstore.layout import KVLayout
+from kvstore.lifetime import Lifetime
 from tests.workers.stream_client import held
 from workers.config import WorkerConfig
 from workers.protocol import FinishReason, Job, Output, SamplingParams
@@ -191,7 +192,7 @@ def test_blocks_expire_after_their_last_use() -> None:
 
 def test_a_jobs_own_ttl_overrides_the_default() -> None:
     engine, now = engine_of(default_ttl_s=10.0)
-    run(engine, job(1, prompt(16), ttl_s=100.0))
+    run(engine, job(1, prompt(16), lifetime=Lifetime(100.0)))
     now.s += 50.0
     engine.step()
     assert len(held(engine.snapshot())) == 8
@@ -285,9 +286,9 @@ def test_prefetching_brings_a_chain_from_host_to_device_and_the_next_request_fin
     first = job(1, prompt(16, seed=1))
     run(engine, first)
     run(engine, job(2, prompt(20, seed=2)))  # takes the device from it
-    assert engine.prefetch(first.block_hashes, root=ROOT, ttl_s=None) > 0
+    assert engine.prefetch(first.block_hashes, root=ROOT, lifetime=None) > 0
     engine.check()
-    assert engine.prefetch(first.block_hashes, root=ROOT, ttl_s=None) == 0
+    assert engine.prefetch(first.block_hashes, root=ROOT, lifetime=None) == 0
     fates = run(engine, job(3, prompt(16, seed=1)))[3][-1].fates
     assert fates == {"device": 15, "host": 0, "computed": 1}
 

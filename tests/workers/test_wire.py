@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvstore.blocks import block_hashes
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
 from kvstore.layout import KVLayout
+from kvstore.lifetime import Lifetime
 from kvstore.tier import TierStats
 from tests.workers.stream_client import job, split
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
@@ -53,11 +54,11 @@ def test_a_good_job_arrives_with_full_hashes_that_the_worker_derived_itself() ->
     got = job_from_wire(message, job_id=(1, 7), info=INFO, now=100.0)
     root = INFO.scheme.root(b"tenant")
     assert list(got.block_hashes) == block_hashes(list(range(40)), root, 16)
-    assert (got.root, got.job_id, got.priority, got.ttl_s, got.no_store, got.no_read) == (
+    assert (got.root, got.job_id, got.priority, got.lifetime, got.no_store, got.no_read) == (
         root,
         (1, 7),
         -2,
-        9.0,
+        Lifetime(9.0),
         True,
         False,
     )
