@@ -81,8 +81,10 @@ class Promoter:
     def prefetch(self, wish: Wish) -> int:
         """Start to bring what only slow tiers hold to host; blocks that are on their way now because of it.
 
-        One run at a time: when it has come, the next one follows.
+        One run at a time: when it has come, the next one follows. What is near already gets the lifetime that is named.
         """
+        if not wish.lifetime.is_default:
+            self._promise(wish)
         if self._host is None or not wish.reads.host:
             return 0
         return self._prefetch(wish, self._in_reach(wish), max(1, self._host.num_slots // PREFETCH_SHARE))
@@ -149,6 +151,13 @@ class Promoter:
             InvariantError: see `Loader.check`.
         """
         self._loader.check()
+
+    def _promise(self, wish: Wish) -> None:
+        near = wish.hashes[: self._in_reach(wish)]
+        if wish.reads.device:
+            self._device.prolong(near, wish.lifetime)
+        if wish.reads.host and self._host is not None:
+            self._host.prolong(near, wish.lifetime)
 
     # --- acquiring ---
 

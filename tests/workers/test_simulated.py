@@ -50,7 +50,7 @@ class VirtualTime:
 def engine_of(**settings_: object) -> tuple[SimulatedEngine, VirtualTime]:
     now = VirtualTime()
     chosen = {"device_blocks": 64, "host_blocks": 64, "timing": TIMING, **settings_}
-    return SimulatedEngine(INFO, clock=now, sleep=now.sleep, **chosen), now  # type: ignore[arg-type]
+    return SimulatedEngine(INFO, clock=now, wall_clock=now, sleep=now.sleep, **chosen), now  # type: ignore[arg-type]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -194,6 +194,27 @@ def test_a_jobs_own_ttl_overrides_the_default() -> None:
     engine, now = engine_of(default_ttl_s=10.0)
     run(engine, job(1, prompt(16), lifetime=Lifetime(100.0)))
     now.s += 50.0
+    engine.step()
+    assert len(held(engine.snapshot())) == 8
+
+
+def test_a_fixed_end_holds_against_hits_and_gives_way_to_a_later_one() -> None:
+    engine, now = engine_of(default_ttl_s=10.0, host_blocks=64)
+    ends = now.s + 20.0
+    run(engine, job(1, prompt(16), lifetime=Lifetime(0.0, ends), keep_priority=30, turn=2))
+    blocks = engine.list_blocks(root=None, prefix=None, after=None, limit=9)
+    assert {(b.ttl_s, b.priority) for b in blocks} == {(0.0, 30)}
+    assert [b.ttl_left_s for b in blocks] == pytest.approx([ends - now.s] * len(blocks))
+    for number in range(2, 5):
+        now.s = ends - 20.0 + 6.0 * (number - 1)
+        (answer,) = run(engine, job(number, prompt(16)))[number]
+        assert answer.fates["computed"] == 1
+    now.s = ends
+    engine.step()
+    assert engine.snapshot() == []
+    run(engine, job(5, prompt(16), lifetime=Lifetime(0.0, now.s + 20.0)))
+    run(engine, job(6, prompt(16), lifetime=Lifetime(0.0, now.s + 50.0)))
+    now.s += 45.0
     engine.step()
     assert len(held(engine.snapshot())) == 8
 

@@ -65,6 +65,17 @@ def test_a_good_job_arrives_with_full_hashes_that_the_worker_derived_itself() ->
     assert got.deadline is None
 
 
+def test_a_fixed_end_a_priority_and_a_turn_reach_the_job() -> None:
+    plain = job_from_wire(good_job(), job_id=(1, 7), info=INFO, now=0.0)
+    assert (plain.lifetime, plain.keep_priority, plain.turn) == (None, 0, None)
+    message = good_job()
+    message.cache.expires_at = 1_900_000_000
+    message.cache.keep_priority = 4000
+    message.turn = 3
+    got = job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0)
+    assert (got.lifetime, got.keep_priority, got.turn) == (Lifetime(0.0, 1_900_000_000.0), 100, 3)
+
+
 def test_a_deadline_counts_on_the_engines_clock() -> None:
     message = good_job()
     message.deadline_ms = 1500
