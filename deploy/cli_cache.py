@@ -6,7 +6,6 @@ printed (`render_cache`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -15,6 +14,7 @@ import typer
 
 from deploy.connection import WAIT_TIMEOUT_S, Connection, Json, asks_router
 from deploy.failures import FAILED, UNHEALTHY, USAGE, Failure, reports_failures
+from deploy.lifetime_options import ExpiresAt, FixedTtl, KeepPriority, Ttl, lifetime_options, whole_seconds
 from deploy.named_prompts import Messages, OfTenant, Prefix, clear_request, prompt_options, scope_options
 
 if TYPE_CHECKING:
@@ -128,10 +128,10 @@ def cache_warm(
             "--worker", "-w", metavar="WORKER", help="There; repeatable.", show_default="where the prompt would be sent"
         ),
     ] = None,
-    ttl: Annotated[
-        str | None,
-        typer.Option("--ttl", metavar="DURATION", help="How long its blocks live after a use: 5m, 30m, 1h, 24h, ..."),
-    ] = None,
+    ttl: Ttl = None,
+    fixed_ttl: FixedTtl = False,
+    expires_at: ExpiresAt = None,
+    keep_priority: KeepPriority = None,
     *,
     connection: Connection,
     as_json: Json = False,
@@ -144,12 +144,12 @@ def cache_warm(
     from deploy.render import message_json
     from deploy.render_cache import print_warmed
 
-    seconds = None if ttl is None else _seconds("--ttl", ttl)
+    lifetime = lifetime_options(ttl, expires_at, keep_priority, fixed_ttl=fixed_ttl)
     options = prompt_options(tenant, prompt, messages, name="PROMPT")
     if not options.keys() - {"tenant"}:
         raise Failure("give a PROMPT, or --messages FILE", USAGE)
     with connection.client(timeout=WAIT_TIMEOUT_S) as client:
-        answer = client.warm(workers=worker or (), compute=compute, ttl=seconds, **options)
+        answer = client.warm(workers=worker or (), compute=compute, **options, **lifetime)
     _show(answer, message_json, print_warmed, as_json=as_json)
     _fail_on_problems(each.problem for each in answer.workers)
 
@@ -178,7 +178,7 @@ def cache_pin(
     from deploy.render import message_json
     from deploy.render_cache import print_pinned
 
-    seconds = None if duration == "ever" else _seconds("--for", duration)
+    seconds = None if duration == "ever" else whole_seconds("--for", duration)
     options = scope_options(tenant, prefix, messages)
     with connection.client(timeout=WAIT_TIMEOUT_S) as client:
         answer = client.pin(seconds=seconds, workers=worker or (), **options)
@@ -282,19 +282,6 @@ def _pages(
         found.MergeFrom(page)
         if not found.next_page_token or len(found.blocks) == limit:
             return found
-
-
-def _seconds(option: str, text: str) -> int:
-    """Whole seconds, at least one."""
-    from deploy.quantities import parse_duration
-
-    try:
-        seconds = parse_duration(text)
-    except ValueError as error:
-        raise Failure(f"{option}: {error}", USAGE) from None
-    if seconds <= 0:
-        raise Failure(f"{option} {text}: give more than nothing, for example 30m", USAGE)
-    return math.ceil(seconds)
 
 
 def _show(answer: T, as_text: Callable[[T], str], show: Callable[[T], None], *, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from deploy.connection import Connection, Json, asks_router
 from deploy.failures import USAGE, Failure, reports_failures
+from deploy.lifetime_options import ExpiresAt, FixedTtl, KeepPriority, Ttl, lifetime_options
 
 if TYPE_CHECKING:
     from warmkv.client import GenerateOptions
@@ -41,6 +42,10 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
+    ttl: Ttl = None,
+    fixed_ttl: FixedTtl = False,
+    expires_at: ExpiresAt = None,
+    keep_priority: KeepPriority = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")] = None,
     *,
     connection: Connection,
@@ -53,7 +58,8 @@ def generate(
     """
     from deploy.render import generation_json, generation_text
 
-    options = _options(max_tokens, temperature, top_p, seed, stop)
+    lifetime = lifetime_options(ttl, expires_at, keep_priority, fixed_ttl=fixed_ttl)
+    options: GenerateOptions = {**_options(max_tokens, temperature, top_p, seed, stop), **lifetime}
     with connection.client(timeout=None) as client:
         stream = client.generate(_text(prompt), **options)
         if as_json:
@@ -72,6 +78,10 @@ def chat(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
+    ttl: Ttl = None,
+    fixed_ttl: FixedTtl = False,
+    expires_at: ExpiresAt = None,
+    keep_priority: KeepPriority = None,
     *,
     connection: Connection,
     quiet: Quiet = False,
@@ -82,7 +92,8 @@ def chat(
     """
     from deploy.render import generation_text
 
-    options = _options(max_tokens, temperature, top_p, seed, None)
+    lifetime = lifetime_options(ttl, expires_at, keep_priority, fixed_ttl=fixed_ttl)
+    options: GenerateOptions = {**_options(max_tokens, temperature, top_p, seed, None), **lifetime}
     with connection.client(timeout=None) as client:
         conversation = client.chat(system=system, **options)
         while (said := _next_turn()) is not None:

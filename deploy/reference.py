@@ -86,7 +86,7 @@ def settings_table() -> str:
 
 PROMISES = {
     "capacity": "Never holds more than its bytes",
-    "ttl": "Drops a block when its TTL has passed",
+    "ttl": "Drops a block when its lifetime ends",
     "named_eviction": "Evicts by a policy of ours",
     "lease": "Keeps a pinned block",
     "restart": "Outlives its worker",

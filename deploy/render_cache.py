@@ -131,13 +131,19 @@ def _blocks_table(blocks: Sequence[admin_pb2.CachedBlock]) -> Table:
             f"{first}-{first + block.tokens - 1}" if block.HasField("first_token") else "?",
             block.tenant or "?",
             " ".join(tier_name(tier) for tier in block.tiers),
-            _duration(block.ttl_seconds) if block.HasField("ttl_seconds") else "until evicted",
+            _ttl(block),
             _duration(block.ttl_left_seconds) if block.HasField("ttl_left_seconds") else "-",
             "yes" if block.pinned else "-",
             str(block.priority),
             size_text(block.bytes),
         )
     return table
+
+
+def _ttl(block: admin_pb2.CachedBlock) -> str:
+    if not block.HasField("ttl_seconds"):
+        return "until evicted"
+    return _duration(block.ttl_seconds) if block.ttl_seconds else "fixed"
 
 
 def _held_table(held: admin_pb2.PrefixHolding) -> Table:

@@ -99,7 +99,7 @@ class Rollout:
             _check_same_fleet(self._settings, config)
             return str(config["fleet_secret"])
         own = own_secret(self._settings)
-        return await asyncio.to_thread(keep_secret, self._state_dir) if not own else own
+        return own if own else await asyncio.to_thread(keep_secret, self._state_dir)
 
     def _names_wanted(self, present: list[str]) -> list[str]:
         if present and self._loaded.origin("workers.count") is Origin.DEFAULT:

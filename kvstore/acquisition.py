@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
+from kvstore.lifetime import FOR_EVER, Lifetime
 
 ComputeMs = Callable[[int, int], float]  # (first block, number of blocks) -> predicted milliseconds to compute them
 
@@ -36,14 +37,14 @@ class Wish:
     Attributes:
         hashes: the prefix, from its first block. reads: the tiers that may be read.
         compute_ms: what computing would cost instead. A result that is not positive and finite says: not measured.
-        root: of the chain; None: the caller does not know. ttl_s: what blocks that are read get at least.
+        root: of the chain; None: the caller does not know. lifetime: what blocks that are read get at least.
     """
 
     hashes: Sequence[BlockHash]
     reads: ReadTiers
     compute_ms: ComputeMs
     root: BlockHash | None = None
-    ttl_s: float | None = None
+    lifetime: Lifetime = FOR_EVER
 
     def price(self, first: int, count: int) -> float | None:
         """Milliseconds to compute `count` blocks from block `first` on; None: nothing has been measured yet."""

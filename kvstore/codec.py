@@ -35,7 +35,7 @@ from kvstore.layout import KVLayout
 from kvstore.tier import BlockMeta
 
 HEADER_NBYTES = 512
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHECKSUM_ALGORITHM = "xxh3-64"  # of the header, seeded with that of the payload
 RAW_CODEC = "raw"
 PROTECTED_CODECS = {Protection.AUTHENTICATE: "raw+gmac", Protection.ENCRYPT: "aes-256-gcm"}
@@ -49,7 +49,13 @@ _NO_TAG = bytes(TAG_NBYTES)
 _IDENTITY = ("namespace", "layout", "dtype", "num_tokens", "payload_nbytes", "checksum")
 _identity_of = attrgetter(*_IDENTITY)
 _BEFORE_TTL = (int, bytes, bytes, bytes, bytes, str, str, int, str, int, float)
-_FIELD_TYPES = {(*_BEFORE_TTL, ttl, int, str, str, bytes) for ttl in (float, type(None))}  # as msgpack gives them
+_NONE = type(None)
+_FIELD_TYPES = {  # as msgpack gives them
+    (*_BEFORE_TTL, ttl, until, int, turn, str, str, bytes)
+    for ttl in (float, _NONE)
+    for until in (float, _NONE)
+    for turn in (int, _NONE)
+}
 
 Buffer = bytes | bytearray | memoryview
 
@@ -67,7 +73,7 @@ class Header(NamedTuple):
         codec: how the payload is stored: RAW_CODEC or one of PROTECTED_CODECS.
         payload_nbytes: length of the payload.
         created: seconds since the epoch, on the writer's clock.
-        ttl_s: time to live after the last use; None: none. priority: as in `BlockMeta`.
+        ttl_s, until, priority, turn: as in `BlockMeta`, when the block was written.
         checksum: name of the checksum's algorithm.
         key_id: of the secret that protects it. nonce: of its protection. Both empty without one.
     """
@@ -84,7 +90,9 @@ class Header(NamedTuple):
     payload_nbytes: int
     created: float
     ttl_s: float | None
+    until: float | None
     priority: int
+    turn: int | None
     checksum: str
     key_id: str
     nonce: bytes
@@ -92,7 +100,7 @@ class Header(NamedTuple):
     @property
     def meta(self) -> BlockMeta:
         """The block's metadata, as a tier takes it."""
-        return BlockMeta(self.hash, self.parent, self.root, self.ttl_s, self.priority)
+        return BlockMeta(self.hash, self.parent, self.root, self.ttl_s, self.priority, self.until, self.turn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +213,9 @@ class BlockCodec:
             payload_nbytes,
             float(created),
             None if meta.ttl_s is None else float(meta.ttl_s),
+            None if meta.until is None else float(meta.until),
             meta.priority,
+            meta.turn,
             checksum,
             key_id,
             nonce,
@@ -266,8 +276,9 @@ def _parse(head: bytes) -> Header:
     if tuple(map(type, fields)) not in _FIELD_TYPES:
         raise CodecError(MissReason.CORRUPT, "header has fields of other types")
     header = Header._make(fields)
-    if header.num_tokens < 0 or header.payload_nbytes < 0 or header.priority < 0 or math.isnan(header.ttl_s or 0.0):
-        raise CodecError(MissReason.CORRUPT, "header has a negative number, or a TTL that is none")
+    is_negative = min(header.num_tokens, header.payload_nbytes, header.priority, header.turn or 0) < 0
+    if is_negative or math.isnan(header.ttl_s or 0.0) or math.isnan(header.until or 0.0):
+        raise CodecError(MissReason.CORRUPT, "header has a negative number, or a lifetime that is none")
     return header
 
 

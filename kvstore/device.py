@@ -10,6 +10,7 @@ stream: what was queued before is finished before bytes leave, and bytes that co
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -55,6 +56,7 @@ class DeviceTier(BlockPool):
         capacity_bytes: int,
         *,
         clock: Clock,
+        wall_clock: Clock = time.time,
         device: torch.device | str = "cpu",
         poison: bool = False,
     ) -> None:
@@ -63,7 +65,7 @@ class DeviceTier(BlockPool):
         Args:
             layout: shapes, dtype and block size.
             capacity_bytes: for blocks that can be allocated.
-            clock: what TTLs go by.
+            clock: what TTLs go by. wall_clock: seconds since the epoch; what fixed ends of lifetimes go by.
             device: where the tensor lies.
             poison: fill free blocks with NaN, so that reading one shows. For tests: it writes every freed block.
 
@@ -75,7 +77,7 @@ class DeviceTier(BlockPool):
             raise TierError(
                 f"the device tier's {capacity_bytes} bytes hold no block of {layout.block_nbytes}; give it more bytes"
             )
-        super().__init__(num_blocks, layout.block_nbytes, clock=clock)
+        super().__init__(num_blocks, layout.block_nbytes, clock=clock, wall_clock=wall_clock)
         self.layout = layout
         self.scratch_block = num_blocks
         self._pool = _reserve(layout, num_blocks + 1, torch.device(device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstore.blocks import BlockHash
@@ -18,11 +18,14 @@ class HeldBlock:
 
     Attributes:
         meta: as the fastest of its tiers knows it. tiers: from fast to slow. leased: whether it must not be dropped.
+        ttl_left_s: seconds until the last one of this worker's own tiers drops it, if nobody uses it; None: never, or
+        not while it is in use.
     """
 
     meta: BlockMeta
     tiers: tuple[TierName, ...]
     leased: bool
+    ttl_left_s: float | None = None
 
 
 def page(
@@ -56,6 +59,16 @@ def page(
                 where.meta = where.meta or meta
                 where.tiers.append(tier)
     return [HeldBlock(where.meta, tuple(where.tiers), name in leased) for name, where in found.items() if where.meta]
+
+
+def ttl_left_s(tiers: Sequence[Mapping[BlockHash, float | None]]) -> dict[BlockHash, float | None]:
+    """The longest of what several tiers say of a block (None: it does not expire there)."""
+    longest: dict[BlockHash, float | None] = {}
+    for tier in tiers:
+        for name, left in tier.items():
+            other = longest.get(name, left)
+            longest[name] = None if left is None or other is None else max(left, other)
+    return longest
 
 
 @dataclass(slots=True)

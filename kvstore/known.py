@@ -6,6 +6,7 @@ tier knows what it holds, and is asked.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from kvstore.blocks import BlockHash, short
 from kvstore.chains import consecutive_runs, stored_events
 from kvstore.directory import Directory
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause
+from kvstore.lifetime import shortest
 from kvstore.tier import BlockMeta, Clock, LocalTier, SharedTier
 
 
@@ -100,8 +102,9 @@ class KnownLocal:
 class KnownShared:
     """Of a shared tier: its own events, and what the store learnt of it, in order."""
 
-    def __init__(self, tier: SharedTier, entries: int, *, clock: Clock) -> None:
+    def __init__(self, tier: SharedTier, entries: int, *, clock: Clock, wall_clock: Clock = time.time) -> None:
         """Remember at most so many blocks."""
+        self._wall_clock = wall_clock
         self._tier = tier
         self._directory = Directory(tier.name, entries, clock=clock)
         self._events: list[KvEvent] = []
@@ -118,9 +121,10 @@ class KnownShared:
     def learn(self, metas: Sequence[BlockMeta]) -> None:
         """As `Known.learn`."""
         self._hear()
+        wall = self._wall_clock()
+        left = {meta.hash: meta.lifetime.left_s(wall) for meta in metas}
         for run in consecutive_runs(meta.link for meta in metas):
-            ttl_s = next(meta.ttl_s for meta in metas if meta.hash == run[1][0])
-            for event in stored_events(self._tier.name, [run], ttl_s):
+            for event in stored_events(self._tier.name, [run], shortest(left[BlockHash(name)] for name in run[1])):
                 self._directory.apply(event)
                 self._events.append(event)
 

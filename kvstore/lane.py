@@ -72,7 +72,7 @@ class Refreshing:
     def refresh(self, metas: Sequence[BlockMeta]) -> list[BlockHash] | None:
         """As `SharedTier.refresh`."""
         for meta in reversed(metas):
-            self._tier.prolong([meta.hash], meta.ttl_s)
+            self._tier.prolong([meta.hash], meta.lifetime)
         return [meta.hash for meta in metas if self._tier.find(meta.hash) is None]
 
 
@@ -126,7 +126,7 @@ class Lane:
         dropped: set[BlockHash] = set()
         for meta, payload, is_admitted in zip(metas, payloads, admitted, strict=True):
             if self.known.holds(meta.hash):
-                self._schedule.doubted(meta.hash, meta.ttl_s)
+                self._schedule.doubted(meta.hash, meta.lifetime)
             elif not is_admitted or meta.parent in left_out:
                 left_out.add(meta.hash)
             elif meta.parent in dropped:
@@ -138,14 +138,14 @@ class Lane:
     def used(self, metas: Sequence[BlockMeta]) -> None:
         """These were hit in a faster tier."""
         for meta in metas:
-            self._schedule.used(meta.hash, meta.ttl_s)
+            self._schedule.used(meta.hash, meta.lifetime)
 
     def read(self, metas: Sequence[BlockMeta], count: int, *, is_next_gone: bool) -> None:
         """A read of the tier ended: the TTLs of what came began again there, and it lacks the next one, perhaps."""
         arrived = [self.known.find(meta.hash) or meta for meta in metas[:count]]
         self.known.learn(arrived)
         for meta in arrived:
-            self._schedule.renewed(meta.hash, meta.ttl_s)
+            self._schedule.renewed(meta.hash, meta.lifetime)
         if is_next_gone:
             self.known.lost([meta.hash for meta in metas[count : count + 1]])
 
@@ -177,7 +177,7 @@ class Lane:
         for refreshed in self._writer.take_refreshed():
             if refreshed.missing is None:
                 for meta in refreshed.metas:
-                    self._schedule.unanswered(meta.hash, meta.ttl_s)
+                    self._schedule.unanswered(meta.hash, meta.lifetime)
                 continue
             missing = refreshed.missing
             self.known.learn([m for m in refreshed.metas if m.hash not in missing and self._near.find(m.hash)])
@@ -220,7 +220,7 @@ class Lane:
     def _queue(self, meta: BlockMeta, payload: memoryview | None) -> bool:
         """Copy nothing that the queue does not take: only this thread fills it, so there is room until then."""
         if self._writer.is_coming(meta.hash):
-            self._schedule.used(meta.hash, meta.ttl_s)
+            self._schedule.used(meta.hash, meta.lifetime)
             return True
         if self._writer.is_full:
             self._dropped += 1
@@ -229,6 +229,6 @@ class Lane:
         if write is None:
             return False
         self._writer.put(write)
-        self._schedule.renewed(meta.hash, meta.ttl_s)
+        self._schedule.renewed(meta.hash, meta.lifetime)
         self._on_queued(meta.hash)
         return True

@@ -251,9 +251,9 @@ class Loader:
         return delivery
 
     def _keep(self, load: Load, first: int, count: int, find: FindMeta) -> None:
-        """Copy what arrived to host, with the longer one of its own TTL and the reader's."""
+        """Copy what arrived to host, with the longer one of its own lifetime and the reader's."""
         wanted = load.metas[first : first + count]
-        arrived = [prolonged(find(meta.hash) or meta, meta.ttl_s) for meta in wanted]
+        arrived = [prolonged(find(meta.hash) or meta, load.wish.lifetime) for meta in wanted]
         with load.lock:
             if self._host is not None and arrived and not load.discarded:
                 self._host.write(arrived, load.buffers[first : first + count])

@@ -10,6 +10,7 @@ All operations are O(1) a block, expiry O(log n).
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from kvstore.chains import consecutive_runs, stored_events, tree_runs
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.eviction.policies import LRU
+from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, TierStats, prolonged, select
 
 
@@ -30,14 +32,14 @@ class BlockPool:
 
     name = TierName.DEVICE
 
-    def __init__(self, num_blocks: int, block_nbytes: int, *, clock: Clock) -> None:
+    def __init__(self, num_blocks: int, block_nbytes: int, *, clock: Clock, wall_clock: Clock = time.time) -> None:
         self.num_blocks = num_blocks
         self.block_nbytes = block_nbytes
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: what was freed last is warmest in the caches
         self._refs = [0] * num_blocks
         self._metas: list[BlockMeta | None] = [None] * num_blocks
         self._held: dict[BlockHash, int] = {}
-        self._lru: LRU[int] = LRU(clock)
+        self._lru: LRU[int] = LRU(clock, wall_clock=wall_clock)
         self._events: list[KvEvent] = []
         self._hits = self._stores = 0
         self._misses: Counter[str] = Counter()
@@ -115,8 +117,8 @@ class BlockPool:
     def commit(self, block_ids: Sequence[int], metas: Sequence[BlockMeta]) -> list[tuple[int, BlockMeta]]:
         """Name private blocks whose bytes are whole; those that got their name.
 
-        A name that another block holds stays there (and that block's TTL grows to the longer one); the caller's block
-        stays private. Committing a block again under its own name changes nothing but that TTL.
+        A name that another block holds stays there (and that block lives as long as the longer lifetime says); the
+        caller's block stays private. Committing a block again under its own name changes nothing but that.
 
         Raises:
             InvariantError: a block is not referenced, or has another name already.
@@ -152,11 +154,15 @@ class BlockPool:
             if self.holds(name):
                 self._lru.use(self._held[name])
 
-    def prolong(self, hashes: Sequence[BlockHash], ttl_s: float | None) -> None:
-        """As `touch`, and from now on give each the longer one of its own TTL and `ttl_s`."""
+    def prolong(self, hashes: Sequence[BlockHash], lifetime: Lifetime) -> None:
+        """As `LocalTier.prolong`."""
         for name in reversed(hashes):
             if self.holds(name):
-                self._prolong(self._held[name], ttl_s)
+                self._prolong(self._held[name], lifetime)
+
+    def ttl_left_s(self, hashes: Sequence[BlockHash]) -> dict[BlockHash, float | None]:
+        """As `LocalTier.ttl_left_s`."""
+        return {name: self._lru.remaining_s(self._held[name]) for name in hashes if self.holds(name)}
 
     def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> int:
         """As `Tier.lease`: a lease forbids dropping, and a device block may always go to a lower tier."""
@@ -245,21 +251,21 @@ class BlockPool:
     def _name(self, block_id: int, meta: BlockMeta) -> bool:
         holder = self._held.get(meta.hash)
         if holder is not None:
-            self._prolong(holder, meta.ttl_s)
+            self._prolong(holder, meta.lifetime)
             return False
         if self._metas[block_id] is not None:
             raise InvariantError(f"block {block_id} was committed under two names")
         self._held[meta.hash] = block_id
         self._metas[block_id] = meta
-        self._lru.add(block_id, meta.ttl_s)
+        self._lru.add(block_id, meta.ttl_s, until=meta.until)
         for _ in range(self._refs[block_id]):
             self._lru.pin(block_id)
         return True
 
-    def _prolong(self, block_id: int, ttl_s: float | None) -> None:
-        self._lru.prolong(block_id, ttl_s)
+    def _prolong(self, block_id: int, lifetime: Lifetime) -> None:
+        self._lru.prolong(block_id, lifetime)
         if (meta := self._metas[block_id]) is not None:
-            self._metas[block_id] = prolonged(meta, ttl_s)
+            self._metas[block_id] = prolonged(meta, lifetime)
 
     def _evict(self, count: int) -> None:
         names = []

@@ -85,8 +85,10 @@ class Promoter:
     def prefetch(self, wish: Wish) -> int:
         """Start to bring what only slow tiers hold to host; blocks that are on their way now because of it.
 
-        One run at a time: when it has come, the next one follows.
+        One run at a time: when it has come, the next one follows. What is near already gets the lifetime that is named.
         """
+        if not wish.lifetime.is_default:
+            self._promise(wish)
         if self._host is None or not wish.reads.host:
             return 0
         return self._prefetch(wish, self._in_reach(wish), max(1, self._host.num_slots // PREFETCH_SHARE))
@@ -154,6 +156,13 @@ class Promoter:
         """
         self._loader.check()
 
+    def _promise(self, wish: Wish) -> None:
+        near = wish.hashes[: self._in_reach(wish)]
+        if wish.reads.device:
+            self._device.prolong(near, wish.lifetime)
+        if wish.reads.host and self._host is not None:
+            self._host.prolong(near, wish.lifetime)
+
     # --- acquiring ---
 
     def _advance(self, acquisition: Acquisition) -> None:
@@ -183,7 +192,7 @@ class Promoter:
         acquisition.looked = True
         block_ids = self._device.acquire(rest)
         names = rest[: len(block_ids)]
-        self._device.prolong(names, acquisition.wish.ttl_s)
+        self._device.prolong(names, acquisition.wish.lifetime)
         acquisition.take(block_ids, [acquisition.arrived.get(name, TierName.DEVICE) for name in names])
         return bool(block_ids)
 
@@ -196,7 +205,7 @@ class Promoter:
         run = self._until_device(wish, rest[: host.match(rest)])
         source, count = self.sources[host.name], min(len(run), self._room)
         names = run[: source.affordable(count, wish.price(position, count))]
-        host.prolong(names, wish.ttl_s)
+        host.prolong(names, wish.lifetime)
         metas = host.find_run(names)
         block_ids = self._device.allocate(len(metas)) if metas else None
         if block_ids is None:
@@ -431,7 +440,8 @@ class Promoter:
     def _metas(self, wish: Wish, first: int, count: int, acquisition: Acquisition | None = None) -> list[BlockMeta]:
         root = self._root_of(wish, acquisition)
         before = wish.hashes[first - 1] if first > 0 else root
-        return chain_metas(wish.hashes[first : first + count], before=before, root=root, ttl_s=wish.ttl_s)
+        names, (ttl_s, until, _) = wish.hashes[first : first + count], wish.lifetime
+        return chain_metas(names, before=before, root=root, ttl_s=ttl_s, until=until)
 
     def _root_of(self, wish: Wish, acquisition: Acquisition | None) -> BlockHash:
         """The chain's root: as given, or as the blocks before it have it, or empty for one that nobody told us."""

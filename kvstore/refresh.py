@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 from kvstore.blocks import BlockHash
 from kvstore.eviction.deadlines import Deadlines
-from kvstore.tier import Clock, is_longer
+from kvstore.lifetime import FOR_EVER, Lifetime
+from kvstore.tier import Clock
 
 RETRY_S = 5.0  # after a refresh that got no answer; sooner where the TTL is short
-REFRESH_WITHOUT_TTL_S = 300.0  # keeps recency in a server that evicts by it
+REFRESH_WITHOUT_TTL_S = 300.0  # of what does not slide: keeps recency in a server that evicts by it
 
 
 @dataclass(slots=True)
 class _Use:
     renewed: float | None  # when the lower tier last heard of it; None: not that we know
-    ttl_s: float | None = None  # that it then heard of
+    lifetime: Lifetime = FOR_EVER  # that it then heard of
 
 
 class RefreshSchedule:
@@ -38,34 +39,34 @@ class RefreshSchedule:
         self._uses: OrderedDict[BlockHash, _Use] = OrderedDict()
         self._due: Deadlines[BlockHash] = Deadlines()
 
-    def used(self, name: BlockHash, ttl_s: float | None) -> None:
+    def used(self, name: BlockHash, lifetime: Lifetime) -> None:
         """It was hit in a faster tier."""
         use = self._entry(name)
-        grew = use.renewed is not None and is_longer(ttl_s, use.ttl_s)
+        grew = use.renewed is not None and lifetime.outlives(use.lifetime)
         if self._due.get(name) is not None and not grew:
             return
         now = self._clock()
-        self._set_due(name, now if grew or use.renewed is None else max(now, use.renewed + _interval_s(ttl_s)))
+        self._set_due(name, now if grew or use.renewed is None else max(now, use.renewed + _interval_s(lifetime)))
         if grew or use.renewed is None:
-            use.ttl_s = ttl_s
+            use.lifetime = lifetime
 
-    def doubted(self, name: BlockHash, ttl_s: float | None) -> None:
+    def doubted(self, name: BlockHash, lifetime: Lifetime) -> None:
         """It had to be computed though the lower tier should hold it: ask there at once whether it does."""
         use = self._entry(name)
-        if use.renewed is None or is_longer(ttl_s, use.ttl_s):
-            use.ttl_s = ttl_s
+        if use.renewed is None or lifetime.outlives(use.lifetime):
+            use.lifetime = lifetime
         self._set_due(name, self._clock())
 
-    def renewed(self, name: BlockHash, ttl_s: float | None) -> None:
-        """The lower tier has just been written or read: its TTL, this one, has begun again."""
+    def renewed(self, name: BlockHash, lifetime: Lifetime) -> None:
+        """The lower tier has just been written or read: this lifetime has begun again there."""
         use = self._entry(name)
-        use.renewed, use.ttl_s = self._clock(), ttl_s
+        use.renewed, use.lifetime = self._clock(), lifetime
         self._due.discard(name)
 
-    def unanswered(self, name: BlockHash, ttl_s: float | None) -> None:
+    def unanswered(self, name: BlockHash, lifetime: Lifetime) -> None:
         """A refresh got no answer: try again soon."""
         self._entry(name)
-        self._set_due(name, self._clock() + min(RETRY_S, _interval_s(ttl_s) / 4))
+        self._set_due(name, self._clock() + min(RETRY_S, _interval_s(lifetime) / 4))
 
     def lost(self, name: BlockHash) -> None:
         """The lower tier does not hold it."""
@@ -100,5 +101,6 @@ class RefreshSchedule:
         return use
 
 
-def _interval_s(ttl_s: float | None) -> float:
-    return REFRESH_WITHOUT_TTL_S if ttl_s is None else ttl_s / 4
+def _interval_s(lifetime: Lifetime) -> float:
+    """What no use renews is refreshed all the same, as a use in the eyes of a server that evicts by it."""
+    return lifetime.ttl_s / 4 if lifetime.ttl_s else REFRESH_WITHOUT_TTL_S

@@ -20,11 +20,12 @@ from kvstore.chains import select
 from kvstore.device import DeviceTier
 from kvstore.events import BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.host.tier import HostTier
-from kvstore.inventory import HeldBlock, page
+from kvstore.inventory import HeldBlock, page, ttl_left_s
 from kvstore.known import KnownLocal, KnownShared
 from kvstore.lane import Lane, NearTiers, Refreshing, nobody
 from kvstore.layout import KVLayout
 from kvstore.leases import Leases
+from kvstore.lifetime import Lifetime
 from kvstore.patience import DEFAULT_SLACK_S
 from kvstore.promotion import Promoter
 from kvstore.source import Source
@@ -56,6 +57,7 @@ class TieredStore:
         disk: LocalTier | None = None,
         clock: Clock,
         default_ttl_s: float | None,
+        wall_clock: Clock = time.time,
         admission: Admission | None = None,
         io_threads: int = 2,
         queue_bytes: int = DEFAULT_QUEUE_BYTES,
@@ -69,6 +71,7 @@ class TieredStore:
             device, host, shared, disk: the tiers; None: without.
             clock: what TTLs and measured times go by, the same as the tiers'.
             default_ttl_s: for blocks that come without one; None: they live until they are evicted.
+            wall_clock: seconds since the epoch; what fixed ends of lifetimes go by.
             admission: whether a block that has just been computed is written to disk and the shared tier, asked once
                 for both. One that is not is written when it is first used again. None: every block is.
             io_threads: reads of each slow tier at once. Writes have one thread more each.
@@ -91,7 +94,7 @@ class TieredStore:
         if disk is not None:
             slow.append((disk, Refreshing(disk), KnownLocal(disk)))
         if shared is not None:
-            slow.append((shared, shared, KnownShared(shared, directory_entries, clock=clock)))
+            slow.append((shared, shared, KnownShared(shared, directory_entries, clock=clock, wall_clock=wall_clock)))
         queued = self._max_queued(queue_bytes, len(slow))
         self._lanes = {
             tier.name: Lane(
@@ -147,17 +150,18 @@ class TieredStore:
         reads: ReadTiers,
         compute_ms: ComputeMs,
         root: BlockHash | None = None,
-        ttl_s: float | None = None,
+        lifetime: Lifetime | None = None,
     ) -> Acquisition:
         """Start to bring the longest prefix that is worth loading to the device. Never blocks on I/O of a slow tier.
 
         Device blocks are referenced at once. A lower tier is read only for runs where its predicted time is below
         `compute_ms` for the same blocks. Needs free device blocks for what it loads: with too few it loads fewer.
 
-        Give the chain's `root` and the request's `ttl_s` (None: the store's default): blocks that come from a slow
-        tier are registered under them. Without a root they count as any root's in `clear`.
+        Give the chain's `root` and the request's `lifetime`: blocks that come from a slow tier are registered under
+        them, and every block lives that long at least. None: the store's default, for blocks without a fixed end.
+        Without a root they count as any root's in `clear`.
         """
-        acquisition = self._promoter.start(self._wish(hashes, reads, compute_ms, root, ttl_s))
+        acquisition = self._promoter.start(self._wish(hashes, reads, compute_ms, root, lifetime))
         self._used(hashes[: len(acquisition.block_ids)])
         return acquisition
 
@@ -168,7 +172,7 @@ class TieredStore:
         reads: ReadTiers = ALL_TIERS,
         compute_ms: ComputeMs | None = None,
         root: BlockHash | None = None,
-        ttl_s: float | None = None,
+        lifetime: Lifetime | None = None,
     ) -> int:
         """Start to bring to host what only slow tiers hold of a prefix, as far as that is sooner than computing it.
 
@@ -176,7 +180,7 @@ class TieredStore:
         nothing. An `acquire` that comes meanwhile waits for what is on its way, and tells the tier that it came from.
         """
         price = compute_ms if compute_ms is not None else _no_price
-        return self._promoter.prefetch(self._wish(hashes, reads, price, root, ttl_s))
+        return self._promoter.prefetch(self._wish(hashes, reads, price, root, lifetime))
 
     def allocate(self, count: int) -> list[int] | None:
         """That many empty device blocks, referenced for the caller, evicting unreferenced cached ones; None: no room.
@@ -318,11 +322,16 @@ class TieredStore:
             after=after,
             limit=limit,
         )
+        names = [block.meta.hash for block in blocks]
+        left = ttl_left_s([tier.ttl_left_s(names) for tier in self._local()])
         lane = None if self._shared is None else self._lanes[self._shared.name]
+        below = () if lane is None else (lane.name,)
         return [
-            replace(block, tiers=(*block.tiers, lane.name))
-            if lane is not None and lane.known.holds(block.meta.hash)
-            else block
+            replace(
+                block,
+                tiers=block.tiers + (below if lane is not None and lane.known.holds(block.meta.hash) else ()),
+                ttl_left_s=left.get(block.meta.hash),
+            )
             for block in blocks
         ]
 
@@ -398,9 +407,10 @@ class TieredStore:
         reads: ReadTiers,
         compute_ms: ComputeMs,
         root: BlockHash | None,
-        ttl_s: float | None,
+        lifetime: Lifetime | None,
     ) -> Wish:
-        return Wish(hashes, reads, compute_ms, root, self._default_ttl_s if ttl_s is None else ttl_s)
+        default = Lifetime(self._default_ttl_s, is_default=True)
+        return Wish(hashes, reads, compute_ms, root, default if lifetime is None else lifetime)
 
     def _with_ttl(self, meta: BlockMeta) -> BlockMeta:
         return meta if meta.ttl_s is not None else replace(meta, ttl_s=self._default_ttl_s)
@@ -412,8 +422,8 @@ class TieredStore:
         """
         metas = [meta for name in names if (meta := self.device.find(name)) is not None]
         if self.host is not None:  # last first, as tiers do within a call: a chain's tail is to be evicted first
-            for ttl_s, run in groupby(reversed(metas), key=lambda meta: meta.ttl_s):
-                self.host.prolong([meta.hash for meta in run][::-1], ttl_s)
+            for lifetime, run in groupby(reversed(metas), key=lambda meta: meta.lifetime):
+                self.host.prolong([meta.hash for meta in run][::-1], lifetime)
         for lane in self._lanes.values():
             lane.used(metas if is_hit else [meta for meta in metas if lane.known.holds(meta.hash)])
 

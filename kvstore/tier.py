@@ -16,6 +16,7 @@ from kvstore.chains import parent_of
 from kvstore.chains import select as select
 from kvstore.errors import MissReason
 from kvstore.events import BlockStored, KvEvent, RemovalCause, TierName
+from kvstore.lifetime import Lifetime
 
 Clock = Callable[[], float]  # seconds; monotonic in production, a number that tests move
 
@@ -30,6 +31,8 @@ class BlockMeta:
         root: the tenant's root; what `clear(root=...)` goes by.
         ttl_s: seconds that it lives after its last use; None: until it is evicted.
         priority: 0 to 100; eviction policies that look at it keep the higher ones longer.
+        until: seconds since the epoch before which it does not expire, used or not; None: no such time.
+        turn: of the conversation that it was made in, from 1; None: not known.
     """
 
     hash: BlockHash
@@ -37,6 +40,13 @@ class BlockMeta:
     root: BlockHash
     ttl_s: float | None
     priority: int = 0
+    until: float | None = None
+    turn: int | None = None
+
+    @property
+    def lifetime(self) -> Lifetime:
+        """How long it lives."""
+        return Lifetime(self.ttl_s, self.until)
 
     @property
     def before(self) -> BlockHash | None:
@@ -55,7 +65,7 @@ class Honours:
 
     Attributes:
         capacity: never holds more than its bytes.
-        ttl: a block is gone once its TTL has passed since its last use.
+        ttl: a block is gone once its TTL has passed since its last use, and its fixed end, if it has one.
         named_eviction: evicts by a policy that we named (else: the server's own).
         injected_clock: its time can be moved by a test.
         lease: does not drop a block before its lease ends (else: `lease` promises nothing and returns 0).
@@ -136,15 +146,16 @@ class Tier(Protocol):
     ) -> Delivery:
         """Copy leading blocks into the buffers; how many arrived whole and verified, and what ended it.
 
-        Refreshes recency and TTL of those. The first block that is missing or wrong ends it, is counted by reason, and
-        if it is wrong it is deleted. Buffers past the returned count hold garbage. Never raises for a fault of the
-        tier. `deadline_s` bounds the call, in seconds from now; None: the tier's own bound.
+        Refreshes recency and TTL of those; a fixed end stays where it is. The first block that is missing or wrong ends
+        it, is counted by reason, and if it is wrong it is deleted. Buffers past the returned count hold garbage. Never
+        raises for a fault of the tier. `deadline_s` bounds the call, in seconds from now; None: the tier's own bound.
         """
         ...
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
         """Store blocks, in chain order; how many it now holds (an already held block counts, and is refreshed).
 
+        A block that is held lives from now on as long as the longer one of both lifetimes says (`Lifetime.joined`).
         A block becomes visible only when it is whole. Makes room by evicting. Never raises for a fault of the tier.
         """
         ...
@@ -205,8 +216,12 @@ class LocalTier(Tier, Protocol):
         """The metadata under which a block is held; None when it is not."""
         ...
 
-    def prolong(self, hashes: Sequence[BlockHash], ttl_s: float | None) -> None:
-        """As `touch`, and from now on give each the longer one of its own TTL and `ttl_s`."""
+    def prolong(self, hashes: Sequence[BlockHash], lifetime: Lifetime) -> None:
+        """As `touch`, and from now on each lives as long as the longer one of its own lifetime and this one says."""
+        ...
+
+    def ttl_left_s(self, hashes: Sequence[BlockHash]) -> dict[BlockHash, float | None]:
+        """Of those that it holds: seconds until each expires if nobody uses it; None: never, or while it is in use."""
         ...
 
     def metas(self) -> list[BlockMeta]:
@@ -226,7 +241,7 @@ class SharedTier(Tier, Protocol):
         ...
 
     def refresh(self, metas: Sequence[BlockMeta]) -> list[BlockHash] | None:
-        """As `touch`, with at least these TTLs; which ones it does not hold. None: the tier gave no answer."""
+        """As `touch`, with at least these lifetimes; which ones it does not hold. None: the tier gave no answer."""
         ...
 
     def forget(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> list[BlockMeta]:
@@ -237,22 +252,19 @@ class SharedTier(Tier, Protocol):
         ...
 
 
-def is_longer(ttl_s: float | None, than: float | None) -> bool:
-    """Whether a TTL outlives another; None: for ever."""
-    return than is not None and (ttl_s is None or ttl_s > than)
-
-
-def prolonged(meta: BlockMeta, ttl_s: float | None) -> BlockMeta:
-    """The same block with the longer one of its TTL and `ttl_s`."""
-    return replace(meta, ttl_s=ttl_s) if is_longer(ttl_s, meta.ttl_s) else meta
+def prolonged(meta: BlockMeta, lifetime: Lifetime) -> BlockMeta:
+    """The same block with the longer one of its lifetime and this one; itself, if that is its own."""
+    own = meta.lifetime
+    joined = own.joined(lifetime)
+    return meta if joined is own else replace(meta, ttl_s=joined.ttl_s, until=joined.until)
 
 
 def chain_metas(
-    hashes: Iterable[BlockHash], *, before: BlockHash, root: BlockHash, ttl_s: float | None
+    hashes: Iterable[BlockHash], *, before: BlockHash, root: BlockHash, ttl_s: float | None, until: float | None = None
 ) -> list[BlockMeta]:
     """Metadata of consecutive blocks, the first of which follows `before`."""
     metas = []
     for name in hashes:
-        metas.append(BlockMeta(name, before, root, ttl_s))
+        metas.append(BlockMeta(name, before, root, ttl_s, until=until))
         before = name
     return metas

@@ -8,6 +8,7 @@ A worker that cannot do its part is named in the answer with the reason; only wh
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,11 +48,19 @@ class Scope:
 class CacheAdmin:
     """Satisfies `router.protocol.CacheApi`."""
 
-    def __init__(self, fleet: Fleet, index: PrefixIndex, preparer: Preparer, decider: Decider) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        index: PrefixIndex,
+        preparer: Preparer,
+        decider: Decider,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._fleet = fleet
         self._index = index
         self._preparer = preparer
-        self._warming = Warming(fleet, preparer, decider)
+        self._warming = Warming(fleet, preparer, decider, wall_clock=wall_clock)
 
     async def list_blocks(
         self, request: admin_pb2.ListBlocksRequest, *, caller: Caller

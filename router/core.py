@@ -39,7 +39,7 @@ from router.protocol import Caller, Discovery, Encoder, RequestContext
 from router.readiness import Readiness, time_left
 from router.request import PreparedPrompt, Request, job_for
 from router.traffic import Traffic
-from router.validation import check_cache, check_model, check_priority, filled_sampling
+from router.validation import check_cache, check_model, check_priority, filled_cache, filled_sampling
 from router.worker_stream import LinkSettings
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 
@@ -65,6 +65,7 @@ class Router:
         credentials: grpc.ChannelCredentials | None = None,
         trust_group_of: Callable[[str], str] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
         wait_for_worker_s: float = _WAIT_FOR_WORKER_S,
     ) -> None:
@@ -73,14 +74,14 @@ class Router:
         Args:
             credentials: of the channels to workers; None: plaintext. trust_group_of: the group of a tenant that
             an operator names; None: as last seen with that tenant, else its own. wait_for_worker_s: how long a request
-            waits while no worker is ready.
+            waits while no worker is ready. wall_clock: seconds since the epoch, for directives that name a time.
 
         Raises:
             InvalidRequest: the settings name an unknown policy or weight.
         """
         checked_weights(find_policy(config.policy), config.weights)
         self._config = config
-        self._clock = clock
+        self._clock, self._wall_clock = clock, wall_clock
         self._rng = rng or random.Random()
         self.metrics = Metrics(router=config.name, model=config.model_name, version=_package_version())
         self._admission = Admission(config.max_in_flight, config.max_in_flight_per_tenant)
@@ -96,7 +97,7 @@ class Router:
         self._preparer = Preparer(config, encoder, self.fleet, readiness, self.metrics, trust_group_of=trust_group_of)
         self._attempts = Attempts(self.fleet, self._decider, self._traffic, readiness, self._recent, self.metrics)
         self._board = Board(self.fleet, self._index, self._prefixes, self._recent)
-        self.cache = CacheAdmin(self.fleet, self._index, self._preparer, self._decider)
+        self.cache = CacheAdmin(self.fleet, self._index, self._preparer, self._decider, wall_clock=wall_clock)
         self._operators = Operators(config.name, self.fleet, self._board, self._preparer)
         self.metrics.export_gauges(self._gauges)
 
@@ -154,7 +155,7 @@ class Router:
     async def explain(self, request: inference_pb2.ExplainRequest, *, caller: Caller) -> inference_pb2.ExplainResponse:
         """What `generate` would decide. Changes nothing. Raises RouterError."""
         check_model(request.model, self._config.model_name)
-        check_cache(request.cache)
+        check_cache(request.cache, wall=self._wall_clock())
         prepared = await self._preparer.prepare(request.input, caller, request.cache, deadline=None)
         choice = self._decider.decide(prepared.question)
         return explained(
@@ -227,7 +228,7 @@ class Router:
     async def _prepared(self, body: inference_pb2.GenerateRequest, work: Request) -> PreparedPrompt:
         check_model(body.model, self._config.model_name)
         check_priority(body.priority)
-        check_cache(body.cache)
+        check_cache(body.cache, wall=self._wall_clock())
         prepared = await self._preparer.prepare(body.input, work.caller, body.cache, deadline=work.context.deadline)
         work.prompt_tokens = prepared.question.prompt_tokens
         return prepared
@@ -240,7 +241,7 @@ class Router:
             vocab_size=self.fleet.vocab_size(),
             draw_seed=lambda: self._rng.getrandbits(63),
         )
-        return job_for(work, prepared, body, sampling)
+        return job_for(work, prepared, body, sampling, filled_cache(body.cache, wall=self._wall_clock()))
 
     def _response(
         self, work: Request, prepared: PreparedPrompt, output: worker_pb2.SequenceOutput

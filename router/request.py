@@ -137,6 +137,7 @@ def job_for(
     prepared: PreparedPrompt,
     body: inference_pb2.GenerateRequest,
     sampling: common_pb2.SamplingParams,
+    cache: common_pb2.CacheDirectives,
 ) -> worker_pb2.Job:
     """The message to the worker, but for its deadline and the id that the link gives it."""
     return worker_pb2.Job(
@@ -148,5 +149,11 @@ def job_for(
         block_hashes=b"".join(prepared.question.hashes),
         sampling=sampling,
         priority=body.priority,
-        cache=body.cache,
+        cache=cache,
+        turn=turn_of(body.input),
     )
+
+
+def turn_of(prompt: inference_pb2.Input) -> int:
+    """Which turn of its conversation this is, from 1; zero: it is no conversation."""
+    return sum(message.role == "user" for message in prompt.chat.messages)

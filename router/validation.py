@@ -6,6 +6,7 @@ Covers: model, input, sampling, priority, cache directives, lengths. Does not co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from router.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
@@ -15,6 +16,8 @@ _MAX_STOPS, _MAX_STOP_BYTES = 16, 256
 _MAX_LOGPROBS = 20
 _MAX_TEMPERATURE = 100.0
 _MAX_PRIORITY = 100
+_MAX_KEEP_PRIORITY = 100
+_MAX_LIFE_S = 100 * 365 * 86400
 _MAX_AFFINITY_BYTES = 1024
 _MAX_SEED = 2**63
 
@@ -37,12 +40,44 @@ def check_input(prompt: inference_pb2.Input, max_bytes: int) -> None:
         )
 
 
-def check_cache(cache: common_pb2.CacheDirectives) -> None:
-    """Raises InvalidRequest."""
+def check_cache(cache: common_pb2.CacheDirectives, *, wall: float) -> None:
+    """Raises InvalidRequest. `wall`: seconds since the epoch."""
     if cache.HasField("ttl_seconds") and not cache.ttl_seconds:
         raise InvalidRequest("ttl_seconds is 0; leave it out for the default, or set no_store to keep nothing.")
+    if cache.fixed_ttl and not cache.HasField("ttl_seconds"):
+        raise InvalidRequest("fixed_ttl says how ttl_seconds counts; set ttl_seconds too, or leave fixed_ttl out.")
+    if cache.HasField("expires_at"):
+        _check_expiry(cache, wall)
+    if cache.keep_priority > _MAX_KEEP_PRIORITY:
+        raise InvalidRequest(f"keep_priority is {cache.keep_priority}; set it from 0 to {_MAX_KEEP_PRIORITY}.")
     if len(cache.affinity_key.encode()) > _MAX_AFFINITY_BYTES:
         raise InvalidRequest(f"affinity_key is longer than {_MAX_AFFINITY_BYTES} bytes; send a shorter one.")
+
+
+def filled_cache(cache: common_pb2.CacheDirectives, *, wall: float) -> common_pb2.CacheDirectives:
+    """A copy in which a fixed time to live is a time at which it ends, so that it ends everywhere at once."""
+    filled = common_pb2.CacheDirectives()
+    filled.CopyFrom(cache)
+    if cache.fixed_ttl:
+        filled.expires_at = math.ceil(wall + cache.ttl_seconds)
+        filled.ClearField("ttl_seconds")
+        filled.ClearField("fixed_ttl")
+    return filled
+
+
+def _check_expiry(cache: common_pb2.CacheDirectives, wall: float) -> None:
+    if cache.HasField("ttl_seconds"):
+        raise InvalidRequest("Both expires_at and ttl_seconds are set; send one of them.")
+    if cache.expires_at <= wall:
+        raise InvalidRequest(
+            f"expires_at is {cache.expires_at}, which is in the past; send a later time, in seconds since 1970 (UTC; "
+            f"now is {int(wall)})."
+        )
+    if cache.expires_at > wall + _MAX_LIFE_S:
+        raise InvalidRequest(
+            f"expires_at is {cache.expires_at}, more than a century away; send seconds since 1970 (UTC; now is "
+            f"{int(wall)}), not milliseconds."
+        )
 
 
 def check_priority(priority: int) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 
 from router import cache_orders
 from router.decide import Decider
@@ -16,8 +18,8 @@ from router.flight import FlightGap, FlightLost
 from router.link import WorkerLink
 from router.prepare import Preparer
 from router.protocol import Caller
-from router.request import PreparedPrompt
-from router.validation import check_cache, filled_sampling
+from router.request import PreparedPrompt, turn_of
+from router.validation import check_cache, filled_cache, filled_sampling
 from warmkv.v1 import admin_pb2, common_pb2, worker_pb2
 
 COMPUTE_TIMEOUT_S = 300.0
@@ -30,7 +32,10 @@ log = logging.getLogger(__name__)
 class Warming:
     """Warms prompts on one fleet."""
 
-    def __init__(self, fleet: Fleet, preparer: Preparer, decider: Decider) -> None:
+    def __init__(
+        self, fleet: Fleet, preparer: Preparer, decider: Decider, *, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        self._wall_clock = wall_clock
         self._fleet = fleet
         self._preparer = preparer
         self._decider = decider
@@ -42,8 +47,9 @@ class Warming:
             InvalidRequest: the prompt is none, or too short. WorkerNotFound: there is none of such a name.
             NoWorkerAvailable: none is ready. WorkerLost: none did it; says why.
         """
-        directives = _directives(request)
-        check_cache(directives)
+        wall = self._wall_clock()
+        check_cache(directives := _directives(request), wall=wall)
+        directives = filled_cache(directives, wall=wall)
         whose = self._preparer.caller_for(request.tenant, caller)
         prepared = await self._preparer.prepare(request.prompt, whose, directives, deadline=None)
         size = prepared.question.block_size
@@ -54,7 +60,7 @@ class Warming:
 
         async def one(link: WorkerLink) -> admin_pb2.WarmResponse.Warmed:
             if request.compute:
-                return await self._compute(link, prepared, directives)
+                return await self._compute(link, prepared, directives, turn_of(request.prompt))
             return await _bring_up(link, prepared, directives)
 
         links = self._links(request, prepared)
@@ -73,10 +79,10 @@ class Warming:
         return [self._fleet.link(choice.worker)]
 
     async def _compute(
-        self, link: WorkerLink, prepared: PreparedPrompt, directives: common_pb2.CacheDirectives
+        self, link: WorkerLink, prepared: PreparedPrompt, directives: common_pb2.CacheDirectives, turn: int
     ) -> admin_pb2.WarmResponse.Warmed:
         """An ordinary prefill of one token: whatever the worker does to cache a request's blocks, it does here."""
-        flight = link.submit(self._job(prepared, directives), lambda _tokens: None, lambda _end: None)
+        flight = link.submit(self._job(prepared, directives, turn), lambda _tokens: None, lambda _end: None)
         try:
             async with asyncio.timeout(COMPUTE_TIMEOUT_S):
                 while not (output := await flight.next()).finish_reason:
@@ -92,7 +98,7 @@ class Warming:
             return admin_pb2.WarmResponse.Warmed(worker=link.name, fates=output.fates)
         return _nothing(link.name, output.error.message or "it ended the prefill early; try again")
 
-    def _job(self, prepared: PreparedPrompt, directives: common_pb2.CacheDirectives) -> worker_pb2.Job:
+    def _job(self, prepared: PreparedPrompt, directives: common_pb2.CacheDirectives, turn: int) -> worker_pb2.Job:
         sampling = filled_sampling(
             common_pb2.SamplingParams(max_tokens=1, temperature=0.0, seed=0, ignore_eos=True),
             prompt_tokens=prepared.question.prompt_tokens,
@@ -109,6 +115,7 @@ class Warming:
             sampling=sampling,
             priority=_LOWEST_PRIORITY,
             cache=directives,
+            turn=turn,
             deadline_ms=round(COMPUTE_TIMEOUT_S * 1000),
         )
 
@@ -119,13 +126,19 @@ async def _bring_up(
     warm = worker_pb2.CacheCommand.Warm(chain_root=prepared.root, hashes=b"".join(prepared.names))
     if directives.HasField("ttl_seconds"):
         warm.ttl_ms = directives.ttl_seconds * 1000
+    if directives.HasField("expires_at"):
+        warm.expires_at = directives.expires_at
     done = await cache_orders.ask(link, worker_pb2.CacheCommand(warm=warm))
     return admin_pb2.WarmResponse.Warmed(worker=link.name, started=done.started, problem=done.error)
 
 
 def _directives(request: admin_pb2.WarmRequest) -> common_pb2.CacheDirectives:
-    ttl_seconds = request.ttl_seconds if request.HasField("ttl_seconds") else None
-    return common_pb2.CacheDirectives(ttl_seconds=ttl_seconds)
+    return common_pb2.CacheDirectives(
+        ttl_seconds=request.ttl_seconds if request.HasField("ttl_seconds") else None,
+        expires_at=request.expires_at if request.HasField("expires_at") else None,
+        fixed_ttl=request.fixed_ttl,
+        keep_priority=request.keep_priority if request.HasField("keep_priority") else None,
+    )
 
 
 def _nothing(worker: str, problem: str) -> admin_pb2.WarmResponse.Warmed:

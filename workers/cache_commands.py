@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from kvstore.blocks import BlockHash
 from kvstore.errors import InvariantError
 from kvstore.events import TierName
+from kvstore.lifetime import Lifetime
 from workers.protocol import CachedBlock, Engine
 
 MAX_BLOCKS = 1000
@@ -39,7 +40,7 @@ class Warm:
 
     hashes: Sequence[BlockHash]
     root: BlockHash
-    ttl_s: float | None
+    lifetime: Lifetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,8 @@ def carry_out(engine: Engine, command: CacheCommand) -> CacheAnswer:
     match command:
         case ListBlocks():
             return _listed(engine, command)
-        case Warm(hashes, root, ttl_s):
-            return CacheAnswer(started=engine.prefetch(hashes, root=root, ttl_s=ttl_s))
+        case Warm(hashes, root, lifetime):
+            return CacheAnswer(started=engine.prefetch(hashes, root=root, lifetime=lifetime))
         case Pin(blocks, for_s):
             hashes, following = _selected(engine, blocks)
             return CacheAnswer(counts=engine.lease(hashes, for_s), next=following)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
+from kvstore.lifetime import Lifetime
 from warmkv.v1 import common_pb2, worker_pb2
 from workers.cache_commands import (
     MAX_BLOCKS,
@@ -43,8 +44,8 @@ def command_from_wire(message: worker_pb2.CacheCommand) -> CacheCommand:
             return _listing(message.list)
         case "warm":
             warm = message.warm
-            ttl_s = warm.ttl_ms / 1000 if warm.HasField("ttl_ms") else None
-            return Warm(_chain("hashes", warm.hashes, MAX_CHAIN), _needed("chain_root", warm.chain_root), ttl_s)
+            root = _needed("chain_root", warm.chain_root)
+            return Warm(_chain("hashes", warm.hashes, MAX_CHAIN), root, _lifetime(warm))
         case "pin":
             for_s = message.pin.for_ms / 1000 if message.pin.HasField("for_ms") else None
             return Pin(_selection(message.pin), for_s)
@@ -70,6 +71,12 @@ def done_to_wire(command_id: int, answer: CacheAnswer, error: str) -> worker_pb2
         started=answer.started,
         wrong=answer.wrong,
     )
+
+
+def _lifetime(message: worker_pb2.CacheCommand.Warm) -> Lifetime | None:
+    if message.HasField("expires_at"):
+        return Lifetime(message.ttl_ms / 1000, float(message.expires_at))
+    return Lifetime(message.ttl_ms / 1000) if message.HasField("ttl_ms") else None
 
 
 def _listing(message: worker_pb2.CacheCommand.List) -> ListBlocks:

@@ -19,6 +19,7 @@ from torch import AcceleratorError, OutOfMemoryError, Tensor
 from kvstore.blocks import BlockHash
 from kvstore.errors import StoreError
 from kvstore.events import BlockStored, TierName
+from kvstore.lifetime import Lifetime
 from kvstore.store import ReadTiers, TieredStore
 from kvstore.tier import BlockMeta, Clock
 from workers.attention.step import KVViews, Span
@@ -89,7 +90,7 @@ class TorchEngine:
         self._tokenizer = Tokenizer.from_file(str(runner.folder.tokenizer_file))
         self._block_size = info.scheme.block_size
         self._capacity = num_blocks * self._block_size
-        self._default_ttl_s = default_ttl_s
+        self._default = Lifetime(default_ttl_s, is_default=True)
         self._times = StepTimes(self._block_size)
         self._scheduler = Scheduler(
             store,
@@ -97,7 +98,7 @@ class TorchEngine:
             max_batch_tokens=max_batch_tokens,
             max_running=max_running,
             compute_ms=self._times.compute_ms,
-            ttl_s=self._ttl_s,
+            lifetime=self._lifetime,
         )
         self._sequences: dict[JobId, Sequence] = {}
         self._outputs: list[Output] = []  # for the next report
@@ -213,6 +214,7 @@ class TorchEngine:
                 block.meta.root,
                 block.tiers,
                 ttl_s=block.meta.ttl_s,
+                ttl_left_s=block.ttl_left_s,
                 leased=block.leased,
                 priority=block.meta.priority,
                 position=at.get(block.meta.hash),
@@ -220,11 +222,11 @@ class TorchEngine:
             for block in held
         ]
 
-    def prefetch(self, hashes: Items[BlockHash], *, root: BlockHash, ttl_s: float | None) -> int:
+    def prefetch(self, hashes: Items[BlockHash], *, root: BlockHash, lifetime: Lifetime | None) -> int:
         """Bring a chain's blocks up from slow tiers without waiting; how many are on their way now."""
         self._changed = True
-        ttl_s = self._default_ttl_s if ttl_s is None else ttl_s
-        return self.store.prefetch(hashes, reads=self._scheduler.reads, root=root, ttl_s=ttl_s)
+        lifetime = lifetime or self._default
+        return self.store.prefetch(hashes, reads=self._scheduler.reads, root=root, lifetime=lifetime)
 
     def lease(self, hashes: Items[BlockHash], for_s: float | None) -> dict[TierName, int]:
         """Forbid to drop them for so long (None: until `end_leases`); how many each tier promised."""
@@ -306,7 +308,7 @@ class TorchEngine:
             if stop == start or sequence.job.no_store or wrong:
                 continue
             block_ids += sequence.block_table[start:stop]
-            metas += sequence.metas(start, stop, self._block_size, self._ttl_s(sequence))
+            metas += sequence.metas(start, stop, self._block_size, self._lifetime(sequence))
             sequence.num_committed = stop
             self._scheduler.made(sequence, start, stop)
         if metas:
@@ -442,8 +444,8 @@ class TorchEngine:
             return JobError("PROMPT_TOO_LARGE_FOR_WORKER", message)
         return None
 
-    def _ttl_s(self, sequence: Sequence) -> float | None:
-        return self._default_ttl_s if sequence.job.ttl_s is None else sequence.job.ttl_s
+    def _lifetime(self, sequence: Sequence) -> Lifetime:
+        return sequence.job.lifetime or self._default
 
 
 _NOT_FINITE = JobError(

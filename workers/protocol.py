@@ -12,6 +12,7 @@ from typing import Protocol
 
 from kvstore.blocks import BlockHash, HashScheme
 from kvstore.events import BlockStored, KvEvent, TierName
+from kvstore.lifetime import Lifetime
 from kvstore.tier import TierStats
 
 JobId = Hashable  # the server makes it of (stream, number)
@@ -57,8 +58,10 @@ class Job:
 
     Attributes:
         token_ids: the prompt, at least one. block_hashes: its full blocks' names (32 bytes), under `root`.
-        ttl_s: time to live of its blocks; None: the store's default.
+        lifetime: of its blocks; None: the store's default.
         no_store: keep none of its blocks. no_read: use no cached block.
+        keep_priority: 0 to 100; eviction policies that look at it keep its blocks the longer, the higher it is.
+        turn: of its conversation, from 1; None: not known.
         deadline: on the engine's clock; None: none.
         request_id: for log lines.
     """
@@ -69,9 +72,11 @@ class Job:
     block_hashes: Sequence[BlockHash]
     sampling: SamplingParams
     priority: int = 0
-    ttl_s: float | None = None
+    lifetime: Lifetime | None = None
     no_store: bool = False
     no_read: bool = False
+    keep_priority: int = 0
+    turn: int | None = None
     deadline: float | None = None
     request_id: str = ""
 
@@ -153,7 +158,7 @@ class CachedBlock:
     Attributes:
         hash: its name. parent: the block before it; None: it starts a chain. root: of its chain; empty: not known.
         tiers: where it lies, from fast to slow.
-        ttl_s: seconds that it lives after its last use; None: until it is evicted.
+        ttl_s: seconds that it lives after its last use; zero: its end is fixed; None: until it is evicted.
         ttl_left_s: seconds until it expires if nobody uses it; None: not known, or never.
         leased: whether one of the tiers has promised to keep it. priority: 0 to 100.
         position: how many blocks come before it; None: not known, as one of them is not held here.
@@ -249,8 +254,11 @@ class Engine(Protocol):
         """
         ...
 
-    def prefetch(self, hashes: Sequence[BlockHash], *, root: BlockHash, ttl_s: float | None) -> int:
-        """Bring a chain's blocks up from slow tiers without waiting; how many are on their way now."""
+    def prefetch(self, hashes: Sequence[BlockHash], *, root: BlockHash, lifetime: Lifetime | None) -> int:
+        """Bring a chain's blocks up from slow tiers without waiting; how many are on their way now.
+
+        `lifetime`: what they get at least; None: the store's default.
+        """
         ...
 
     def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> dict[TierName, int]:

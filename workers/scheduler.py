@@ -23,6 +23,7 @@ from typing import Protocol
 
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
+from kvstore.lifetime import Lifetime
 from kvstore.store import ComputeMs, ReadTiers
 from workers.sequence import Acquisition, Rank, Sequence
 
@@ -49,7 +50,7 @@ class BlockStore(Protocol):
         reads: ReadTiers,
         compute_ms: ComputeMs,
         root: BlockHash | None = None,
-        ttl_s: float | None = None,
+        lifetime: Lifetime | None = None,
     ) -> Acquisition:
         """Start to bring a cached prefix to the device."""
         ...
@@ -61,7 +62,7 @@ class BlockStore(Protocol):
         reads: ReadTiers = ...,
         compute_ms: ComputeMs | None = None,
         root: BlockHash | None = None,
-        ttl_s: float | None = None,
+        lifetime: Lifetime | None = None,
     ) -> int:
         """Start to bring a cached prefix nearer."""
         ...
@@ -92,14 +93,14 @@ class Scheduler:
         max_batch_tokens: int,
         max_running: int,
         compute_ms: ComputeMs,
-        ttl_s: Callable[[Sequence], float | None],
+        lifetime: Callable[[Sequence], Lifetime],
     ) -> None:
         """Start with no sequence.
 
         Args:
             store: where blocks come from. block_size: tokens a block.
             max_batch_tokens: tokens a step. max_running: sequences that hold blocks.
-            compute_ms: see `TieredStore.acquire`. ttl_s: of a sequence's blocks.
+            compute_ms: see `TieredStore.acquire`. lifetime: of a sequence's blocks.
 
         Raises:
             ValueError: a limit is not positive.
@@ -108,7 +109,7 @@ class Scheduler:
             raise ValueError("block_size, max_batch_tokens and max_running must be at least 1; raise them")
         self._store, self._block_size = store, block_size
         self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
-        self._compute_ms, self._ttl_s = compute_ms, ttl_s
+        self._compute_ms, self._lifetime = compute_ms, lifetime
         self._waiting: list[Sequence] = []  # each of the three sorted by rank
         self._loading: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -143,7 +144,7 @@ class Scheduler:
                 reads=self.reads,
                 compute_ms=self._compute_ms,
                 root=sequence.job.root,
-                ttl_s=self._ttl_s(sequence),
+                lifetime=self._lifetime(sequence),
             )
         insort(self._waiting, sequence, key=_rank)
 
@@ -208,7 +209,7 @@ class Scheduler:
             reads=self.reads,
             compute_ms=self._compute_ms,
             root=sequence.job.root,
-            ttl_s=self._ttl_s(sequence),
+            lifetime=self._lifetime(sequence),
         )
         self._waiting.remove(sequence)
         insort(self._loading, sequence, key=_rank)

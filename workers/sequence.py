@@ -7,6 +7,7 @@ from typing import Protocol
 
 from kvstore.blocks import BlockHash, block_hashes
 from kvstore.events import TierName
+from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta
 from workers.detokenize import TextStream
 from workers.protocol import Job
@@ -113,11 +114,12 @@ class Sequence:
             self.hashes += block_hashes(fresh, parent, block_size)
         return self.hashes[:count]
 
-    def metas(self, start: int, stop: int, block_size: int, ttl_s: float | None) -> list[BlockMeta]:
+    def metas(self, start: int, stop: int, block_size: int, lifetime: Lifetime) -> list[BlockMeta]:
         """What the store must know of blocks `start` to `stop`."""
         names = self.names(stop, block_size)
         parents = [self.job.root, *names]
-        return [BlockMeta(names[i], parents[i], self.job.root, ttl_s) for i in range(start, stop)]
+        told = (self.job.root, lifetime.ttl_s, self.job.keep_priority, lifetime.until, self.job.turn)
+        return [BlockMeta(names[i], parents[i], *told) for i in range(start, stop)]
 
     def take(self, acquired: Acquisition, block_size: int) -> None:
         """Take over the blocks that arrived. The first time this settles the fate of every prompt token."""

@@ -21,7 +21,8 @@ from dataclasses import replace
 from kvstore.blocks import BlockHash, block_hashes
 from kvstore.errors import InvariantError
 from kvstore.events import BlockStored, TierName
-from kvstore.tier import BlockMeta, Clock
+from kvstore.lifetime import Lifetime
+from kvstore.tier import BlockMeta, Clock, prolonged
 from workers.config import WorkerConfig
 from workers.protocol import (
     CachedBlock,
@@ -59,17 +60,22 @@ class SimulatedEngine:
         max_running: int = 64,
         default_ttl_s: float | None = None,
         clock: Clock = time.monotonic,
+        wall_clock: Clock = time.time,
         sleep: Sleep = time.sleep,
     ) -> None:
         self.info = _fitting(info, device_blocks)
         self.timing = timing or Timing()
         self.shared_reads = True
         self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
-        self._default_ttl_s = default_ttl_s
+        self._default = Lifetime(default_ttl_s, is_default=True)
         self._clock, self._sleep = clock, sleep
         self._log = EventLog()
-        self._device = SimulatedTier(TierName.DEVICE, device_blocks, info.block_nbytes, clock, self._log)
-        self._host = SimulatedTier(TierName.HOST, host_blocks, info.block_nbytes, clock, self._log)
+        self._device = SimulatedTier(
+            TierName.DEVICE, device_blocks, info.block_nbytes, clock, self._log, wall_clock=wall_clock
+        )
+        self._host = SimulatedTier(
+            TierName.HOST, host_blocks, info.block_nbytes, clock, self._log, wall_clock=wall_clock
+        )
         self._tiers = [self._device, self._host] if host_blocks else [self._device]
         self._waiting: list[Sequence] = []  # sorted by rank
         self._running: list[Sequence] = []  # in order of admission
@@ -164,14 +170,15 @@ class SimulatedEngine:
         """The first `limit` blocks behind `after`, in the order of their hashes. O(blocks held)."""
         return listed(self._tiers, root=root, prefix=prefix, after=after, limit=limit)
 
-    def prefetch(self, hashes: Items[BlockHash], *, root: BlockHash, ttl_s: float | None) -> int:
+    def prefetch(self, hashes: Items[BlockHash], *, root: BlockHash, lifetime: Lifetime | None) -> int:
         """Copy a chain's blocks from host to device, as far as they lie there and fit; how many."""
         on_device = self._device.match(hashes)
-        self._device.touch(hashes[:on_device])
+        lifetime = lifetime or self._default
+        self._device.prolong(hashes[:on_device], lifetime)
         loaded = hashes[on_device : on_device + self._host.match(hashes[on_device:])]
-        started = self._device.copy_from(self._host, loaded, ttl_s)
+        started = self._device.copy_from(self._host, loaded, lifetime)
         self._host.count_hits(started)
-        self._host.touch(hashes[: on_device + started])
+        self._host.prolong(hashes[: on_device + started], lifetime)
         return started
 
     def lease(self, hashes: Items[BlockHash], for_s: float | None) -> dict[TierName, int]:
@@ -247,7 +254,8 @@ class SimulatedEngine:
         sequence.ready_at = self._clock()
         if loaded:
             self._promote(sequence, names[on_device : on_device + loaded])
-        self._host.touch(names[: on_device + loaded])
+        self._device.prolong(names[:on_device], sequence.job.lifetime or self._default)
+        self._host.prolong(names[: on_device + loaded], sequence.job.lifetime or self._default)
         self._account(sequence, on_device, loaded)
         return True
 
@@ -272,8 +280,9 @@ class SimulatedEngine:
                 self._device.free(1)
                 sequence.held += self._device.pin([name])
             else:
-                meta = self._meta(sequence, name, len(sequence.held))
-                sequence.held.append(self._device.name_private(meta))
+                meta = self._host.meta(name) or self._meta(sequence, name, len(sequence.held))
+                lifetime = sequence.job.lifetime or self._default
+                sequence.held.append(self._device.name_private(prolonged(meta, lifetime)))
         sequence.private -= len(names)
         self._host.count_hits(len(names))
         sequence.load_ms = self.timing.host_ms(len(names))
@@ -362,7 +371,8 @@ class SimulatedEngine:
     def _meta(self, sequence: Sequence, name: BlockHash, position: int) -> BlockMeta:
         job = sequence.job
         parent = sequence.names[position - 1] if position else job.root
-        return BlockMeta(name, parent, job.root, self._default_ttl_s if job.ttl_s is None else job.ttl_s)
+        ttl_s, until, _ = job.lifetime or self._default
+        return BlockMeta(name, parent, job.root, ttl_s, job.keep_priority, until, job.turn)
 
     def _sample(self, sequence: Sequence) -> Output:
         job, sampling = sequence.job, sequence.job.sampling

@@ -1,6 +1,6 @@
 """The simulated engine's store: which blocks device and host would hold, in what order of use, until when. No bytes.
 
-Covers: capacity in blocks, LRU, sliding TTL, references, leases, events. Does not cover: time (`simulated` charges it),
+Covers: capacity in blocks, LRU, lifetimes, references, leases, events. Does not cover: time (`simulated` charges it),
 a shared tier, payloads, what several tiers hold together (`simulated_listing`). Owned by one thread.
 
 A device block is `private` (being filled, or never to be found), or it has a name. A named one is pinned while
@@ -13,16 +13,18 @@ no room.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kvstore.blocks import BlockHash, short
 from kvstore.chains import parent_of, select, stored_events, tree_runs
 from kvstore.errors import InvariantError
 from kvstore.events import BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.eviction.policies import LRU
-from kvstore.tier import BlockMeta, Clock, TierStats
+from kvstore.lifetime import Lifetime
+from kvstore.tier import BlockMeta, Clock, TierStats, prolonged
 
 
 class EventLog:
@@ -71,7 +73,16 @@ class SimulatedTier:
     `private` blocks take room without being held by name; only the device has them.
     """
 
-    def __init__(self, name: TierName, capacity: int, block_nbytes: int, clock: Clock, log: EventLog) -> None:
+    def __init__(
+        self,
+        name: TierName,
+        capacity: int,
+        block_nbytes: int,
+        clock: Clock,
+        log: EventLog,
+        *,
+        wall_clock: Clock = time.time,
+    ) -> None:
         self.name = name
         self.capacity = capacity
         self.private = 0
@@ -79,7 +90,7 @@ class SimulatedTier:
         self._log = log
         self._clock = clock
         self._blocks: dict[BlockHash, Block] = {}
-        self._lru: LRU[Block] = LRU(clock)
+        self._lru: LRU[Block] = LRU(clock, wall_clock=wall_clock)
         self._leases: dict[BlockHash, float | None] = {}  # until when; None: until it is ended
         self._hits = 0
         self._stores = 0
@@ -131,7 +142,7 @@ class SimulatedTier:
         self.sweep()
         held = self._blocks.get(meta.hash)
         if held is not None:
-            self._lru.prolong(held, meta.ttl_s)
+            self._prolong(held, meta.lifetime)
             return True
         if not self.make_room(1):
             return False
@@ -169,17 +180,23 @@ class SimulatedTier:
             if block is not None:
                 self._lru.use(block)
 
-    def copy_from(self, other: SimulatedTier, names: Sequence[BlockHash], ttl_s: float | None) -> int:
+    def copy_from(self, other: SimulatedTier, names: Sequence[BlockHash], lifetime: Lifetime) -> int:
         """Hold blocks of another tier, in chain order, until there is no room; how many it did not hold before."""
         copied = 0
         for name in names:
             meta = other.meta(name)
             if name in self or meta is None:
                 continue
-            if not self.add(meta if ttl_s is None else replace(meta, ttl_s=ttl_s)):
+            if not self.add(prolonged(meta, lifetime)):
                 break
             copied += 1
         return copied
+
+    def prolong(self, names: Sequence[BlockHash], lifetime: Lifetime) -> None:
+        """As `touch`, and each lives from now on as long as the longer one of its own lifetime and this one says."""
+        for name in reversed(names):
+            if name in self:
+                self._prolong(self._blocks[name], lifetime)
 
     def meta(self, name: BlockHash) -> BlockMeta | None:
         """What is known of a block; None: it is not held. A question."""
@@ -273,9 +290,13 @@ class SimulatedTier:
         if any(name not in self._blocks or self._lru.pins(self._blocks[name]) == 0 for name in self._leases):
             raise InvariantError(f"{self.name} has leases on blocks that it could drop")
 
+    def _prolong(self, block: Block, lifetime: Lifetime) -> None:
+        self._lru.prolong(block, lifetime)
+        block.meta = prolonged(block.meta, lifetime)
+
     def _insert(self, block: Block) -> None:
         self._blocks[block.meta.hash] = block
-        self._lru.add(block, block.meta.ttl_s)
+        self._lru.add(block, block.meta.ttl_s, until=block.meta.until)
         self._stores += 1
         self._log.stored(self.name, block.meta)
 

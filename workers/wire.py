@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from kvstore.blocks import SHORT_HASH_BYTES, BlockHash, block_hashes, short
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
+from kvstore.lifetime import Lifetime
 from kvstore.tier import TierStats
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
 from workers.protocol import (
@@ -30,6 +31,7 @@ from workers.protocol import (
 )
 
 PROTOCOL_VERSION = 1
+MAX_KEEP_PRIORITY = 100
 
 # A law of the stream is at most 1 MiB; smaller pieces let tokens pass between them sooner.
 SNAPSHOT_PIECE_BYTES = 256 << 10
@@ -128,12 +130,20 @@ def job_from_wire(message: worker_pb2.Job, *, job_id: JobId, info: EngineInfo, n
         block_hashes=hashes,
         sampling=sampling_from_wire(message.sampling, room=max(1, info.context_length - len(token_ids))),
         priority=message.priority,
-        ttl_s=float(cache.ttl_seconds) if cache.HasField("ttl_seconds") else None,
+        lifetime=_lifetime(cache),
         no_store=cache.no_store,
         no_read=cache.no_read,
+        keep_priority=min(MAX_KEEP_PRIORITY, cache.keep_priority),
+        turn=message.turn or None,
         deadline=now + message.deadline_ms / 1000 if message.HasField("deadline_ms") else None,
         request_id=message.request_id,
     )
+
+
+def _lifetime(cache: common_pb2.CacheDirectives) -> Lifetime | None:
+    if cache.HasField("expires_at"):
+        return Lifetime(float(cache.ttl_seconds), float(cache.expires_at))
+    return Lifetime(float(cache.ttl_seconds)) if cache.HasField("ttl_seconds") else None
 
 
 def _check_tokens(token_ids: list[int], info: EngineInfo) -> None:

@@ -21,7 +21,8 @@ from kvstore.disk.log import INDEX, SEQUENCE, Found
 from kvstore.disk.restored import Restored
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import BlockRemoved, KvEvent, RemovalCause, TierName
-from kvstore.eviction.policies import Eviction, Hint, make_eviction
+from kvstore.eviction.policies import Eviction, hint_of, make_eviction
+from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, prolonged
 
 
@@ -50,7 +51,7 @@ class DiskBooks:
         self._clock = clock
         self._wall_clock = wall_clock
         self._past: float | None = None  # the time that `_now` tells while a past is restored
-        self._eviction: Eviction[BlockHash] = make_eviction(eviction, self._now, num_slots)
+        self._eviction: Eviction[BlockHash] = make_eviction(eviction, self._now, num_slots, wall_clock=self._wall_now)
         self._writing: set[Entry] = set()
         self._zombies: set[Entry] = set()
         self._free = FreeSlots(num_slots)
@@ -154,10 +155,16 @@ class DiskBooks:
             self._eviction.use(entry.meta.hash)
             self._used(entry)
 
-    def prolong(self, hashes: Sequence[BlockHash], ttl_s: float | None) -> None:
-        """As `use`, and from now on give each the longer one of its own TTL and `ttl_s`."""
+    def prolong(self, hashes: Sequence[BlockHash], lifetime: Lifetime) -> None:
+        """As `use`, and from now on each lives as long as the longer one of its own lifetime and this one says."""
         for entry in self._living(reversed(hashes)):
-            self._prolong(entry, ttl_s)
+            self._prolong(entry, lifetime)
+
+    def ttl_left_s(self, name: BlockHash) -> float | None:
+        """Seconds until a held block expires; None: never, or while it is in use."""
+        if name in self.entries:
+            return self._eviction.remaining_s(name)
+        return self._restored.ttl_left_s(name, self._clock())
 
     def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> int:
         """As `Tier.lease`."""
@@ -187,7 +194,7 @@ class DiskBooks:
         for number, meta in enumerate(metas):
             known = self.entry(meta.hash)
             if known is not None:
-                self._prolong(known, meta.ttl_s)
+                self._prolong(known, meta.lifetime)
                 self._hold(known)
                 held.append(known)
                 continue
@@ -299,6 +306,11 @@ class DiskBooks:
     def _now(self) -> float:
         return self._clock() if self._past is None else self._past
 
+    def _wall_now(self) -> float:
+        """What the wall clock said at the time that `_now` tells, by the rates of both clocks since."""
+        wall = self._wall_clock()
+        return wall if self._past is None else wall - (self._clock() - self._past)
+
     def _living(self, names: Iterable[BlockHash]) -> Iterator[Entry]:
         """The slots of those blocks that can be read now."""
         for name in names:
@@ -321,8 +333,7 @@ class DiskBooks:
     def _hold_block(self, entry: Entry) -> None:
         meta = entry.meta
         self.entries[meta.hash] = entry
-        hint = Hint(meta.hash, meta.before, meta.root, meta.priority)
-        self._eviction.add(meta.hash, meta.ttl_s, hint=hint)
+        self._eviction.add(meta.hash, meta.ttl_s, until=meta.until, hint=hint_of(meta))
 
     def _hold(self, entry: Entry) -> None:
         entry.pins += 1
@@ -333,9 +344,9 @@ class DiskBooks:
         entry.order, entry.used = self._uses, self._now()
         self.journal.used(entry)
 
-    def _prolong(self, entry: Entry, ttl_s: float | None) -> None:
-        self._eviction.prolong(entry.meta.hash, ttl_s)
-        meta = prolonged(entry.meta, ttl_s)
+    def _prolong(self, entry: Entry, lifetime: Lifetime) -> None:
+        self._eviction.prolong(entry.meta.hash, lifetime)
+        meta = prolonged(entry.meta, lifetime)
         if meta is not entry.meta:
             entry.meta = meta
             self.journal.prolonged(entry)

@@ -39,8 +39,8 @@ class Journal:
         self._uses[entry] = None
 
     def prolonged(self, entry: Entry) -> None:
-        """A block has a longer time to live."""
-        self._records.append((Kind.PROLONGED, entry.index, entry.meta.ttl_s))
+        """A block has a longer lifetime."""
+        self._records.append((Kind.PROLONGED, entry.index, entry.meta.ttl_s, entry.meta.until))
 
     def leased(self, entry: Entry) -> None:
         """A block has a longer lease, from now on."""
@@ -73,7 +73,7 @@ class Journal:
     def _stored(self, entry: Entry) -> Record:
         meta = entry.meta
         place = (Kind.STORED, entry.index, entry.sequence, meta.hash, meta.parent, meta.root)
-        return *place, meta.ttl_s, meta.priority, self._wall(entry.used)
+        return *place, meta.ttl_s, meta.until, meta.priority, meta.turn, self._wall(entry.used)
 
     def _wall(self, time: float) -> float:
         """A time of the tier's clock in seconds since the epoch."""

@@ -29,7 +29,7 @@ import xxhash
 
 from kvstore.disk.files import Files, read_all, write_all
 
-LOG_VERSION = 1
+LOG_VERSION = 2
 
 _MAGIC = "warmkv log"
 _FRAME = struct.Struct("<IIQ")
@@ -38,14 +38,16 @@ _LENGTH = struct.Struct("<I")
 Record = Sequence[Any]  # a Kind and its fields, as msgpack gives them back
 Found = list[Any]  # what a slot holds: a STORED record with what later ones have changed, and its LEASED fields, if any
 
-INDEX, SEQUENCE, HASH, PARENT, ROOT, TTL_S, PRIORITY, USED, PROMISED, FOR_S = range(1, 11)  # places in a Found
+# Places in a Found.
+INDEX, SEQUENCE, HASH, PARENT, ROOT, TTL_S, UNTIL, PRIORITY, TURN, USED, PROMISED, FOR_S = range(1, 13)
 
 
 class Kind(IntEnum):
     """What a record says. Times are seconds since the epoch, on the writer's clock.
 
-    STORED: slot, sequence, hash, parent, root, ttl_s, priority, time of the last use.
-    REMOVED: slots. USED: slots and times in turns, oldest use first. PROLONGED: slot, ttl_s.
+    STORED: slot, sequence, hash, parent, root, ttl_s, until, priority, turn, time of the last
+    use.
+    REMOVED: slots. USED: slots and times in turns, oldest use first. PROLONGED: slot, ttl_s, until.
     LEASED: slot, when it was promised, for how many seconds (None: until it is ended). RELEASED: slots.
     """
 

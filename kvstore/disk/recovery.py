@@ -21,6 +21,7 @@ from kvstore.disk.log import (
     PROMISED,
     SEQUENCE,
     TTL_S,
+    UNTIL,
     USED,
     Condition,
     Contents,
@@ -30,7 +31,7 @@ from kvstore.disk.log import (
 )
 from kvstore.disk.slab import Slab
 from kvstore.errors import CodecError
-from kvstore.tier import is_longer
+from kvstore.lifetime import Lifetime
 
 SCAN_THREADS = 8  # a page costs a device's latency, not its bandwidth
 
@@ -100,9 +101,10 @@ def _use(slots: dict[int, Found], uses: Sequence[float]) -> None:
 def _change(slots: dict[int, Found], kind: int, record: Record) -> None:
     match Kind(kind):
         case Kind.PROLONGED:
-            index, ttl_s = record[1:]
-            if index in slots and is_longer(ttl_s, slots[index][TTL_S]):
-                slots[index][TTL_S] = ttl_s
+            index, ttl_s, until = record[1:]
+            if index in slots:
+                own = Lifetime(slots[index][TTL_S], slots[index][UNTIL])
+                slots[index][TTL_S], slots[index][UNTIL], _ = own.joined(Lifetime(ttl_s, until))
         case Kind.LEASED:
             index, promised, for_s = record[1:]
             if index in slots:
@@ -128,7 +130,8 @@ def _ask_slots(slab: Slab, codec: BlockCodec, known: dict[int, Found]) -> dict[i
         except CodecError:
             return None
         names = (header.hash, header.parent, header.root)
-        return [Kind.STORED, index, page.sequence, *names, header.ttl_s, header.priority, header.created]
+        told = (header.ttl_s, header.until, header.priority, header.turn)
+        return [Kind.STORED, index, page.sequence, *names, *told, header.created]
 
     with ThreadPoolExecutor(SCAN_THREADS, thread_name_prefix="kvstore-disk-scan") as pool:
         chunks = (range(start, min(start + 256, slab.num_slots)) for start in range(0, slab.num_slots, 256))

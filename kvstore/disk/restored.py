@@ -12,6 +12,7 @@ back makes a block's age zero, not negative: it then lives one more time to live
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import islice
 from operator import itemgetter
@@ -28,6 +29,8 @@ from kvstore.disk.log import (
     ROOT,
     SEQUENCE,
     TTL_S,
+    TURN,
+    UNTIL,
     USED,
     Found,
 )
@@ -56,7 +59,7 @@ class Restored:
         one = self._found.get(name)
         if one is None:
             return False
-        return max(end_of(self._on_clock(one[USED]), one[TTL_S]), self._lease_end(one)) > now
+        return max(end_of(self._on_clock(one[USED]), one[TTL_S]), self._fixed_end(one), self._lease_end(one)) > now
 
     def leased(self, now: float) -> int:
         """Blocks under a lease. O(blocks)."""
@@ -87,6 +90,16 @@ class Restored:
     def _on_clock(self, wall: float) -> float:
         return self._clock - max(0.0, self._wall - wall)
 
+    def _fixed_end(self, one: Found) -> float:
+        until: float | None = one[UNTIL]
+        return float("-inf") if until is None else self._clock + (until - self._wall)
+
+    def ttl_left_s(self, name: BlockHash, now: float) -> float | None:
+        """As `LocalTier.ttl_left_s`, of one of them."""
+        one = self._found[name]
+        ends = max(end_of(self._on_clock(one[USED]), one[TTL_S]), self._fixed_end(one), self._lease_end(one))
+        return None if math.isinf(ends) else ends - now
+
     def _lease_end(self, one: Found) -> float:
         if len(one) <= FOR_S:
             return float("-inf")
@@ -94,4 +107,4 @@ class Restored:
 
 
 def _meta(one: Found) -> BlockMeta:
-    return BlockMeta(one[HASH], one[PARENT], one[ROOT], one[TTL_S], one[PRIORITY])
+    return BlockMeta(one[HASH], one[PARENT], one[ROOT], one[TTL_S], one[PRIORITY], one[UNTIL], one[TURN])

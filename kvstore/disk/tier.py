@@ -30,6 +30,7 @@ from kvstore.disk.space import DiskSpace
 from kvstore.disk.transfer import DiskTransfer
 from kvstore.errors import MissReason
 from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, RemovalCause, TierName
+from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, Delivery, Honours, TierStats
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class DiskTier:
                 whole slots, which are a page longer than a block. The log, some 150 bytes a block, comes on top.
             codec: how blocks are stored.
             clock: what TTLs and leases go by while the process runs. wall_clock: seconds since the epoch; what they
-                go by while it does not.
+                go by while it does not, and fixed ends of lifetimes always.
             eviction: name of the policy. After a restart it knows the blocks' last uses, not the earlier ones.
             direct: pass the page cache by where the file system can.
             files: the operating system; for tests.
@@ -171,10 +172,15 @@ class DiskTier:
         with self._lock:
             self._books.use(hashes)
 
-    def prolong(self, hashes: Sequence[BlockHash], ttl_s: float | None) -> None:
+    def prolong(self, hashes: Sequence[BlockHash], lifetime: Lifetime) -> None:
         """As `LocalTier.prolong`."""
         with self._lock:
-            self._books.prolong(hashes, ttl_s)
+            self._books.prolong(hashes, lifetime)
+
+    def ttl_left_s(self, hashes: Sequence[BlockHash]) -> dict[BlockHash, float | None]:
+        """As `LocalTier.ttl_left_s`."""
+        with self._lock:
+            return {name: self._books.ttl_left_s(name) for name in hashes if self._books.live(name)}
 
     def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> int:
         """As `Tier.lease`; holds across restarts, by the wall clock. Never waits for the device."""

@@ -8,11 +8,15 @@ the entry is withdrawn when it may not. So the victim is what the policy names, 
 Chains are known from the hints (`chain`). Entries without hints are no part of one: use a chain of those from its
 last block to its first, so that under `lru` the last one is the oldest.
 
-Times to live and ends of leases stand in two `Deadlines`: uses are O(1), expiry is O(log n) an entry, amortised.
+Ends of lifetimes and of leases stand in two `Deadlines`: uses are O(1), expiry is O(log n) an entry, amortised.
+
+A fixed end is a time of the wall clock; all others are of the injected clock, which never jumps. It is converted at
+each use anew: a wall clock that is set in between moves the end from the next use on, and drops nothing at once.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Container, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic
@@ -21,6 +25,7 @@ from kvstore.errors import InvariantError
 from kvstore.eviction.chain import Candidates, Node
 from kvstore.eviction.deadlines import Deadlines
 from kvstore.eviction.order import NO_HINT, Hint, Key, Order
+from kvstore.lifetime import Lifetime
 from kvstore.tier import Clock
 
 _FOR_EVER = float("inf")
@@ -32,13 +37,13 @@ class _Entry(Generic[Key]):
 
     Attributes:
         node: its place among the candidates. used: number of its last use. new: pinned by its first users only.
-        deadline: when its TTL ends; None: never, or not while it is pinned.
+        deadline: when its lifetime ends; None: never, or not while it is pinned.
         leased_until: end of its lease, which may be infinite; None: it has none.
     """
 
     key: Key
     node: Node[Key]
-    ttl_s: float | None
+    lifetime: Lifetime
     deadline: float | None = None
     leased_until: float | None = None
     pins: int = 0
@@ -54,14 +59,16 @@ class _Entry(Generic[Key]):
 
 
 class Eviction(Generic[Key]):
-    """Entries of a tier: pins, leases, sliding TTLs and chains, over a policy that says which goes first.
+    """Entries of a tier: pins, leases, lifetimes and chains, over a policy that says which goes first.
 
-    A pinned entry is in use: it is neither evicted nor expired, and its TTL starts again when the last pin goes. A
-    leased one is neither evicted nor expired before its lease ends; its end is no use.
+    A pinned entry is in use: it is neither evicted nor expired, and its TTL starts again when the last pin goes; then a
+    fixed end that has passed meanwhile counts. A leased one is neither evicted nor expired before its lease ends; its
+    end is no use.
     """
 
-    def __init__(self, clock: Clock, order: Order[Key]) -> None:
+    def __init__(self, clock: Clock, order: Order[Key], *, wall_clock: Clock = time.time) -> None:
         self._clock = clock
+        self._wall_clock = wall_clock
         self._order = order
         self._candidates = Candidates(order)
         self._entries: dict[Key, _Entry[Key]] = {}
@@ -93,8 +100,12 @@ class Eviction(Generic[Key]):
         self._end_due_leases()
         return self._leased
 
-    def add(self, key: Key, ttl_s: float | None, *, hint: Hint = NO_HINT, pins: int = 0) -> None:
+    def add(
+        self, key: Key, ttl_s: float | None, *, until: float | None = None, hint: Hint = NO_HINT, pins: int = 0
+    ) -> None:
         """Hold a new entry, just used; pinned so often by those who use it now, whose last `unpin` ends this use.
+
+        `ttl_s`, `until`: as in `Lifetime`.
 
         Raises:
             InvariantError: it is already held.
@@ -103,7 +114,7 @@ class Eviction(Generic[Key]):
             raise InvariantError(f"{key!r} is already held")
         self._order.add(key, hint)
         node = self._candidates.add(key, hint.name, hint.parent)
-        entry = self._entries[key] = _Entry(key, node, ttl_s)
+        entry = self._entries[key] = _Entry(key, node, Lifetime(ttl_s, until))
         self._renew(entry)
         for _ in range(pins):
             self.pin(key)
@@ -116,16 +127,15 @@ class Eviction(Generic[Key]):
             self._order.use(key, again=True)
             self._renew(entry)
 
-    def prolong(self, key: Key, ttl_s: float | None) -> None:
-        """Use it, and from now on give it the longer one of its own TTL and `ttl_s`."""
+    def prolong(self, key: Key, lifetime: Lifetime) -> None:
+        """Use it, and from now on it lives as long as the longer one of its own lifetime and this one says."""
         entry = self._entries[key]
-        if entry.ttl_s is not None:
-            entry.ttl_s = None if ttl_s is None else max(ttl_s, entry.ttl_s)
+        entry.lifetime = entry.lifetime.joined(lifetime)
         self.use(key)
 
-    def ttl_s(self, key: Key) -> float | None:
-        """Its time to live after a use; None: until it is evicted."""
-        return self._entries[key].ttl_s
+    def lifetime(self, key: Key) -> Lifetime:
+        """How long it lives."""
+        return self._entries[key].lifetime
 
     def remaining_s(self, key: Key) -> float | None:
         """Seconds until it expires, negative when it is overdue; None: never, or it is pinned."""
@@ -134,7 +144,7 @@ class Eviction(Generic[Key]):
         return None if dies is None or dies == _FOR_EVER else dies - self._clock()
 
     def expired(self, key: Key) -> bool:
-        """Whether its TTL has passed since its last use, and its lease as well."""
+        """Whether its lifetime has ended, and its lease as well."""
         dies = self._entries[key].dies
         return dies is not None and dies <= self._clock()
 
@@ -270,13 +280,16 @@ class Eviction(Generic[Key]):
         """It was used just now."""
         self._uses += 1
         entry.used = self._uses
-        if entry.ttl_s is None and entry.deadline is None:
+        left_s = entry.lifetime.ttl_s
+        if entry.lifetime.until is not None:
+            left_s = entry.lifetime.left_s(self._wall_clock())
+        if left_s is None and entry.deadline is None:
             return
-        if entry.ttl_s is None or entry.leased_until is not None:
-            entry.deadline = None if entry.ttl_s is None else self._clock() + entry.ttl_s
+        if left_s is None or entry.leased_until is not None:
+            entry.deadline = None if left_s is None else self._clock() + left_s
             self._follow(entry)
             return
-        entry.deadline = self._clock() + entry.ttl_s
+        entry.deadline = self._clock() + left_s
         self._deaths.set(entry.key, entry.deadline)
 
     def _follow(self, entry: _Entry[Key]) -> None:

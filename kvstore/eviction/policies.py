@@ -6,6 +6,7 @@ of its own (`order` says what one is). `bench.eviction` compares them on recorde
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from kvstore.eviction.quota import QuotaOrder
 from kvstore.eviction.reuse import ReuseOrder
 from kvstore.eviction.s3fifo import S3FifoOrder
 from kvstore.eviction.tail import DEFAULT_SPARE_BLOCKS, TailOrder
-from kvstore.tier import Clock
+from kvstore.tier import BlockMeta, Clock
 
 _ORDERS: dict[str, Callable[[Clock, int, int], Order[Any]]] = {
     "lru": lambda clock, capacity, spare: LruOrder(),
@@ -35,10 +36,10 @@ POLICIES = tuple(_ORDERS)
 
 
 class LRU(Eviction[Key]):
-    """Least recently used first, with a sliding TTL for each entry."""
+    """Least recently used first, with a lifetime for each entry."""
 
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(clock, LruOrder())
+    def __init__(self, clock: Clock, *, wall_clock: Clock = time.time) -> None:
+        super().__init__(clock, LruOrder(), wall_clock=wall_clock)
 
 
 def make_eviction(
@@ -46,6 +47,7 @@ def make_eviction(
     clock: Clock,
     capacity: int,
     *,
+    wall_clock: Clock = time.time,
     spare_blocks: int = DEFAULT_SPARE_BLOCKS,
     shares: Mapping[Hashable, int] | None = None,
 ) -> Eviction[Key]:
@@ -55,6 +57,7 @@ def make_eviction(
         name: one of `POLICIES`.
         clock: what times to live, leases and `reuse` go by, in seconds.
         capacity: entries that fit.
+        wall_clock: seconds since the epoch, for lifetimes with a fixed end.
         spare_blocks: for `tail_optimized`: what a turn may compute again, from `evict_tail.spare_blocks`.
         shares: quotas, in entries by root; see `quota`. None: all share everything.
 
@@ -67,4 +70,10 @@ def make_eviction(
     def make(entries: int) -> Order[Key]:
         return _ORDERS[name](clock, entries, spare_blocks)
 
-    return Eviction(clock, make(capacity) if shares is None else QuotaOrder(make, capacity, shares))
+    order = make(capacity) if shares is None else QuotaOrder(make, capacity, shares)
+    return Eviction(clock, order, wall_clock=wall_clock)
+
+
+def hint_of(meta: BlockMeta) -> Hint:
+    """What policies are told of a block."""
+    return Hint(meta.hash, meta.before, meta.root, meta.priority, turn=meta.turn)

@@ -16,8 +16,9 @@ from kvstore.blocks import BlockHash, short
 from kvstore.chains import consecutive_runs, stored_events
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import BlockRemoved, KvEvent, RemovalCause, TierName
-from kvstore.eviction.policies import Eviction, Hint, make_eviction
+from kvstore.eviction.policies import Eviction, hint_of, make_eviction
 from kvstore.host.slab import Slab
+from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, TierStats, prolonged
 
 _ENDED = float("-inf")  # the end of no lease at all
@@ -43,7 +44,14 @@ class HostBooks:
     """Slots, names, uses, events and counters of a host tier."""
 
     def __init__(
-        self, name: TierName, slab: Slab, *, clock: Clock, eviction: str, shares: Mapping[Hashable, int] | None
+        self,
+        name: TierName,
+        slab: Slab,
+        *,
+        clock: Clock,
+        wall_clock: Clock,
+        eviction: str,
+        shares: Mapping[Hashable, int] | None,
     ) -> None:
         """Books of an empty slab; `shares` in slots.
 
@@ -59,7 +67,9 @@ class HostBooks:
         self._clock = clock
         self._writing: set[Slot] = set()
         self._zombies: set[Slot] = set()
-        self._eviction: Eviction[BlockHash] = make_eviction(eviction, clock, slab.num_slots, shares=shares)
+        self._eviction: Eviction[BlockHash] = make_eviction(
+            eviction, clock, slab.num_slots, wall_clock=wall_clock, shares=shares
+        )
         # Blocks that would have been evicted but for a view, and the end of a lease given since. An endless lease keeps
         # them from the policy, so that only one of many evictions meets each of them.
         self._aside: dict[BlockHash, float | None] = {}
@@ -130,11 +140,15 @@ class HostBooks:
             if self.live(name):
                 self._eviction.use(name)
 
-    def prolong(self, hashes: Sequence[BlockHash], ttl_s: float | None) -> None:
-        """As `use`, and from now on give each the longer one of its own TTL and `ttl_s`."""
+    def prolong(self, hashes: Sequence[BlockHash], lifetime: Lifetime) -> None:
+        """As `use`, and from now on each lives as long as the longer one of its own lifetime and this one says."""
         for name in reversed(hashes):
             if self.live(name):
-                self._prolong(self.slots[name], ttl_s)
+                self._prolong(self.slots[name], lifetime)
+
+    def ttl_left_s(self, name: BlockHash) -> float | None:
+        """Seconds until a held block expires; None: never, or while it is in use."""
+        return self._eviction.remaining_s(name)
 
     def lease(self, hashes: Sequence[BlockHash], until: float | None) -> int:
         """As `Tier.lease`; `until` on the clock."""
@@ -165,7 +179,7 @@ class HostBooks:
         for number, meta in enumerate(metas):
             known = self.slots.get(meta.hash)
             if known is not None:
-                self._prolong(known, meta.ttl_s)
+                self._prolong(known, meta.lifetime)
                 self._hold(known)
                 held.append(known)
                 continue
@@ -189,8 +203,7 @@ class HostBooks:
                 self._slab.give_back(slot.index)
                 continue
             self.slots[meta.hash] = slot
-            hint = Hint(meta.hash, meta.before, meta.root, meta.priority)
-            self._eviction.add(meta.hash, meta.ttl_s, hint=hint)
+            self._eviction.add(meta.hash, meta.ttl_s, until=meta.until, hint=hint_of(meta))
             published.append(meta.link)
         self._stores += len(published)
         self.events += stored_events(self._name, consecutive_runs(reversed(published)))
@@ -255,9 +268,9 @@ class HostBooks:
             self._zombies.discard(slot)
             self._slab.give_back(slot.index)
 
-    def _prolong(self, slot: Slot, ttl_s: float | None) -> None:
-        self._eviction.prolong(slot.meta.hash, ttl_s)
-        slot.meta = prolonged(slot.meta, ttl_s)
+    def _prolong(self, slot: Slot, lifetime: Lifetime) -> None:
+        self._eviction.prolong(slot.meta.hash, lifetime)
+        slot.meta = prolonged(slot.meta, lifetime)
 
     def _take_slot(self, root: BlockHash) -> int | None:
         """A free slot for a block of that root, made by eviction if need be; None: no block may go for it."""

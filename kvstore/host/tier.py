@@ -11,6 +11,7 @@ Bytes here never leave the process, so a block is known by its name and carries 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -25,11 +26,12 @@ from kvstore.host.slab import Pinner, Slab
 from kvstore.host.views import VIEW_S, Views
 from kvstore.host.views import BlockView as BlockView
 from kvstore.layout import KVLayout
+from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, Delivery, Honours, TierStats, select
 
 
 class HostTier:
-    """Fixed slots of one slab; eviction by name, quotas, sliding TTLs, leases.
+    """Fixed slots of one slab; eviction by name, quotas, lifetimes, leases.
 
     Thread-safe. O(1) a block, and O(log n) where the eviction policy or a TTL needs it.
     """
@@ -43,6 +45,7 @@ class HostTier:
         capacity_bytes: int,
         *,
         clock: Clock,
+        wall_clock: Clock = time.time,
         eviction: str = "lru",
         shares: Mapping[BlockHash, int] | None = None,
         pinner: Pinner | None = None,
@@ -52,7 +55,8 @@ class HostTier:
         Args:
             layout: what a block holds.
             capacity_bytes: size of the slab.
-            clock: what TTLs, leases and the deadlines of views go by.
+            clock: what TTLs, leases and the deadlines of views go by. wall_clock: seconds since the epoch; what fixed
+                ends of lifetimes go by.
             eviction: a name that `make_eviction` knows.
             shares: bytes that a root may count on; what it does not use, others may. None: nobody has a share.
             pinner: page-locks the slab, which a GPU then copies from and to at bus speed; None: no GPU.
@@ -75,6 +79,7 @@ class HostTier:
             self.name,
             self._slab,
             clock=clock,
+            wall_clock=wall_clock,
             eviction=eviction,
             shares=None if shares is None else {root: size // layout.block_nbytes for root, size in shares.items()},
         )
@@ -207,10 +212,15 @@ class HostTier:
         with self._lock:
             self._books.use(hashes)
 
-    def prolong(self, hashes: Sequence[BlockHash], ttl_s: float | None) -> None:
-        """As `touch`, and from now on give each the longer one of its own TTL and `ttl_s`."""
+    def prolong(self, hashes: Sequence[BlockHash], lifetime: Lifetime) -> None:
+        """As `LocalTier.prolong`."""
         with self._lock:
-            self._books.prolong(hashes, ttl_s)
+            self._books.prolong(hashes, lifetime)
+
+    def ttl_left_s(self, hashes: Sequence[BlockHash]) -> dict[BlockHash, float | None]:
+        """As `LocalTier.ttl_left_s`."""
+        with self._lock:
+            return {name: self._books.ttl_left_s(name) for name in hashes if self._books.live(name)}
 
     def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> int:
         """As `Tier.lease`."""

@@ -7,6 +7,7 @@ which removals are worth an event and with which TTL a block is touched; they ne
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from kvstore.blocks import BlockHash, short
 from kvstore.chains import consecutive_runs, stored_events
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import AllBlocksCleared, BlockRemoved, KvEvent, RemovalCause, TierName
-from kvstore.tier import BlockMeta, Honours, TierStats, select
+from kvstore.tier import BlockMeta, Clock, Honours, TierStats, select
 
 MAX_BELIEFS = 1 << 16  # about 25 MB
 _MAX_HEARD = 1 << 14
@@ -25,7 +26,8 @@ _MAX_HEARD = 1 << 14
 class RedisBooks:
     """Thread-safe."""
 
-    def __init__(self, *, max_beliefs: int = MAX_BELIEFS) -> None:
+    def __init__(self, *, max_beliefs: int = MAX_BELIEFS, wall_clock: Clock = time.time) -> None:
+        self._wall_clock = wall_clock
         self._max_beliefs = max_beliefs
         self._lock = threading.Lock()
         self._believed: OrderedDict[BlockHash, BlockMeta] = OrderedDict()  # the last seen at the end
@@ -187,11 +189,12 @@ class RedisBooks:
                 raise InvariantError("a belief is filed under another name")
 
     def _believe(self, metas: Sequence[BlockMeta]) -> None:
-        fresh: dict[float | None, list[BlockMeta]] = {}
+        fresh: dict[float | None, list[BlockMeta]] = {}  # by the seconds that they have left
+        wall = self._wall_clock()
         for meta in metas:
             known = self._believed.get(meta.hash)
-            if known is None or known.ttl_s != meta.ttl_s:
-                fresh.setdefault(meta.ttl_s, []).append(meta)
+            if known is None or known.lifetime != meta.lifetime:
+                fresh.setdefault(meta.lifetime.left_s(wall), []).append(meta)
             self._believed[meta.hash] = meta
             self._believed.move_to_end(meta.hash)
             for seen in self._doubts:
@@ -201,9 +204,9 @@ class RedisBooks:
                 self._doubtful.append(meta.hash)
         while len(self._believed) > self._max_beliefs:
             self._believed.popitem(last=False)
-        for ttl_s, news in fresh.items():
+        for left_s, news in fresh.items():
             runs = consecutive_runs(meta.link for meta in news)
-            self._events += stored_events(TierName.REDIS, runs, ttl_s)
+            self._events += stored_events(TierName.REDIS, runs, left_s)
 
     def _note_heard(self, names: Iterable[BlockHash]) -> None:
         self._heard.update(dict.fromkeys(names))
@@ -221,8 +224,8 @@ class FromBooks:
     name = TierName.REDIS
     honours = Honours(capacity=False, ttl=True, named_eviction=False, injected_clock=False, restart=True)
 
-    def __init__(self) -> None:
-        self._books = RedisBooks()
+    def __init__(self, *, wall_clock: Clock = time.time) -> None:
+        self._books = RedisBooks(wall_clock=wall_clock)
 
     def find(self, name: BlockHash) -> BlockMeta | None:
         """As `SharedTier.find`."""

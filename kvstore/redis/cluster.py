@@ -63,7 +63,7 @@ class RedisClusterTier(FromBooks):
         Raises:
             TierError: the URL cannot be used.
         """
-        super().__init__()
+        super().__init__(wall_clock=wall_clock)
         seeds = parse_seeds(url)
         self._commands = BlockCommands(key_prefix(codec.namespace), codec, scattered=True)
         self._slot = slots_under(self._commands.prefix)

@@ -182,7 +182,7 @@ class RedisNode:
         """Those that are there are used, and their TTLs begin again."""
         with self._contact(Purpose.TOUCHES, self._write_timeout_s) as wire:
             self._lengthen(wire, metas)
-            self._commands.use(wire, [meta.hash for meta in metas if meta.ttl_s is None])
+            self._commands.use(wire, [meta.hash for meta in metas if not meta.ttl_s])
 
     def drop(
         self, names: Sequence[BlockHash], patience_s: float, ends_at: float = NEVER
@@ -262,12 +262,18 @@ class RedisNode:
                 self._lengthen(wire, metas)
 
     def _lengthen(self, wire: Wire, metas: Sequence[BlockMeta]) -> None:
-        ttls = [(meta.hash, meta.ttl_s) for meta in metas if meta.ttl_s is not None]
+        """They were used: let begin again what a use renews, so no fixed end."""
+        ttls = [(meta.hash, meta.ttl_s) for meta in metas if meta.ttl_s]
         self._commands.lengthen(wire, ttls, by_script=not self.link.facts.can_only_lengthen)
 
     def _prolong(self, wire: Wire, metas: Sequence[BlockMeta]) -> None:
-        """Give blocks at least their TTLs: those without one keep none."""
-        self._lengthen(wire, metas)
+        """Give blocks at least their lifetimes: those without an end keep none.
+
+        In seconds from now, fixed ends too: the server's clock may be another one than ours.
+        """
+        wall = self._wall_clock()
+        left = [(meta.hash, s) for meta in metas if (s := meta.lifetime.left_s(wall)) is not None and s > 0]
+        self._commands.lengthen(wire, left, by_script=not self.link.facts.can_only_lengthen)
         self._commands.keep(wire, [meta.hash for meta in metas if meta.ttl_s is None])
 
 

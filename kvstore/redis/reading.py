@@ -119,13 +119,14 @@ class BlockReading:
         self._numbers_last = 0
         self._asked += 1
         known = self._known.get(name)
-        if known is not None and known.ttl_s is not None:
+        if known is not None and known.ttl_s:  # a use renews no fixed end
             self._renew(known)
 
     def _renew_by_header(self, found: BlockMeta) -> BlockMeta:
         known = self._known.get(found.hash)
-        wanted = found if known is None else prolonged(found, known.ttl_s)
-        is_done = found.ttl_s is None or (known is not None and known.ttl_s is not None and wanted.ttl_s == known.ttl_s)
+        wanted = found if known is None else prolonged(found, known.lifetime)
+        is_sent = known is not None and known.ttl_s is not None and wanted.ttl_s == known.ttl_s
+        is_done = found.ttl_s is None or wanted.ttl_s == 0 or is_sent
         if not is_done:
             self._renew(wanted)
         return wanted

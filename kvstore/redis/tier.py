@@ -68,7 +68,7 @@ class RedisTier(FromBooks):
         Raises:
             TierError: the URL cannot be used.
         """
-        super().__init__()
+        super().__init__(wall_clock=wall_clock)
         self._block_nbytes = codec.layout.block_nbytes
         self._write_timeout_s = write_timeout_s
         commands = BlockCommands(key_prefix(codec.namespace), codec)

@@ -78,7 +78,8 @@ class ValueForm:
             *(_BEGIN, word, word, self.head_nbytes, header),
             *(bytes(stored[self.rest_nbytes :]), self.rest_nbytes),
         )
-        expiry = b"" if meta.ttl_s is None else pack(b"PEXPIRE", key, milliseconds(meta.ttl_s))
+        left_s = meta.lifetime.left_s(created)
+        expiry = b"" if left_s is None else pack(b"PEXPIRE", key, milliseconds(left_s))
         return [front, stored[: self.rest_nbytes], b"\r\n" + expiry + _COMMIT]
 
     def expect_written(self, wire: Wire, meta: BlockMeta) -> None:

@@ -33,7 +33,9 @@ from warmkv.requests import (
     ExplainOptions,
     GenerateOptions,
     InputOptions,
+    LifetimeOptions,
     PromptOptions,
+    WarmOptions,
     explain_request,
     generate_request,
     list_blocks_request,
@@ -57,11 +59,13 @@ __all__ = [
     "ExplainOptions",
     "GenerateOptions",
     "InputOptions",
+    "LifetimeOptions",
     "Piece",
     "PromptOptions",
     "Retry",
     "Stream",
     "Tls",
+    "WarmOptions",
     "WarmkvError",
 ]
 
@@ -158,14 +162,13 @@ class Client:
         *,
         workers: Sequence[str] = (),
         compute: bool = False,
-        ttl: int | None = None,
-        **prompt: Unpack[PromptOptions],
+        **options: Unpack[WarmOptions],
     ) -> admin_pb2.WarmResponse:
         """Bring a prompt's blocks up from slow tiers, and with `compute` compute those that nobody holds.
 
-        Without `workers`: on the one that the prompt would be sent to. `ttl`: seconds that they live after their use.
+        Without `workers`: on the one that the prompt would be sent to. How long they live: see `LifetimeOptions`.
         """
-        return self._ask(self._admin.Warm, warm_request(prompt, workers=workers, compute=compute, ttl=ttl))
+        return self._ask(self._admin.Warm, warm_request(options, workers=workers, compute=compute))
 
     def pin(
         self, *, seconds: int | None = None, workers: Sequence[str] = (), **prompt: Unpack[PromptOptions]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypedDict, cast
 
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
@@ -34,16 +36,29 @@ class InputOptions(TypedDict, total=False):
     model: str
 
 
-class CacheOptions(TypedDict, total=False):
+class LifetimeOptions(TypedDict, total=False):
+    """How long blocks are to live. A block lives as long as the longest that was asked for it.
+
+    Attributes:
+        ttl: seconds after their last use. fixed_ttl: seconds from now instead; hits do not renew them.
+        expires_at: instead of `ttl`: until when, used or not; seconds since the epoch, or an aware datetime.
+        keep_priority: 0 to 100, worth when room is short, for the eviction policy `priority`.
+    """
+
+    ttl: int
+    fixed_ttl: bool
+    expires_at: int | datetime
+    keep_priority: int
+
+
+class CacheOptions(LifetimeOptions, total=False):
     """What a request asks of the cache.
 
     Attributes:
-        ttl: seconds that its blocks live after their last use.
         no_store: do not keep the blocks that it computes. no_read: do not use cached blocks.
         affinity_key: requests with the same key tend to the same worker.
     """
 
-    ttl: int
     no_store: bool
     no_read: bool
     affinity_key: str
@@ -66,6 +81,10 @@ class PromptOptions(TypedDict, total=False):
     token_ids: Sequence[int]
     add_generation_prompt: bool
     tenant: str
+
+
+class WarmOptions(PromptOptions, LifetimeOptions, total=False):
+    """What `warm` takes besides where."""
 
 
 class GenerateOptions(InputOptions, CacheOptions, total=False):
@@ -160,6 +179,9 @@ def cache_directives(options: CacheOptions) -> common_pb2.CacheDirectives:
         no_store=options.get("no_store", False),
         no_read=options.get("no_read", False),
         affinity_key=options.get("affinity_key", ""),
+        expires_at=_epoch_seconds(options.get("expires_at")),
+        fixed_ttl=options.get("fixed_ttl", False),
+        keep_priority=options.get("keep_priority"),
     )
 
 
@@ -181,16 +203,19 @@ def list_blocks_request(
     )
 
 
-def warm_request(
-    options: PromptOptions, *, workers: Sequence[str], compute: bool, ttl: int | None
-) -> admin_pb2.WarmRequest:
+def warm_request(options: WarmOptions, *, workers: Sequence[str], compute: bool) -> admin_pb2.WarmRequest:
     """The request of `warm`. Raises as `list_blocks_request` does."""
+    _check_names(options, WarmOptions)
+    prompt = {name: value for name, value in options.items() if name not in LifetimeOptions.__optional_keys__}
     return admin_pb2.WarmRequest(
-        prompt=prompt_of(options),
+        prompt=prompt_of(cast("PromptOptions", prompt)),
         tenant=options.get("tenant", ""),
         workers=workers,
         compute=compute,
-        ttl_seconds=ttl,
+        ttl_seconds=options.get("ttl"),
+        expires_at=_epoch_seconds(options.get("expires_at")),
+        fixed_ttl=options.get("fixed_ttl", False),
+        keep_priority=options.get("keep_priority"),
     )
 
 
@@ -248,6 +273,19 @@ def _message(message: ChatMessage | Mapping[str, Any]) -> inference_pb2.ChatMess
     if isinstance(message, Mapping):
         message = ChatMessage(**message)
     return inference_pb2.ChatMessage(role=message.role, content=message.content, token_ids=message.token_ids)
+
+
+def _epoch_seconds(time: int | datetime | None) -> int | None:
+    """Rounded up.
+
+    Raises:
+        ValueError: a datetime without a time zone.
+    """
+    if not isinstance(time, datetime):
+        return time
+    if time.tzinfo is None:
+        raise ValueError("expires_at has no time zone; give datetime(..., tzinfo=UTC) or seconds since the epoch.")
+    return math.ceil(time.timestamp())
 
 
 def _check_names(options: Mapping[str, object], known: Any) -> None:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +43,13 @@ class Harness:
         ttl_s: a time to live to use. wait: lets that many seconds pass for the tier.
         thread_safe: what the tier says of itself. slot_nbytes: what a block takes of its capacity.
         keeps_books: whether it counts blocks and stores and tells events; else another worker does.
+        wall: seconds since the epoch, as the tier takes them.
     """
 
     tier: Tier
     ttl_s: float
     wait: Callable[[float], object]
+    wall: Callable[[], float]
     thread_safe: bool = True
     slot_nbytes: int = LAYOUT.block_nbytes
     keeps_books: bool = True
@@ -56,15 +58,15 @@ class Harness:
 @contextlib.contextmanager
 def device_tier(tmp_path: Path) -> Iterator[Harness]:
     clock = ManualClock()
-    tier = DeviceTier(LAYOUT, CAPACITY_BLOCKS * LAYOUT.block_nbytes, clock=clock, poison=True)
-    yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds), thread_safe=False)
+    tier = DeviceTier(LAYOUT, CAPACITY_BLOCKS * LAYOUT.block_nbytes, clock=clock, wall_clock=clock, poison=True)
+    yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds), clock, thread_safe=False)
 
 
 @contextlib.contextmanager
 def host_tier(tmp_path: Path) -> Iterator[Harness]:
     clock = ManualClock()
-    tier = HostTier(LAYOUT, CAPACITY_BLOCKS * LAYOUT.block_nbytes, clock=clock)
-    yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds))
+    tier = HostTier(LAYOUT, CAPACITY_BLOCKS * LAYOUT.block_nbytes, clock=clock, wall_clock=clock)
+    yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds), clock)
 
 
 @contextlib.contextmanager
@@ -72,8 +74,9 @@ def disk_tier(tmp_path: Path) -> Iterator[Harness]:
     clock = ManualClock()
     slot = slot_nbytes(LAYOUT.block_nbytes)
     capacity = PAGE_NBYTES + CAPACITY_BLOCKS * slot
-    tier = DiskTier(tmp_path / "blocks", capacity, codec=BlockCodec(LAYOUT, b"n" * 32), clock=clock)
-    yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds), slot_nbytes=slot)
+    codec = BlockCodec(LAYOUT, b"n" * 32)
+    tier = DiskTier(tmp_path / "blocks", capacity, codec=codec, clock=clock, wall_clock=clock)
+    yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds), clock, slot_nbytes=slot)
 
 
 @contextlib.contextmanager
@@ -104,9 +107,10 @@ def redis_tier(binary: str, folder: Path) -> Iterator[Harness]:
                 time.sleep(0.01)
             # Generous timeouts: this suite is about what a tier does, not about how fast this machine is now.
             codec = BlockCodec(LAYOUT, b"n" * 32)
-            tier = RedisTier(f"unix://{socket}", codec=codec, timeout_s=20.0, write_timeout_s=20.0)
+            wall = ManualClock(time.time())
+            tier = RedisTier(f"unix://{socket}", codec=codec, timeout_s=20.0, write_timeout_s=20.0, wall_clock=wall)
             with redis.Redis(unix_socket_path=str(socket)) as client:
-                yield Harness(tier, 100.0, lambda seconds: _shorten_ttls(client, seconds))
+                yield Harness(tier, 100.0, lambda seconds: _pass(wall, [client], seconds), wall)
         finally:
             server.terminate()
 
@@ -131,15 +135,16 @@ def redis_cluster_tier(tmp_path: Path) -> Iterator[Harness]:
         for client in clients:
             client.flushall()
         codec = BlockCodec(LAYOUT, b"n" * 32)
-        tier = RedisClusterTier(_cluster.url, codec=codec, timeout_s=20.0, write_timeout_s=20.0)
-        yield Harness(tier, 100.0, lambda seconds: [_shorten_ttls(client, seconds) for client in clients])
+        wall = ManualClock(time.time())
+        tier = RedisClusterTier(_cluster.url, codec=codec, timeout_s=20.0, write_timeout_s=20.0, wall_clock=wall)
+        yield Harness(tier, 100.0, lambda seconds: _pass(wall, clients, seconds), wall)
 
 
 @contextlib.contextmanager
 def peer_tier(tmp_path: Path) -> Iterator[Harness]:
     with worker(slots=CAPACITY_BLOCKS) as owner:
         tier = PeerAndItsOwner(owner.server.address, owner.host)
-        yield Harness(tier, 10.0, lambda seconds: _move(owner.clock, seconds), keeps_books=False)
+        yield Harness(tier, 10.0, lambda seconds: _move(owner.clock, seconds), owner.clock, keeps_books=False)
 
 
 _FOR_THE_SESSION = contextlib.ExitStack()
@@ -181,6 +186,12 @@ def books(harness: Harness) -> None:
 @pytest.fixture
 def tier(harness: Harness) -> Tier:
     return harness.tier
+
+
+def _pass(wall: ManualClock, clients: Sequence[redis.Redis], seconds: float) -> None:
+    _move(wall, seconds)
+    for client in clients:
+        _shorten_ttls(client, seconds)
 
 
 def _shorten_ttls(client: redis.Redis, seconds: float) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from kvstore.blocks import short
 from kvstore.events import BlockRemoved, BlockStored, RemovalCause
+from kvstore.lifetime import Lifetime
 from tests.contract.conftest import Harness
 from tests.kvstore.blocks_for_tests import OTHER_ROOT, buffers, chain, names, payloads
 
@@ -47,7 +48,7 @@ def test_prolonging_gives_the_longer_of_two_ttls(
 ) -> None:
     metas = chain(2, ttl_s=first * harness.ttl_s)
     local.write(metas, payloads(metas))
-    local.prolong(names(metas), None if then is None else then * harness.ttl_s)
+    local.prolong(names(metas), Lifetime(None if then is None else then * harness.ttl_s))
     harness.wait(harness.ttl_s * 2)
     assert (local.match(names(metas)) == 2) is lives
 

@@ -39,6 +39,21 @@ def test_warming_computes_a_prompt_and_the_next_request_finds_it(fleet: Fleet) -
     assert again["workers"][0]["fates"]["device"] == int(found[2]) * 16
 
 
+def test_lifetimes_are_taken_as_people_write_them(fleet: Fleet) -> None:
+    warm(fleet, "--worker", "w0", "--expires-at", "2099-01-01T00:00Z", "--keep-priority", "70")
+    (row, *_) = fleet.run("cache", "ls").stdout.splitlines()[1:]
+    assert re.search(r" fixed .* 70 ", row), row
+    warm(fleet, "--worker", "w0", "--ttl", "24h", "--fixed-ttl", text="Another prompt, of some length. " * 4)
+    ttls = {(each["ttl_seconds"], each["priority"]) for each in fleet.json("cache", "ls")["blocks"]}
+    assert ttls == {(0.0, 70), (0.0, 0)}
+    done = fleet.run("generate", "A third prompt, again of some length. " * 4, "--max-tokens", "1", "--ttl", "30m")
+    assert done.returncode == 0, done.stderr
+    assert 1800.0 in {each["ttl_seconds"] for each in fleet.json("cache", "ls")["blocks"]}
+    past = fleet.run("generate", "x", "--expires-at", "2001-01-01")
+    assert past.returncode != 0
+    assert "in the past" in past.stderr
+
+
 def test_without_compute_nothing_that_nobody_holds_is_made(fleet: Fleet) -> None:
     done = fleet.run("cache", "warm", SYSTEM)
     assert re.search(r"^w\d: nothing to look for: it is in RAM already,", done.stdout, re.M), done.stdout

@@ -39,11 +39,18 @@ def buffers(count: int, layout: KVLayout = LAYOUT) -> list[memoryview]:
     return [memoryview(bytearray(layout.block_nbytes)) for _ in range(count)]
 
 
-def chain(length: int, *, root: BlockHash = ROOT, ttl_s: float | None = None, first_token: int = 0) -> list[BlockMeta]:
+def chain(
+    length: int,
+    *,
+    root: BlockHash = ROOT,
+    ttl_s: float | None = None,
+    until: float | None = None,
+    first_token: int = 0,
+) -> list[BlockMeta]:
     """A chain of so many blocks; chains of another first token share none."""
     tokens = [first_token, *range(1, LAYOUT.block_size * length)]
     names = block_hashes(tokens, root, LAYOUT.block_size)
-    return chain_metas(names, before=root, root=root, ttl_s=ttl_s)
+    return chain_metas(names, before=root, root=root, ttl_s=ttl_s, until=until)
 
 
 def names(metas: Sequence[BlockMeta]) -> list[BlockHash]:

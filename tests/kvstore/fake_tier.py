@@ -116,7 +116,7 @@ class FakeSharedTier:
             held = [meta for meta in metas if self._live(meta.hash)]
             for meta in held:
                 stored = self._stored[meta.hash]
-                stored.meta = prolonged(stored.meta, meta.ttl_s)
+                stored.meta = prolonged(stored.meta, meta.lifetime)
         self.touch([meta.hash for meta in held])
         return [meta.hash for meta in metas if meta not in held]
 
@@ -163,7 +163,8 @@ class FakeSharedTier:
         stored = self._stored.get(name)
         if stored is None:
             return False
-        return stored.meta.ttl_s is None or stored.used + stored.meta.ttl_s > self._clock()
+        ttl_s, until, now = stored.meta.ttl_s, stored.meta.until, self._clock()  # which is the wall clock here, too
+        return ttl_s is None or stored.used + ttl_s > now or (until is not None and until > now)
 
     def _leading(self, hashes: Sequence[BlockHash]) -> int:
         return next((i for i, name in enumerate(hashes) if not self._live(name)), len(hashes))

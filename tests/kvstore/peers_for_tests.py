@@ -47,7 +47,7 @@ class Worker:
 
     def __init__(self, layout: KVLayout = LAYOUT, slots: int = CAPACITY_BLOCKS, **settings: Any) -> None:
         self.clock = ManualClock()
-        self.host = HostTier(layout, slots * layout.block_nbytes, clock=self.clock)
+        self.host = HostTier(layout, slots * layout.block_nbytes, clock=self.clock, wall_clock=self.clock)
         patience = {"greeting_s": PATIENT_S, "idle_s": PATIENT_S, "queue_s": PATIENT_S, "send_s": PATIENT_S}
         self.server = PeerServer(self.host, **{"codec": CODEC, "secret": FLEET, **patience, **settings})
 

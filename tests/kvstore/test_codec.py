@@ -21,7 +21,7 @@ from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, chain, payload
 
 NAMESPACE = b"n" * 32
-META = BlockMeta(BlockHash(b"h" * 32), BlockHash(b"p" * 32), BlockHash(b"r" * 32), 60.0, 7)
+META = BlockMeta(BlockHash(b"h" * 32), BlockHash(b"p" * 32), BlockHash(b"r" * 32), 60.0, 7, 1_800_000_000.0, 3)
 OTHER = BlockMeta(BlockHash(b"x" * 32), META.hash, META.root, 60.0, 7)
 PAYLOAD = bytes(range(LAYOUT.block_nbytes))
 VALUE_NBYTES = HEADER_NBYTES + len(PAYLOAD)
@@ -81,18 +81,19 @@ def forged(value: bytes, at: int, new: bytes) -> bytes:
 
 def test_the_format_is_the_one_that_this_version_wrote_first() -> None:
     record = (
-        b"\xdc\x00\x10\x02"
+        b"\xdc\x00\x12\x03"
         + b"".join(b"\xc4\x20" + letter * 32 for letter in (b"n", b"h", b"p", b"r"))
         + b"\xb8L2 KVH1 K4 V2 float32 B2"
         + b"\xa7float32\x02\xa3raw\x60"
         + b"\xcb\x41\xd9\x54\xfc\x40\x20\x00\x00"
         + b"\xcb\x40\x4e\x00\x00\x00\x00\x00\x00"
-        + b"\x07\xa7xxh3-64\xa0\xc4\x00"
+        + b"\xcb\x41\xda\xd2\x74\x80\x00\x00\x00"
+        + b"\x07\x03\xa7xxh3-64\xa0\xc4\x00"
     )
     head = b"WKVB" + len(record).to_bytes(2, "little") + record
     value = CASES["plain"].value
     assert value[:504] == head.ljust(504, b"\0")
-    assert value[504:512].hex() == "ce2ff6f43b6303dd"
+    assert value[504:512].hex() == "ea8bf5b656c5f172"
     assert value[512:] == PAYLOAD
 
 
@@ -101,10 +102,10 @@ def test_a_protected_header_differs_in_codec_key_id_nonce_tag_and_checksum(codec
     value = value_of(codec)
     fields = msgpack.unpackb(value[6 : 6 + int.from_bytes(value[4:6], "little")])
     assert msgpack.packb(fields[8]) == name
-    assert fields[14] == "new"
-    assert len(fields[15]) == 12
+    assert fields[16] == "new"
+    assert len(fields[17]) == 12
     plain = msgpack.unpackb(CASES["plain"].value[6:300].rstrip(b"\0") + b"\0")
-    assert fields[:8] + fields[9:14] == plain[:8] + plain[9:14]
+    assert fields[:8] + fields[9:16] == plain[:8] + plain[9:16]
     assert value[488:504] != bytes(16)
     assert value[504:512] == checksum(value)
 
@@ -115,7 +116,7 @@ def test_a_header_says_what_was_put_in(case: Case) -> None:
     header = case.codec.decode(case.value[:HEADER_NBYTES], memoryview(body), expect=META.hash, parent=META.parent)
     assert header == case.codec.parse(case.value[:HEADER_NBYTES])
     assert header.meta == META
-    assert (header.version, header.created, header.num_tokens) == (2, 1_700_000_000.5, LAYOUT.block_size)
+    assert (header.version, header.created, header.num_tokens) == (3, 1_700_000_000.5, LAYOUT.block_size)
     assert (header.layout, header.dtype, header.payload_nbytes) == (LAYOUT.describe(), "float32", len(PAYLOAD))
     assert header.namespace == NAMESPACE
     assert body == PAYLOAD
@@ -206,7 +207,7 @@ _ANYTHING = st.recursive(
 )
 
 
-@given(st.integers(0, 15), _ANYTHING)
+@given(st.integers(0, 17), _ANYTHING)
 def test_a_field_of_any_other_content_is_refused_or_is_not_looked_at(number: int, content: object) -> None:
     value = CASES["plain"].value
     fields = msgpack.unpackb(value[6 : 6 + int.from_bytes(value[4:6], "little")])
@@ -215,19 +216,17 @@ def test_a_field_of_any_other_content_is_refused_or_is_not_looked_at(number: int
     if content == was or len(record) > 488 - 6:
         return
     front = (b"WKVB" + len(record).to_bytes(2, "little") + record).ljust(488, b"\0")
-    if number in (
-        3,
-        4,
-        10,
-        11,
-        12,
-        14,
-        15,
-    ):  # parent, root, created, ttl_s, priority; key id and nonce say nothing here
+    # Parent, root, created, lifetime, priority and turn; key id and nonce say nothing here.
+    if number in (3, 4, 10, 11, 12, 13, 14, 16, 17):
         with suppress(CodecError):
             assert read(PLAIN, forged(value, 0, front)) == PAYLOAD
     else:
         assert reason(PLAIN, forged(value, 0, front)) in WRONG
+
+
+@pytest.mark.parametrize("change", [{"until": float("nan")}, {"ttl_s": float("nan")}, {"turn": -1}, {"priority": -1}])
+def test_a_lifetime_or_hint_that_is_none_is_corrupt(change: dict[str, float]) -> None:
+    assert reason(PLAIN, value_of(PLAIN, replace(META, **change))) is MissReason.CORRUPT
 
 
 @cases
@@ -267,9 +266,9 @@ def test_a_block_of_another_namespace_is_foreign(case: Case) -> None:
 
 @cases
 def test_a_block_of_another_format_version_is_foreign(case: Case) -> None:
-    assert case.value[9] == 2
-    assert reason(case.codec, forged(case.value, 9, b"\x01")) is MissReason.FOREIGN
-    assert reason(case.codec, forged(case.value, 9, b"\x03")) is MissReason.FOREIGN
+    assert case.value[9] == 3
+    assert reason(case.codec, forged(case.value, 9, b"\x02")) is MissReason.FOREIGN
+    assert reason(case.codec, forged(case.value, 9, b"\x04")) is MissReason.FOREIGN
 
 
 @cases

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from kvstore.disk.tier import DiskTier
 from kvstore.errors import LayoutError, TierError
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause
 from kvstore.layout import KVLayout
+from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import (
     LAYOUT,
@@ -362,9 +364,78 @@ def test_leases_hold_over_a_restart_by_the_wall_clock(place: Place) -> None:
 def test_a_prolonged_ttl_is_kept_over_a_restart(place: Place) -> None:
     metas = chain(1, ttl_s=10.0)
     place.tier.write(metas, payloads(metas))
-    place.tier.prolong(names(metas), 50.0)
+    place.tier.prolong(names(metas), Lifetime(50.0))
     tier = place.restart(down_s=40.0)
     assert tier.find(metas[0].hash) == chain(1, ttl_s=50.0)[0]
+
+
+def test_a_fixed_end_holds_over_a_restart_and_no_use_moves_it(place: Place) -> None:
+    metas = chain(2, ttl_s=0.0, until=place.wall.now + 50.0)
+    place.tier.write(metas, payloads(metas))
+    tier = place.restart(down_s=40.0)
+    assert read_back(tier, names(metas)) == 2
+    assert tier.ttl_left_s(names(metas)) == {name: pytest.approx(10.0) for name in names(metas)}
+    place.wait(9.0)
+    assert tier.match(names(metas)) == 2
+    place.wait(1.1)
+    assert tier.match(names(metas)) == 0
+    assert place.restart().match(names(metas)) == 0
+
+
+@pytest.mark.parametrize("log_is_lost", [False, True])
+def test_lifetime_priority_and_turn_are_found_again_with_and_without_the_log(place: Place, log_is_lost: bool) -> None:
+    ends = place.wall.now + 50.0
+    metas = [replace(meta, priority=60, turn=3) for meta in chain(2, ttl_s=5.0, until=ends)]
+    place.tier.write(metas, payloads(metas))
+    if log_is_lost:
+        place.abandon()
+        log_file(place.folder).unlink()
+        tier = place._come_back(30.0)
+    else:
+        tier = place.crash(down_s=30.0)
+    assert [tier.find(name) for name in names(metas)] == metas
+    assert tier.match(names(metas)) == 2
+    place.wait(21.0)
+    assert tier.match(names(metas)) == 0
+
+
+def test_a_fixed_end_that_grew_is_kept_over_a_restart(place: Place) -> None:
+    metas = chain(1, ttl_s=10.0)
+    place.tier.write(metas, payloads(metas))
+    ends = place.wall.now + 90.0
+    place.tier.prolong(names(metas), Lifetime(0.0, ends))
+    place.tier.prolong(names(metas), Lifetime(0.0, ends - 50.0))
+    place.tier.sweep()  # writes it down
+    tier = place.crash(down_s=80.0)
+    assert tier.find(metas[0].hash) == chain(1, ttl_s=10.0, until=ends)[0]
+    place.wait(11.0)
+    assert tier.match(names(metas)) == 0
+
+
+def test_a_wall_clock_that_was_set_back_while_down_does_not_move_a_fixed_end(place: Place) -> None:
+    ends = place.wall.now + 50.0
+    metas = chain(1, ttl_s=0.0, until=ends)
+    place.tier.write(metas, payloads(metas))
+    tier = place.restart(down_s=-30.0)
+    assert tier.match(names(metas)) == 1
+    place.wait(81.0)
+    assert tier.match(names(metas)) == 0
+
+
+def test_restored_blocks_know_their_ends_before_eviction_does(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    metas = chain(2, ttl_s=0.0, until=place.wall.now + 50.0)
+    place.tier.write(metas, payloads(metas))
+    place.tier.close()
+    monkeypatch.setattr(space_module, "LOADED_BY_STARTER", 0)
+    monkeypatch.setattr(index_module.DiskIndex, "load_gently", lambda index: None)
+    tier = place._come_back(30.0)
+    assert tier._space.books.is_loading
+    assert tier.ttl_left_s(names(metas)) == {name: pytest.approx(20.0) for name in names(metas)}
+    assert tier.match(names(metas)) == 2
+    place.wait(21.0)
+    assert tier.match(names(metas)) == 0
+    monkeypatch.undo()
+    tier.check()
 
 
 def test_what_was_removed_stays_removed_after_a_crash_with_and_without_the_log(place: Place) -> None:

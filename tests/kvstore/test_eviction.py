@@ -12,24 +12,29 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kvstore.errors import InvariantError
 from kvstore.eviction.order import Ranking
 from kvstore.eviction.policies import LRU, POLICIES, Eviction, Hint, make_eviction
+from kvstore.lifetime import Lifetime
 from tests.kvstore.blocks_for_tests import ManualClock
 
 KEYS = st.integers(0, 5)
 PARENT = {0: None, 1: 0, 2: 1, 3: 1, 4: None, 5: 4}  # two trees: 0-1-{2,3} and 4-5
-TTLS = st.sampled_from([None, 1.0, 2.5])
+TTLS = st.sampled_from([None, 0.0, 1.0, 2.5])
+BY_WALL = float(1 << 20)  # when the clock says zero; with halves of seconds all sums are exact
+ENDS = st.sampled_from([None, None, -1.0, 1.5, 4.0, 9.0])  # of lifetimes, from then on
 
 
 @dataclass(slots=True)
 class _Naive:
     ttl_s: float | None
     used: float
+    until: float = float("-inf")  # on the wall clock
+    fixed: float = float("-inf")  # the same on the clock, as it was at the last use
     pins: int = 0
     leased_until: float = float("-inf")
 
     def dies(self, now: float) -> float:
         if self.pins or self.ttl_s is None:
             return float("inf")
-        return max(self.used + self.ttl_s, self.leased_until if self.leased_until > now else 0.0)
+        return max(self.used + self.ttl_s, self.fixed, self.leased_until if self.leased_until > now else 0.0)
 
 
 class EvictionMachine(RuleBasedStateMachine):
@@ -40,12 +45,14 @@ class EvictionMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = ManualClock(0.0)
-        self.eviction: Eviction[int] = make_eviction(self.policy, self.clock, 4)
+        self.wall = ManualClock(BY_WALL)
+        self.eviction: Eviction[int] = make_eviction(self.policy, self.clock, 4, wall_clock=self.wall)
         self.model: dict[int, _Naive] = {}  # in order of use
 
     def renew(self, key: int) -> None:
         entry = self.model.pop(key)
         entry.used = self.clock.now
+        entry.fixed = self.clock.now + (entry.until - self.wall.now)
         self.model[key] = entry
 
     def leased(self, key: int) -> bool:
@@ -64,22 +71,27 @@ class EvictionMachine(RuleBasedStateMachine):
     def due(self) -> set[int]:
         return {key for key, entry in self.model.items() if entry.dies(self.clock.now) <= self.clock.now}
 
-    @rule(key=KEYS, ttl_s=TTLS, priority=st.sampled_from([0, 50, 100]), turn=st.sampled_from([None, 1, 2]))
-    def add(self, key: int, ttl_s: float | None, priority: int, turn: int | None) -> None:
+    @rule(key=KEYS, ttl_s=TTLS, end=ENDS, priority=st.sampled_from([0, 50, 100]), turn=st.sampled_from([None, 1, 2]))
+    def add(self, key: int, ttl_s: float | None, end: float | None, priority: int, turn: int | None) -> None:
+        until = None if end is None else BY_WALL + end
         hint = Hint(name=key, parent=PARENT[key], root=key >= 4, priority=priority, turn=turn)
         if key in self.model:
             with pytest.raises(InvariantError):
-                self.eviction.add(key, ttl_s, hint=hint)
+                self.eviction.add(key, ttl_s, until=until, hint=hint)
             return
-        self.eviction.add(key, ttl_s, hint=hint)
-        self.model[key] = _Naive(ttl_s, self.clock.now)
+        self.eviction.add(key, ttl_s, until=until, hint=hint)
+        self.model[key] = _Naive(ttl_s, self.clock.now, float("-inf") if until is None else until)
+        self.renew(key)
 
-    @rule(key=KEYS, ttl_s=TTLS)
-    def prolong(self, key: int, ttl_s: float | None) -> None:
+    @rule(key=KEYS, ttl_s=TTLS, end=ENDS, is_default=st.booleans())
+    def prolong(self, key: int, ttl_s: float | None, end: float | None, is_default: bool) -> None:
         if key in self.model:
-            self.eviction.prolong(key, ttl_s)
-            own = self.model[key].ttl_s
-            self.model[key].ttl_s = None if own is None or ttl_s is None else max(own, ttl_s)
+            until = None if end is None else BY_WALL + end
+            self.eviction.prolong(key, Lifetime(ttl_s, until, is_default))
+            entry = self.model[key]
+            if not (is_default and entry.ttl_s is not None and entry.until > float("-inf")):
+                entry.ttl_s = None if entry.ttl_s is None or ttl_s is None else max(entry.ttl_s, ttl_s)
+                entry.until = max(entry.until, float("-inf") if until is None else until)
             if self.model[key].pins == 0:
                 self.renew(key)
 
@@ -144,6 +156,11 @@ class EvictionMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 1.0, 3.0]))
     def pass_time(self, seconds: float) -> None:
         self.clock.now += seconds
+        self.wall.now += seconds
+
+    @rule(seconds=st.sampled_from([-2.0, 4.0]))
+    def set_the_wall_clock(self, seconds: float) -> None:
+        self.wall.now += seconds
 
     @rule()
     def expire(self) -> None:

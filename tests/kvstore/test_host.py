@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kvstore.blocks import BlockHash, short
 from kvstore.errors import TierError
 from kvstore.events import BlockStored, RemovalCause
-from kvstore.eviction.policies import POLICIES
+from kvstore.eviction.policies import POLICIES, Hint, hint_of
 from kvstore.host import tier as host_module
 from kvstore.host.tier import BlockView, HostTier
 from kvstore.tier import BlockMeta
@@ -331,6 +332,16 @@ def test_whatever_the_policy_room_is_made_and_a_chain_loses_its_tail_first(evict
             assert tier.match(held) == sum(tier.holds(name) for name in held)
         tier.check()
     assert tier.stats().blocks == SLOTS
+
+
+def test_priority_and_turn_of_blocks_reach_the_policy() -> None:
+    tier = HostTier(LAYOUT, 3 * LAYOUT.block_nbytes, clock=ManualClock(), eviction="priority")
+    metas = [replace(chain(1, first_token=n)[0], priority=p) for n, p in enumerate([70, 10, 40])]
+    tier.write(metas, payloads(metas))
+    newcomers = [replace(chain(1, first_token=9 + n)[0], priority=99) for n in range(2)]
+    tier.write(newcomers, payloads(newcomers))
+    assert [tier.holds(meta.hash) for meta in metas] == [True, False, False]
+    assert hint_of(replace(metas[0], turn=3)) == Hint(metas[0].hash, None, metas[0].root, 70, turn=3)
 
 
 def test_an_unknown_policy_is_refused() -> None:

@@ -184,7 +184,7 @@ def test_a_use_of_a_chain_is_one_call_for_each_run_of_equal_ttl(
     metas = [*chain(9, ttl_s=10.0)[:3], *chain(9, ttl_s=99.0)[3:7], *chain(9, ttl_s=10.0)[7:]]
     rig.store.release(rig.compute(metas))
     calls: list[tuple[list[BlockHash], float | None]] = []
-    monkeypatch.setattr(rig.host, "prolong", lambda hashes, ttl_s: calls.append((list(hashes), ttl_s)))
+    monkeypatch.setattr(rig.host, "prolong", lambda hashes, lifetime: calls.append((list(hashes), lifetime.ttl_s)))
     monkeypatch.setattr(rig.host, "touch", lambda hashes: calls.append((list(hashes), -1.0)))
     rig.store._used(names(metas))
     assert calls == [(names(metas[7:]), 10.0), (names(metas[3:7]), 99.0), (names(metas[:3]), 10.0)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from kvstore.redis.tier import RedisTier
 from kvstore.redis.values import ValueForm
 from kvstore.tier import chain_metas
 from tests.kvstore import blocks_for_tests, redis_for_tests
-from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT, chain, names
+from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT, ManualClock, chain, names
 from tests.kvstore.redis_for_tests import NAMESPACE, PREFIX, SERVERS, binary, client_of, fields_of, key
 from tests.kvstore.redis_for_tests import WIDE as LAYOUT
 
@@ -103,6 +104,61 @@ def test_a_use_only_ever_lengthens_a_ttl(tier: RedisTier, server: PrivateRedis, 
     assert ttl_s(client, metas[1].hash) > 9 * DAY_S
     assert client.pttl(key(metas[2].hash)) == -1
     assert tier.stats().problem == ""
+
+
+@pytest.mark.parametrize("use", ["read", "touch", "write", "refresh"])
+def test_no_use_moves_a_fixed_end_on_the_server(
+    tier: RedisTier, server: PrivateRedis, client: redis.Redis, use: str
+) -> None:
+    newcomer = fresh(server)
+    ends = time.time() + DAY_S
+    metas = chain(2, ttl_s=0.0, until=ends)
+    tier.write(metas, payloads(metas))
+    for each in (tier, newcomer):  # one that has written them, one that learns of them from their headers
+        match use:
+            case "read":
+                assert each.read(names(metas), buffers(2)).count == 2
+            case "touch":
+                each.touch(names(metas))
+            case "write":
+                assert each.write(metas, payloads(metas)) == 2
+            case "refresh":
+                assert each.refresh(metas) == []
+        for name in names(metas):
+            assert client.pttl(key(name)) / 1000 + time.time() == pytest.approx(ends, abs=30.0)
+    assert newcomer.stats().problem == ""
+    newcomer.close()
+
+
+def test_a_longer_lifetime_moves_the_end_on_the_server_and_a_shorter_one_does_not(
+    tier: RedisTier, client: redis.Redis
+) -> None:
+    now = time.time()
+    (meta,) = metas = chain(1, ttl_s=100.0, until=now + DAY_S)
+    tier.write(metas, payloads(metas))
+    assert 0.9 * DAY_S < ttl_s(client, meta.hash) <= DAY_S
+    assert tier.refresh(chain(1, ttl_s=0.0, until=now + 3 * DAY_S)) == []
+    assert 2.9 * DAY_S < ttl_s(client, meta.hash) <= 3 * DAY_S
+    assert tier.refresh(chain(1, ttl_s=DAY_S, until=now + 2 * DAY_S)) == []
+    assert 2.9 * DAY_S < ttl_s(client, meta.hash) <= 3 * DAY_S
+    assert tier.refresh(chain(1, ttl_s=5 * DAY_S)) == []
+    assert 4.9 * DAY_S < ttl_s(client, meta.hash) <= 5 * DAY_S
+
+
+def test_events_tell_how_long_a_fixed_lifetime_has_left(server: PrivateRedis, client: redis.Redis) -> None:
+    wall = ManualClock(time.time())
+    tier = make_tier(server.url, wall_clock=wall)
+    metas = chain(2, ttl_s=0.0, until=wall.now + 500.0)
+    tier.write(metas, payloads(metas))
+    (stored,) = tier.drain_events()
+    assert isinstance(stored, BlockStored)
+    assert stored.ttl_s == pytest.approx(500.0)
+    wall.now += 200.0
+    tier.refresh(chain(2, ttl_s=0.0, until=wall.now + 400.0))
+    (stored,) = tier.drain_events()
+    assert isinstance(stored, BlockStored)
+    assert stored.ttl_s == pytest.approx(400.0)
+    tier.close()
 
 
 def test_both_ways_to_lengthen_are_tested(server: PrivateRedis, tier: RedisTier, client: redis.Redis) -> None:

@@ -210,7 +210,7 @@ def slow_by(delay_s: float) -> Change:
 
 def read(tier: RedisTier, metas: Sequence[BlockMeta], deadline_s: float | None = None) -> int:
     into = buffers(len(metas))
-    count = tier.read(names(metas), into, deadline_s=deadline_s)
+    count = tier.read(names(metas), into, deadline_s=deadline_s).count
     assert [bytes(b) for b in into[:count]] == [bytes(payload(name)) for name in names(metas)[:count]]
     return count
 

@@ -216,7 +216,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[PrivateRedis]:
 
 def read(tier: RedisTier, metas: Sequence[BlockMeta]) -> int:
     into = buffers(len(metas))
-    count = tier.read(names(metas), into)
+    count = tier.read(names(metas), into).count
     assert [bytes(b) for b in into[:count]] == [bytes(payload(name)) for name in names(metas)[:count]]
     return count
 

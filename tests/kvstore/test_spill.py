@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.blocks import BlockHash
 from kvstore.host.tier import BlockView, HostTier
+from kvstore.lifetime import Lifetime
 from kvstore.refresh import REFRESH_WITHOUT_TTL_S, RefreshSchedule
 from kvstore.spill import QueuedWrite, Refreshed, WriteBehind
 from kvstore.tier import BlockMeta
@@ -213,11 +214,11 @@ def test_an_unhealthy_tier_is_not_said_to_have_lost_anything(writer: WriteBehind
 
 def test_a_first_use_is_due_at_once_and_the_next_after_a_quarter_of_the_ttl(clock: ManualClock) -> None:
     schedule = RefreshSchedule(10, clock=clock)
-    schedule.used(NAME, 40.0)
+    schedule.used(NAME, Lifetime(40.0))
     assert schedule.pop_due() == [NAME]
-    schedule.used(NAME, 40.0)
+    schedule.used(NAME, Lifetime(40.0))
     clock.now += 9.0
-    schedule.used(NAME, 40.0)
+    schedule.used(NAME, Lifetime(40.0))
     assert schedule.pop_due() == []
     clock.now += 1.0
     assert schedule.pop_due() == [NAME]
@@ -227,34 +228,46 @@ def test_a_first_use_is_due_at_once_and_the_next_after_a_quarter_of_the_ttl(cloc
 
 def test_a_use_that_came_too_early_is_made_up_for(clock: ManualClock) -> None:
     schedule = RefreshSchedule(10, clock=clock)
-    schedule.renewed(NAME, 40.0)
+    schedule.renewed(NAME, Lifetime(40.0))
     clock.now += 1.0
-    schedule.used(NAME, 40.0)
+    schedule.used(NAME, Lifetime(40.0))
     clock.now += 500.0
     assert schedule.pop_due() == [NAME]
 
 
 def test_a_write_makes_a_refresh_needless(clock: ManualClock) -> None:
     schedule = RefreshSchedule(10, clock=clock)
-    schedule.used(NAME, 40.0)
-    schedule.renewed(NAME, 40.0)
+    schedule.used(NAME, Lifetime(40.0))
+    schedule.renewed(NAME, Lifetime(40.0))
     assert schedule.pop_due() == []
 
 
 def test_blocks_without_ttl_are_refreshed_for_recency(clock: ManualClock) -> None:
     schedule = RefreshSchedule(10, clock=clock)
-    schedule.renewed(NAME, None)
-    schedule.used(NAME, None)
+    schedule.renewed(NAME, Lifetime(None))
+    schedule.used(NAME, Lifetime(None))
     clock.now += REFRESH_WITHOUT_TTL_S - 1
     assert schedule.pop_due() == []
     clock.now += 1
     assert schedule.pop_due() == [NAME]
 
 
+def test_what_ends_at_a_fixed_time_is_refreshed_for_recency_and_when_it_grows(clock: ManualClock) -> None:
+    schedule, fixed = RefreshSchedule(10, clock=clock), Lifetime(0.0, 5000.0)
+    schedule.renewed(NAME, fixed)
+    schedule.used(NAME, fixed)
+    clock.now += REFRESH_WITHOUT_TTL_S - 1
+    assert schedule.pop_due() == []
+    schedule.used(NAME, Lifetime(0.0, 4000.0))
+    assert schedule.pop_due() == []
+    schedule.used(NAME, Lifetime(0.0, 6000.0))
+    assert schedule.pop_due() == [NAME]
+
+
 def test_the_schedule_is_bounded(clock: ManualClock) -> None:
     schedule = RefreshSchedule(3, clock=clock)
     for name in names(chain(8)):
-        schedule.used(name, 40.0)
+        schedule.used(name, Lifetime(40.0))
     assert schedule.pop_due() == names(chain(8))[5:]
 
 
@@ -262,11 +275,11 @@ def test_the_schedule_keeps_no_more_than_it_remembers(clock: ManualClock) -> Non
     schedule = RefreshSchedule(10, clock=clock)
     for number in range(5000):
         name = BlockHash(number.to_bytes(32, "big"))
-        schedule.renewed(name, 86400.0)
-        schedule.used(name, 86400.0)
-        schedule.renewed(NAME, 86400.0)
-        schedule.used(NAME, 86400.0)
-        schedule.doubted(NAME, 86400.0)
+        schedule.renewed(name, Lifetime(86400.0))
+        schedule.used(name, Lifetime(86400.0))
+        schedule.renewed(NAME, Lifetime(86400.0))
+        schedule.used(NAME, Lifetime(86400.0))
+        schedule.doubted(NAME, Lifetime(86400.0))
         assert schedule.pop_due() == [NAME]
     assert len(schedule._due._heap) < 200
     assert len(schedule._uses) == 10
@@ -275,24 +288,24 @@ def test_the_schedule_keeps_no_more_than_it_remembers(clock: ManualClock) -> Non
 def test_a_name_whose_time_moves_to_and_fro_leaves_nothing_behind(clock: ManualClock) -> None:
     schedule = RefreshSchedule(10, clock=clock)
     sooner = BlockHash(b"s" * 32)  # what lies behind it in the heap does not surface
-    schedule.renewed(sooner, 40.0)
-    schedule.used(sooner, 40.0)
-    schedule.renewed(NAME, 86400.0)
+    schedule.renewed(sooner, Lifetime(40.0))
+    schedule.used(sooner, Lifetime(40.0))
+    schedule.renewed(NAME, Lifetime(86400.0))
     for _ in range(2000):
-        schedule.used(NAME, 86400.0)
-        schedule.doubted(NAME, 86400.0)
+        schedule.used(NAME, Lifetime(86400.0))
+        schedule.doubted(NAME, Lifetime(86400.0))
         assert schedule.pop_due() == [NAME]
     assert len(schedule._due._heap) < 200
 
 
 def test_a_block_that_had_to_be_computed_is_asked_for_at_once(clock: ManualClock) -> None:
     schedule = RefreshSchedule(10, clock=clock)
-    schedule.renewed(NAME, 40.0)
-    schedule.used(NAME, 40.0)
+    schedule.renewed(NAME, Lifetime(40.0))
+    schedule.used(NAME, Lifetime(40.0))
     assert schedule.pop_due() == []
-    schedule.doubted(NAME, 40.0)
+    schedule.doubted(NAME, Lifetime(40.0))
     assert schedule.pop_due() == [NAME]
-    schedule.used(NAME, 40.0)
+    schedule.used(NAME, Lifetime(40.0))
     assert schedule.pop_due() == []
     clock.now += 10.0
     assert schedule.pop_due() == [NAME]
@@ -300,19 +313,19 @@ def test_a_block_that_had_to_be_computed_is_asked_for_at_once(clock: ManualClock
 
 def test_a_longer_ttl_is_told_at_once_and_a_shorter_one_changes_nothing(clock: ManualClock) -> None:
     schedule = RefreshSchedule(10, clock=clock)
-    schedule.renewed(NAME, 40.0)
-    schedule.used(NAME, 20.0)
+    schedule.renewed(NAME, Lifetime(40.0))
+    schedule.used(NAME, Lifetime(20.0))
     assert schedule.pop_due() == []
-    schedule.used(NAME, 400.0)
+    schedule.used(NAME, Lifetime(400.0))
     assert schedule.pop_due() == [NAME]
-    schedule.used(NAME, 40.0)
+    schedule.used(NAME, Lifetime(40.0))
     assert schedule.pop_due() == []
 
 
 def test_a_refresh_without_an_answer_is_due_again_long_before_a_quarter_of_the_ttl(clock: ManualClock) -> None:
     schedule = RefreshSchedule(10, clock=clock)
-    schedule.used(NAME, 4000.0)
+    schedule.used(NAME, Lifetime(4000.0))
     assert schedule.pop_due() == [NAME]
-    schedule.unanswered(NAME, 4000.0)
+    schedule.unanswered(NAME, Lifetime(4000.0))
     clock.now += 5.0
     assert schedule.pop_due() == [NAME]

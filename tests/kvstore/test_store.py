@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from kvstore.device import DeviceTier
 from kvstore.errors import TierError
 from kvstore.events import BlockRemoved, BlockStored, TierName
 from kvstore.host.tier import HostTier
+from kvstore.lifetime import Lifetime
 from kvstore.patience import DEFAULT_SLACK_S, FIRST_TRY_S
 from kvstore.store import Acquisition, ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
@@ -40,14 +41,15 @@ class Rig:
     def __post_init__(self) -> None:
         nbytes = LAYOUT.block_nbytes
         self.shared = FakeSharedTier(self.clock)
-        self.device = DeviceTier(LAYOUT, self.device_blocks * nbytes, clock=self.clock, poison=True)
-        self.host = HostTier(LAYOUT, self.host_slots * nbytes, clock=self.clock) if self.host_slots else None
+        clocks = {"clock": self.clock, "wall_clock": self.clock}
+        self.device = DeviceTier(LAYOUT, self.device_blocks * nbytes, **clocks, poison=True)
+        self.host = HostTier(LAYOUT, self.host_slots * nbytes, **clocks) if self.host_slots else None
         self.store = TieredStore(
             LAYOUT,
             self.device,
             self.host,
             self.shared,
-            clock=self.clock,
+            **clocks,
             default_ttl_s=TTL,
             queue_bytes=self.queue_bytes,
         )
@@ -67,6 +69,8 @@ class Rig:
 
     def acquire(self, metas: list[BlockMeta], **options: object) -> Acquisition:
         arguments: dict[str, object] = {"reads": ReadTiers(), "compute_ms": slow_compute, "root": metas[0].root}
+        if "ttl_s" in options:
+            options["lifetime"] = Lifetime(options.pop("ttl_s"))  # type: ignore[arg-type]
         return self.store.acquire(names(metas), **(arguments | options))  # type: ignore[arg-type]
 
     def finish(self, acquisition: Acquisition) -> Acquisition:
@@ -644,6 +648,69 @@ def test_a_hit_with_a_longer_ttl_prolongs_the_block_in_every_tier(rig: Rig) -> N
     assert rig.store.match(names(metas)) == [DEVICE] * 2
     assert rig.host.match(names(metas)) == 2
     assert set(rig.shared.held()) == set(names(metas))
+
+
+def fixed(rig: Rig, left_s: float) -> Lifetime:
+    return Lifetime(0.0, rig.clock.now + left_s)
+
+
+def with_lifetime(metas: list[BlockMeta], lifetime: Lifetime) -> list[BlockMeta]:
+    return [replace(meta, ttl_s=lifetime.ttl_s, until=lifetime.until) for meta in metas]
+
+
+def everywhere(rig: Rig, metas: list[BlockMeta]) -> tuple[int, int, int]:
+    """How many of them device, host and shared tier hold."""
+    rig.store.pump()
+    assert rig.host is not None
+    held = set(rig.shared.held())
+    return rig.device.match(names(metas)), rig.host.match(names(metas)), sum(name in held for name in names(metas))
+
+
+def test_hits_that_name_no_lifetime_leave_a_fixed_end_in_every_tier(rig: Rig) -> None:
+    metas = with_lifetime(chain(2), fixed(rig, TTL))
+    rig.cache(metas)
+    for _ in range(3):
+        rig.clock.now += 0.3 * TTL
+        assert rig.get(metas) == [DEVICE] * 2
+        rig.settle_refreshes()
+    rig.clock.now += 0.15 * TTL
+    assert everywhere(rig, metas) == (0, 0, 0)
+
+
+def test_a_hit_that_names_a_later_end_moves_it_in_every_tier_and_an_earlier_one_does_not(rig: Rig) -> None:
+    metas = with_lifetime(chain(2), fixed(rig, TTL))
+    rig.cache(metas)
+    rig.get(metas, lifetime=fixed(rig, 3 * TTL))
+    rig.get(metas, lifetime=fixed(rig, 2 * TTL))
+    rig.settle_refreshes()
+    rig.clock.now += 2.9 * TTL
+    assert everywhere(rig, metas) == (2, 2, 2)
+    rig.clock.now += 0.2 * TTL
+    assert everywhere(rig, metas) == (0, 0, 0)
+
+
+def test_a_block_read_from_the_shared_tier_keeps_its_end_and_tells_what_is_left(rig: Rig) -> None:
+    metas = with_lifetime(chain(2), fixed(rig, 50.0))
+    rig.shared.write(metas, payloads(metas))
+    rig.shared.drain_events()
+    rig.clock.now += 20.0
+    rig.get(metas)
+    assert rig.device.metas() == metas
+    stored = [event for event in rig.store.drain_events() if event.tier is REDIS]
+    assert stored == [BlockStored(REDIS, tuple(short(name) for name in names(metas)), None, 30.0)]
+
+
+def test_the_list_tells_how_long_the_last_copy_lives(rig: Rig) -> None:
+    metas = with_lifetime(chain(1), fixed(rig, 50.0))
+    endless, short_lived = chain(1, first_token=1), chain(1, first_token=2, ttl_s=10.0)
+    for each in (metas, short_lived):
+        rig.cache(each)
+    rig.clock.now += 5.0
+    assert rig.host is not None
+    rig.host.touch(names(short_lived))
+    rig.host.write(with_lifetime(endless, Lifetime(None)), payloads(endless))
+    left = {block.meta.hash: block.ttl_left_s for block in rig.store.list_blocks()}
+    assert left == {metas[0].hash: 45.0, short_lived[0].hash: 10.0, endless[0].hash: None}
 
 
 def test_committing_a_held_block_with_a_longer_ttl_prolongs_it_in_every_tier(rig: Rig) -> None:

@@ -15,6 +15,7 @@ from kvstore.blocks import BlockHash, short
 from kvstore.device import DeviceTier
 from kvstore.events import BlockRemoved, TierName
 from kvstore.host.tier import HostTier
+from kvstore.lifetime import Lifetime
 from kvstore.store import ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, ROOT, ManualClock, chain, names, payloads
@@ -38,7 +39,11 @@ def open_store(server: PrivateRedis, clock: ManualClock) -> TieredStore:
 
 def get(store: TieredStore, metas: list[BlockMeta], ttl_s: float | None = None) -> list[TierName]:
     acquisition = store.acquire(
-        names(metas), reads=ReadTiers(), compute_ms=lambda first, count: 1e9, root=ROOT, ttl_s=ttl_s
+        names(metas),
+        reads=ReadTiers(),
+        compute_ms=lambda first, count: 1e9,
+        root=ROOT,
+        lifetime=ttl_s and Lifetime(ttl_s),
     )
     while not acquisition.done:
         store.wait(30)

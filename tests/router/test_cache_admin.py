@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -267,6 +268,22 @@ async def test_a_pin_needs_a_scope_and_a_time_that_makes_sense() -> None:
 
 
 @pytest.mark.asyncio
+async def test_warming_hands_a_fixed_end_and_a_priority_on() -> None:
+    async with rig(1) as fleet:
+        router = await fleet.start_router()
+        await all_ready(router, 1)
+        ids, ends = tokens(1, 64), int(time.time()) + 900
+        asked = admin_pb2.WarmRequest(prompt=prompt(ids), compute=True, expires_at=ends, keep_priority=60)
+        await router.cache.warm(asked, caller=ADMIN)
+        found = await listed(router)
+        assert {(b.ttl_seconds, b.priority) for b in found} == {(0.0, 60)}
+        assert all(800 < b.ttl_left_seconds <= 900 for b in found)
+        later = admin_pb2.WarmRequest(prompt=prompt(ids), ttl_seconds=3000, fixed_ttl=True)
+        await router.cache.warm(later, caller=ADMIN)  # nothing to bring up, but a longer promise
+        assert all(2900 < b.ttl_left_seconds <= 3001 for b in await listed(router))
+
+
+@pytest.mark.asyncio
 async def test_computing_a_prompt_makes_the_next_request_a_hit_and_counts_as_no_request() -> None:
     async with rig(2) as fleet:
         router = await fleet.start_router()
@@ -333,6 +350,9 @@ async def test_bringing_up_moves_what_only_host_holds_to_the_device() -> None:
         (admin_pb2.WarmRequest(), "no input"),
         (admin_pb2.WarmRequest(prompt=prompt([1])), "shorter than a block"),
         (admin_pb2.WarmRequest(prompt=prompt([1] * 20), ttl_seconds=0), "ttl_seconds is 0"),
+        (admin_pb2.WarmRequest(prompt=prompt([1] * 20), expires_at=5), "in the past"),
+        (admin_pb2.WarmRequest(prompt=prompt([1] * 20), fixed_ttl=True), "set ttl_seconds too"),
+        (admin_pb2.WarmRequest(prompt=prompt([1] * 20), keep_priority=101), "from 0 to 100"),
         (admin_pb2.WarmRequest(prompt=prompt([5000] * 20)), "out of range"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from contextlib import aclosing
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from router import errors
 from router.core import Router
 from router.protocol import Caller, Role, RouterApi
+from router.request import turn_of
 from tests.router.fake_worker import FakeWorker, breaks, refuses, says_one_token, stays_quiet
 from tests.router.rig import ALICE, all_ready, context, eventually, generate, request, rig, states, tokens
 from tests.router.test_fleet import explain, fakes
@@ -269,6 +271,36 @@ async def test_the_job_carries_what_the_worker_needs() -> None:
         assert job.request_id == "id-9"
         assert job.sampling.HasField("seed")
         assert not job.HasField("deadline_ms")
+
+
+@pytest.mark.asyncio
+async def test_the_job_carries_the_end_of_a_fixed_lifetime_the_priority_and_the_turn() -> None:
+    worker = FakeWorker("w0")
+    async with fakes(worker) as (_, router):
+        await all_ready(router, 1)
+        body = request(tokens(1, 40), 5)
+        body.cache.MergeFrom(common_pb2.CacheDirectives(ttl_seconds=60, fixed_ttl=True, keep_priority=80))
+        before = time.time()
+        await generate(router, body)
+        job = next(r.submit for r in worker.heard if r.HasField("submit"))
+        assert before + 60 <= job.cache.expires_at <= time.time() + 61
+        assert not job.cache.HasField("ttl_seconds")
+        assert (job.cache.keep_priority, job.turn) == (80, 0)
+        body.cache.Clear()
+        body.cache.expires_at = 1000
+        with pytest.raises(errors.InvalidRequest, match="in the past"):
+            await generate(router, body)
+
+
+@pytest.mark.parametrize(("roles", "turn"), [("u", 1), ("su", 1), ("suaua", 2), ("suauatu", 3), ("", 0)])
+def test_a_chats_turn_is_the_number_of_what_its_user_said(roles: str, turn: int) -> None:
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    messages = [inference_pb2.ChatMessage(role=names[role], content="x") for role in roles]
+    assert turn_of(inference_pb2.Input(chat=inference_pb2.Chat(messages=messages))) == turn
+
+
+def test_a_text_is_no_conversation() -> None:
+    assert turn_of(inference_pb2.Input(text="user: x")) == 0
 
 
 @pytest.mark.asyncio

@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from router.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
-from router.validation import check_cache, check_input, check_model, check_priority, check_prompt, filled_sampling
+from router.validation import (
+    check_cache,
+    check_input,
+    check_model,
+    check_priority,
+    check_prompt,
+    filled_cache,
+    filled_sampling,
+)
 from warmkv.v1 import common_pb2, inference_pb2
 
 
@@ -93,6 +101,50 @@ def test_other_fields_are_checked() -> None:
     with pytest.raises(InvalidRequest, match="from -100 to 100"):
         check_priority(101)
     with pytest.raises(InvalidRequest, match="no_store"):
-        check_cache(common_pb2.CacheDirectives(ttl_seconds=0))
+        check_cache(common_pb2.CacheDirectives(ttl_seconds=0), wall=0.0)
     with pytest.raises(InvalidRequest, match="affinity_key"):
-        check_cache(common_pb2.CacheDirectives(affinity_key="x" * 2000))
+        check_cache(common_pb2.CacheDirectives(affinity_key="x" * 2000), wall=0.0)
+
+
+NOW = 1_800_000_000.5
+
+
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [
+        (common_pb2.CacheDirectives(expires_at=1_800_000_000), "in the past; send a later time"),
+        (common_pb2.CacheDirectives(expires_at=0), "in the past; send a later time"),
+        (common_pb2.CacheDirectives(expires_at=1_900_000_000_000), "not milliseconds"),
+        (common_pb2.CacheDirectives(expires_at=1_900_000_000, ttl_seconds=5), "send one of them"),
+        (common_pb2.CacheDirectives(fixed_ttl=True), "set ttl_seconds too"),
+        (common_pb2.CacheDirectives(fixed_ttl=True, expires_at=1_900_000_000), "set ttl_seconds too"),
+        (common_pb2.CacheDirectives(keep_priority=101), "from 0 to 100"),
+    ],
+)
+def test_lifetimes_that_make_no_sense_are_refused_with_what_to_send(
+    cache: common_pb2.CacheDirectives, said: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        check_cache(cache, wall=NOW)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        common_pb2.CacheDirectives(),
+        common_pb2.CacheDirectives(expires_at=1_800_000_001, keep_priority=100),
+        common_pb2.CacheDirectives(ttl_seconds=5, keep_priority=0),
+        common_pb2.CacheDirectives(ttl_seconds=5, fixed_ttl=True),
+    ],
+)
+def test_lifetimes_that_make_sense_pass(cache: common_pb2.CacheDirectives) -> None:
+    check_cache(cache, wall=NOW)
+
+
+def test_a_fixed_time_to_live_becomes_an_end_and_nothing_else_changes() -> None:
+    asked = common_pb2.CacheDirectives(ttl_seconds=60, fixed_ttl=True, keep_priority=7, no_read=True)
+    expected = common_pb2.CacheDirectives(expires_at=1_800_000_061, keep_priority=7, no_read=True)
+    assert filled_cache(asked, wall=NOW) == expected
+    assert asked.fixed_ttl, "the request itself stays as it was"
+    sliding = common_pb2.CacheDirectives(ttl_seconds=60, affinity_key="k")
+    assert filled_cache(sliding, wall=NOW) == sliding

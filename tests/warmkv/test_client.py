@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tests.router.edge import WordRouter, raised_by, serving
 from warmkv import errors
 from warmkv.channel import Retry
 from warmkv.client import AsyncClient, ChatMessage, Client, WarmkvError
-from warmkv.requests import generate_request
+from warmkv.requests import generate_request, warm_request
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +141,20 @@ async def test_every_option_reaches_the_router() -> None:
         ("assistant", "b", [4, 5]),
     ]
     assert request.input.chat.HasField("add_generation_prompt")
+
+
+def test_a_time_may_be_a_datetime_with_a_zone_or_seconds() -> None:
+    time = datetime(2027, 1, 15, 8, 0, 0, 1, tzinfo=UTC)
+    for given in (time, 1_800_000_001):
+        asked = generate_request("hi", {"expires_at": given, "keep_priority": 9})
+        assert asked.cache == common_pb2.CacheDirectives(expires_at=1_800_000_001, keep_priority=9)
+    assert generate_request("hi", {"ttl": 5, "fixed_ttl": True}).cache.fixed_ttl
+    warmed = warm_request({"text": "hi", "expires_at": time, "tenant": "t"}, workers=(), compute=True)
+    assert (warmed.expires_at, warmed.prompt.text, warmed.tenant) == (1_800_000_001, "hi", "t")
+    with pytest.raises(ValueError, match="no time zone"):
+        generate_request("hi", {"expires_at": time.replace(tzinfo=None)})
+    with pytest.raises(TypeError, match="ttll"):
+        warm_request({"text": "hi", "ttll": 5}, workers=(), compute=True)
 
 
 def test_what_is_left_out_stays_unset() -> None:

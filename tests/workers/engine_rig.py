@@ -19,6 +19,7 @@ from kvstore.blocks import HashScheme, block_hashes
 from kvstore.codec import BlockCodec
 from kvstore.device import DeviceTier
 from kvstore.host.tier import HostTier
+from kvstore.lifetime import Lifetime
 from kvstore.redis.tier import RedisTier
 from kvstore.store import TieredStore
 from workers.engine import TorchEngine
@@ -70,8 +71,10 @@ class Rig:
     clock: Clock
 
     def job(self, name: Hashable, prompt: Sequence[int], *, salt: bytes = b"", **options: object) -> Job:
+        if "ttl_s" in options:
+            options["lifetime"] = Lifetime(options.pop("ttl_s"))
         sampling = {"max_tokens": 64, "temperature": 0.0}
-        fields = {"priority", "ttl_s", "no_store", "no_read", "deadline"}
+        fields = {"priority", "lifetime", "no_store", "no_read", "keep_priority", "turn", "deadline"}
         sampling |= {key: value for key, value in options.items() if key not in fields}
         root = self.engine.info.scheme.root(salt)
         return Job(

@@ -6,6 +6,7 @@ import pytest
 
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
+from kvstore.lifetime import Lifetime
 from warmkv.v1 import common_pb2, worker_pb2
 from workers.cache_commands import MAX_BLOCKS, MAX_CHAIN, CacheAnswer, Check, ListBlocks, Pin, Selection, Unpin, Warm
 from workers.cache_wire import CommandRefused, command_from_wire, done_to_wire
@@ -24,7 +25,11 @@ A, B, ROOT = (BlockHash(letter * 32) for letter in (b"a", b"b", b"r"))
             ListBlocks(ROOT, A, TierName.DISK, B, 1000),
         ),
         (Command(warm=Command.Warm(chain_root=ROOT, hashes=A + B)), Warm([A, B], ROOT, None)),
-        (Command(warm=Command.Warm(chain_root=ROOT, hashes=A, ttl_ms=2500)), Warm([A], ROOT, 2.5)),
+        (Command(warm=Command.Warm(chain_root=ROOT, hashes=A, ttl_ms=2500)), Warm([A], ROOT, Lifetime(2.5))),
+        (
+            Command(warm=Command.Warm(chain_root=ROOT, hashes=A, expires_at=1_900_000_000)),
+            Warm([A], ROOT, Lifetime(0.0, 1_900_000_000.0)),
+        ),
         (Command(pin=Command.Pin(hashes=A)), Pin(Selection([A], None, None), None)),
         (Command(pin=Command.Pin(chain_root=ROOT, after=A, for_ms=1500)), Pin(Selection([], ROOT, A), 1.5)),
         (Command(unpin=Command.Unpin(hashes=A + B)), Unpin(Selection([A, B], None, None))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from deploy.redis_server import PrivateRedis, find_redis_server
 from kvstore.blocks import BlockHash
 from kvstore.errors import InvariantError, StoreError
 from kvstore.events import TierName
+from kvstore.lifetime import Lifetime
 from tests.workers.engine_rig import Rig, make_rig
 from workers.cache_commands import Check, ListBlocks, Pin, Selection, Unpin, Warm, carry_out
 from workers.protocol import CachedBlock
@@ -32,7 +34,10 @@ def test_blocks_are_listed_with_their_place_in_the_prompt_and_their_tiers():
     for position, name in enumerate(job.block_hashes):
         parent = job.block_hashes[position - 1] if position else None
         tiers = (TierName.DEVICE, TierName.HOST)
-        assert mine[name] == CachedBlock(name, parent, job.root, tiers, ttl_s=60.0, position=position)
+        assert mine[name] == CachedBlock(
+            name, parent, job.root, tiers, ttl_s=60.0, ttl_left_s=mine[name].ttl_left_s, position=position
+        )
+        assert 0 < mine[name].ttl_left_s <= 60.0
     assert [block.hash for block in listed(rig, job.root, job.block_hashes[2])] == sorted(job.block_hashes[2:])
     whole = listed(rig)
     assert len(whole) == 6
@@ -43,7 +48,7 @@ def test_blocks_are_listed_with_their_place_in_the_prompt_and_their_tiers():
         paged += answer.blocks
         if (after := answer.next) is None:
             break
-    assert paged == whole
+    assert [replace(block, ttl_left_s=None) for block in paged] == [replace(block, ttl_left_s=None) for block in whole]
     rig.close()
 
 
@@ -141,3 +146,30 @@ def test_without_a_shared_tier_clearing_it_drops_nothing():
     assert clearing is not None
     assert clearing() == {TierName.REDIS: 0}
     rig.close()
+
+
+def test_what_a_job_says_of_its_blocks_reaches_every_tier_and_the_list():
+    rig = make_rig(host_blocks=100)
+    ends = time.time() + 500.0
+    job = rig.job("a", PROMPT, max_tokens=1, lifetime=Lifetime(0.0, ends), keep_priority=40, turn=2)
+    rig.run(job)
+    for tier in (rig.store.device, rig.store.host):
+        for name in job.block_hashes:
+            meta = tier.find(name)
+            assert (meta.ttl_s, meta.until, meta.priority, meta.turn) == (0.0, ends, 40, 2)
+    for block in listed(rig):
+        assert (block.ttl_s, block.priority) == (0.0, 40)
+        assert 400.0 < block.ttl_left_s <= 500.0
+
+
+def test_a_job_that_names_no_lifetime_leaves_blocks_with_a_fixed_end_as_they_are():
+    rig = make_rig(host_blocks=100)
+    ends = time.time() + 500.0
+    job = rig.job("a", PROMPT, max_tokens=1, lifetime=Lifetime(0.0, ends))
+    rig.run(job)
+    rig.run(rig.job("b", PROMPT, max_tokens=1))  # the default of this engine is: until it is evicted
+    assert {rig.store.host.find(name).lifetime for name in job.block_hashes} == {Lifetime(0.0, ends)}
+    rig.run(rig.job("c", PROMPT, max_tokens=1, ttl_s=60.0))
+    assert {rig.store.host.find(name).lifetime for name in job.block_hashes} == {Lifetime(60.0, ends)}
+    assert carry_out(rig.engine, Warm(job.block_hashes, job.root, Lifetime(90.0))).started == 0
+    assert {rig.store.host.find(name).lifetime for name in job.block_hashes} == {Lifetime(90.0, ends)}

@@ -12,6 +12,7 @@ import pytest
 from kvstore.blocks import BlockHash
 from kvstore.errors import InvariantError, StoreError
 from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, TierName
+from kvstore.lifetime import Lifetime
 from tests.workers.serving import INFO
 from tests.workers.stream_client import PATIENCE_S
 from workers.cache_commands import CacheAnswer, Check, ListBlocks, Pin, Selection, Unpin, Warm
@@ -101,7 +102,7 @@ class ScriptedEngine:
         names = sorted(name for name in self.names if after is None or name > after)
         return [CachedBlock(name, None, ROOT, (TierName.DEVICE,)) for name in names[:limit]]
 
-    def prefetch(self, hashes: Sequence[BlockHash], *, root: BlockHash, ttl_s: float | None) -> int:
+    def prefetch(self, hashes: Sequence[BlockHash], *, root: BlockHash, lifetime: Lifetime | None) -> int:
         return len(hashes)
 
     def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> dict[TierName, int]:

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvstore.blocks import BlockHash, block_hashes
 from kvstore.events import TierName
+from kvstore.lifetime import Lifetime
 from kvstore.store import ReadTiers
 from workers.protocol import Job, SamplingParams
 from workers.scheduler import Chunk, Scheduler
@@ -105,7 +106,7 @@ class Fixture:
             max_batch_tokens=max_batch_tokens,
             max_running=max_running,
             compute_ms=lambda first, count: math.inf,
-            ttl_s=lambda sequence: None,
+            lifetime=lambda sequence: Lifetime(None),
         )
         self.arrivals = 0
         self.ended: list[Sequence] = []
@@ -381,4 +382,4 @@ def test_a_full_hit_leaves_a_token_to_compute():
 def test_limits_must_be_positive(name: str):
     limits = {"block_size": 1, "max_batch_tokens": 1, "max_running": 1} | {name: 0}
     with pytest.raises(ValueError, match=name):
-        Scheduler(FakeStore(1), **limits, compute_ms=lambda first, count: 0.0, ttl_s=lambda sequence: None)
+        Scheduler(FakeStore(1), **limits, compute_ms=lambda first, count: 0.0, lifetime=lambda sequence: Lifetime(None))

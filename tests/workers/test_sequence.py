@@ -6,6 +6,7 @@ import pytest
 
 from kvstore.blocks import BlockHash, block_hashes
 from kvstore.events import TierName
+from kvstore.lifetime import Lifetime
 from workers.protocol import Job, SamplingParams
 from workers.sequence import Sequence
 
@@ -23,11 +24,11 @@ def test_blocks_of_generated_tokens_go_on_with_the_prompts_chain():
     sequence = _sequence()
     sequence.token_ids += [50, 51, 52]
     assert sequence.names(3, 4) == block_hashes([*PROMPT, 50, 51], ROOT, 4)
-    metas = sequence.metas(1, 3, 4, 60.0)
+    metas = sequence.metas(1, 3, 4, Lifetime(60.0))
     assert [meta.hash for meta in metas] == sequence.hashes[1:]
     assert [meta.parent for meta in metas] == sequence.hashes[:2]
     assert {(meta.root, meta.ttl_s) for meta in metas} == {(ROOT, 60.0)}
-    assert sequence.metas(0, 1, 4, None)[0].parent == ROOT
+    assert sequence.metas(0, 1, 4, Lifetime(None))[0].parent == ROOT
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(9, 2), (10, 2), (12, 2), (13, 3)])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.events import BlockRemoved, BlockStored, TierName
 from kvstore.layout import KVLayout
+from kvstore.lifetime import Lifetime
 from tests.workers.stream_client import held
 from workers.config import WorkerConfig
 from workers.protocol import FinishReason, Job, Output, SamplingParams
@@ -49,7 +50,7 @@ class VirtualTime:
 def engine_of(**settings_: object) -> tuple[SimulatedEngine, VirtualTime]:
     now = VirtualTime()
     chosen = {"device_blocks": 64, "host_blocks": 64, "timing": TIMING, **settings_}
-    return SimulatedEngine(INFO, clock=now, sleep=now.sleep, **chosen), now  # type: ignore[arg-type]
+    return SimulatedEngine(INFO, clock=now, wall_clock=now, sleep=now.sleep, **chosen), now  # type: ignore[arg-type]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -191,8 +192,29 @@ def test_blocks_expire_after_their_last_use() -> None:
 
 def test_a_jobs_own_ttl_overrides_the_default() -> None:
     engine, now = engine_of(default_ttl_s=10.0)
-    run(engine, job(1, prompt(16), ttl_s=100.0))
+    run(engine, job(1, prompt(16), lifetime=Lifetime(100.0)))
     now.s += 50.0
+    engine.step()
+    assert len(held(engine.snapshot())) == 8
+
+
+def test_a_fixed_end_holds_against_hits_and_gives_way_to_a_later_one() -> None:
+    engine, now = engine_of(default_ttl_s=10.0, host_blocks=64)
+    ends = now.s + 20.0
+    run(engine, job(1, prompt(16), lifetime=Lifetime(0.0, ends), keep_priority=30, turn=2))
+    blocks = engine.list_blocks(root=None, prefix=None, after=None, limit=9)
+    assert {(b.ttl_s, b.priority) for b in blocks} == {(0.0, 30)}
+    assert [b.ttl_left_s for b in blocks] == pytest.approx([ends - now.s] * len(blocks))
+    for number in range(2, 5):
+        now.s = ends - 20.0 + 6.0 * (number - 1)
+        (answer,) = run(engine, job(number, prompt(16)))[number]
+        assert answer.fates["computed"] == 1
+    now.s = ends
+    engine.step()
+    assert engine.snapshot() == []
+    run(engine, job(5, prompt(16), lifetime=Lifetime(0.0, now.s + 20.0)))
+    run(engine, job(6, prompt(16), lifetime=Lifetime(0.0, now.s + 50.0)))
+    now.s += 45.0
     engine.step()
     assert len(held(engine.snapshot())) == 8
 
@@ -285,9 +307,9 @@ def test_prefetching_brings_a_chain_from_host_to_device_and_the_next_request_fin
     first = job(1, prompt(16, seed=1))
     run(engine, first)
     run(engine, job(2, prompt(20, seed=2)))  # takes the device from it
-    assert engine.prefetch(first.block_hashes, root=ROOT, ttl_s=None) > 0
+    assert engine.prefetch(first.block_hashes, root=ROOT, lifetime=None) > 0
     engine.check()
-    assert engine.prefetch(first.block_hashes, root=ROOT, ttl_s=None) == 0
+    assert engine.prefetch(first.block_hashes, root=ROOT, lifetime=None) == 0
     fates = run(engine, job(3, prompt(16, seed=1)))[3][-1].fates
     assert fates == {"device": 15, "host": 0, "computed": 1}
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvstore.blocks import block_hashes
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
 from kvstore.layout import KVLayout
+from kvstore.lifetime import Lifetime
 from kvstore.tier import TierStats
 from tests.workers.stream_client import job, split
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
@@ -53,15 +54,26 @@ def test_a_good_job_arrives_with_full_hashes_that_the_worker_derived_itself() ->
     got = job_from_wire(message, job_id=(1, 7), info=INFO, now=100.0)
     root = INFO.scheme.root(b"tenant")
     assert list(got.block_hashes) == block_hashes(list(range(40)), root, 16)
-    assert (got.root, got.job_id, got.priority, got.ttl_s, got.no_store, got.no_read) == (
+    assert (got.root, got.job_id, got.priority, got.lifetime, got.no_store, got.no_read) == (
         root,
         (1, 7),
         -2,
-        9.0,
+        Lifetime(9.0),
         True,
         False,
     )
     assert got.deadline is None
+
+
+def test_a_fixed_end_a_priority_and_a_turn_reach_the_job() -> None:
+    plain = job_from_wire(good_job(), job_id=(1, 7), info=INFO, now=0.0)
+    assert (plain.lifetime, plain.keep_priority, plain.turn) == (None, 0, None)
+    message = good_job()
+    message.cache.expires_at = 1_900_000_000
+    message.cache.keep_priority = 4000
+    message.turn = 3
+    got = job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0)
+    assert (got.lifetime, got.keep_priority, got.turn) == (Lifetime(0.0, 1_900_000_000.0), 100, 3)
 
 
 def test_a_deadline_counts_on_the_engines_clock() -> None:

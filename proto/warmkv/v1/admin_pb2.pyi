@@ -853,7 +853,7 @@ class CachedBlock(_message.Message):
     bytes: _builtins.int
     """Bytes of one copy of it."""
     ttl_seconds: _builtins.float
-    """Seconds that it lives after its last use; unset: until it is evicted."""
+    """Seconds that it lives after its last use; zero: its end is fixed; unset: until it is evicted."""
     ttl_left_seconds: _builtins.float
     """Seconds until it expires if nobody uses it; unset: not known, or never."""
     pinned: _builtins.bool
@@ -1154,6 +1154,9 @@ class WarmRequest(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     COMPUTE_FIELD_NUMBER: _builtins.int
     TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    FIXED_TTL_FIELD_NUMBER: _builtins.int
+    KEEP_PRIORITY_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """Whose; empty: the caller's."""
     compute: _builtins.bool
@@ -1162,6 +1165,12 @@ class WarmRequest(_message.Message):
     """
     ttl_seconds: _builtins.int
     """How long the blocks live after their last use, in seconds. Unset: the server's default."""
+    expires_at: _builtins.int
+    """Instead of ttl_seconds: they live until then, used or not. Seconds since the epoch, UTC; not in the past."""
+    fixed_ttl: _builtins.bool
+    """ttl_seconds counts from now on: hits do not renew it."""
+    keep_priority: _builtins.int
+    """With `compute`: as in CacheDirectives."""
     @_builtins.property
     def prompt(self) -> _inference_pb2.Input:
         """The prompt, of at least one full block."""
@@ -1178,13 +1187,25 @@ class WarmRequest(_message.Message):
         workers: _abc.Iterable[_builtins.str] | None = ...,
         compute: _builtins.bool = ...,
         ttl_seconds: _builtins.int | None = ...,
+        expires_at: _builtins.int | None = ...,
+        fixed_ttl: _builtins.bool = ...,
+        keep_priority: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "prompt", b"prompt", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_keep_priority", b"_keep_priority", "_ttl_seconds", b"_ttl_seconds", "expires_at", b"expires_at", "keep_priority", b"keep_priority", "prompt", b"prompt", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "compute", b"compute", "prompt", b"prompt", "tenant", b"tenant", "ttl_seconds", b"ttl_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_keep_priority", b"_keep_priority", "_ttl_seconds", b"_ttl_seconds", "compute", b"compute", "expires_at", b"expires_at", "fixed_ttl", b"fixed_ttl", "keep_priority", b"keep_priority", "prompt", b"prompt", "tenant", b"tenant", "ttl_seconds", b"ttl_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expires_at: _TypeAlias = _typing.Literal["expires_at"]  # noqa: Y015
+    _WhichOneofArgType__expires_at: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at"]  # noqa: Y015
+    _WhichOneofReturnType__keep_priority: _TypeAlias = _typing.Literal["keep_priority"]  # noqa: Y015
+    _WhichOneofArgType__keep_priority: _TypeAlias = _typing.Literal["_keep_priority", b"_keep_priority"]  # noqa: Y015
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_at) -> _WhichOneofReturnType__expires_at | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_priority) -> _WhichOneofReturnType__keep_priority | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
 
 Global___WarmRequest: _TypeAlias = WarmRequest  # noqa: Y015

@@ -226,7 +226,9 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class CacheDirectives(_message.Message):
-    """What this request asks of the cache."""
+    """What this request asks of the cache. The blocks that it uses or makes live at least as long as it says, and longer where
+    another request said so.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -234,6 +236,9 @@ class CacheDirectives(_message.Message):
     NO_STORE_FIELD_NUMBER: _builtins.int
     NO_READ_FIELD_NUMBER: _builtins.int
     AFFINITY_KEY_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    FIXED_TTL_FIELD_NUMBER: _builtins.int
+    KEEP_PRIORITY_FIELD_NUMBER: _builtins.int
     ttl_seconds: _builtins.int
     """How long its blocks live after their last use, in seconds. Unset: the server's default."""
     no_store: _builtins.bool
@@ -242,6 +247,14 @@ class CacheDirectives(_message.Message):
     """Do not use cached blocks."""
     affinity_key: _builtins.str
     """Requests with the same key tend to the same worker (policies may weigh it, and `prefix_hash` hashes it)."""
+    expires_at: _builtins.int
+    """Instead of ttl_seconds: its blocks live until then, used or not. Seconds since the epoch, UTC; not in the past."""
+    fixed_ttl: _builtins.bool
+    """ttl_seconds counts from this request on: later hits do not renew it."""
+    keep_priority: _builtins.int
+    """How much the blocks that it computes are worth keeping when room is short, 0 to 100; unset: 0. Heard by the eviction
+    policy `priority`.
+    """
     def __init__(
         self,
         *,
@@ -249,13 +262,25 @@ class CacheDirectives(_message.Message):
         no_store: _builtins.bool = ...,
         no_read: _builtins.bool = ...,
         affinity_key: _builtins.str = ...,
+        expires_at: _builtins.int | None = ...,
+        fixed_ttl: _builtins.bool = ...,
+        keep_priority: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_keep_priority", b"_keep_priority", "_ttl_seconds", b"_ttl_seconds", "expires_at", b"expires_at", "keep_priority", b"keep_priority", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds", "affinity_key", b"affinity_key", "no_read", b"no_read", "no_store", b"no_store", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_keep_priority", b"_keep_priority", "_ttl_seconds", b"_ttl_seconds", "affinity_key", b"affinity_key", "expires_at", b"expires_at", "fixed_ttl", b"fixed_ttl", "keep_priority", b"keep_priority", "no_read", b"no_read", "no_store", b"no_store", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expires_at: _TypeAlias = _typing.Literal["expires_at"]  # noqa: Y015
+    _WhichOneofArgType__expires_at: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at"]  # noqa: Y015
+    _WhichOneofReturnType__keep_priority: _TypeAlias = _typing.Literal["keep_priority"]  # noqa: Y015
+    _WhichOneofArgType__keep_priority: _TypeAlias = _typing.Literal["_keep_priority", b"_keep_priority"]  # noqa: Y015
     _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
     _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_at) -> _WhichOneofReturnType__expires_at | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_priority) -> _WhichOneofReturnType__keep_priority | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
 
 Global___CacheDirectives: _TypeAlias = CacheDirectives  # noqa: Y015

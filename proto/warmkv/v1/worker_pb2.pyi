@@ -330,6 +330,7 @@ class Job(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     """Unique on this stream."""
     request_id: _builtins.str
@@ -346,6 +347,8 @@ class Job(_message.Message):
     """Higher runs first."""
     deadline_ms: _builtins.int
     """Milliseconds until the caller's deadline; unset: none."""
+    turn: _builtins.int
+    """Which turn of its conversation this is, from 1; zero: not known. A hint for eviction."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -356,7 +359,7 @@ class Job(_message.Message):
 
     @_builtins.property
     def cache(self) -> _common_pb2.CacheDirectives:
-        """What to do with the cache."""
+        """What to do with the cache. With `fixed_ttl` resolved: it comes as `expires_at`."""
 
     def __init__(
         self,
@@ -372,10 +375,11 @@ class Job(_message.Message):
         priority: _builtins.int = ...,
         cache: _common_pb2.CacheDirectives | None = ...,
         deadline_ms: _builtins.int | None = ...,
+        turn: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "cache", b"cache", "deadline_ms", b"deadline_ms", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
@@ -534,25 +538,34 @@ class CacheCommand(_message.Message):
         CHAIN_ROOT_FIELD_NUMBER: _builtins.int
         HASHES_FIELD_NUMBER: _builtins.int
         TTL_MS_FIELD_NUMBER: _builtins.int
+        EXPIRES_AT_FIELD_NUMBER: _builtins.int
         chain_root: _builtins.bytes
         """Of the chain, 32 bytes."""
         hashes: _builtins.bytes
         """The blocks, 32 bytes each, joined, from the first."""
         ttl_ms: _builtins.int
         """How long they live after their last use, milliseconds; unset: the worker's default."""
+        expires_at: _builtins.int
+        """Instead: until when they live, used or not, seconds since the epoch."""
         def __init__(
             self,
             *,
             chain_root: _builtins.bytes = ...,
             hashes: _builtins.bytes = ...,
             ttl_ms: _builtins.int | None = ...,
+            expires_at: _builtins.int | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_ms", b"_ttl_ms", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_ttl_ms", b"_ttl_ms", "expires_at", b"expires_at", "ttl_ms", b"ttl_ms"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_ms", b"_ttl_ms", "chain_root", b"chain_root", "hashes", b"hashes", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_ttl_ms", b"_ttl_ms", "chain_root", b"chain_root", "expires_at", b"expires_at", "hashes", b"hashes", "ttl_ms", b"ttl_ms"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__expires_at: _TypeAlias = _typing.Literal["expires_at"]  # noqa: Y015
+        _WhichOneofArgType__expires_at: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at"]  # noqa: Y015
         _WhichOneofReturnType__ttl_ms: _TypeAlias = _typing.Literal["ttl_ms"]  # noqa: Y015
         _WhichOneofArgType__ttl_ms: _TypeAlias = _typing.Literal["_ttl_ms", b"_ttl_ms"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_at) -> _WhichOneofReturnType__expires_at | None: ...
+        @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_ms) -> _WhichOneofReturnType__ttl_ms | None: ...
 
     @_typing.final
@@ -708,7 +721,7 @@ class CacheDone(_message.Message):
         chain_root: _builtins.bytes
         """The root of its chain, 32 bytes; empty: not known."""
         ttl_ms: _builtins.int
-        """How long it lives after its last use, milliseconds; unset: until it is evicted."""
+        """How long it lives after its last use, milliseconds; zero: its end is fixed; unset: until it is evicted."""
         ttl_left_ms: _builtins.int
         """Milliseconds until it expires if nobody uses it; unset: not known, or never."""
         leased: _builtins.bool
