@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvstore.blocks import BlockHash
 from kvstore.chains import select
 from kvstore.events import TierName
-from kvstore.inventory import page
+from kvstore.inventory import page, ttl_left_s
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT
 
@@ -56,3 +56,10 @@ def test_pages_put_together_are_everything_once_and_sorted(
         assert all(block.leased == (block.meta.hash in leased) for block in blocks)
         after = blocks[-1].meta.hash
     assert told == naive(forest, root, prefix)
+
+
+def test_of_several_copies_the_one_that_lives_longest_counts() -> None:
+    a, b, c = (BlockHash(letter * 32) for letter in (b"a", b"b", b"c"))
+    tiers = [{a: 5.0, b: 9.0, c: None}, {a: 7.0, c: 3.0}, {b: 2.0}]
+    assert ttl_left_s(tiers) == ttl_left_s(tiers[::-1]) == {a: 7.0, b: 9.0, c: None}
+    assert ttl_left_s([]) == {}

@@ -700,6 +700,16 @@ def test_a_block_read_from_the_shared_tier_keeps_its_end_and_tells_what_is_left(
     assert stored == [BlockStored(REDIS, tuple(short(name) for name in names(metas)), None, 30.0)]
 
 
+def test_a_block_that_is_loaded_gets_the_longer_lifetime_of_its_own_and_its_readers(rig: Rig) -> None:
+    metas = chain(2, ttl_s=50.0)
+    rig.shared.write(metas, payloads(metas))
+    ends = rig.clock.now + 900.0
+    assert rig.get(metas, lifetime=Lifetime(20.0, ends)) == [REDIS] * 2
+    assert rig.host is not None
+    for tier in (rig.device, rig.host):
+        assert [meta.lifetime for meta in tier.metas()] == [Lifetime(50.0, ends)] * 2
+
+
 def test_the_list_tells_how_long_the_last_copy_lives(rig: Rig) -> None:
     metas = with_lifetime(chain(1), fixed(rig, 50.0))
     endless, short_lived = chain(1, first_token=1), chain(1, first_token=2, ttl_s=10.0)
