@@ -112,7 +112,8 @@ class PrimaryOf:
         sentinel = Sentinel([host], sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
         (client,) = sentinel.sentinels
         try:  # not by `discover_master`, whose error does not say what was wrong
-            state = client.sentinel_masters().get(self._service)
+            masters: Any = client.sentinel_masters()
+            state = masters.get(self._service)
         finally:
             client.close()
         if not state or not sentinel.check_master_state(state, self._service):  # type: ignore[no-untyped-call]
