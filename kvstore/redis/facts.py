@@ -6,6 +6,7 @@ read (`judgement`). Pure.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -102,12 +103,50 @@ def remedy(error: Exception, where: str, said: str) -> str:
     if isinstance(error, redis.exceptions.MovedError | redis.exceptions.AskError):
         return f"{where} is a cluster node; write redis+cluster:// instead of redis:// in the Redis URL"
     if isinstance(error, redis.TimeoutError | TimeoutError):
-        return f"{where} does not answer in time; check the server and the network, or raise the Redis timeout"
+        tls = ", see whether it speaks TLS" if where.startswith("rediss") else ""
+        return f"{where} does not answer in time; check the server and the network{tls}, or raise the Redis timeout"
     if isinstance(error, redis.InvalidResponse):
         return f"{where} does not speak RESP ({said}); check that the Redis URL names a Redis server"
     if isinstance(error, redis.ResponseError):
         return f"{where} refused a command ({said}); check the server's version and log"
+    if trouble := _tls_trouble(where, said):
+        return f"{where} {trouble}"
     return f"{where} cannot be reached ({said}); start the server or correct the Redis URL"
+
+
+def tls_words(said: str) -> str:
+    """What TLS itself says in the text of an error; empty: nothing."""
+    found = re.search(r"\[SSL[^\]]*\][^()\"']*", said)
+    return found.group().strip() if found else ""
+
+
+def _tls_trouble(where: str, said: str) -> str:
+    """What is wrong with certificates and what to do; empty when an error is not about them."""
+    words = tls_words(said)
+    if "mismatch" in words or "not valid for" in words:
+        return f"shows a certificate for another name ({words}); write the name that it is for into the Redis URL"
+    if "has expired" in words or "not yet valid" in words:
+        return f"shows a certificate that is out of date ({words}); renew it, and compare the clocks"
+    if "CERTIFICATE_VERIFY_FAILED" in words:
+        return (
+            f"shows a certificate of an authority that is unknown here ({words}); "
+            "name the authority's file with ssl_ca_certs=FILE in the Redis URL"
+        )
+    if "ALERT" in words:
+        return (
+            f"does not accept our certificate, or wants one ({words}); name one that it trusts with "
+            "ssl_certfile=FILE&ssl_keyfile=FILE in the Redis URL"
+        )
+    if words:
+        return f"and we do not agree on TLS ({words}); check that it speaks TLS, and the files in the Redis URL"
+    if "EOF occurred in violation of protocol" in said:
+        return (
+            "hung up in the middle of TLS; start the server, or, if it wants to see a certificate, name one with "
+            "ssl_certfile=FILE&ssl_keyfile=FILE in the Redis URL"
+        )
+    if where.startswith("rediss") and "No such file" in said:
+        return "needs a file that is not on this machine; put the files that the Redis URL names on every node"
+    return ""
 
 
 def _version(text: str) -> tuple[int, int]:

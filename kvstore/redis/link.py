@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 FACTS_AGE_S = 5.0
 SETTINGS_AGE_S = 60.0
+LEAST_WEIGHT = 0.25  # of a failure, however little time the caller had: twelve of them open the breaker, too
 NEVER = float("inf")
 
 
@@ -164,7 +165,7 @@ class RedisLink:
             hung_up = wire is not None and wire.heard_at >= started and time.monotonic() >= ends_at
             if hung_up:
                 raise UnavailableError(self._remedy(error), MissReason.DEADLINE) from error
-            weight = min(1.0, (ends_at - started) / patience_s)
+            weight = min(1.0, max(LEAST_WEIGHT, (ends_at - started) / patience_s))
             raise self._lost(error, MissReason.DEADLINE, asked_at, weight) from error
         except redis.ResponseError as error:
             raise self._refused(purpose, error) from error

@@ -17,6 +17,8 @@ from redis.connection import AbstractConnection
 from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel
 
+from kvstore.redis.facts import tls_words
+
 DEFAULT_SENTINEL_PORT = 26379
 
 Host = tuple[str, int]
@@ -73,7 +75,7 @@ class PrimaryOf:
             as `__call__`.
         """
         hosts = self._sentinels
-        silent = 0
+        silent, said = 0, ""
         for i, host in enumerate(hosts):
             share = self._left(ends_at) / (len(hosts) - i)
             try:
@@ -81,13 +83,16 @@ class PrimaryOf:
             except redis.TimeoutError:
                 silent += 1
                 continue
-            except (redis.RedisError, OSError):
+            except (redis.RedisError, OSError) as error:
+                said = said or tls_words(str(error))
                 continue
             self._sentinels = [host, *(other for other in hosts if other != host)]
             return primary
         asked = ", ".join(f"{host}:{port}" for host, port in hosts)
         if silent == len(hosts):
             raise redis.TimeoutError(f"no sentinel of {asked} answered in time")
+        if said:
+            raise redis.ConnectionError(f"no sentinel of {asked} could be asked: {said}")
         raise redis.ConnectionError(
             f"no sentinel of {asked} knows a living primary called {self._service!r}; "
             "compare the name with SENTINEL MASTERS, and check the logins of the sentinels"
@@ -105,16 +110,15 @@ class PrimaryOf:
             "protocol": 2,
         }
         sentinel = Sentinel([host], sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
-        try:
-            found = sentinel.discover_master(self._service)  # type: ignore[no-untyped-call]
-        except MasterNotFoundError as error:
-            if "Timeout" in str(error):
-                raise redis.TimeoutError(str(error)) from None
-            raise
+        (client,) = sentinel.sentinels
+        try:  # not by `discover_master`, whose error does not say what was wrong
+            masters: Any = client.sentinel_masters()
+            state = masters.get(self._service)
         finally:
-            for client in sentinel.sentinels:
-                client.close()
-        return str(found[0]), int(found[1])
+            client.close()
+        if not state or not sentinel.check_master_state(state, self._service):  # type: ignore[no-untyped-call]
+            raise MasterNotFoundError(f"it knows no living primary called {self._service!r}")
+        return str(state["ip"]), int(state["port"])
 
     def _left(self, ends_at: float) -> float:
         left = ends_at - self._clock()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from deploy.redis_server import find_redis_server
+from tests.router.certificates import Authority
 
 GIVE_UP_S = 90.0
 SLOTS = 16384
@@ -36,6 +38,41 @@ def system_redis() -> Path:
     return found.path
 
 
+@dataclass(frozen=True)
+class Tls:
+    """Certificates of one authority; servers speak nothing but TLS with them."""
+
+    authority: Authority
+    server: tuple[str, str]
+    client: tuple[str, str]
+    asks_clients: bool = True
+
+    @classmethod
+    def made_in(cls, folder: Path, *, asks_clients: bool = True) -> Tls:
+        folder.mkdir()
+        authority = Authority(folder)
+        return cls(authority, authority.issue("server"), authority.issue("client"), asks_clients)
+
+    def lines(self, port: int) -> list[str]:
+        certificate, key = self.server
+        return [
+            *("port 0", f"tls-port {port}", f"tls-cert-file {certificate}", f"tls-key-file {key}"),
+            *(f"tls-ca-cert-file {self.authority.path}", "tls-replication yes"),
+            f"tls-auth-clients {'yes' if self.asks_clients else 'no'}",
+        ]
+
+    @property
+    def options(self) -> str:
+        """Of a URL."""
+        certificate, key = self.client
+        return f"?ssl_ca_certs={self.authority.path}&ssl_certfile={certificate}&ssl_keyfile={key}"
+
+    def settings(self) -> dict[str, object]:
+        """Of redis-py."""
+        certificate, key = self.client
+        return {"ssl": True, "ssl_ca_certs": self.authority.path, "ssl_certfile": certificate, "ssl_keyfile": key}
+
+
 @dataclass
 class Process:
     """One redis-server on a port of loopback, ended with its context."""
@@ -45,13 +82,15 @@ class Process:
     port: int
     lines: list[str]
     arguments: tuple[str, ...] = ()
+    tls: Tls | None = None
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def start(self) -> None:
         self.folder.mkdir(exist_ok=True)
         config = self.folder / "server.conf"
         if not config.exists():  # Sentinel and clusters write into theirs
-            config.write_text("\n".join([f"port {self.port}", "bind 127.0.0.1", f'dir "{self.folder}"', *self.lines]))
+            listens = [f"port {self.port}"] if self.tls is None else self.tls.lines(self.port)
+            config.write_text("\n".join([*listens, "bind 127.0.0.1", f'dir "{self.folder}"', *self.lines]))
         log = (self.folder / "log").open("ab")
         with log:
             self.process = subprocess.Popen([self.binary, config, *self.arguments], stdout=log, stderr=log)
@@ -67,7 +106,9 @@ class Process:
             return False
 
     def client(self, **settings: object) -> redis.Redis:
-        return redis.Redis(port=self.port, socket_timeout=20, retry=Retry(NoBackoff(), 0), **settings)
+        secure = {} if self.tls is None else self.tls.settings()
+        host = "127.0.0.1"  # a certificate is for this name
+        return redis.Redis(host, self.port, socket_timeout=20, retry=Retry(NoBackoff(), 0), **secure, **settings)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -119,7 +160,10 @@ class Guarded:
 
     @property
     def url(self) -> str:
-        return f"redis+sentinel://{','.join(f'127.0.0.1:{one.port}' for one in self.sentinels)}/{self.service}"
+        tls = self.sentinels[0].tls
+        scheme, options = ("redis", "") if tls is None else ("rediss", tls.options)
+        hosts = ",".join(f"127.0.0.1:{one.port}" for one in self.sentinels)
+        return f"{scheme}+sentinel://{hosts}/{self.service}{options}"
 
     def primary_port(self) -> int:
         with self.sentinels[-1].client() as client:
@@ -154,18 +198,20 @@ class Guarded:
 
 
 @contextmanager
-def guarded(folder: Path, *, sentinels: int = 1, password: str = "") -> Iterator[Guarded]:
+def guarded(folder: Path, *, sentinels: int = 1, password: str = "", tls: Tls | None = None) -> Iterator[Guarded]:
     binary = system_redis()
     ports = free_ports(2 + sentinels)
     login = [f"requirepass {password}", f"masterauth {password}"] if password else []
     common = ['save ""', "appendonly no", "maxmemory 64mb", "maxmemory-policy allkeys-lru", *login]
     common += ["repl-diskless-sync-delay 0"]
-    primary = Process(binary, folder / "primary", ports[0], common)
-    replica = Process(binary, folder / "replica", ports[1], [*common, f"replicaof 127.0.0.1 {ports[0]}"])
+    primary = Process(binary, folder / "primary", ports[0], common, tls=tls)
+    replica = Process(binary, folder / "replica", ports[1], [*common, f"replicaof 127.0.0.1 {ports[0]}"], tls=tls)
     watch = [f"sentinel monitor blocks 127.0.0.1 {ports[0]} {1 + sentinels // 2}"]
     watch += [f"sentinel auth-pass blocks {password}"] if password else []
     watch += ["sentinel down-after-milliseconds blocks 1000", "sentinel failover-timeout blocks 10000"]
-    guards = [Process(binary, folder / f"sentinel{i}", ports[2 + i], watch, ("--sentinel",)) for i in range(sentinels)]
+    guards = [
+        Process(binary, folder / f"sentinel{i}", ports[2 + i], watch, ("--sentinel",), tls) for i in range(sentinels)
+    ]
     with ExitStack() as stack:
         for process in (primary, replica):
             if password:
@@ -177,9 +223,7 @@ def guarded(folder: Path, *, sentinels: int = 1, password: str = "") -> Iterator
 
 
 def _with_password(process: Process, password: str) -> Callable[..., redis.Redis]:
-    return lambda **settings: redis.Redis(
-        port=process.port, password=password, socket_timeout=20, retry=Retry(NoBackoff(), 0), **settings
-    )
+    return partial(Process.client, process, password=password)
 
 
 @dataclass
@@ -190,7 +234,9 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return f"redis+cluster://{','.join(f'127.0.0.1:{node.port}' for node in self.nodes)}"
+        tls = self.nodes[0].tls
+        scheme, options = ("redis", "") if tls is None else ("rediss", tls.options)
+        return f"{scheme}+cluster://{','.join(f'127.0.0.1:{node.port}' for node in self.nodes)}{options}"
 
     def node_of(self, key: str) -> Process:
         """By the servers' own arithmetic."""
@@ -244,12 +290,16 @@ RAW = {"NEVER_DECODE": True}
 
 
 @contextmanager
-def clustered(folder: Path, *lines: str) -> Iterator[Cluster]:
+def clustered(folder: Path, *lines: str, tls: Tls | None = None) -> Iterator[Cluster]:
     binary = system_redis()
+    lines = lines if tls is None else (*lines, "tls-cluster yes")
     common = ["cluster-enabled yes", "cluster-node-timeout 2000", "cluster-require-full-coverage no"]
     common += ['save ""', "appendonly no", "maxmemory 64mb", "maxmemory-policy allkeys-lru", *lines]
     made = Cluster(
-        [Process(binary, folder / f"node{i}", port, common) for i, port in enumerate(free_ports(3, also=10_000))]
+        [
+            Process(binary, folder / f"node{i}", port, common, tls=tls)
+            for i, port in enumerate(free_ports(3, also=10_000))
+        ]
     )
     with running(made.nodes):
         for i, node in enumerate(made.nodes):

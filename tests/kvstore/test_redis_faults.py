@@ -562,7 +562,7 @@ def test_how_the_server_is_set_up_is_told_once_and_no_more_when_it_is_mended(
         caplog.at_level(logging.INFO),
     ):
         tier = make_tier(server.url, clock=clock)
-        for _ in range(5):
+        for _ in range(20):  # so that it is asked more than once
             assert tier.write(metas, payloads(metas)) == 1
             clock.now += 6.0
         assert "set save ''" in tier.stats().problem

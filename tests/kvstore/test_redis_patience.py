@@ -266,12 +266,16 @@ def test_threads_that_meet_one_stall_do_not_open_the_breaker(way: Way) -> None:
 
 def test_callers_in_a_hurry_alone_do_not_condemn_a_server_at_once(way: Way) -> None:
     metas = chain(2)
-    tier = make_tier(url(way), timeout_s=100.0)
+    clock = ManualClock()
+    tier = make_tier(url(way), timeout_s=100.0, clock=clock)
     assert tier.write(metas, payloads(metas)) == 2
     way.say(slow_by(0.2))
     assert [read(tier, metas, deadline_s=0.02) for _ in range(6)] == [0] * 6
     assert tier.stats().misses == {"deadline": 6}
+    assert [read(tier, metas, deadline_s=0.02) for _ in range(9)] == [0] * 9
+    assert tier.stats().misses == {"deadline": 12, "breaker": 3}
     way.say_as_it_is()
+    clock.now += 5.0
     assert read(tier, metas) == 2
     tier.close()
 
