@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from deploy.quantities import Duration, OptionalDuration, Size
+from kvstore.patience import DEFAULT_SLACK_S
 from router.config import RouterConfig, TlsFiles
 from workers.config import WorkerConfig
 
@@ -136,6 +137,9 @@ class StoreSettings(_Section):
     )
     default_ttl: OptionalDuration = Field(
         default=3600.0, description="How long blocks live after their last use, or never."
+    )
+    load_slack: Duration = Field(
+        default=DEFAULT_SLACK_S, gt=0, description="By how much reading blocks may be late before they are computed."
     )
 
 
@@ -299,6 +303,7 @@ class Settings(BaseSettings):
             redis_watch=self.redis.watch,
             block_size=self.store.block_size,
             default_ttl_s=self.store.default_ttl,
+            load_slack_s=self.store.load_slack,
             context_length=self.model.context_length,
             max_batch_tokens=self.workers.max_batch_tokens,
             max_running=self.workers.max_running,

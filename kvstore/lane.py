@@ -68,6 +68,7 @@ class Refreshing:
         self.write = tier.write
         self.remove = tier.remove
         self.sweep = tier.sweep
+        self.stats = tier.stats
 
     def refresh(self, metas: Sequence[BlockMeta]) -> list[BlockHash] | None:
         """As `SharedTier.refresh`."""
@@ -192,6 +193,17 @@ class Lane:
         self._writer.settle_cancelled(CANCEL_WAIT_S)
         for name in names:
             self._schedule.lost(name)
+
+    def disown(self, names: Sequence[BlockHash]) -> None:
+        """These are wrong: believe in them no more, and take them back in the background; see `take_removed`."""
+        self._writer.remove(names)
+        self.known.lost(names)
+        for name in names:
+            self._schedule.lost(name)
+
+    def take_removed(self) -> list[BlockHash]:
+        """Disowned blocks that were taken back since the last call."""
+        return self._writer.take_removed()
 
     def forget(self, names: Sequence[BlockHash], root: BlockHash | None, prefix: BlockHash | None) -> None:
         """Know nothing any more of a cleared scope."""

@@ -195,7 +195,7 @@ class Loader:
         """End the loads that wait for a thread, and wait for the others; those that did not end in time."""
         for threads in self._threads.values():
             threads.close()
-        wait(self._running.values(), timeout_s)
+        wait([future for load, future in self._running.items() if not load.is_stuck], timeout_s)
         self._finished.extend(load for load, future in self._running.items() if future.cancelled())
         return [load for load, future in self._running.items() if not future.done()]
 

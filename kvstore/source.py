@@ -45,11 +45,12 @@ class LoadScore:
 
 
 class Absent:
-    """Names that a look-up did not find a moment ago. Bounded; O(1)."""
+    """Names that a look-up did not find a moment ago, or that must not be read. Bounded; O(1)."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._until: OrderedDict[BlockHash, float] = OrderedDict()  # by time: every entry lives equally long
+        self.barred: set[BlockHash] = set()  # what is there is wrong, and about to be removed
 
     def add(self, name: BlockHash) -> None:
         """It was not found just now."""
@@ -96,6 +97,8 @@ class Source:
     def reach(self, names: Sequence[BlockHash]) -> int:
         """How many leading blocks it may deliver: those that it holds, or of which nobody knows that it does not."""
         believed = self._believed
+        if self.absent.barred:
+            names = names[: next((i for i, name in enumerate(names) if name in self.absent.barred), len(names))]
         if believed is None:
             return self.tier.match(names)
         gaps = (i for i, name in enumerate(names) if name in self.absent and not believed(name))

@@ -2,7 +2,7 @@
 
 The engine's thread only puts entries in; a full queue drops the new entry, never blocks. Queued bytes are views of host
 slots where there is a host tier, else copies. The thread also touches what `refresh` says is due, and reports what the
-tier lost, which the store writes again.
+tier lost, which the store writes again; and it removes what turned out to be wrong, until the tier has done so.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from kvstore.blocks import BlockHash
 from kvstore.errors import InvariantError
 from kvstore.events import RemovalCause, TierName
 from kvstore.host.tier import BlockView
-from kvstore.tier import BlockMeta
+from kvstore.tier import BlockMeta, TierStats
 
 BATCH_BLOCKS = 32  # what one write or refresh asks of the server at once
+MAX_UNWANTED = 1 << 16  # wrong blocks that wait for a tier that is down; beyond it the oldest are let be
 IDLE_S = 1.0  # how often a tier that is not written to is given the thread for its own work
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ class Writable(Protocol):
 
     def sweep(self) -> float | None:
         """As `Tier.sweep`."""
+        ...
+
+    def stats(self) -> TierStats:
+        """As `Tier.stats`."""
         ...
 
 
@@ -93,6 +98,10 @@ class WriteBehind:
         self._refreshing = 0
         self._refreshed: deque[Refreshed] = deque()
         self._unwritten: deque[BlockHash] = deque()
+        self._unwanted: dict[BlockHash, None] = {}
+        self._removing = False
+        self._remove_at = 0.0  # on `time.monotonic`: not before, as the tier did not answer the last time
+        self._removed: deque[BlockHash] = deque()
         self._queue_full = 0
         self._closed = False
         self._next_sweep = 0.0
@@ -147,6 +156,23 @@ class WriteBehind:
             names.append(self._unwritten.popleft())
         return names
 
+    def remove(self, names: Sequence[BlockHash]) -> None:
+        """Take blocks back in the background, before anything that is queued later: again until the tier answers."""
+        self.drop(set(names))
+        with self._changed:
+            self._unwanted.update(dict.fromkeys(names))
+            for name in list(self._unwanted)[: max(0, len(self._unwanted) - MAX_UNWANTED)]:
+                del self._unwanted[name]
+                self._removed.append(name)
+            self._changed.notify_all()
+
+    def take_removed(self) -> list[BlockHash]:
+        """Blocks that were taken back since the last call, or given up."""
+        names = []
+        while self._removed:
+            names.append(self._removed.popleft())
+        return names
+
     def metas(self) -> list[BlockMeta]:
         """Blocks that are queued or being written."""
         with self._changed:
@@ -171,7 +197,8 @@ class WriteBehind:
         """Wait until all that is queued has been tried; False: the time was up."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not (self._queue or self._writing or self._stale or self._refreshing), timeout_s
+                lambda: not (self._queue or self._writing or self._stale or self._refreshing or self._must_remove()),
+                timeout_s,
             )
 
     def close(self, timeout_s: float) -> None:
@@ -181,6 +208,7 @@ class WriteBehind:
             dropped = list(self._queue.values())
             self._queue.clear()
             self._stale.clear()
+            self._unwanted.clear()
             self._changed.notify_all()
         self._end(dropped)
         self._thread.join(timeout_s)
@@ -202,14 +230,20 @@ class WriteBehind:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stale or self._closed, IDLE_S)
+                self._changed.wait_for(
+                    lambda: self._queue or self._stale or self._must_remove() or self._closed, IDLE_S
+                )
                 if self._closed:
                     return
+                unwanted = list(self._unwanted) if self._must_remove() else []
+                self._removing = bool(unwanted)
                 batch = [self._queue.popitem(last=False)[1] for _ in range(min(BATCH_BLOCKS, len(self._queue)))]
                 stale = list(self._stale.values())[:BATCH_BLOCKS]
                 for meta in stale:
                     del self._stale[meta.hash]
                 self._writing, self._refreshing = batch, len(stale)
+            if unwanted:
+                self._remove(unwanted)
             if batch:
                 self._write(batch)
             if stale:
@@ -253,6 +287,25 @@ class WriteBehind:
         with self._changed:
             self._refreshing = 0
             self._changed.notify_all()
+
+    def _remove(self, unwanted: list[BlockHash]) -> None:
+        """Whether the tier did it shows in its health alone: that it drops nothing may mean that nothing was there."""
+        is_done = False
+        try:
+            self._tier.remove(unwanted, RemovalCause.INVALID)
+            is_done = self._tier.stats().healthy
+        except Exception:
+            logger.exception("wrong blocks were not removed", extra={"tier": self._tier.name})  # as in `_write`
+        with self._changed:
+            self._removing = False
+            self._remove_at = 0.0 if is_done else time.monotonic() + IDLE_S
+            for name in unwanted if is_done else ():
+                self._unwanted.pop(name, None)
+                self._removed.append(name)
+            self._changed.notify_all()
+
+    def _must_remove(self) -> bool:
+        return self._removing or bool(self._unwanted and time.monotonic() >= self._remove_at)
 
     def _has_no_room(self) -> bool:
         return len(self._queue) + len(self._writing) >= self._max_blocks

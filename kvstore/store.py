@@ -222,8 +222,9 @@ class TieredStore:
 
         Slow tiers expire their blocks in their own threads.
         """
-        for lane in self._lanes.values():
+        for name, lane in self._lanes.items():
             lane.pump()
+            self._promoter.sources[name].absent.barred.difference_update(lane.take_removed())
         self._promoter.pump()
         self.device.sweep()
         if self.host is not None:
@@ -293,6 +294,24 @@ class TieredStore:
             for lane in self._lanes.values():
                 lane.forget(names, root, prefix)
         return dropped
+
+    def disown(self, hashes: Sequence[BlockHash]) -> None:
+        """These blocks of one chain may be wrong: drop them and what was built on them. Waits for no slow tier.
+
+        Nobody finds them from now on: what lies in a slow tier is removed there in the background, again until it
+        answers, and not read from there before. Of followers those are known that lie or move in this process.
+        """
+        if not hashes:
+            return
+        names = list(dict.fromkeys([*hashes, *self._select(None, hashes[0])]))
+        self._promoter.discard(set(names))
+        self._leases.end(names)
+        for name, lane in self._lanes.items():
+            self._promoter.sources[name].absent.barred.update(names)
+            lane.disown(names)
+        for tier in (self.device, self.host):
+            if tier is not None:
+                tier.remove(names, RemovalCause.INVALID)
 
     def clear_shared(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> int:
         """Drop blocks in the shared tier alone; how many. Any thread may call it; it may take long.

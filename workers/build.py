@@ -60,6 +60,7 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         clock=clock,
         default_ttl_s=config.default_ttl_s,
         admission=make_admission(config.admission),
+        load_slack_s=config.load_slack_s,
     )
     return TorchEngine(
         runner,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvstore.patience import DEFAULT_SLACK_S
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -27,6 +29,7 @@ class WorkerConfig:
         `kvstore.redis.watch.Watching`.
         block_size: None: `KVLayout.with_chosen_block_size`.
         default_ttl_s: time to live of blocks after their last use; None: until evicted.
+        load_slack_s: by how much a load of blocks may be late before they are computed.
         context_length: None: the model's own.
         max_batch_tokens: tokens a step. max_running: sequences a step.
         fleet_secret: what routers must present. bind_host: where to listen. advertise_host: what routers dial;
@@ -55,6 +58,7 @@ class WorkerConfig:
     redis_watch: str = "listen"
     block_size: int | None = None
     default_ttl_s: float | None = 3600.0
+    load_slack_s: float = DEFAULT_SLACK_S
     context_length: int | None = None
     max_batch_tokens: int = 2048
     max_running: int = 64

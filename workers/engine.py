@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from torch import AcceleratorError, OutOfMemoryError, Tensor
 
 from kvstore.blocks import BlockHash
-from kvstore.errors import StoreError
 from kvstore.events import BlockStored, TierName
 from kvstore.lifetime import Lifetime
 from kvstore.store import ReadTiers, TieredStore
@@ -401,11 +400,8 @@ class TorchEngine:
         first = sequence.num_cached_tokens // self._block_size
         if sequence.job.no_store or sequence.num_committed <= first:
             return
-        try:
-            self._changed = True
-            self.store.clear(prefix=sequence.hashes[first], shared=True)
-        except StoreError:
-            log.warning("blocks of a failed sequence could not be dropped", exc_info=True)
+        self._changed = True
+        self.store.disown(sequence.hashes[first : sequence.num_committed])
 
     def _fail(self, chunks: Items[Chunk], error: RuntimeError) -> None:
         """A step that cannot be computed ends its sequences; one of a broken device ends the worker.

@@ -5,18 +5,23 @@ Covers: threads, two-phase writes, verified reads. Does not cover: which blocks 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from typing import TypeVar
 
 from kvstore.codec import BlockCodec
+from kvstore.daemon_pool import DaemonPool
 from kvstore.disk.entries import Entry
 from kvstore.disk.space import DiskSpace
 from kvstore.errors import CodecError, MissReason
 from kvstore.tier import Clock
 
+log = logging.getLogger(__name__)
+
+CLOSE_WAIT_S = 2.0
 IO_THREADS = 2  # of a read, and of a write: a checksum is computed while another block is on its way
 
 Item = TypeVar("Item")
@@ -31,8 +36,8 @@ class DiskTransfer:
         self._space = space
         self._codec = codec
         self._wall_clock = wall_clock
-        self._readers = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="kvstore-disk-read")
-        self._writers = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="kvstore-disk-write")
+        self._readers = DaemonPool(IO_THREADS, "kvstore-disk-read")
+        self._writers = DaemonPool(IO_THREADS, "kvstore-disk-write")
 
     def fetch(
         self, entries: Sequence[Entry], into: Sequence[memoryview], ends_at: float | None
@@ -74,9 +79,9 @@ class DiskTransfer:
         return done
 
     def close(self) -> None:
-        """Wait for what is under way, and end the threads."""
-        self._readers.shutdown()
-        self._writers.shutdown()
+        """Wait for what is under way, and end the threads; one that the device does not let go is left behind."""
+        if not (self._readers.close(CLOSE_WAIT_S) and self._writers.close(CLOSE_WAIT_S)):
+            log.warning("the disk does not answer; a read or write was left running at close")
 
     def _fetch(self, entry: Entry, into: memoryview, ends_at: float | None) -> MissReason | None:
         """Read a block and verify it; None: it has arrived."""
@@ -106,7 +111,7 @@ class DiskTransfer:
         return None
 
 
-def _each(pool: ThreadPoolExecutor, function: Callable[[Item], Outcome], items: Sequence[Item]) -> list[Outcome]:
+def _each(pool: DaemonPool, function: Callable[[Item], Outcome], items: Sequence[Item]) -> list[Outcome]:
     """The function of each item, by this thread and by those of the pool that are free.
 
     Returns or raises when none of them runs any more.

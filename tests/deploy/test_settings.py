@@ -38,6 +38,7 @@ def test_every_value_reaches_its_part() -> None:
             "store.block_size": 32,
             "redis.url": "redis://:pw@h/0",
             "redis.timeout": "20ms",
+            "store.load_slack": "70ms",
             "router.weights": "{load = 2}",
             "router.http_port": "none",
             "router.default_deadline": "never",
@@ -52,6 +53,7 @@ def test_every_value_reaches_its_part() -> None:
     assert (worker.model_name, worker.engine, worker.context_length) == ("m", "simulated", 99)
     assert (worker.device_bytes, worker.host_bytes, worker.default_ttl_s) == (2 << 20, 0, None)
     assert (worker.block_size, worker.redis_url, worker.redis_timeout_s) == (32, "redis://:pw@h/0", 0.02)
+    assert worker.load_slack_s == 0.07
     router = settings.router_config("r", model_dir="d", fleet_secret="s")
     assert (router.weights, router.http_port, router.default_deadline_s) == ({"load": 2.0}, None, None)
     assert (router.drain_grace_s, router.tls, router.worker_ca) == (60.0, TlsFiles("/c", "/k"), "/w")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -566,6 +566,62 @@ def test_clear_drops_from_disk_too_and_tells_how_many(rig: Rig) -> None:
     assert rig.disk.match(names(mine)) == 3
     assert rig.store.clear(shared=True) == {DEVICE: 3, HOST: 3, DISK: 3, REDIS: 5}
     assert rig.get(mine) == []
+
+
+def test_disowned_blocks_and_their_followers_leave_every_tier_without_waiting_for_one_that_stalls(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metas, others = chain(8), chain(3, first_token=700)
+    rig.cache(metas)
+    rig.cache(others)
+    rig.store.drain_events()
+    asked, answers, remove = threading.Event(), threading.Event(), rig.shared.remove
+
+    def stalled(hashes: Sequence[BlockHash], cause: RemovalCause) -> int:
+        asked.set()
+        assert answers.wait(60)
+        return remove(hashes, cause)
+
+    monkeypatch.setattr(rig.shared, "remove", stalled)
+    monkeypatch.setattr(rig.shared, "clear", None)  # nobody scans a server for names that are known
+    rig.store.disown(names(metas[3:5]))
+    assert asked.wait(60)
+    assert set(rig.shared.held()) == set(names(metas + others)), "the caller did not wait"
+    gone = [name for event in rig.store.drain_events() if isinstance(event, BlockRemoved) for name in event.hashes]
+    assert {short(name) for name in names(metas[3:])} <= set(gone)
+    assert rig.get(metas) == [DEVICE] * 3
+    assert rig.shared.reads == []
+    answers.set()
+    rig.settle()
+    assert set(rig.shared.held()) == set(names(metas[:3] + others))
+    assert set(names(rig.disk.metas())) == set(names(metas[:3] + others))
+    assert rig.get(others) == [DEVICE] * 3
+    rig.cache(metas)
+    assert set(rig.shared.held()) == set(names(metas + others)), "they may be computed and stored again"
+    rig.device.clear()
+    rig.host.clear()
+    rig.disk.clear()
+    assert rig.get(metas) == [REDIS] * 8
+
+
+def test_disowned_blocks_are_removed_once_a_tier_that_was_down_answers(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.spill.IDLE_S", 0.01)
+    metas, remove = chain(3), rig.shared.remove
+    rig.cache(metas)
+    rig.shared.healthy = False
+    tries: list[int] = []
+    monkeypatch.setattr(
+        rig.shared, "remove", lambda names, cause: remove(names, cause) if rig.shared.healthy else tries.append(1)
+    )
+    rig.store.disown(names(metas))
+    until(lambda: len(tries) > 1)
+    assert len(rig.shared.held()) == 3
+    assert rig.get(metas) == []
+    rig.shared.healthy = True
+    until(lambda: not rig.shared.held())
+    until(lambda: rig.store.pump() or not rig.store._promoter.sources[REDIS].absent.barred)
 
 
 def test_a_block_that_the_disk_lost_is_written_again_at_its_next_use(rig: Rig) -> None:

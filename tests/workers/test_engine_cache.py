@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import replace
@@ -173,3 +174,30 @@ def test_a_job_that_names_no_lifetime_leaves_blocks_with_a_fixed_end_as_they_are
     assert {rig.store.host.find(name).lifetime for name in job.block_hashes} == {Lifetime(60.0, ends)}
     assert carry_out(rig.engine, Warm(job.block_hashes, job.root, Lifetime(90.0))).started == 0
     assert {rig.store.host.find(name).lifetime for name in job.block_hashes} == {Lifetime(90.0, ends)}
+
+
+def test_blocks_that_went_wrong_leave_redis_and_a_redis_that_stalls_delays_no_step(monkeypatch: pytest.MonkeyPatch):
+    with PrivateRedis() as server:
+        rig = make_rig(host_blocks=100, redis_url=server.url)
+        rig.run(rig.job("before", PROMPT[:33], max_tokens=1))
+        rig.engine.submit(rig.job("a", PROMPT, max_tokens=5, ignore_eos=True))
+        while not rig.engine.step().outputs:
+            pass
+        assert rig.store.flush(30)
+        shared = rig.store._shared
+        assert shared.match(rig.job("x", PROMPT).block_hashes) == 4
+        forward, go, asked = rig.engine.runner.forward, threading.Event(), threading.Event()
+        remove = shared.remove
+        monkeypatch.setattr(shared, "clear", None)
+        monkeypatch.setattr(shared, "remove", lambda *what: (asked.set(), go.wait(60), remove(*what))[2])
+        monkeypatch.setattr(rig.store._lanes[TierName.REDIS]._writer, "_tier", shared)
+        monkeypatch.setattr(rig.engine.runner, "forward", lambda *step: forward(*step) * math.nan)
+        while not (outputs := rig.engine.step().outputs):
+            pass
+        assert outputs[0].error.reason == "MODEL_OUTPUT_NOT_FINITE"
+        assert not go.is_set()
+        assert asked.wait(30)
+        go.set()
+        assert rig.store.flush(30)
+        assert shared.match(rig.job("x", PROMPT).block_hashes) == 2
+        rig.close()
