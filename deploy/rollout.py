@@ -98,7 +98,8 @@ class Rollout:
             config = (await self._discovery.call("blueprint"))["config"]
             _check_same_fleet(self._settings, config)
             return str(config["fleet_secret"])
-        return own_secret(self._settings) or await asyncio.to_thread(keep_secret, self._state_dir)
+        own = own_secret(self._settings)
+        return own if own else await asyncio.to_thread(keep_secret, self._state_dir)
 
     def _names_wanted(self, present: list[str]) -> list[str]:
         if present and self._loaded.origin("workers.count") is Origin.DEFAULT:
