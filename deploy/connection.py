@@ -70,7 +70,7 @@ class Connection:
             Failure: no router answers.
         """
         from warmkv.client import Client, WarmkvError
-        from warmkv.errors import DeadlineExceeded, Unavailable
+        from warmkv.errors import DeadlineExceeded, Unauthenticated, Unavailable
 
         try:
             with Client(self.router, api_key=self.api_key, timeout=timeout, tls=self.tls) as client:
@@ -80,6 +80,8 @@ class Connection:
             if isinstance(error, Unavailable | DeadlineExceeded) and not error.reason:
                 where = f"no router answers at {self.router}"
                 raise Failure(f"{where}; start one by `warmkv up`, or give --router HOST:PORT", UNREACHABLE) from error
+            if isinstance(error, Unauthenticated):
+                raise Failure(f"{error} For this command: --api-key KEY, or WARMKV_API_KEY.") from error
             raise
 
 

@@ -187,7 +187,7 @@ def check_secret(settings: Settings, state_dir: Path) -> None:
     Raises:
         StateProblem: it cannot be read.
     """
-    if settings.ray.address is None and own_secret(settings) is None and _living(state_dir) is None:
+    if settings.ray.address is None and not own_secret(settings) and _living(state_dir) is None:
         kept_secret(state_dir)
 
 
