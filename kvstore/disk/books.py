@@ -21,6 +21,7 @@ from kvstore.disk.log import INDEX, SEQUENCE, Found
 from kvstore.disk.restored import Restored
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import BlockRemoved, KvEvent, RemovalCause, TierName
+from kvstore.eviction.entries import EXPIRED_AT_ONCE
 from kvstore.eviction.policies import Eviction, Hint, make_eviction
 from kvstore.tier import BlockMeta, Clock, prolonged
 
@@ -244,8 +245,9 @@ class DiskBooks:
         return self._restored.metas() + [entry.meta for entry in self.entries.values()] + writing
 
     def expire(self) -> float | None:
-        """Drop what has expired; seconds until the next block expires, None when none will."""
-        self._forget([self.entries[name] for name in self._eviction.pop_expired()], RemovalCause.EXPIRED)
+        """Drop what has expired, not too much at once; seconds until the next block expires, None when none will."""
+        expired = [self.entries[name] for name in self._eviction.pop_expired(EXPIRED_AT_ONCE)]
+        self._forget(expired, RemovalCause.EXPIRED)
         return self._eviction.next_expiry_s()
 
     def restore(self, found: Sequence[Found]) -> None:
@@ -347,6 +349,8 @@ class DiskBooks:
             self.load(
                 len(self._restored)
             )  # eviction must know all of them; the tier has seen to it in nearly all cases
+        while not self._free and self._eviction.next_expiry_s() == 0.0:  # not all may have been dropped yet
+            self.expire()
         while not self._free and (victim := self._eviction.victim()) is not None:
             self._eviction.remove(victim)
             self._forget([self.entries[victim]], RemovalCause.EVICTED)

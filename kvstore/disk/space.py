@@ -194,7 +194,8 @@ class DiskSpace:
         self.index.is_incomplete |= recovered.log_is_stale or not recovered.log_is_whole
         if len(recovered.found) <= LOADED_BY_STARTER or self.index.is_incomplete:
             self.index.load()
-            self.books.expire()
+            while self.books.expire() == 0.0:
+                pass
             self.books.events.clear()  # nobody has been told of what is gone
         else:
             self._loader = threading.Thread(target=self.index.load_gently, name="kvstore-disk-load", daemon=True)

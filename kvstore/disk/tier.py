@@ -220,7 +220,7 @@ class DiskTier:
         with self._lock:
             next_s = self._books.expire()
             if self._books.is_loading:
-                next_s = min(LOADING_SWEEP_S, next_s or LOADING_SWEEP_S)
+                next_s = LOADING_SWEEP_S if next_s is None else min(LOADING_SWEEP_S, next_s)
         self._space.write_down()
         return next_s
 

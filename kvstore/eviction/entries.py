@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Hashable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic
 
 from kvstore.errors import InvariantError
@@ -24,6 +25,7 @@ from kvstore.eviction.order import NO_HINT, Hint, Key, Order
 from kvstore.tier import Clock
 
 _FOR_EVER = float("inf")
+EXPIRED_AT_ONCE = 256  # a tier drops so many under its lock, some milliseconds; others go on before the next ones
 
 
 @dataclass(slots=True, eq=False)
@@ -233,10 +235,13 @@ class Eviction(Generic[Key]):
         free = (entry for entry in self._entries.values() if entry.node.holds == 0)
         return (entry.key for entry in sorted(free, key=lambda entry: entry.used))
 
-    def pop_expired(self) -> list[Key]:
-        """Forget what has expired and return it, soonest first."""
+    def pop_expired(self, limit: int | None = None) -> list[Key]:
+        """Forget what has expired, at most `limit` entries (None: all), and return it, soonest first.
+
+        While some are left, `next_expiry_s` is zero.
+        """
         gone = []
-        for key in self._deaths.pop_due(self._clock()):
+        for key in islice(self._deaths.pop_due(self._clock()), limit):
             self.remove(key)
             gone.append(key)
         return gone

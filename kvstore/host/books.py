@@ -16,6 +16,7 @@ from kvstore.blocks import BlockHash, short
 from kvstore.chains import consecutive_runs, stored_events
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import BlockRemoved, KvEvent, RemovalCause, TierName
+from kvstore.eviction.entries import EXPIRED_AT_ONCE
 from kvstore.eviction.policies import Eviction, Hint, make_eviction
 from kvstore.host.slab import Slab
 from kvstore.tier import BlockMeta, Clock, TierStats, prolonged
@@ -205,8 +206,8 @@ class HostBooks:
         return len(gone)
 
     def expire(self) -> float | None:
-        """Drop what has expired; seconds until the next block expires, None when none will."""
-        self._forget(self._eviction.pop_expired(), RemovalCause.EXPIRED)
+        """Drop what has expired, not too much at once; seconds until the next block expires, None when none will."""
+        self._forget(self._eviction.pop_expired(EXPIRED_AT_ONCE), RemovalCause.EXPIRED)
         return self._eviction.next_expiry_s()
 
     def stats(self) -> TierStats:
@@ -260,6 +261,9 @@ class HostBooks:
     def _take_slot(self, root: BlockHash) -> int | None:
         """A free slot for a block of that root, made by eviction if need be; None: no block may go for it."""
         index = self._slab.take()
+        while index is None and self._eviction.next_expiry_s() == 0.0:  # not all may have been dropped yet
+            self.expire()
+            index = self._slab.take()
         while index is None and (victim := self._eviction.victim(root=root)) is not None:
             if self.slots[victim].views > 0:
                 self._set_aside(victim)
