@@ -90,6 +90,7 @@ class Acquisition:
         self.cancelled = False
         self.looked = False  # one device miss is counted for an acquisition, where the first look-up ended
         self.give_up_at = float("inf")  # on the clock: when it waits no more for the load that it waits for
+        self.is_paused = False  # host holds more of it, which the next steps copy
         self.is_cut = False  # what it waited for was cleared meanwhile: it takes no more from slow tiers
         self.tried: dict[TierName, int] = {}  # position at which a tier came up short
         self.arrived: dict[BlockHash, TierName] = {}  # loaded by somebody else that this one waited for

@@ -25,7 +25,7 @@ from kvstore.known import KnownLocal, KnownShared
 from kvstore.lane import Lane, NearTiers, Refreshing, nobody
 from kvstore.layout import KVLayout
 from kvstore.leases import Leases
-from kvstore.promotion import Promoter
+from kvstore.promotion import HOST_STEP_NBYTES, Promoter
 from kvstore.source import Source
 from kvstore.spill import Writable
 from kvstore.tier import BlockMeta, Clock, LocalTier, SharedTier, Tier, TierStats
@@ -59,6 +59,7 @@ class TieredStore:
         io_threads: int = 2,
         queue_bytes: int = DEFAULT_QUEUE_BYTES,
         directory_entries: int = DEFAULT_DIRECTORY_ENTRIES,
+        host_step_bytes: int = HOST_STEP_NBYTES,
     ) -> None:
         """Take over the tiers; `close` closes them.
 
@@ -73,6 +74,8 @@ class TieredStore:
             queue_bytes: blocks that wait for each slow tier; beyond it they are dropped. At most half of the host
                 tier's slots are kept from eviction by them.
             directory_entries: blocks of the shared tier, and last refreshes of each slow one, to remember.
+            host_step_bytes: what is copied from host between two calls of `pump`; the rest of a longer prefix follows
+            in the next ones, so that other sequences decode meanwhile.
 
         Raises:
             ValueError: the admission asks to be asked when a block is evicted, which the store does not.
@@ -106,7 +109,15 @@ class TieredStore:
             (Source(tier, layout.block_nbytes, clock=clock, believed=_believed(known)), known.find)
             for tier, _, known in slow
         ]
-        self._promoter = Promoter(device, host, sources, clock=clock, io_threads=io_threads, on_read=self._on_read)
+        self._promoter = Promoter(
+            device,
+            host,
+            sources,
+            clock=clock,
+            io_threads=io_threads,
+            on_read=self._on_read,
+            host_step_nbytes=host_step_bytes,
+        )
 
     # --- for requests ---
 
