@@ -52,6 +52,17 @@ def _joined(names: tuple[str, ...]) -> str:
     return ",".join(names) or "none"
 
 
+def _shares(value: dict[str, float]) -> dict[str, float]:
+    wrong = [tenant for tenant, share in value.items() if not (tenant and 0 < share <= 1)]
+    if wrong:
+        raise ValueError(f"the share of {wrong[0]!r} is not above 0 and at most 1; write it like 0.25")
+    if sum(value.values()) > 1 + 1e-9:
+        raise ValueError(f"the shares are {sum(value.values()):g} together; make them at most 1")
+    return value
+
+
+Shares = Annotated[dict[str, float], AfterValidator(_shares)]
+
 HostNames = Annotated[
     tuple[str, ...], NoDecode, BeforeValidator(_host_names), PlainSerializer(_joined, return_type=str)
 ]
@@ -124,6 +135,10 @@ class StoreSettings(_Section):
     )
     eviction: Literal["lru", "s3fifo", "lfu_da", "arc", "tail_optimized", "priority", "reuse"] = Field(
         default="lru", description="Which blocks host and disk drop first when they are full."
+    )
+    quotas: Shares = Field(
+        default_factory=dict,
+        description="Share of host and disk that each tenant may count on, at most 1 together; the rest is for all.",
     )
     keys_file: Path | None = Field(
         default=None, description="Lines `id:base64-of-32-bytes`; with it blocks on disk and in Redis are protected."
@@ -271,7 +286,11 @@ class Settings(BaseSettings):
         return self.model.name or (folder.resolve().name if folder is not None else "simulated")
 
     def worker_config(self, name: str, *, fleet_secret: str, threads: int = 1) -> WorkerConfig:
-        """The configuration of the worker `name`; `threads` where none are set."""
+        """The configuration of the worker `name`; `threads` where none are set.
+
+        Raises:
+            SettingsProblem, KeysFileError: see `deploy.quotas`.
+        """
         url = self.redis.url
         return WorkerConfig(
             name=name,
@@ -288,6 +307,7 @@ class Settings(BaseSettings):
             disk_dir=str(self.store.disk_dir),
             admission=self.store.admission,
             eviction=self.store.eviction,
+            quotas=self._quotas(fleet_secret),
             store_keys=_keys(self.store.keys_file),
             protection=self.store.protection,
             redis_url=None if url is None else url.get_secret_value(),
@@ -337,6 +357,11 @@ class Settings(BaseSettings):
             show_prompts=router.show_prompts,
             reflection=router.reflection,
         )
+
+    def _quotas(self, fleet_secret: str) -> dict[str, float]:
+        from deploy.quotas import salted_shares  # which knows what settings are
+
+        return salted_shares(self, fleet_secret)
 
     def _bind_host(self) -> str:
         """On a joined cluster routers come from other nodes, so the fleet secret must guard an open port."""

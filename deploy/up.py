@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deploy.cluster import ClusterProblem, end_own_ray, ray_environment, start_own_ray
 from deploy.discovery import Borrowed, RayDiscovery
 from deploy.layers import Loaded, SettingsProblem
+from deploy.quotas import group_shares
 from deploy.rollout import Rollout, Say, own_secret, since
 from deploy.settings import Settings
 from deploy.state import ClusterRecord, lives, read_record
@@ -165,8 +166,9 @@ def check_store(settings: Settings) -> None:
     """Look at what would keep every worker's store from starting.
 
     Raises:
-        KeyringError: the keys file cannot be used.
+        KeyringError: the keys file cannot be used. SettingsProblem, KeysFileError: see `quotas.group_shares`.
     """
+    group_shares(settings)
     path = settings.store.keys_file
     if path is None:
         return

@@ -1,11 +1,11 @@
 """Bringing a prompt's prefix to the device: which tier delivers each block, and the loads that take their time.
 
-Device blocks are referenced at once; blocks in host RAM are copied by the engine's thread, only so many bytes a step, so
-that a long prefix does not keep all others waiting: what is left follows at the next `Promoter.pump`. What lies in a
-slow tier (disk, the shared tier) is read by an I/O thread into memory of its own. `pump` then allocates device
-blocks for what came, and registers them: a question that finds nothing evicts nothing, a load that is given up holds no
-device block, and nobody sees a block before its bytes are whole. Blocks that another acquisition is loading are waited
-for, not loaded twice.
+Device blocks are referenced at once. Blocks in host RAM are copied by the engine's thread, so many bytes a step:
+what is left of a long prefix follows at the next `Promoter.pump`, and others decode meanwhile. What lies in a slow tier
+(disk, the shared tier) is read by an I/O thread into memory of its own. `pump` then allocates device blocks for what
+came, and registers them: a question that finds nothing evicts nothing, a load that is given up holds no device block,
+and nobody sees a block before its bytes are whole. Blocks that another acquisition is loading are waited for, not
+loaded twice.
 
 A prefetch is a load without an owner: it ends in host, and who comes meanwhile waits for it.
 """
