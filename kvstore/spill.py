@@ -111,6 +111,11 @@ class WriteBehind:
         with self._changed:
             return self._has_no_room()
 
+    def await_room(self, timeout_s: float) -> None:
+        """Wait until `put` would take a new block, or the time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._has_no_room(), timeout_s)
+
     def is_coming(self, name: BlockHash) -> bool:
         """Whether a block is queued or being written."""
         with self._changed:

@@ -235,6 +235,11 @@ class Eviction(Generic[Key]):
         free = (entry for entry in self._entries.values() if entry.node.holds == 0)
         return (entry.key for entry in sorted(free, key=lambda entry: entry.used))
 
+    def latest_first(self) -> list[Key]:
+        """All entries, most recently used first, whatever the policy. O(n log n)."""
+        entries = sorted(self._entries.values(), key=lambda entry: entry.used, reverse=True)
+        return [entry.key for entry in entries]
+
     def pop_expired(self, limit: int | None = None) -> list[Key]:
         """Forget what has expired, at most `limit` entries (None: all), and return it, soonest first.
 
