@@ -68,6 +68,9 @@ HostNames = Annotated[
 ]
 
 
+AdmissionRule = Literal["always", "second_hit", "on_eviction"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -116,7 +119,7 @@ class WorkersSettings(_Section):
     port: Port = Field(default=0, description="Where workers listen; 0: any free port.")
     start_timeout: Duration = Field(default=600.0, description="How long `up` waits for workers to be ready.")
     flush: Duration = Field(
-        default=5.0, description="How long a worker that is told to end may write blocks to the shared tier."
+        default=5.0, description="How long a worker that is told to end may write blocks to disk and the shared tier."
     )
 
 
@@ -130,8 +133,9 @@ class StoreSettings(_Section):
         default=Path("~/.cache/warmkv/blocks"),
         description="Where the disk tier lies on each node; every worker has a folder of its own in it.",
     )
-    admission: Literal["always", "second_hit"] = Field(
-        default="always", description="Which blocks are written to disk and Redis: all, or those that are used again."
+    admission: AdmissionRule = Field(
+        default="always",
+        description="Which blocks are written to disk and Redis: all, those used again, or those that host evicts.",
     )
     eviction: Literal["lru", "s3fifo", "lfu_da", "arc", "tail_optimized", "priority", "reuse"] = Field(
         default="lru", description="Which blocks host and disk drop first when they are full."
@@ -160,6 +164,9 @@ class RedisSettings(_Section):
     url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
         default=None,
         description="redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; none: no shared tier.",
+    )
+    admission: AdmissionRule | None = Field(
+        default=None, description="Which blocks are written to Redis; none: as store.admission says."
     )
     timeout: Duration = Field(default=0.1, gt=0, description="Longest that one read may take before it is a miss.")
     watch: Literal["off", "listen", "configure"] = Field(
@@ -306,6 +313,7 @@ class Settings(BaseSettings):
             disk_bytes=self.store.disk_bytes,
             disk_dir=str(self.store.disk_dir),
             admission=self.store.admission,
+            redis_admission=self.redis.admission,
             eviction=self.store.eviction,
             quotas=self._quotas(fleet_secret),
             store_keys=_keys(self.store.keys_file),

@@ -167,8 +167,10 @@ def check_store(settings: Settings) -> None:
 
     Raises:
         KeyringError: the keys file cannot be used. SettingsProblem, KeysFileError: see `quotas.group_shares`.
+        SettingsProblem: blocks are to be written when host evicts them, and there is no host tier.
     """
     group_shares(settings)
+    _check_admission(settings)
     path = settings.store.keys_file
     if path is None:
         return
@@ -179,6 +181,16 @@ def check_store(settings: Settings) -> None:
         Keyring.parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise KeyringError(f"store.keys_file {path} cannot be read ({error}); name a file that this user can") from None
+
+
+def _check_admission(settings: Settings) -> None:
+    rules = {"store.admission": settings.store.admission, "redis.admission": settings.redis.admission}
+    name = next((name for name, rule in rules.items() if rule == "on_eviction"), None)
+    if name is not None and not settings.store.host_bytes:
+        raise SettingsProblem(
+            f"{name} is on_eviction, which writes what the host tier evicts, and store.host_bytes is 0; "
+            "give it bytes, or choose always or second_hit"
+        )
 
 
 def check_router(settings: Settings) -> None:

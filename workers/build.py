@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kvstore.admission import make_admission
+from kvstore.admission import Admission, make_admission
 from kvstore.blocks import BlockHash, HashScheme
 from kvstore.codec import BlockCodec
 from kvstore.crypto import Keyring, Protection
@@ -51,6 +51,7 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     codec = _codec(config, layout, scheme)
     disk = _disk(config, codec, scheme, clock)
     shared = _shared(config, codec)
+    rule = make_admission(config.admission)
     store = TieredStore(
         layout,
         device,
@@ -59,7 +60,8 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         disk=disk,
         clock=clock,
         default_ttl_s=config.default_ttl_s,
-        admission=make_admission(config.admission),
+        admission=rule,
+        shared_admission=_redis_rule(config, rule),
     )
     return TorchEngine(
         runner,
@@ -100,6 +102,11 @@ def _layout(probed: KVLayout, block_size: int | None) -> KVLayout:
     if block_size < 1:
         raise LayoutError(f"block_size is {block_size}; give at least 1, or leave it out")
     return replace(probed, block_size=block_size)
+
+
+def _redis_rule(config: WorkerConfig, rule: Admission) -> Admission:
+    """The very same one where nothing else is said: a block that it is asked about has then been seen once."""
+    return rule if config.redis_admission in (None, config.admission) else make_admission(config.redis_admission)
 
 
 def _shares(config: WorkerConfig, scheme: HashScheme, capacity: int) -> dict[BlockHash, int] | None:

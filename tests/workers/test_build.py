@@ -68,6 +68,18 @@ def test_a_tenant_with_a_quota_keeps_its_blocks_in_host_while_another_fills_it(t
     engine.close(flush_s=0)
 
 
+def test_blocks_of_a_worker_that_writes_back_are_on_disk_when_it_has_ended(tmp_path):
+    config = replace(CONFIG, disk_bytes=8 << 20, disk_dir=str(tmp_path), admission="on_eviction")
+    engine = build_engine(config)
+    prompt = prompts(1, lengths=(200,))[0]
+    _run(engine, prompt)
+    assert engine.store.disk.metas() == []
+    engine.close(flush_s=30)
+    engine = build_engine(config)
+    assert _run(engine, prompt).fates["disk"] == 192
+    engine.close(flush_s=0)
+
+
 def test_two_engines_of_one_model_share_a_scheme_and_other_settings_do_not():
     one, two = build_engine(CONFIG), build_engine(replace(CONFIG, name="w1", host_bytes=0))
     other = build_engine(replace(CONFIG, dtype="bfloat16", block_size=8))
