@@ -56,12 +56,11 @@ KNOWN_LRU = {
 UPPER = {
     "mooncake_conversation": 400_000,
     "mooncake_synthetic": 400_000,
-    "claude_code_sample": 160_000,
     "ragpulse": 2_000,
     "tau_airline": 5_000,
 }
 LOWER = 5  # times that
-QUICK_UPPER = ("mooncake_synthetic", "claude_code_sample")
+QUICK_UPPER = ("mooncake_synthetic",)
 
 
 class TwoTiers:
