@@ -4,8 +4,10 @@ Rows `hit_<trace>_<capacity in 1000 tokens>k_<policy>`; the first tenth of each 
 count. The policies are those of `kvstore.eviction`, fed as a tier feeds them: a prompt's blocks are used from the last
 to the first, and what does not fit is evicted. `belady` knows the future: furthest next use first, suffixes first.
 
-Rows `admission_<trace>_<rule>_*`: a lower tier of five times the upper one, and what it is given (`kvstore.admission`):
-`hit`, hits of both tiers; `writes`, blocks written as a share of those that `always` writes; `hits_lost` against it.
+Rows of what a lower tier, five times as large as the upper one, is given (`kvstore.admission`): `hit_<trace>_<rule>`,
+hits of both; `writes_<trace>_<rule>`, blocks written as a share of those that `always` writes, and `writes_saved`, the
+others; `hits_lost_<trace>_<rule>`, points of the hit rate that `always` has and the rule has not.
+
 `--trace FILE` adds a trace of your own, or of those that are too large to ship, at its capacities (`--capacities`).
 """
 
@@ -50,8 +52,15 @@ KNOWN_LRU = {
     ("ragpulse", 10): 0.284,
     ("ragpulse", 50): 0.310,
 }
-UPPER_TOKENS = 400_000  # of the admission rows
+# Upper tiers of the rows of admission, in tokens, so that neither nothing nor everything fits.
+UPPER = {
+    "mooncake_conversation": 400_000,
+    "mooncake_synthetic": 400_000,
+    "ragpulse": 2_000,
+    "tau_airline": 5_000,
+}
 LOWER = 5  # times that
+QUICK_UPPER = ("mooncake_synthetic",)
 
 
 class TwoTiers:
@@ -109,7 +118,7 @@ class TwoTiers:
 def admission_rows(report: Report, name: str, trace: Trace) -> None:
     """Hits, writes and lost hits of each rule."""
     replay = Replay(trace, longest=1)
-    upper = UPPER_TOKENS // replay.block_size
+    upper = UPPER[name] // replay.block_size
     hit, writes = {}, {}
     for rule in ADMISSIONS:
         tiers, hits = TwoTiers(replay, rule, upper, LOWER * upper), 0
@@ -120,9 +129,11 @@ def admission_rows(report: Report, name: str, trace: Trace) -> None:
             tiers.take(chain)
         hit[rule], writes[rule] = hits / replay.tokens, tiers.writes
     for rule in ADMISSIONS:
-        report.add(f"admission_{name}_{rule}_hit", [hit[rule]], "share")
-        report.add(f"admission_{name}_{rule}_writes", [writes[rule] / writes["always"]], "ratio")
-        report.add(f"admission_{name}_{rule}_hits_lost", [hit["always"] - hit[rule]], "share")
+        written = writes[rule] / writes["always"]
+        report.add(f"hit_{name}_{rule}", [hit[rule]], "share")
+        report.add(f"writes_{name}_{rule}", [written], "share")
+        report.add(f"writes_saved_{name}_{rule}", [1 - written], "share")
+        report.add(f"hits_lost_{name}_{rule}", [100 * (hit["always"] - hit[rule])], "points")
 
 
 def hit_rows(report: Report, name: str, replay: Replay, capacities: Sequence[int]) -> None:
@@ -164,7 +175,7 @@ def main() -> None:
         # Policies count entries: let those be blocks, or where blocks are small, the 1,024 tokens that a piece holds.
         longest = None if given.quick else max(1, 1024 // (trace.block_size or 1))
         hit_rows(report, name, Replay(trace, longest=longest), capacities)
-        if name == "mooncake_synthetic" or (name == "mooncake_conversation" and not given.quick):
+        if name in (QUICK_UPPER if given.quick else UPPER):
             admission_rows(report, name, trace)
     report.print(as_json=given.json)
 

@@ -89,6 +89,7 @@ PROMISES = {
     "ttl": "Drops a block when its lifetime ends",
     "named_eviction": "Evicts by a policy of ours",
     "lease": "Keeps a pinned block",
+    "quota": "Keeps each tenant its share",
     "restart": "Outlives its worker",
     "injected_clock": "Goes by our clock",
 }

@@ -53,9 +53,23 @@ def _joined(names: tuple[str, ...]) -> str:
     return ",".join(names) or "none"
 
 
+def _shares(value: dict[str, float]) -> dict[str, float]:
+    wrong = [tenant for tenant, share in value.items() if not (tenant and 0 < share <= 1)]
+    if wrong:
+        raise ValueError(f"the share of {wrong[0]!r} is not above 0 and at most 1; write it like 0.25")
+    if sum(value.values()) > 1 + 1e-9:
+        raise ValueError(f"the shares are {sum(value.values()):g} together; make them at most 1")
+    return value
+
+
+Shares = Annotated[dict[str, float], AfterValidator(_shares)]
+
 HostNames = Annotated[
     tuple[str, ...], NoDecode, BeforeValidator(_host_names), PlainSerializer(_joined, return_type=str)
 ]
+
+
+AdmissionRule = Literal["always", "second_hit", "on_eviction"]
 
 
 class _Section(BaseModel):
@@ -106,7 +120,7 @@ class WorkersSettings(_Section):
     port: Port = Field(default=0, description="Where workers listen; 0: any free port.")
     start_timeout: Duration = Field(default=600.0, description="How long `up` waits for workers to be ready.")
     flush: Duration = Field(
-        default=5.0, description="How long a worker that is told to end may write blocks to the shared tier."
+        default=5.0, description="How long a worker that is told to end may write blocks to disk and the shared tier."
     )
 
 
@@ -120,11 +134,16 @@ class StoreSettings(_Section):
         default=Path("~/.cache/warmkv/blocks"),
         description="Where the disk tier lies on each node; every worker has a folder of its own in it.",
     )
-    admission: Literal["always", "second_hit"] = Field(
-        default="always", description="Which blocks are written to disk and Redis: all, or those that are used again."
+    admission: AdmissionRule = Field(
+        default="always",
+        description="Which blocks are written to disk and Redis: all, those used again, or those that host evicts.",
     )
     eviction: Literal["lru", "s3fifo", "lfu_da", "arc", "tail_optimized", "priority", "reuse"] = Field(
         default="lru", description="Which blocks host and disk drop first when they are full."
+    )
+    quotas: Shares = Field(
+        default_factory=dict,
+        description="Share of host and disk that each tenant may count on, at most 1 together; the rest is for all.",
     )
     keys_file: Path | None = Field(
         default=None, description="Lines `id:base64-of-32-bytes`; with it blocks on disk and in Redis are protected."
@@ -149,6 +168,9 @@ class RedisSettings(_Section):
     url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
         default=None,
         description="redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; none: no shared tier.",
+    )
+    admission: AdmissionRule | None = Field(
+        default=None, description="Which blocks are written to Redis; none: as store.admission says."
     )
     timeout: Duration = Field(
         default=0.05, gt=0, description="Longest silence of the server during a look-up or a read; then it is a miss."
@@ -279,7 +301,11 @@ class Settings(BaseSettings):
         return self.model.name or (folder.resolve().name if folder is not None else "simulated")
 
     def worker_config(self, name: str, *, fleet_secret: str, threads: int = 1) -> WorkerConfig:
-        """The configuration of the worker `name`; `threads` where none are set."""
+        """The configuration of the worker `name`; `threads` where none are set.
+
+        Raises:
+            SettingsProblem, KeysFileError: see `deploy.quotas`.
+        """
         url = self.redis.url
         return WorkerConfig(
             name=name,
@@ -295,7 +321,9 @@ class Settings(BaseSettings):
             disk_bytes=self.store.disk_bytes,
             disk_dir=str(self.store.disk_dir),
             admission=self.store.admission,
+            redis_admission=self.redis.admission,
             eviction=self.store.eviction,
+            quotas=self._quotas(fleet_secret),
             store_keys=_keys(self.store.keys_file),
             protection=self.store.protection,
             redis_url=None if url is None else url.get_secret_value(),
@@ -346,6 +374,11 @@ class Settings(BaseSettings):
             show_prompts=router.show_prompts,
             reflection=router.reflection,
         )
+
+    def _quotas(self, fleet_secret: str) -> dict[str, float]:
+        from deploy.quotas import salted_shares  # which knows what settings are
+
+        return salted_shares(self, fleet_secret)
 
     def _bind_host(self) -> str:
         """On a joined cluster routers come from other nodes, so the fleet secret must guard an open port."""

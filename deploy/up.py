@@ -24,6 +24,7 @@ from deploy.cluster import ClusterProblem, end_own_ray, ray_environment, start_o
 from deploy.discovery import Borrowed, RayDiscovery
 from deploy.kept_secret import kept_secret
 from deploy.layers import Loaded, SettingsProblem
+from deploy.quotas import group_shares
 from deploy.rollout import Rollout, Say, own_secret, since
 from deploy.settings import Settings
 from deploy.state import ClusterRecord, lives, read_record
@@ -167,8 +168,11 @@ def check_store(settings: Settings) -> None:
     """Look at what would keep every worker's store from starting.
 
     Raises:
-        KeyringError: the keys file cannot be used.
+        KeyringError: the keys file cannot be used. SettingsProblem, KeysFileError: see `quotas.group_shares`.
+        SettingsProblem: blocks are to be written when host evicts them, and there is no host tier.
     """
+    group_shares(settings)
+    _check_admission(settings)
     path = settings.store.keys_file
     if path is None:
         return
@@ -189,6 +193,16 @@ def check_secret(settings: Settings, state_dir: Path) -> None:
     """
     if settings.ray.address is None and not own_secret(settings) and _living(state_dir) is None:
         kept_secret(state_dir)
+
+
+def _check_admission(settings: Settings) -> None:
+    rules = {"store.admission": settings.store.admission, "redis.admission": settings.redis.admission}
+    name = next((name for name, rule in rules.items() if rule == "on_eviction"), None)
+    if name is not None and not settings.store.host_bytes:
+        raise SettingsProblem(
+            f"{name} is on_eviction, which writes what the host tier evicts, and store.host_bytes is 0; "
+            "give it bytes, or choose always or second_hit"
+        )
 
 
 def check_router(settings: Settings) -> None:

@@ -91,6 +91,7 @@ class Acquisition:
         self.cancelled = False
         self.looked = False  # one device miss is counted for an acquisition, where the first look-up ended
         self.limits: list[tuple[int, float]] = []  # of the load that it waits for: blocks of that, until when
+        self.is_paused = False  # host holds more of it, which the next steps copy
         self.is_cut = False  # what it waited for was cleared meanwhile: it takes no more from slow tiers
         self.tried: dict[TierName, int] = {}  # position at which a tier came up short
         self.arrived: dict[BlockHash, TierName] = {}  # loaded by somebody else that this one waited for

@@ -3,8 +3,8 @@
 A hop (device to host, host to disk, host to Redis) has one rule. `always` writes each block once, as soon as it is
 computed. `second_hit` writes it when it is used for the second time: most blocks never are, and their writes are saved;
 the price is that a block evicted from above before its second use is computed once more. `on_eviction` writes only what
-would be lost, when the upper tier evicts it: nothing is written while everything fits, but eviction then has to wait
-for the copy, and a crash loses what had not been evicted yet.
+would be lost, when the upper tier evicts it: nothing is written while everything fits, but whoever makes room then
+copies a block more, and a crash loses what had not been evicted yet.
 """
 
 from __future__ import annotations

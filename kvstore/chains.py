@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from kvstore.blocks import BlockHash, short
 from kvstore.events import BlockStored, TierName
@@ -84,6 +84,21 @@ def stored_events(tier: TierName, runs: Iterable[Run], ttl_s: float | None = Non
         )
         for parent, names in runs
     ]
+
+
+Member = TypeVar("Member", bound=Chained)
+
+
+def prefixes_first(blocks: Sequence[Member]) -> Iterator[Member]:
+    """The blocks in the same order, but that each comes after those of its prefix. O(n)."""
+    left = {block.hash: block for block in blocks}
+    for block in blocks:
+        path: list[Member] = []
+        above: Member | None = left.pop(block.hash, None)
+        while above is not None:
+            path.append(above)
+            above = left.pop(above.parent, None)
+        yield from reversed(path)
 
 
 def parent_of(block: Chained) -> BlockHash | None:

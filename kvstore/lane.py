@@ -6,8 +6,10 @@ reads (`promotion`), admission (`store`). Owned by the engine's thread.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
+from kvstore.admission import Moment
 from kvstore.blocks import BlockHash
 from kvstore.device import DeviceTier
 from kvstore.events import TierName
@@ -37,7 +39,7 @@ class NearTiers:
         meta = self.device.find(name)
         return self.host.find(name) if meta is None and self.host is not None else meta
 
-    def write_of(self, meta: BlockMeta, payload: memoryview | None = None) -> QueuedWrite | None:
+    def write_of(self, meta: BlockMeta, payload: memoryview | bytes | None = None) -> QueuedWrite | None:
         """A block's bytes to be queued: its host slot, or a copy of `payload`, or of its device block; None: gone."""
         views = [] if self.host is None else self.host.view([meta.hash], owner="write-behind", for_s=VIEW_S)
         if views:
@@ -93,6 +95,7 @@ class Lane:
         clock: Clock,
         max_queued: int,
         entries: int,
+        moment: Moment = Moment.USE,
         on_queued: Callable[[BlockHash], None] = nobody,
     ) -> None:
         """Start its thread.
@@ -102,11 +105,13 @@ class Lane:
             clock: seconds.
             max_queued: blocks that may wait; beyond it they are dropped.
             entries: blocks whose last refresh is remembered.
+            moment: when blocks are written that the tier lacks: also when they are used, or only when host evicts them.
             on_queued: called with each block that is to be written.
         """
         self.name = tier.name
         self.known = known
         self._near = near
+        self._moment = moment
         self._on_queued = on_queued
         self._dropped = 0
         self._schedule = RefreshSchedule(entries, clock=clock)
@@ -139,6 +144,8 @@ class Lane:
     def used(self, metas: Sequence[BlockMeta]) -> None:
         """These were hit in a faster tier."""
         for meta in metas:
+            if self._moment is Moment.EVICTION and not self.known.holds(meta.hash):
+                continue
             self._schedule.used(meta.hash, meta.lifetime)
 
     def read(self, metas: Sequence[BlockMeta], count: int, *, is_next_gone: bool) -> None:
@@ -156,6 +163,22 @@ class Lane:
             return True
         meta = self._near.find(name)
         return meta is not None and self._queue(meta, None)
+
+    def write_evicted(self, meta: BlockMeta, payload: bytes) -> None:
+        """Queue a block that left the fast tiers, unless the tier has it."""
+        if not self.known.holds(meta.hash):
+            self._queue(meta, payload)
+
+    def write_as_room_is(self, metas: deque[BlockMeta]) -> None:
+        """Queue leading blocks of these that a fast tier holds and this one lacks, and take them out."""
+        while metas and not self._writer.is_full:
+            meta = metas.popleft()
+            if not self.known.holds(meta.hash):
+                self._queue(meta, None)
+
+    def await_room(self, timeout_s: float) -> None:
+        """Wait until the queue has room, or the time is up."""
+        self._writer.await_room(timeout_s)
 
     def offer(self, name: BlockHash) -> bool:
         """As `write`, for those who ask again: a full queue drops nothing."""
@@ -185,7 +208,8 @@ class Lane:
             self.known.lost(missing)
             for name in missing:
                 self._schedule.lost(name)
-                self.write(name)
+                if self._moment is Moment.USE:
+                    self.write(name)
 
     def drop(self, names: set[BlockHash]) -> None:
         """These are cleared: writes of them that wait are dropped, one that runs is taken back."""
@@ -229,7 +253,7 @@ class Lane:
         """Drop what is queued and end the thread."""
         self._writer.close(CANCEL_WAIT_S)
 
-    def _queue(self, meta: BlockMeta, payload: memoryview | None) -> bool:
+    def _queue(self, meta: BlockMeta, payload: memoryview | bytes | None) -> bool:
         """Copy nothing that the queue does not take: only this thread fills it, so there is room until then."""
         if self._writer.is_coming(meta.hash):
             self._schedule.used(meta.hash, meta.lifetime)

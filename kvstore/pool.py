@@ -18,6 +18,7 @@ from kvstore.blocks import BlockHash, short
 from kvstore.chains import consecutive_runs, stored_events, tree_runs
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
+from kvstore.eviction.entries import EXPIRED_AT_ONCE
 from kvstore.eviction.policies import LRU
 from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, TierStats, prolonged, select
@@ -104,10 +105,13 @@ class BlockPool:
     def allocate(self, count: int) -> list[int] | None:
         """That many private blocks with one reference each, or None and nothing changed when there is no room.
 
-        Evicts unreferenced cached blocks, least recently used first, when free ones do not suffice.
+        Drops expired blocks, then evicts unreferenced cached ones, least recently used first, when free ones do not
+        suffice.
         """
         if count > self.available:
             return None
+        while len(self._free) < count and self._lru.next_expiry_s() == 0.0:
+            self.sweep()
         self._evict(count - len(self._free))
         block_ids = [self._free.pop() for _ in range(count)]
         for block_id in block_ids:
@@ -190,8 +194,9 @@ class BlockPool:
         return count
 
     def sweep(self) -> float | None:
-        """Drop what has expired; seconds until the next block expires, None when none will."""
-        due = [meta.hash for block in self._lru.pop_expired() if (meta := self._metas[block]) is not None]
+        """As `Tier.sweep`."""
+        expired = self._lru.pop_expired(EXPIRED_AT_ONCE)
+        due = [meta.hash for block in expired if (meta := self._metas[block]) is not None]
         self._forget(due, RemovalCause.EXPIRED)
         return self._lru.next_expiry_s()
 

@@ -1,10 +1,11 @@
 """Bringing a prompt's prefix to the device: which tier delivers each block, and the loads that take their time.
 
-Device blocks are referenced at once; blocks in host RAM are copied at once (tens of microseconds each); what lies in a
-slow tier (disk, the shared tier) is read by an I/O thread into memory of its own. `Promoter.pump` then allocates device
-blocks for what came, and registers them: a question that finds nothing evicts nothing, a load that is given up holds no
-device block, and nobody sees a block before its bytes are whole. Blocks that another acquisition is loading are waited
-for, not loaded twice.
+Device blocks are referenced at once. Blocks in host RAM are copied by the engine's thread, so many bytes a step:
+what is left of a long prefix follows at the next `Promoter.pump`, and others decode meanwhile. What lies in a slow tier
+(disk, the shared tier) is read by an I/O thread into memory of its own. `pump` then allocates device blocks for what
+came, and registers them: a question that finds nothing evicts nothing, a load that is given up holds no device block,
+and nobody sees a block before its bytes are whole. Blocks that another acquisition is loading are waited for, not
+loaded twice.
 
 A prefetch is a load without an owner: it ends in host, and who comes meanwhile waits for it.
 """
@@ -29,6 +30,7 @@ RESERVE_SHARE = 64  # of the device's blocks one in so many is left by loads, fo
 PREFETCH_SHARE = 4  # of the host tier's slots a prefetch may fill one in so many
 MAX_PREFETCHED = 1 << 14
 MAX_LOAD_NBYTES = 256 << 20  # of one read; what follows is read after it
+HOST_STEP_NBYTES = 256 << 20  # tens of milliseconds of copying
 CLOSE_WAIT_S = 5.0
 
 OnRead = Callable[[Source, list[BlockMeta], int, bool], None]
@@ -51,6 +53,7 @@ class Promoter:
         io_threads: int,
         on_read: OnRead,
         slack_s: float = DEFAULT_SLACK_S,
+        host_step_nbytes: int = HOST_STEP_NBYTES,
     ) -> None:
         """Take over the tiers.
 
@@ -62,6 +65,7 @@ class Promoter:
             on_read: hears of each finished read: its tier, what was asked for, how many came, and whether the next one
                 is known not to be there.
             slack_s: see `patience`.
+            host_step_nbytes: copied from host between two calls of `pump`; at least one block is.
         """
         self._device, self._host, self._clock, self._on_read = device, host, clock, on_read
         self._slack_s = slack_s
@@ -73,6 +77,9 @@ class Promoter:
         self._loader = Loader(self._slow, host, device.block_nbytes, clock=clock, io_threads=io_threads)
         self._prefetched: OrderedDict[BlockHash, TierName] = OrderedDict()  # in host, and where they came from
         self._most = max(1, MAX_LOAD_NBYTES // device.block_nbytes)
+        self._copies_a_step = max(1, host_step_nbytes // device.block_nbytes)
+        self._copies_left = self._copies_a_step
+        self._paused: list[Acquisition] = []  # host holds more of them than one step may copy; longest ago first
         self._closed = False
 
     def start(self, wish: Wish) -> Acquisition:
@@ -110,8 +117,11 @@ class Promoter:
         return runs
 
     def pump(self) -> None:
-        """Register what has arrived, and go on with the acquisitions that waited for it, or waited long enough."""
-        for load in self._loader.take_finished():
+        """Register what has arrived, and go on with the acquisitions that waited for it, or waited long enough, or for
+        this step."""
+        finished = self._loader.take_finished()
+        self._go_on_copying()
+        for load in finished:
             self._settle(load)
             self._loader.end(load)
         for load in self._loader.find_stuck():
@@ -147,6 +157,9 @@ class Promoter:
             for acquisition in load.interested:
                 load.leave(acquisition)
                 self._resume(acquisition, load, self._land_early(load, acquisition))
+        for acquisition in self._paused:
+            acquisition.done = True
+        self._paused.clear()
 
     def check(self) -> None:
         """Audit the loads.
@@ -169,11 +182,29 @@ class Promoter:
         """Take blocks tier by tier until the prefix ends, or a load must be waited for."""
         self._take_device(acquisition)
         self._keep_rest(acquisition)
+        self._take_rest(acquisition)
+
+    def _take_rest(self, acquisition: Acquisition) -> None:
         while self._take_device(acquisition) or self._take_host(acquisition):
             pass
-        if not self._await_load(acquisition):
+        if not (acquisition.is_paused or self._await_load(acquisition)):
             acquisition.done = True
             acquisition.load_ms = 1e3 * (self._clock() - acquisition.started)
+
+    def _go_on_copying(self) -> None:
+        """A new step has begun: go on with those that the last one had no time for, the first of them for sure."""
+        self._copies_left = self._copies_a_step
+        paused, self._paused = self._paused, []
+        for acquisition in paused:
+            acquisition.is_paused = False
+            if not acquisition.cancelled:
+                self._take_rest(acquisition)
+
+    def _pause(self, acquisition: Acquisition) -> None:
+        """Go on in the next step, which must not be waited for: nothing else may be on its way."""
+        acquisition.is_paused = True
+        self._paused.append(acquisition)
+        self._loader.arrived.set()
 
     def _keep_rest(self, acquisition: Acquisition) -> None:
         """Use what is held of the rest: else the room for an earlier block may be made by evicting a later one."""
@@ -200,11 +231,15 @@ class Promoter:
         host, wish, position = self._host, acquisition.wish, acquisition.position
         if host is None or not wish.reads.host or acquisition.tried.get(host.name) == position:
             return False
-        acquisition.tried[host.name] = position
         rest = acquisition.rest
         run = self._until_device(wish, rest[: host.match(rest)])
         source, count = self.sources[host.name], min(len(run), self._room)
         names = run[: source.affordable(count, wish.price(position, count))]
+        if names and self._copies_left == 0:
+            self._pause(acquisition)
+            return False
+        acquisition.tried[host.name] = position
+        names = names[: self._copies_left]
         host.prolong(names, wish.lifetime)
         metas = host.find_run(names)
         block_ids = self._device.allocate(len(metas)) if metas else None
@@ -213,6 +248,7 @@ class Promoter:
         started, landing = self._clock(), self._device.landing(block_ids)
         count = host.read([meta.hash for meta in metas], landing.buffers).count
         self._device.land(landing, count)
+        self._copies_left -= count
         source.observe(count, 1e3 * (self._clock() - started))
         fates = [self._prefetched.pop(meta.hash, host.name) for meta in metas[:count]]
         self._register(acquisition, block_ids, metas[:count], fates)

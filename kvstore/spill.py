@@ -24,6 +24,7 @@ from kvstore.tier import BlockMeta, TierStats
 BATCH_BLOCKS = 32  # what one write or refresh asks of the server at once
 MAX_UNWANTED = 1 << 16  # wrong blocks that wait for a tier that is down; beyond it the oldest are let be
 IDLE_S = 1.0  # how often a tier that is not written to is given the thread for its own work
+SWEEP_PAUSE_S = 0.005  # between parts of a long sweep: a lock that is taken again at once would let nobody else in
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,11 @@ class WriteBehind:
         """Whether `put` would drop a new block."""
         with self._changed:
             return self._has_no_room()
+
+    def await_room(self, timeout_s: float) -> None:
+        """Wait until `put` would take a new block, or the time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._has_no_room(), timeout_s)
 
     def is_coming(self, name: BlockHash) -> bool:
         """Whether a block is queued or being written."""
@@ -230,8 +236,9 @@ class WriteBehind:
     def _run(self) -> None:
         while True:
             with self._changed:
+                pause_s = min(IDLE_S, max(SWEEP_PAUSE_S, self._next_sweep - time.monotonic()))
                 self._changed.wait_for(
-                    lambda: self._queue or self._stale or self._must_remove() or self._closed, IDLE_S
+                    lambda: self._queue or self._stale or self._must_remove() or self._closed, pause_s
                 )
                 if self._closed:
                     return
@@ -311,13 +318,15 @@ class WriteBehind:
         return len(self._queue) + len(self._writing) >= self._max_blocks
 
     def _sweep(self) -> None:
-        """Let the tier drop what has expired, at most once in IDLE_S: that may be I/O, so it is no engine's work."""
+        """Let the tier drop what has expired, next in IDLE_S or, if there is more, soon. It may be I/O, and no engine's
+        work."""
         now = time.monotonic()
         if now < self._next_sweep:
             return
         self._next_sweep = now + IDLE_S
         try:
-            self._tier.sweep()
+            if self._tier.sweep() == 0.0:
+                self._next_sweep = now
         except Exception:
             logger.exception("sweep failed", extra={"tier": self._tier.name})  # as in `_write`
 

@@ -1,8 +1,9 @@
 """TieredStore: blocks over device, host RAM, disk and a shared tier.
 
 This file ties the parts together: `promotion` brings blocks up, a `lane` for each slow tier takes them down and keeps
-them fresh there, the tiers hold them. Write-through to host, write-behind to disk and the shared tier. Every method is
-for the engine's thread, except `wait`, `stats` and `clear_shared`, which any thread may call.
+them fresh there, the tiers hold them. Write-through to host; to disk and the shared tier write-behind, or `write_back`
+when host evicts a block. Every method is for the engine's thread, except `wait`, `stats` and `clear_shared`, which any
+thread may call.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from kvstore.layout import KVLayout
 from kvstore.leases import Leases
 from kvstore.lifetime import Lifetime
 from kvstore.patience import DEFAULT_SLACK_S
-from kvstore.promotion import Promoter
+from kvstore.promotion import HOST_STEP_NBYTES, Promoter
 from kvstore.source import Source
 from kvstore.spill import Writable
 from kvstore.tier import BlockMeta, Clock, LocalTier, SharedTier, Tier, TierStats
+from kvstore.write_back import WriteBack
 
 __all__ = ["Acquisition", "ComputeMs", "HeldBlock", "PlannedRun", "ReadTiers", "TieredStore"]
 
@@ -59,10 +61,12 @@ class TieredStore:
         default_ttl_s: float | None,
         wall_clock: Clock = time.time,
         admission: Admission | None = None,
+        shared_admission: Admission | None = None,
         io_threads: int = 2,
         queue_bytes: int = DEFAULT_QUEUE_BYTES,
         directory_entries: int = DEFAULT_DIRECTORY_ENTRIES,
         load_slack_s: float = DEFAULT_SLACK_S,
+        host_step_bytes: int = HOST_STEP_NBYTES,
     ) -> None:
         """Take over the tiers; `close` closes them.
 
@@ -72,18 +76,31 @@ class TieredStore:
             clock: what TTLs and measured times go by, the same as the tiers'.
             default_ttl_s: for blocks that come without one; None: they live until they are evicted.
             wall_clock: seconds since the epoch; what fixed ends of lifetimes go by.
-            admission: whether a block that has just been computed is written to disk and the shared tier, asked once
-                for both. One that is not is written when it is first used again. None: every block is.
+            admission: which blocks are written to disk and the shared tier, asked once for both: when they have just
+                been computed (one that is not admitted is written when it is first used again), or when host evicts
+                them. None: every block is, as soon as it is computed.
+            shared_admission: another rule for the shared tier; None: the same one.
             io_threads: reads of each slow tier at once. Writes have one thread more each.
             queue_bytes: blocks that wait for each slow tier; beyond it they are dropped. At most half of the host
-                tier's slots are kept from eviction by them.
+                tier's slots are kept from eviction by them. Of evicted blocks as many copies more wait in host.
             directory_entries: blocks of the shared tier, and last refreshes of each slow one, to remember.
             load_slack_s: by how much a load may be late before the blocks are computed; see `patience`.
+            host_step_bytes: what is copied from host between two calls of `pump`; the rest of a longer prefix follows
+            in the next ones, so that other sequences decode meanwhile.
 
         Raises:
-            ValueError: the admission asks to be asked when a block is evicted, which the store does not.
+            ValueError: a rule is to be asked when host evicts a block, and there is no host tier.
         """
-        self._admits = _checked(admission or Always()).admits
+        to_disk = admission or Always()
+        self._rules = {} if disk is None else {disk.name: to_disk}
+        if shared is not None:
+            self._rules[shared.name] = shared_admission or to_disk
+        rules = self._rules
+        if host is None and any(rule.moment is Moment.EVICTION for rule in rules.values()):
+            raise ValueError(
+                "the admission `on_eviction` writes what the host tier evicts, and there is none; give it bytes, or "
+                "choose always or second_hit"
+            )
         self.layout, self.device, self.host, self.disk = layout, device, host, disk
         self._shared = shared
         self._default_ttl_s = default_ttl_s
@@ -95,19 +112,22 @@ class TieredStore:
             slow.append((disk, Refreshing(disk), KnownLocal(disk)))
         if shared is not None:
             slow.append((shared, shared, KnownShared(shared, directory_entries, clock=clock, wall_clock=wall_clock)))
-        queued = self._max_queued(queue_bytes, len(slow))
+        kept = max(1, queue_bytes // layout.block_nbytes)
+        queued = kept if host is None else min(kept, max(1, host.num_slots // (2 * max(1, len(slow)))))
         self._lanes = {
             tier.name: Lane(
                 writable,
                 known,
                 self._near,
                 clock=clock,
-                max_queued=queued,
+                max_queued=kept if rules[tier.name].moment is Moment.EVICTION else queued,
                 entries=directory_entries,
+                moment=rules[tier.name].moment,
                 on_queued=self._leases.queued if tier is disk else nobody,
             )
             for tier, writable, known in slow
         }
+        self._write_back = self._written_back(kept)
         sources = [
             (Source(tier, layout.block_nbytes, clock=clock, believed=_believed(known)), known.find)
             for tier, _, known in slow
@@ -120,6 +140,7 @@ class TieredStore:
             io_threads=io_threads,
             on_read=self._on_read,
             slack_s=load_slack_s,
+            host_step_nbytes=host_step_bytes,
         )
 
     # --- for requests ---
@@ -205,9 +226,9 @@ class TieredStore:
         payloads = self.device.payloads([block_id for block_id, _ in named])
         if self.host is not None:
             self.host.write(fresh, payloads)
-        admitted = [self._admits(meta.hash) for meta in fresh]  # asking counts as seeing: once for all lanes
+        admitted = self._admitted([meta.hash for meta in fresh])
         for lane in self._lanes.values():
-            lane.spill(fresh, payloads, admitted)
+            lane.spill(fresh, payloads, admitted[self._rules[lane.name]])
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Drop one reference of each. Committed ones stay cached until evicted; the others are free at once."""
@@ -222,6 +243,8 @@ class TieredStore:
 
         Slow tiers expire their blocks in their own threads.
         """
+        if self._write_back is not None:
+            self._write_back.pump()
         for name, lane in self._lanes.items():
             lane.pump()
             self._promoter.sources[name].absent.barred.difference_update(lane.take_removed())
@@ -260,6 +283,8 @@ class TieredStore:
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that is queued for slow tiers has been tried; False: the time was up."""
         until = time.monotonic() + timeout_s
+        if self._write_back is not None:
+            self._write_back.pump()
         tried = [lane.flush(max(0.0, until - time.monotonic())) for lane in self._lanes.values()]
         return all(tried)
 
@@ -375,9 +400,10 @@ class TieredStore:
             stats[name].loads, stats[name].bad_hits = score.loads, score.bad_hits
             stats[name].load_ms, stats[name].compute_ms = score.load_ms, score.compute_ms
         for name, lane in self._lanes.items():
-            if lane.queue_full:
+            lost = 0 if self.host is None or not self._is_written_back(lane) else self.host.lost_evicted
+            if lane.queue_full or lost:
                 failures = stats[name].store_failures
-                failures["queue_full"] = failures.get("queue_full", 0) + lane.queue_full
+                failures["queue_full"] = failures.get("queue_full", 0) + lane.queue_full + lost
         return stats
 
     def read_ms(self) -> dict[TierName, tuple[float, float]]:
@@ -399,11 +425,17 @@ class TieredStore:
             lane.check()
 
     def close(self, *, flush_s: float = 0.0) -> None:
-        """Write out what is queued for slow tiers for at most `flush_s` seconds, then give everything back."""
+        """Write out what is queued for slow tiers for at most `flush_s` seconds, then give everything back.
+
+        Where blocks are written at eviction only, what host still holds is written too, the chains used last first.
+        """
+        until = time.monotonic() + flush_s
         with ExitStack() as last:  # whatever fails, every tier is closed
             for tier in self._tiers():
                 last.callback(tier.close)
-            self.flush(flush_s)
+            if self._write_back is not None:
+                self._write_back.finish(until)
+            self.flush(max(0.0, until - time.monotonic()))
             for lane in self._lanes.values():
                 lane.close()
             self._promoter.close()
@@ -416,9 +448,17 @@ class TieredStore:
     def _tiers(self) -> list[Tier]:
         return [*self._local(), *([] if self._shared is None else [self._shared])]
 
-    def _max_queued(self, queue_bytes: int, lanes: int) -> int:
-        blocks = max(1, queue_bytes // self.layout.block_nbytes)
-        return blocks if self.host is None else min(blocks, max(1, self.host.num_slots // (2 * max(1, lanes))))
+    def _written_back(self, max_kept: int) -> WriteBack | None:
+        lanes = [(lane, self._rules[lane.name]) for lane in self._lanes.values() if self._is_written_back(lane)]
+        return WriteBack(self.host, lanes, max_kept=max_kept) if self.host is not None and lanes else None
+
+    def _is_written_back(self, lane: Lane) -> bool:
+        return self._rules[lane.name].moment is Moment.EVICTION
+
+    def _admitted(self, names: Sequence[BlockHash]) -> dict[Admission, list[bool]]:
+        """What each rule says of blocks that were computed. Asking counts as seeing: once, whoever shares the rule."""
+        rules = dict.fromkeys(self._rules.values())
+        return {rule: [rule.moment is Moment.USE and rule.admits(name) for name in names] for rule in rules}
 
     def _wish(
         self,
@@ -460,21 +500,12 @@ class TieredStore:
         """What `clear` drops of all that lies or moves in this process; an unknown root counts as any."""
         metas = self.device.metas() + self._promoter.metas()
         if self.host is not None:
-            metas += self.host.metas()
+            metas += self.host.metas() + self.host.gone()
         for lane in self._lanes.values():
             metas += lane.metas()
         if root is not None:
             metas = [meta if meta.root else replace(meta, root=root) for meta in metas]
         return list(dict.fromkeys(select(metas, root, prefix)))
-
-
-def _checked(admission: Admission) -> Admission:
-    if admission.moment is Moment.EVICTION:
-        raise ValueError(
-            "the admission `on_eviction` is for writing what is evicted, and this store writes blocks when they are "
-            "computed or used; choose always or second_hit"
-        )
-    return admission
 
 
 def _believed(known: KnownLocal | KnownShared) -> Callable[[BlockHash], bool] | None:

@@ -185,7 +185,11 @@ class Tier(Protocol):
         ...
 
     def sweep(self) -> float | None:
-        """Drop what has expired; seconds until the next block expires, None when none will."""
+        """Drop what has expired; seconds until the next block expires, None when none will.
+
+        Of many only so many in one call that nobody waits long for the tier's lock; zero: call again for the others,
+        which nobody finds any more.
+        """
         ...
 
     def drain_events(self) -> list[KvEvent]:

@@ -81,6 +81,10 @@ class ApiKeys:
         groups = (caller.trust_group for _, caller in self._callers.values() if caller.tenant == tenant)
         return next(groups, tenant)
 
+    def tenants(self) -> frozenset[str]:
+        """Those that have keys."""
+        return frozenset(caller.tenant for _, caller in self._callers.values())
+
     def _reload_if_changed(self) -> None:
         if self._clock() - self._checked_at < _CHECK_EVERY_S:
             return

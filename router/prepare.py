@@ -7,7 +7,6 @@ Covers: the limits on a prompt, its tenant's root, the names of its blocks. Does
 from __future__ import annotations
 
 import hashlib
-import hmac
 import time
 from array import array
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from router.metrics import Metrics
 from router.protocol import Caller, Encoder
 from router.readiness import Readiness
 from router.request import PreparedPrompt
+from router.salts import group_salt
 from router.validation import check_input, check_prompt
 from warmkv.v1 import common_pb2, inference_pb2
 
@@ -110,8 +110,7 @@ class Preparer:
         return self._trust_group_of(tenant) if self._trust_group_of else self._seen_groups.get(tenant, tenant)
 
     def _salt(self, trust_group: str) -> bytes:
-        """From the fleet's secret, so that no client can name another's blocks."""
-        return hmac.new(self._config.fleet_secret.encode(), trust_group.encode(), hashlib.sha256).digest()
+        return group_salt(self._config.fleet_secret, trust_group)
 
 
 def _digest(root: BlockHash, token_ids: list[int]) -> bytes:

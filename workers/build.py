@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from kvstore.admission import make_admission
-from kvstore.blocks import HashScheme
+from kvstore.admission import Admission, make_admission
+from kvstore.blocks import BlockHash, HashScheme
 from kvstore.codec import BlockCodec
 from kvstore.crypto import Keyring, Protection
 from kvstore.device import DeviceTier
@@ -47,10 +47,11 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical)
     device = DeviceTier(layout, config.device_bytes, clock=clock, device=runner.device)
     pinner = CudaPinner(runner.device) if runner.device.type == "cuda" else None
-    host = _host(config, layout, clock, pinner)
+    host = _host(config, layout, scheme, clock, pinner)
     codec = _codec(config, layout, scheme)
-    disk = _disk(config, codec, clock)
+    disk = _disk(config, codec, scheme, clock)
     shared = _shared(config, codec)
+    rule = make_admission(config.admission)
     store = TieredStore(
         layout,
         device,
@@ -59,7 +60,8 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         disk=disk,
         clock=clock,
         default_ttl_s=config.default_ttl_s,
-        admission=make_admission(config.admission),
+        admission=rule,
+        shared_admission=_redis_rule(config, rule),
         load_slack_s=config.load_slack_s,
     )
     return TorchEngine(
@@ -103,10 +105,31 @@ def _layout(probed: KVLayout, block_size: int | None) -> KVLayout:
     return replace(probed, block_size=block_size)
 
 
-def _host(config: WorkerConfig, layout: KVLayout, clock: Clock, pinner: CudaPinner | None) -> HostTier | None:
+def _redis_rule(config: WorkerConfig, rule: Admission) -> Admission:
+    """The very same one where nothing else is said: a block that it is asked about has then been seen once."""
+    return rule if config.redis_admission in (None, config.admission) else make_admission(config.redis_admission)
+
+
+def _shares(config: WorkerConfig, scheme: HashScheme, capacity: int) -> dict[BlockHash, int] | None:
+    """Bytes of a tier of that capacity by the root of who may count on them; None: nobody has a quota.
+
+    Raises:
+        ValueError: the quotas are none of one tier.
+    """
+    if not config.quotas:
+        return None
+    if min(config.quotas.values()) < 0 or sum(config.quotas.values()) > 1 + 1e-9:
+        raise ValueError(f"quotas are {sum(config.quotas.values()):g} together; make none negative and all at most 1")
+    return {scheme.root(bytes.fromhex(salt)): int(share * capacity) for salt, share in config.quotas.items()}
+
+
+def _host(
+    config: WorkerConfig, layout: KVLayout, scheme: HashScheme, clock: Clock, pinner: CudaPinner | None
+) -> HostTier | None:
     if not config.host_bytes:
         return None
-    return HostTier(layout, config.host_bytes, clock=clock, pinner=pinner, eviction=config.eviction)
+    shares = _shares(config, scheme, config.host_bytes)
+    return HostTier(layout, config.host_bytes, clock=clock, pinner=pinner, eviction=config.eviction, shares=shares)
 
 
 def _codec(config: WorkerConfig, layout: KVLayout, scheme: HashScheme) -> BlockCodec:
@@ -114,15 +137,16 @@ def _codec(config: WorkerConfig, layout: KVLayout, scheme: HashScheme) -> BlockC
     return BlockCodec(layout, scheme.digest(), keyring, Protection(config.protection))
 
 
-def _disk(config: WorkerConfig, codec: BlockCodec, clock: Clock) -> DiskTier | None:
+def _disk(config: WorkerConfig, codec: BlockCodec, scheme: HashScheme, clock: Clock) -> DiskTier | None:
     """The worker's own folder; while an earlier process of that name is still ending, wait for it a little."""
     if not config.disk_bytes:
         return None
     path = Path(config.disk_dir).expanduser() / config.name
+    shares = _shares(config, scheme, config.disk_bytes)
     give_up = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
-            return DiskTier(path, config.disk_bytes, codec=codec, clock=clock, eviction=config.eviction)
+            return DiskTier(path, config.disk_bytes, codec=codec, clock=clock, eviction=config.eviction, shares=shares)
         except FolderTakenError:
             if time.monotonic() > give_up:
                 raise

@@ -20,8 +20,9 @@ class WorkerConfig:
         device_bytes, host_bytes: capacity of the two tiers; zero host bytes: no host tier.
         disk_bytes: capacity of the disk tier; zero: none. disk_dir: the worker's folder is made in it; `~` is the
         node's home.
-        admission: `always` or `second_hit`, which blocks are written to disk and Redis. eviction: a policy of
-        `kvstore.eviction.policies`, for host and disk.
+        admission: one of `kvstore.admission.ADMISSIONS`, which blocks are written to disk and Redis. redis_admission:
+        another one for Redis; None: the same. eviction: a policy of `kvstore.eviction.policies`, for host and disk.
+        quotas: by the salt of a tenant's blocks in hex, the share of host and of disk that it may count on.
         store_keys: lines of a keyring (`kvstore.crypto.Keyring.parse`); empty: blocks are not protected. protection:
         `authenticate` or `encrypt`, what is done with it.
         redis_url: the shared tier; None: without.
@@ -50,7 +51,9 @@ class WorkerConfig:
     disk_bytes: int = 0
     disk_dir: str = "~/.cache/warmkv/blocks"
     admission: str = "always"
+    redis_admission: str | None = None
     eviction: str = "lru"
+    quotas: dict[str, float] = field(default_factory=dict, repr=False)
     store_keys: str = field(default="", repr=False)
     protection: str = "authenticate"
     redis_url: str | None = None

@@ -10,7 +10,7 @@ A slot is being written (`_writing`), holds a block (`entries`), or has lost its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 
 from kvstore.blocks import BlockHash, short
@@ -21,6 +21,7 @@ from kvstore.disk.log import INDEX, SEQUENCE, Found
 from kvstore.disk.restored import Restored
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import BlockRemoved, KvEvent, RemovalCause, TierName
+from kvstore.eviction.entries import EXPIRED_AT_ONCE
 from kvstore.eviction.policies import Eviction, hint_of, make_eviction
 from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, prolonged
@@ -34,11 +35,19 @@ class DiskBooks:
         events, hits, stores, misses, removals, failures: as in `TierStats`.
     """
 
-    def __init__(self, num_slots: int, *, clock: Clock, wall_clock: Clock, eviction: str) -> None:
-        """Books of empty slots.
+    def __init__(
+        self,
+        num_slots: int,
+        *,
+        clock: Clock,
+        wall_clock: Clock,
+        eviction: str,
+        shares: Mapping[Hashable, int] | None = None,
+    ) -> None:
+        """Books of empty slots; `shares` in slots.
 
         Raises:
-            ValueError: there is no eviction policy of that name.
+            ValueError: there is no eviction policy of that name, or the shares do not fit.
         """
         self.num_slots = num_slots
         self.entries: dict[BlockHash, Entry] = {}
@@ -51,7 +60,9 @@ class DiskBooks:
         self._clock = clock
         self._wall_clock = wall_clock
         self._past: float | None = None  # the time that `_now` tells while a past is restored
-        self._eviction: Eviction[BlockHash] = make_eviction(eviction, self._now, num_slots, wall_clock=self._wall_now)
+        self._eviction: Eviction[BlockHash] = make_eviction(
+            eviction, self._now, num_slots, wall_clock=self._wall_now, shares=shares
+        )
         self._writing: set[Entry] = set()
         self._zombies: set[Entry] = set()
         self._free = FreeSlots(num_slots)
@@ -198,7 +209,7 @@ class DiskBooks:
                 self._hold(known)
                 held.append(known)
                 continue
-            index = self._take_slot()
+            index = self._take_slot(meta.root)
             if index is None:
                 self.failures["full"] += 1
                 return held, fresh, number
@@ -251,8 +262,9 @@ class DiskBooks:
         return self._restored.metas() + [entry.meta for entry in self.entries.values()] + writing
 
     def expire(self) -> float | None:
-        """Drop what has expired; seconds until the next block expires, None when none will."""
-        self._forget([self.entries[name] for name in self._eviction.pop_expired()], RemovalCause.EXPIRED)
+        """Drop what has expired, not too much at once; seconds until the next block expires, None when none will."""
+        expired = [self.entries[name] for name in self._eviction.pop_expired(EXPIRED_AT_ONCE)]
+        self._forget(expired, RemovalCause.EXPIRED)
         return self._eviction.next_expiry_s()
 
     def restore(self, found: Sequence[Found]) -> None:
@@ -352,13 +364,15 @@ class DiskBooks:
             self.journal.prolonged(entry)
         self._used(entry)
 
-    def _take_slot(self) -> int | None:
-        """A free slot, made by eviction if need be; None: every block is in use or leased."""
+    def _take_slot(self, root: BlockHash) -> int | None:
+        """A free slot for a block of that root, made by eviction if need be; None: no block may go for it."""
         if not self._free:
             self.load(
                 len(self._restored)
             )  # eviction must know all of them; the tier has seen to it in nearly all cases
-        while not self._free and (victim := self._eviction.victim()) is not None:
+        while not self._free and self._eviction.next_expiry_s() == 0.0:  # not all may have been dropped yet
+            self.expire()
+        while not self._free and (victim := self._eviction.victim(root=root)) is not None:
             self._eviction.remove(victim)
             self._forget([self.entries[victim]], RemovalCause.EVICTED)
         return self._free.take()

@@ -12,10 +12,11 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kvstore.blocks import BlockHash
 from kvstore.codec import BlockCodec
 from kvstore.disk.books import DiskBooks
 from kvstore.disk.entries import Entry
@@ -51,6 +52,7 @@ class DiskSpace:
         clock: Clock,
         wall_clock: Clock,
         eviction: str,
+        shares: Mapping[BlockHash, int] | None,
         direct: bool,
         files: Files,
     ) -> None:
@@ -58,7 +60,7 @@ class DiskSpace:
 
         Raises:
             TierError: somebody else owns the folder, it cannot be used, or the capacity is less than a block.
-            ValueError: there is no such eviction policy.
+            ValueError: there is no such eviction policy, or the shares are more than the capacity.
         """
         self._codec = codec
         self._clock, self._wall_clock = clock, wall_clock
@@ -69,7 +71,7 @@ class DiskSpace:
         self._stamping = threading.Lock()
         self.folder = lock_folder(path)
         try:
-            self._open(path, capacity_bytes, eviction, files, direct=direct)
+            self._open(path, capacity_bytes, eviction, shares, files, direct=direct)
         except OSError as error:
             self.folder.release(closed=False)
             raise TierError(
@@ -158,7 +160,16 @@ class DiskSpace:
         self.slab.close()
         self.folder.release(closed=clean)
 
-    def _open(self, path: Path, capacity_bytes: int, eviction: str, files: Files, *, direct: bool) -> None:
+    def _open(
+        self,
+        path: Path,
+        capacity_bytes: int,
+        eviction: str,
+        shares: Mapping[BlockHash, int] | None,
+        files: Files,
+        *,
+        direct: bool,
+    ) -> None:
         path = slab_path(path, self._codec.namespace, self._codec.value_nbytes)
         nbytes = self._codec.layout.block_nbytes
         room = room_beside_others(path, capacity_bytes, files=files, wall_clock=self._wall_clock)
@@ -168,7 +179,13 @@ class DiskSpace:
                 f"the disk tier's {capacity_bytes} bytes hold no block of {nbytes}; give it more bytes, or zero "
                 "for no disk tier"
             )
-        self.books = DiskBooks(slots, clock=self._clock, wall_clock=self._wall_clock, eviction=eviction)
+        self.books = DiskBooks(
+            slots,
+            clock=self._clock,
+            wall_clock=self._wall_clock,
+            eviction=eviction,
+            shares=None if shares is None else {r: slots * size // capacity_bytes for r, size in shares.items()},
+        )
         self.slab = Slab(path, slots, nbytes, files=files, direct=direct)
         try:
             self.index = DiskIndex(path.with_suffix(LOG_SUFFIX), self.slab, files=files)
@@ -194,7 +211,8 @@ class DiskSpace:
         self.index.is_incomplete |= recovered.log_is_stale or not recovered.log_is_whole
         if len(recovered.found) <= LOADED_BY_STARTER or self.index.is_incomplete:
             self.index.load()
-            self.books.expire()
+            while self.books.expire() == 0.0:
+                pass
             self.books.events.clear()  # nobody has been told of what is gone
         else:
             self._loader = threading.Thread(target=self.index.load_gently, name="kvstore-disk-load", daemon=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvstore.blocks import BlockHash
@@ -45,7 +45,9 @@ class DiskTier:
     """Fixed slots of one file, in a folder that only this tier uses. Thread-safe."""
 
     name = TierName.DISK
-    honours = Honours(capacity=True, ttl=True, named_eviction=True, injected_clock=True, lease=True, restart=True)
+    honours = Honours(
+        capacity=True, ttl=True, named_eviction=True, injected_clock=True, lease=True, quota=True, restart=True
+    )
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class DiskTier:
         clock: Clock,
         wall_clock: Clock = time.time,
         eviction: str = "lru",
+        shares: Mapping[BlockHash, int] | None = None,
         direct: bool = True,
         files: Files | None = None,
     ) -> None:
@@ -69,12 +72,14 @@ class DiskTier:
             clock: what TTLs and leases go by while the process runs. wall_clock: seconds since the epoch; what they
                 go by while it does not, and fixed ends of lifetimes always.
             eviction: name of the policy. After a restart it knows the blocks' last uses, not the earlier ones.
+            shares: bytes of the capacity that a root may count on; what it does not use, others may. Where blocks of
+            other models leave less room, each has as much less. None: nobody has a share.
             direct: pass the page cache by where the file system can.
             files: the operating system; for tests.
 
         Raises:
             TierError: somebody else owns the folder, it cannot be used, or the capacity is less than a block.
-            ValueError: there is no such eviction policy.
+            ValueError: there is no such eviction policy, or the shares are more than the capacity.
         """
         self._nbytes = codec.layout.block_nbytes
         self._closed = False
@@ -85,6 +90,7 @@ class DiskTier:
             clock=clock,
             wall_clock=wall_clock,
             eviction=eviction,
+            shares=shares,
             direct=direct,
             files=files or Files(),
         )
@@ -229,7 +235,7 @@ class DiskTier:
         with self._lock:
             next_s = self._books.expire()
             if self._books.is_loading:
-                next_s = min(LOADING_SWEEP_S, next_s or LOADING_SWEEP_S)
+                next_s = LOADING_SWEEP_S if next_s is None else min(LOADING_SWEEP_S, next_s)
         self._space.write_down()
         return next_s
 

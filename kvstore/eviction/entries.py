@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Hashable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic
 
 from kvstore.errors import InvariantError
@@ -29,6 +30,7 @@ from kvstore.lifetime import Lifetime
 from kvstore.tier import Clock
 
 _FOR_EVER = float("inf")
+EXPIRED_AT_ONCE = 256  # a tier drops so many under its lock, some milliseconds; others go on before the next ones
 
 
 @dataclass(slots=True, eq=False)
@@ -243,10 +245,18 @@ class Eviction(Generic[Key]):
         free = (entry for entry in self._entries.values() if entry.node.holds == 0)
         return (entry.key for entry in sorted(free, key=lambda entry: entry.used))
 
-    def pop_expired(self) -> list[Key]:
-        """Forget what has expired and return it, soonest first."""
+    def latest_first(self) -> list[Key]:
+        """All entries, most recently used first, whatever the policy. O(n log n)."""
+        entries = sorted(self._entries.values(), key=lambda entry: entry.used, reverse=True)
+        return [entry.key for entry in entries]
+
+    def pop_expired(self, limit: int | None = None) -> list[Key]:
+        """Forget what has expired, at most `limit` entries (None: all), and return it, soonest first.
+
+        While some are left, `next_expiry_s` is zero.
+        """
         gone = []
-        for key in self._deaths.pop_due(self._clock()):
+        for key in islice(self._deaths.pop_due(self._clock()), limit):
             self.remove(key)
             gone.append(key)
         return gone

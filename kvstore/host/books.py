@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore.blocks import BlockHash, short
 from kvstore.chains import consecutive_runs, stored_events
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import BlockRemoved, KvEvent, RemovalCause, TierName
+from kvstore.eviction.entries import EXPIRED_AT_ONCE
 from kvstore.eviction.policies import Eviction, hint_of, make_eviction
+from kvstore.host.leaving import Leaving
 from kvstore.host.slab import Slab
 from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, TierStats, prolonged
@@ -31,6 +33,8 @@ class Slot:
     Attributes:
         pins: readers, views, and the writer. views: of them, those that are no use of the block.
         removed: its block is gone; the last pin gives the slot back.
+        evicted: while it is being written: the block that was evicted for this one, if its bytes are still in the slot
+        and somebody wants a copy.
     """
 
     index: int
@@ -38,10 +42,15 @@ class Slot:
     pins: int = 0
     views: int = 0
     removed: bool = False
+    evicted: BlockMeta | None = None
 
 
 class HostBooks:
-    """Slots, names, uses, events and counters of a host tier."""
+    """Slots, names, uses, events and counters of a host tier.
+
+    Attributes:
+        leaving: evicted blocks that somebody wants to have.
+    """
 
     def __init__(
         self,
@@ -60,6 +69,7 @@ class HostBooks:
         """
         self.events: list[KvEvent] = []
         self.hits = 0
+        self.leaving = Leaving()
         self._misses: Counter[str] = Counter()
         self.slots: dict[BlockHash, Slot] = {}
         self._name = name
@@ -91,6 +101,20 @@ class HostBooks:
     def writing(self) -> list[BlockMeta]:
         """Blocks that are being written."""
         return [slot.meta for slot in self._writing]
+
+    def gone(self) -> list[BlockMeta]:
+        """Blocks that were evicted, and that nobody has taken yet."""
+        return [slot.evicted for slot in self._writing if slot.evicted is not None] + self.leaving.metas()
+
+    def keep(self, slot: Slot, payload: bytes | None) -> None:
+        """A copy of the block that was evicted for this slot's, unless that has been removed since; None: no copy."""
+        evicted, slot.evicted = slot.evicted, None
+        if evicted is not None:
+            self.leaving.add(evicted, payload)
+
+    def latest_first(self) -> list[BlockMeta]:
+        """Blocks that can be read now, most recently used first, each with the time to live that is left."""
+        return [self._with_ttl_left(name) for name in self._eviction.latest_first() if self.live(name)]
 
     def pins(self) -> int:
         """Readers, writers and views of all slots. O(blocks)."""
@@ -183,11 +207,10 @@ class HostBooks:
                 self._hold(known)
                 held.append(known)
                 continue
-            index = self._take_slot(meta.root)
-            if index is None:
+            slot = self._take_slot(meta)
+            if slot is None:
                 self._failures["full"] += 1
                 return held, fresh, number
-            slot = Slot(index, meta, pins=1)
             self._writing.add(slot)
             fresh.append((number, slot))
         return held, fresh, len(metas)
@@ -209,10 +232,13 @@ class HostBooks:
         self.events += stored_events(self._name, consecutive_runs(reversed(published)))
 
     def remove(self, hashes: Iterable[BlockHash], cause: RemovalCause) -> int:
-        """Drop those that are held, and count them, and those that are being written."""
+        """Drop those that are held, and count them, those that are being written, and those that were evicted."""
         chosen = dict.fromkeys(hashes)
         for slot in self._writing:
             slot.removed |= slot.meta.hash in chosen
+            if slot.evicted is not None and slot.evicted.hash in chosen:
+                slot.evicted = None
+        self.leaving.drop(chosen)
         gone = [name for name in chosen if name in self.slots]
         for name in gone:
             self._eviction.remove(name)
@@ -220,8 +246,8 @@ class HostBooks:
         return len(gone)
 
     def expire(self) -> float | None:
-        """Drop what has expired; seconds until the next block expires, None when none will."""
-        self._forget(self._eviction.pop_expired(), RemovalCause.EXPIRED)
+        """Drop what has expired, not too much at once; seconds until the next block expires, None when none will."""
+        self._forget(self._eviction.pop_expired(EXPIRED_AT_ONCE), RemovalCause.EXPIRED)
         return self._eviction.next_expiry_s()
 
     def stats(self) -> TierStats:
@@ -272,17 +298,28 @@ class HostBooks:
         self._eviction.prolong(slot.meta.hash, lifetime)
         slot.meta = prolonged(slot.meta, lifetime)
 
-    def _take_slot(self, root: BlockHash) -> int | None:
-        """A free slot for a block of that root, made by eviction if need be; None: no block may go for it."""
+    def _take_slot(self, meta: BlockMeta) -> Slot | None:
+        """A free slot for this block, made by eviction if need be; None: no block may go for it."""
+        evicted: BlockMeta | None = None
         index = self._slab.take()
-        while index is None and (victim := self._eviction.victim(root=root)) is not None:
+        while index is None and self._eviction.next_expiry_s() == 0.0:  # not all may have been dropped yet
+            self.expire()
+            index = self._slab.take()
+        while index is None and (victim := self._eviction.victim(root=meta.root)) is not None:
             if self.slots[victim].views > 0:
                 self._set_aside(victim)
                 continue
+            left, at = self._with_ttl_left(victim), self.slots[victim].index
             self._eviction.remove(victim)
             self._forget([victim], RemovalCause.EVICTED)
             index = self._slab.take()
-        return index
+            evicted = left if index == at and self.leaving.limit > 0 else None
+        return None if index is None else Slot(index, meta, pins=1, evicted=evicted)
+
+    def _with_ttl_left(self, name: BlockHash) -> BlockMeta:
+        """What becomes of its metadata in a lower tier: a move is no use."""
+        meta, left_s = self.slots[name].meta, self._eviction.remaining_s(name)
+        return meta if meta.ttl_s is None or left_s is None else replace(meta, ttl_s=min(meta.ttl_s, left_s))
 
     def _set_aside(self, name: BlockHash) -> None:
         self._aside[name] = _ENDED  # a leased block is never a victim

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from kvstore.chains import stored_events, tree_runs
 from kvstore.errors import TierError
 from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.host.books import HostBooks, Slot
+from kvstore.host.leaving import Evicted
 from kvstore.host.memory import available_bytes
 from kvstore.host.slab import Pinner, Slab
 from kvstore.host.views import VIEW_S, Views
@@ -84,6 +85,7 @@ class HostTier:
             shares=None if shares is None else {root: size // layout.block_nbytes for root, size in shares.items()},
         )
         self._views = Views()
+        self._wanted: Callable[[BlockHash], bool] = _by_nobody
         self._lock = threading.Lock()
 
     @property
@@ -148,6 +150,8 @@ class HostTier:
         filled = 0
         try:
             for number, slot in fresh:
+                if slot.evicted is not None:
+                    self._keep_evicted(slot, slot.evicted)
                 np.copyto(self._slab.row(slot.index), np.frombuffer(payloads[number], np.uint8))
                 filled += 1
         finally:
@@ -157,6 +161,36 @@ class HostTier:
                 self._books.publish([slot for _, slot in fresh])
                 self._books.unpin(held)
         return count
+
+    def keep_evicted(self, limit: int, wanted: Callable[[BlockHash], bool]) -> None:
+        """From now on keep a copy of each block that is evicted, `limit` of them at most, until `take_evicted`.
+
+        `wanted` is asked first whether the block is worth it, in whichever thread writes, without a lock.
+        """
+        with self._lock:
+            self._books.leaving.limit = limit
+            self._wanted = wanted
+
+    def take_evicted(self) -> list[Evicted]:
+        """The copies since the last call, in order of eviction. What was removed or cleared meanwhile is not among
+        them, nor what had already expired."""
+        with self._lock:
+            return self._books.leaving.take()
+
+    @property
+    def lost_evicted(self) -> int:
+        """Wanted blocks of which there is no copy, as too many were waiting."""
+        return self._books.leaving.lost
+
+    def gone(self) -> list[BlockMeta]:
+        """The metadata of evicted blocks whose copies nobody has taken yet."""
+        with self._lock:
+            return self._books.gone()
+
+    def latest_first(self) -> list[BlockMeta]:
+        """What can be read, most recently used first, each with the time to live that is left. O(n log n)."""
+        with self._lock:
+            return self._books.latest_first()
 
     def view(self, hashes: Iterable[BlockHash], *, owner: str = "unnamed", for_s: float = VIEW_S) -> list[BlockView]:
         """Keep the bytes of those blocks in place that are held, and look at them. It is no use and no hit.
@@ -243,7 +277,8 @@ class HostTier:
         with self._lock:
             metas = [slot.meta for slot in books.slots.values()]
             before = len(books.events)
-            count = books.remove(select(metas + books.writing(), root, prefix), RemovalCause.CLEARED)
+            around = books.writing() + books.gone()
+            count = books.remove(select(metas + around, root, prefix), RemovalCause.CLEARED)
             if root is None and prefix is None:
                 books.events[before:] = [AllBlocksCleared(self.name)]
             return count
@@ -292,6 +327,21 @@ class HostTier:
     def close(self) -> None:
         """Give the slab back; the memory goes when no view of it is left."""
         self._slab.close()
+
+    def _keep_evicted(self, slot: Slot, evicted: BlockMeta) -> None:
+        """Copy what a slot still holds of the block that was there before."""
+        is_wanted = self._wanted(evicted.hash)
+        fits = is_wanted and not self._books.leaving.is_full
+        payload = self._slab.row(slot.index).tobytes() if fits else None
+        with self._lock:
+            if is_wanted:
+                self._books.keep(slot, payload)
+            else:
+                slot.evicted = None
+
+
+def _by_nobody(name: BlockHash) -> bool:
+    return False
 
 
 def _check_room(nbytes: int) -> None:

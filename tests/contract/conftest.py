@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import redis
 import torch
 
 from deploy.redis_server import find_redis_server
+from kvstore.blocks import BlockHash
 from kvstore.codec import BlockCodec
 from kvstore.device import DeviceTier
 from kvstore.disk.files import PAGE_NBYTES
@@ -33,6 +34,7 @@ from tests.kvstore.redis_fleets_for_tests import Cluster, clustered
 torch.set_num_threads(1)
 
 CAPACITY_BLOCKS = 8
+Quotas = Mapping[BlockHash, int] | None  # blocks of the capacity by root
 
 
 @dataclass(slots=True)
@@ -63,19 +65,21 @@ def device_tier(tmp_path: Path) -> Iterator[Harness]:
 
 
 @contextlib.contextmanager
-def host_tier(tmp_path: Path) -> Iterator[Harness]:
-    clock = ManualClock()
-    tier = HostTier(LAYOUT, CAPACITY_BLOCKS * LAYOUT.block_nbytes, clock=clock, wall_clock=clock)
+def host_tier(tmp_path: Path, quotas: Quotas = None) -> Iterator[Harness]:
+    clock, nbytes = ManualClock(), LAYOUT.block_nbytes
+    shares = None if quotas is None else {root: blocks * nbytes for root, blocks in quotas.items()}
+    tier = HostTier(LAYOUT, CAPACITY_BLOCKS * nbytes, clock=clock, wall_clock=clock, shares=shares)
     yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds), clock)
 
 
 @contextlib.contextmanager
-def disk_tier(tmp_path: Path) -> Iterator[Harness]:
+def disk_tier(tmp_path: Path, quotas: Quotas = None) -> Iterator[Harness]:
     clock = ManualClock()
     slot = slot_nbytes(LAYOUT.block_nbytes)
     capacity = PAGE_NBYTES + CAPACITY_BLOCKS * slot
+    shares = None if quotas is None else {root: blocks * slot + PAGE_NBYTES // 2 for root, blocks in quotas.items()}
     codec = BlockCodec(LAYOUT, b"n" * 32)
-    tier = DiskTier(tmp_path / "blocks", capacity, codec=codec, clock=clock, wall_clock=clock)
+    tier = DiskTier(tmp_path / "blocks", capacity, codec=codec, clock=clock, wall_clock=clock, shares=shares)
     yield Harness(tier, 10.0, lambda seconds: _move(clock, seconds), clock, slot_nbytes=slot)
 
 
@@ -160,6 +164,9 @@ HARNESSES = {
     "valkey": redis_tier_on_valkey,
     "peer": peer_tier,
 }
+
+
+WITH_QUOTAS = {"host": host_tier, "disk": disk_tier}
 
 
 @pytest.fixture(params=HARNESSES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.layers import load_settings
+from deploy.layers import SettingsProblem, load_settings
 from deploy.render import number_text
 from deploy.up import check_router, check_store
 from kvstore.errors import KeyringError
@@ -67,3 +67,11 @@ def test_good_keys_reach_the_workers(tmp_path: Path) -> None:
     config = settings.worker_config("w0", fleet_secret="")
     assert (config.store_keys, config.protection) == (path.read_text(), "encrypt")
     assert "first" not in repr(config)
+
+
+@pytest.mark.parametrize("key", ["store.admission", "redis.admission"])
+def test_writing_what_host_evicts_needs_a_host_tier(key: str) -> None:
+    flags = {key: "on_eviction", "store.host_bytes": 0}
+    with pytest.raises(SettingsProblem, match=rf"{key} is on_eviction.* give it bytes, or choose"):
+        check_store(load_settings(flags=flags, environ={}).settings)
+    check_store(load_settings(flags={key: "on_eviction"}, environ={}).settings)

@@ -95,3 +95,9 @@ def test_a_certificate_without_its_key_is_refused() -> None:
 
 def test_every_setting_says_what_it_means() -> None:
     assert [row.key for row in load_settings(environ={}).rows() if not row.help] == []
+
+
+def test_rules_of_admission_reach_the_worker_each_for_its_tier() -> None:
+    settings = load_settings(environ={}, flags={"store.admission": "on_eviction", "redis.admission": "always"}).settings
+    worker = settings.worker_config("w0", fleet_secret="")
+    assert (worker.admission, worker.redis_admission) == ("on_eviction", "always")

@@ -95,7 +95,9 @@ class PoolMachine(RuleBasedStateMachine):
             assert block_ids is None
             return
         assert block_ids is not None
-        for name in evictable[: max(0, len(metas) - free)]:
+        expired = [name for name in self.cached if not self.live(name)] if len(metas) > free else []
+        alive = [name for name in evictable if name not in expired]
+        for name in expired + alive[: max(0, len(metas) - free - len(expired))]:
             self.forget(name)
         self.tier.inject(block_ids, payloads(metas))
         self.private += block_ids

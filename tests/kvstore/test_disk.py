@@ -113,8 +113,8 @@ class DiskMachine(RuleBasedStateMachine):
                 protected.add(name)
                 held.append(name)
                 self.renew([name])
-            elif taken < SLOTS:
-                taken += 1
+            elif taken < SLOTS or self.expire():
+                taken = len(self.used) + len(fresh) + 1
                 fresh.append(name)
             else:
                 victim = self.victim(protected)
@@ -186,9 +186,12 @@ class DiskMachine(RuleBasedStateMachine):
         ends = [end for end in ends if end != float("inf")]
         assert next_s == (pytest.approx(min(ends), abs=1e-5) if ends else None)
 
-    def expire(self) -> None:
-        for name in [name for name in self.used if not self.live(name)]:
+    def expire(self) -> bool:
+        """Whether something had expired."""
+        gone = [name for name in self.used if not self.live(name)]
+        for name in gone:
             self.forget(name)
+        return bool(gone)
 
     @rule(down_s=st.sampled_from([0.0, 1.0, 3.0]))
     def restart(self, down_s: float) -> None:

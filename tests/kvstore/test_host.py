@@ -79,6 +79,13 @@ class HostMachine(RuleBasedStateMachine):
         self.removed_views += [view for view in self.views if view.meta.hash == name]
         self.views = [view for view in self.views if view.meta.hash != name]
 
+    def taken_slots(self) -> int:
+        return len({id(view.slot) for view in self.removed_views}) + len(self.used)
+
+    def expire(self, kept: set[BlockHash]) -> None:
+        for name in [name for name in self.used if not self.live(name) and name not in kept]:
+            self.forget(name)
+
     def make_room(self, kept: set[BlockHash]) -> bool:
         continued = {self.metas[name].parent for name in self.used}
         for name in list(self.used):
@@ -102,11 +109,12 @@ class HostMachine(RuleBasedStateMachine):
         wanted, expected = names(metas), 0
         protected, fresh, held = set[BlockHash](), [], []
         for name in wanted:
-            removed_slots = len({id(view.slot) for view in self.removed_views})
+            if self.taken_slots() + len(fresh) >= SLOTS and name not in self.used:
+                self.expire(protected)
             if name in self.used:
                 protected.add(name)
                 held.append(name)
-            elif removed_slots + len(self.used) + len(fresh) < SLOTS or self.make_room(protected):
+            elif self.taken_slots() + len(fresh) < SLOTS or self.make_room(protected):
                 fresh.append(name)
             else:
                 break
@@ -201,8 +209,7 @@ class HostMachine(RuleBasedStateMachine):
         self.clock.now += seconds
         if sweeps:
             self.tier.sweep()
-            for name in [name for name in self.used if not self.live(name)]:
-                self.forget(name)
+            self.expire(set())
 
     @invariant()
     def agrees(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import pytest
@@ -127,9 +128,11 @@ def test_admission_is_asked_once_a_block(make: Callable[..., Rig]) -> None:
     assert admission.asked == names(metas)
 
 
-def test_a_rule_that_asks_at_eviction_is_refused() -> None:
+def test_a_rule_that_asks_at_eviction_is_refused_where_no_host_tier_evicts() -> None:
+    threads = threading.active_count()
     with pytest.raises(ValueError, match="choose always or second_hit"):
         Rig(admission=make_admission("on_eviction"))
+    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("order", ["one after the other", "in turns"])

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvstore.admission import make_admission
 from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.device import DeviceTier
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
@@ -54,6 +55,7 @@ READS = st.sampled_from(
 
 class StoreMachine(RuleBasedStateMachine):
     has_disk = False
+    admission = "always"
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +66,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.disk = Disk(LAYOUT, DISK_SLOTS * LAYOUT.block_nbytes, clock=self.clock) if self.has_disk else None
         self.local = [self.device, self.host, *([] if self.disk is None else [self.disk])]
         self.store = TieredStore(
-            LAYOUT, self.device, self.host, self.shared, disk=self.disk, clock=self.clock, default_ttl_s=TTL
+            LAYOUT,
+            self.device,
+            self.host,
+            self.shared,
+            disk=self.disk,
+            clock=self.clock,
+            default_ttl_s=TTL,
+            admission=make_admission(self.admission),
         )
         self.pending: list[tuple[Acquisition, list[BlockMeta]]] = []
         self.handles: list[tuple[list[int], list[BlockMeta]]] = []
@@ -214,7 +223,7 @@ class StoreMachine(RuleBasedStateMachine):
         dropped = {scope["prefix"]} if "prefix" in scope else set(self.of_root(scope.get("root")))
         assert not any(tier.find(name) for tier in self.local for name in dropped)
         self.settle()
-        assert not any(self.host.holds(name) for name in dropped)
+        assert not any(tier.find(name) for tier in self.local for name in dropped)
         if shared:
             assert not set(self.shared.held()) & dropped
 
@@ -277,3 +286,12 @@ class StoreWithDiskMachine(StoreMachine):
 
 StoreWithDiskMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestStoreWithADiskAgainstANaiveModel = StoreWithDiskMachine.TestCase
+
+
+class StoreWithWriteBackMachine(StoreMachine):
+    has_disk = True
+    admission = "on_eviction"
+
+
+StoreWithWriteBackMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestStoreThatWritesBackAgainstANaiveModel = StoreWithWriteBackMachine.TestCase

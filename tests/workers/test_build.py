@@ -49,6 +49,37 @@ def test_settings_become_an_engine_with_its_tiers():
     engine.close(flush_s=0)
 
 
+def test_a_tenant_with_a_quota_keeps_its_blocks_in_host_while_another_fills_it(tmp_path):
+    salts = {"own": b"a" * 32, "other": b"b" * 32}
+    config = replace(CONFIG, host_bytes=8 * 64 * 2 * 2 * 32 * 4, quotas={salts["own"].hex(): 0.25}, disk_bytes=8 << 20)
+    engine = build_engine(replace(config, disk_dir=str(tmp_path)))
+    scheme = engine.info.scheme
+    roots = {name: scheme.root(salt) for name, salt in salts.items()}
+    for number, name in enumerate(["own", *["other"] * 6]):
+        prompt = prompts(1, lengths=(130,), seed=number)[0]
+        names = block_hashes(prompt, roots[name], scheme.block_size)
+        engine.submit(Job(number, prompt, roots[name], names, SamplingParams(max_tokens=1, temperature=0.0)))
+        while engine.has_work():
+            engine.step()
+            engine.wait(0.01)
+    in_host = [meta.root for meta in engine.store.host.metas()]
+    assert (in_host.count(roots["own"]), in_host.count(roots["other"])) == (2, 6)
+    assert engine.store.disk.honours.quota
+    engine.close(flush_s=0)
+
+
+def test_blocks_of_a_worker_that_writes_back_are_on_disk_when_it_has_ended(tmp_path):
+    config = replace(CONFIG, disk_bytes=8 << 20, disk_dir=str(tmp_path), admission="on_eviction")
+    engine = build_engine(config)
+    prompt = prompts(1, lengths=(200,))[0]
+    _run(engine, prompt)
+    assert engine.store.disk.metas() == []
+    engine.close(flush_s=30)
+    engine = build_engine(config)
+    assert _run(engine, prompt).fates["disk"] == 192
+    engine.close(flush_s=0)
+
+
 def test_two_engines_of_one_model_share_a_scheme_and_other_settings_do_not():
     one, two = build_engine(CONFIG), build_engine(replace(CONFIG, name="w1", host_bytes=0))
     other = build_engine(replace(CONFIG, dtype="bfloat16", block_size=8))

@@ -14,7 +14,7 @@ from kvstore.blocks import BlockHash
 from kvstore.errors import InvariantError, StoreError
 from kvstore.events import TierName
 from kvstore.lifetime import Lifetime
-from tests.workers.engine_rig import Rig, make_rig
+from tests.workers.engine_rig import Rig, make_rig, prompts
 from workers.cache_commands import Check, ListBlocks, Pin, Selection, Unpin, Warm, carry_out
 from workers.protocol import CachedBlock
 
@@ -201,3 +201,15 @@ def test_blocks_that_went_wrong_leave_redis_and_a_redis_that_stalls_delays_no_st
         assert rig.store.flush(30)
         assert shared.match(rig.job("x", PROMPT).block_hashes) == 2
         rig.close()
+
+
+def test_sequences_whose_blocks_come_from_host_one_a_step_all_end_with_the_same_tokens():
+    rig = make_rig(host_blocks=200)
+    batch = prompts(3, lengths=(64, 131))
+    cold = rig.run(*(rig.job(number, prompt, max_tokens=4) for number, prompt in enumerate(batch)))
+    rig.device.clear()
+    rig.store._promoter._copies_a_step = 1
+    warm = rig.run(*(rig.job(number, prompt, max_tokens=4) for number, prompt in enumerate(batch)))
+    assert [answer.token_ids for answer in warm] == [answer.token_ids for answer in cold]
+    assert all(answer.fates and answer.fates["host"] >= 48 for answer in warm)
+    rig.close()
