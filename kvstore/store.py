@@ -1,4 +1,4 @@
-"""TieredStore: blocks over device, host RAM, disk and a shared tier.
+"""TieredStore: blocks over device, host RAM, disk, a shared tier and other workers.
 
 This file ties the parts together: `promotion` brings blocks up, a `lane` for each slow tier takes them down and keeps
 them fresh there, the tiers hold them. Write-through to host, write-behind to disk and the shared tier. Every method is
@@ -25,10 +25,11 @@ from kvstore.known import KnownLocal, KnownShared
 from kvstore.lane import Lane, NearTiers, Refreshing, nobody
 from kvstore.layout import KVLayout
 from kvstore.leases import Leases
+from kvstore.loading import FindMeta
 from kvstore.promotion import Promoter
 from kvstore.source import Source
 from kvstore.spill import Writable
-from kvstore.tier import BlockMeta, Clock, LocalTier, SharedTier, Tier, TierStats
+from kvstore.tier import BlockMeta, Clock, HintedTier, LocalTier, SharedTier, Tier, TierStats
 
 __all__ = ["Acquisition", "ComputeMs", "HeldBlock", "PlannedRun", "ReadTiers", "TieredStore"]
 
@@ -38,7 +39,7 @@ DEFAULT_DIRECTORY_ENTRIES = 1 << 18
 
 
 class TieredStore:
-    """Blocks over device, host RAM, disk and a shared tier.
+    """Blocks over device, host RAM, disk, a shared tier and other workers.
 
     Attributes:
         layout: what a block holds. device: the paged pool; the engine takes `device.kv(layer)` from it.
@@ -53,6 +54,7 @@ class TieredStore:
         shared: SharedTier | None,
         *,
         disk: LocalTier | None = None,
+        peers: HintedTier | None = None,
         clock: Clock,
         default_ttl_s: float | None,
         admission: Admission | None = None,
@@ -65,6 +67,7 @@ class TieredStore:
         Args:
             layout: what a block holds.
             device, host, shared, disk: the tiers; None: without.
+            peers: what other workers hold; read, and never written to. None: without.
             clock: what TTLs and measured times go by, the same as the tiers'.
             default_ttl_s: for blocks that come without one; None: they live until they are evicted.
             admission: whether a block that has just been computed is written to disk and the shared tier, asked once
@@ -79,7 +82,7 @@ class TieredStore:
         """
         self._admits = _checked(admission or Always()).admits
         self.layout, self.device, self.host, self.disk = layout, device, host, disk
-        self._shared = shared
+        self._shared, self._peers = shared, peers
         self._default_ttl_s = default_ttl_s
         self._near = NearTiers(device, host)
         local: list[LocalTier] = [tier for tier in (host, disk) if tier is not None]
@@ -102,10 +105,12 @@ class TieredStore:
             )
             for tier, writable, known in slow
         }
-        sources = [
+        sources: list[tuple[Source, FindMeta]] = [
             (Source(tier, layout.block_nbytes, clock=clock, believed=_believed(known)), known.find)
             for tier, _, known in slow
         ]
+        if peers is not None:
+            sources.append((Source(peers, layout.block_nbytes, clock=clock, believed=None), peers.find))
         self._promoter = Promoter(device, host, sources, clock=clock, io_threads=io_threads, on_read=self._on_read)
 
     # --- for requests ---
@@ -210,6 +215,8 @@ class TieredStore:
         for lane in self._lanes.values():
             lane.pump()
         self._promoter.pump()
+        if self._peers is not None:
+            self._peers.sweep()
         self.device.sweep()
         if self.host is not None:
             self.host.sweep()
@@ -262,6 +269,8 @@ class TieredStore:
         for lane in self._lanes.values():
             lane.take_refreshed()
         names = self._select(root, prefix)
+        if self._peers is not None:
+            self._peers.forget()
         self._promoter.discard(set(names))
         self._leases.end(names)
         everything = root is None and prefix is None
@@ -375,7 +384,7 @@ class TieredStore:
         return [tier for tier in (self.device, self.host, self.disk) if tier is not None]
 
     def _tiers(self) -> list[Tier]:
-        return [*self._local(), *([] if self._shared is None else [self._shared])]
+        return [*self._local(), *(tier for tier in (self._shared, self._peers) if tier is not None)]
 
     def _max_queued(self, queue_bytes: int, lanes: int) -> int:
         blocks = max(1, queue_bytes // self.layout.block_nbytes)
@@ -414,7 +423,8 @@ class TieredStore:
             source.absent.discard(meta.hash)
         if ended_absent:
             source.absent.add(metas[count].hash)
-        self._lanes[source.name].read(metas, count, ended_absent=ended_absent)
+        if (lane := self._lanes.get(source.name)) is not None:
+            lane.read(metas, count, ended_absent=ended_absent)
 
     def _select(self, root: BlockHash | None, prefix: BlockHash | None) -> list[BlockHash]:
         """What `clear` drops of all that lies or moves in this process; an unknown root counts as any."""

@@ -219,6 +219,18 @@ class SharedTier(Tier, Protocol):
         ...
 
 
+class HintedTier(Tier, Protocol):
+    """A tier that others own and that is only read from. `match` answers from what it was told, and asks nobody."""
+
+    def find(self, name: BlockHash) -> BlockMeta | None:
+        """The metadata under which a block was last read there; None: not known."""
+        ...
+
+    def forget(self) -> None:
+        """Believe nothing any more of what it was told."""
+        ...
+
+
 def is_longer(ttl_s: float | None, than: float | None) -> bool:
     """Whether a TTL outlives another; None: for ever."""
     return than is not None and (ttl_s is None or ttl_s > than)

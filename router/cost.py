@@ -7,7 +7,7 @@ terms weigh (`policy`) or what was sent where (`traffic`). Pure functions over m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from types import MappingProxyType
 from typing import NamedTuple
@@ -92,6 +92,20 @@ class Price(NamedTuple):
         return self.queue_ms + self.load_ms + self.compute_ms
 
 
+_Span = tuple[TierName, int, int]  # tier, first block, end block
+
+
+class _Plan(NamedTuple):
+    load_ms: float
+    compute_ms: float
+    cached: dict[TierName, int]
+    cached_tokens: int
+
+    @property
+    def ms(self) -> float:
+        return self.load_ms + self.compute_ms
+
+
 def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
     """A fit for every worker: the median one where a worker's own differs from it by noise only, else its own.
 
@@ -135,28 +149,36 @@ def price(
     *,
     queue: float,
     shared_reads: bool,
+    peers: int = 0,
 ) -> Price:
     """The cheapest plan on one worker: how deep to read each tier, as its store would decide (load or compute).
 
-    `queue` is its `queue_ms`.
+    `queue` is its `queue_ms`; `peers`: leading blocks that one other worker holds in reach of this one.
     """
-    spans = _spans(overlap, shared_reads=shared_reads)
-    best = _plan(spans[:1], prompt_tokens, block_size, load, fit)
-    for reach in range(2, len(spans) + 1):
-        plan = _plan(spans[:reach], prompt_tokens, block_size, load, fit)
-        if plan[0] + plan[1] < best[0] + best[1]:
-            best = plan
-    load_ms, compute_ms, cached, cached_tokens = best
-    return Price(queue, load_ms, compute_ms, fit.ms(prompt_tokens), cached, cached_tokens)
+    best = _Plan(math.inf, 0.0, {}, 0)
+    for spans in _ways(overlap, peers if TierName.PEER in load.reads else 0, shared_reads=shared_reads):
+        for reach in range(1, len(spans) + 1):
+            plan = _plan(spans[:reach], prompt_tokens, block_size, load, fit)
+            if plan.ms < best.ms:
+                best = plan
+    return Price(queue, best.load_ms, best.compute_ms, fit.ms(prompt_tokens), best.cached, best.cached_tokens)
 
 
-def _spans(overlap: Overlap, *, shared_reads: bool) -> list[tuple[TierName, int, int]]:
-    """(tier, first block, end block) of each tier that adds something, fastest first; the pool always stands first."""
-    spans, at = [(TierName.DEVICE, 0, overlap.device)], overlap.device
+def _ways(overlap: Overlap, peers: int, *, shared_reads: bool) -> Iterator[list[_Span]]:
+    """The orders in which slow tiers could be read. A peer's place depends on measurements, the others' does not."""
     deepest = overlap.shared if shared_reads else overlap.disk
-    if deepest == at:
-        return spans
-    ends = ((TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest))
+    host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
+    yield _spans(overlap.device, (host, disk, redis))
+    if peers > overlap.host:
+        peer = (TierName.PEER, peers)
+        yield _spans(overlap.device, (host, peer, disk, redis))
+        if peers > overlap.disk > overlap.host:
+            yield _spans(overlap.device, (host, disk, peer, redis))
+
+
+def _spans(pool: int, ends: Sequence[tuple[TierName, int]]) -> list[_Span]:
+    """The part of each tier that adds something to those before it; the pool always stands first."""
+    spans, at = [(TierName.DEVICE, 0, pool)], pool
     for tier, end in ends:
         if end > at:
             spans.append((tier, at, end))
@@ -164,10 +186,8 @@ def _spans(overlap: Overlap, *, shared_reads: bool) -> list[tuple[TierName, int,
     return spans
 
 
-def _plan(
-    spans: Sequence[tuple[TierName, int, int]], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit
-) -> tuple[float, float, dict[TierName, int], int]:
-    """Load and compute milliseconds, cached tokens by tier and their sum, when exactly these spans are reused."""
+def _plan(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit) -> _Plan:
+    """What it takes when exactly these spans are reused."""
     load_ms, cached, total = 0.0, {}, 0
     for tier, start, end in spans:
         # One token is always computed: the forward that gives the first new token needs it.
@@ -177,4 +197,4 @@ def _plan(
             load_ms += math.inf if read is None else read.ms(end - start)
         cached[tier] = tokens
         total += tokens
-    return load_ms, fit.ms(prompt_tokens - total, total), cached, total
+    return _Plan(load_ms, fit.ms(prompt_tokens - total, total), cached, total)

@@ -27,6 +27,7 @@ from kvstore.tier import Clock
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
 from workers.models import ModelNotSupported, ModelRunner
+from workers.peers import open_peers
 from workers.protocol import EngineInfo
 
 LOCK_WAIT_S = 10.0
@@ -51,12 +52,14 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     codec = _codec(config, layout, scheme)
     disk = _disk(config, codec, clock)
     shared = _shared(config, codec)
+    peers = open_peers(config, host, codec, clock)
     store = TieredStore(
         layout,
         device,
         host,
         shared,
         disk=disk,
+        peers=None if peers is None else peers.tier,
         clock=clock,
         default_ttl_s=config.default_ttl_s,
         admission=make_admission(config.admission),
@@ -65,13 +68,14 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         runner,
         store,
         [device.kv(layer) for layer in range(layout.layers)],
-        _info(config, runner, layout, scheme),
+        replace(_info(config, runner, layout, scheme), peer_address="" if peers is None else peers.address),
         num_blocks=device.num_blocks,
         max_batch_tokens=config.max_batch_tokens,
         max_running=config.max_running,
         default_ttl_s=config.default_ttl_s,
         clock=clock,
         shared_tier_id=str if shared is None else shared.run_id,
+        peers=peers,
     )
 
 

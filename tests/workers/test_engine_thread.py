@@ -51,6 +51,7 @@ class ScriptedEngine:
         self.pending: list[KvEvent] = []
         self.closed: float | None = None
         self.threads: set[int] = set()
+        self.told: list[str] = []
 
     def submit(self, job: Job) -> None: ...
 
@@ -79,6 +80,7 @@ class ScriptedEngine:
         return [BlockStored(TierName.DEVICE, (b"h" * 16,))]
 
     def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
+        self.told.append("clear")
         if self.clear_error is not None:
             raise self.clear_error
         self.pending.append(AllBlocksCleared(TierName.DEVICE))
@@ -89,6 +91,12 @@ class ScriptedEngine:
     ) -> Callable[[], dict[TierName, int]] | None:
         self.clearing += self.shared_clear is not None
         return self.shared_clear
+
+    def hold_peers(self, key: Hashable, for_s: float) -> None:
+        self.told.append(f"hold {key} for {for_s:g} s")
+
+    def release_peers(self, key: Hashable) -> None:
+        self.told.append(f"release {key}")
 
     def shared_cleared(self) -> None:
         self.clearing -= 1
