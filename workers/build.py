@@ -46,6 +46,7 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     runner = ModelRunner.load(config.model_dir, device=_device(config.device), dtype=config.dtype)
     layout = _layout(runner.layout, config.block_size)
     scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical)
+    info = _info(config, runner, layout, scheme)
     device = DeviceTier(layout, config.device_bytes, clock=clock, device=runner.device)
     pinner = CudaPinner(runner.device) if runner.device.type == "cuda" else None
     host = _host(config, layout, clock, pinner)
@@ -68,7 +69,7 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         runner,
         store,
         [device.kv(layer) for layer in range(layout.layers)],
-        replace(_info(config, runner, layout, scheme), peer_address="" if peers is None else peers.address),
+        info if peers is None else replace(info, peer_address=peers.address),
         num_blocks=device.num_blocks,
         max_batch_tokens=config.max_batch_tokens,
         max_running=config.max_running,
