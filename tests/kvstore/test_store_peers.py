@@ -196,9 +196,9 @@ def test_what_is_on_its_way_when_it_is_cleared_goes_nowhere(rig: Rig, other: Wor
     assert rig.host.match(NAMES) == 0
 
 
-def test_blocks_of_a_peer_are_written_down_when_they_are_used(rig: Rig) -> None:
+def test_blocks_of_a_peer_are_written_down_when_they_are_used_again(rig: Rig) -> None:
     rig.hint()
-    assert rig.get() == [PEER] * 6
+    assert [rig.get(), rig.get()] == [[PEER] * 6, [DEVICE] * 6]
     for _ in range(3):  # asked for there, found missing, written
         rig.store.pump()
         assert rig.store.flush(30)
