@@ -19,6 +19,8 @@ from workers.addresses import advertised_host, authority
 from workers.config import WorkerConfig
 from workers.protocol import Job
 
+TIMEOUT_S = 0.1  # longest wait for another worker's answer, and for each block of it
+
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +67,7 @@ def open_peers(config: WorkerConfig, host: HostTier | None, codec: BlockCodec, c
         return None
     if not config.peers:
         return None
-    tier = PeersTier(codec=codec, secret=config.fleet_secret, clock=clock)
+    tier = PeersTier(codec=codec, secret=config.fleet_secret, timeout_s=TIMEOUT_S, clock=clock)
     if host is None:
         return Peers(tier)
     server = PeerServer(host, codec=codec, secret=config.fleet_secret, host=config.bind_host, port=config.peer_port)

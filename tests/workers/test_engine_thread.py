@@ -200,6 +200,14 @@ def test_a_clear_that_fails_is_answered_with_its_error_and_the_engine_goes_on(ri
     rig.next(Snapped)
 
 
+def test_a_clear_of_the_fleet_holds_peers_before_it_drops_anything(rig: Rig) -> None:
+    rig.thread.ask_clear(ClearRequest("a", 9, hold=("r0", 3)))
+    rig.next(Cleared)
+    rig.thread.ask_clear(ClearRequest("a", 10))
+    rig.next(Cleared)
+    assert rig.engine.told == ["hold ('r0', 3) for 120 s", "clear", "clear"]
+
+
 # The shared tier is cleared beside the engine's thread.
 
 
