@@ -141,3 +141,11 @@ def test_without_a_shared_tier_clearing_it_drops_nothing():
     assert clearing is not None
     assert clearing() == {TierName.REDIS: 0}
     rig.close()
+
+
+def test_the_load_tells_how_long_one_block_takes_latency_included(monkeypatch: pytest.MonkeyPatch):
+    rig = make_rig(host_blocks=10)
+    monkeypatch.setattr(rig.store, "read_ms", lambda: {TierName.HOST: (1.0, 2.0)})
+    tiers = rig.engine.load().tiers
+    assert (tiers[TierName.HOST][1:], tiers[TierName.DEVICE][1:]) == ((1.0, 3.0), (0.0, 0.0))
+    rig.close()
