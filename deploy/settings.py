@@ -127,7 +127,8 @@ class StoreSettings(_Section):
         default="lru", description="Which blocks host and disk drop first when they are full."
     )
     keys_file: Path | None = Field(
-        default=None, description="Lines `id:base64-of-32-bytes`; with it blocks on disk and in Redis are protected."
+        default=None,
+        description="Lines `id:base64-of-32-bytes`; with it stored blocks are protected, also between workers.",
     )
     protection: Literal["authenticate", "encrypt"] = Field(
         default="authenticate", description="What is done with the keys: nobody else can write a block, or read one."
