@@ -7,7 +7,7 @@ terms weigh (`policy`) or what was sent where (`traffic`). Pure functions over m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from types import MappingProxyType
 from typing import NamedTuple
@@ -93,17 +93,7 @@ class Price(NamedTuple):
 
 
 _Span = tuple[TierName, int, int]  # tier, first block, end block
-
-
-class _Plan(NamedTuple):
-    load_ms: float
-    compute_ms: float
-    cached: dict[TierName, int]
-    cached_tokens: int
-
-    @property
-    def ms(self) -> float:
-        return self.load_ms + self.compute_ms
+_Plan = tuple[float, float, dict[TierName, int], int]  # milliseconds to load and to compute, tokens by tier, their sum
 
 
 def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
@@ -155,29 +145,49 @@ def price(
 
     `queue` is its `queue_ms`; `peers`: leading blocks that one other worker holds in reach of this one.
     """
-    best = _Plan(math.inf, 0.0, {}, 0)
-    for spans in _ways(overlap, peers if TierName.PEER in load.reads else 0, shared_reads=shared_reads):
-        for reach in range(1, len(spans) + 1):
-            plan = _plan(spans[:reach], prompt_tokens, block_size, load, fit)
-            if plan.ms < best.ms:
-                best = plan
-    return Price(queue, best.load_ms, best.compute_ms, fit.ms(prompt_tokens), best.cached, best.cached_tokens)
+    best = _best(_spans(overlap, shared_reads=shared_reads), prompt_tokens, block_size, load, fit)
+    if peers > overlap.host and TierName.PEER in load.reads:
+        for spans in _spans_with_peer(overlap, peers, shared_reads=shared_reads):
+            best = min(best, _best(spans, prompt_tokens, block_size, load, fit), key=_plan_ms)
+    load_ms, compute_ms, cached, cached_tokens = best
+    return Price(queue, load_ms, compute_ms, fit.ms(prompt_tokens), cached, cached_tokens)
 
 
-def _ways(overlap: Overlap, peers: int, *, shared_reads: bool) -> Iterator[list[_Span]]:
-    """The orders in which slow tiers could be read. A peer's place depends on measurements, the others' does not."""
+def _best(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit) -> _Plan:
+    """The cheapest plan that reads these spans up to some depth."""
+    best = _plan(spans[:1], prompt_tokens, block_size, load, fit)
+    for reach in range(2, len(spans) + 1):
+        plan = _plan(spans[:reach], prompt_tokens, block_size, load, fit)
+        if _plan_ms(plan) < _plan_ms(best):
+            best = plan
+    return best
+
+
+def _plan_ms(plan: _Plan) -> float:
+    return plan[0] + plan[1]
+
+
+def _spans(overlap: Overlap, *, shared_reads: bool) -> list[_Span]:
+    """The part that each tier adds, fastest first; the pool always stands first."""
+    deepest = overlap.shared if shared_reads else overlap.disk
+    if deepest == overlap.device:
+        return [(TierName.DEVICE, 0, deepest)]
+    host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
+    return _in_order(overlap.device, (host, disk, redis))
+
+
+def _spans_with_peer(overlap: Overlap, peers: int, *, shared_reads: bool) -> list[list[_Span]]:
+    """The same with a peer before and behind the disk: which one is faster depends on both machines."""
     deepest = overlap.shared if shared_reads else overlap.disk
     host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
-    yield _spans(overlap.device, (host, disk, redis))
-    if peers > overlap.host:
-        peer = (TierName.PEER, peers)
-        yield _spans(overlap.device, (host, peer, disk, redis))
-        if peers > overlap.disk > overlap.host:
-            yield _spans(overlap.device, (host, disk, peer, redis))
+    peer = (TierName.PEER, peers)
+    orders = [(host, peer, disk, redis)]
+    if peers > overlap.disk > overlap.host:
+        orders.append((host, disk, peer, redis))
+    return [_in_order(overlap.device, order) for order in orders]
 
 
-def _spans(pool: int, ends: Sequence[tuple[TierName, int]]) -> list[_Span]:
-    """The part of each tier that adds something to those before it; the pool always stands first."""
+def _in_order(pool: int, ends: Sequence[tuple[TierName, int]]) -> list[_Span]:
     spans, at = [(TierName.DEVICE, 0, pool)], pool
     for tier, end in ends:
         if end > at:
@@ -197,4 +207,4 @@ def _plan(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: Wor
             load_ms += math.inf if read is None else read.ms(end - start)
         cached[tier] = tokens
         total += tokens
-    return _Plan(load_ms, fit.ms(prompt_tokens - total, total), cached, total)
+    return load_ms, fit.ms(prompt_tokens - total, total), cached, total
