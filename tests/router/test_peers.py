@@ -154,6 +154,23 @@ async def test_what_peers_hold_is_in_the_price_once_it_is_measured_and_shown() -
         assert shown["w0"].tokens.peer == 0, "computing is sooner"
 
 
+@pytest.mark.asyncio
+async def test_other_workers_fill_no_tier_of_a_worker_and_what_is_wrong_with_them_is_told() -> None:
+    worker = FakeWorker("w0")
+    async with fakes(worker) as (_, router):
+        await all_ready(router, 1)
+        worker.beating = False
+        peer = worker_pb2.TierLoad(tier=common_pb2.TIER_PEER, healthy=False, problem="peer 10.0.0.1:7: it hung up")
+        host = worker_pb2.TierLoad(tier=common_pb2.TIER_HOST, healthy=True)
+        worker.say(step=worker_pb2.Step(load=worker_pb2.Load(tiers=[host, peer])))
+        await eventually(lambda: router.list_workers()[0].problem)
+        (shown,) = router.list_workers()
+        assert [tier.tier for tier in shown.tiers] == [common_pb2.TIER_HOST]
+        assert shown.problem == "peer 10.0.0.1:7: it hung up"
+        cache = router.cache.stats(admin_pb2.GetCacheStatsRequest(), caller=ADMIN).workers[0]
+        assert [tier.tier for tier in cache.tiers] == [common_pb2.TIER_HOST, common_pb2.TIER_PEER]
+
+
 # Clearing.
 
 
