@@ -53,6 +53,7 @@ class FleetShape:
         tenants: each gets an API key; one more key is the operator's. policy: in force at first.
         device_bytes, host_bytes: capacity of each worker's tiers. redis_bytes: of the shared one; zero: no Redis.
         disk_bytes: of each worker's disk tier, in the fleet's folder; zero: none.
+        peers: whether workers read blocks from one another: then each has every block at nearly the same price.
         ports: gRPC and HTTP of the router; zero: a free one.
     """
 
@@ -64,6 +65,7 @@ class FleetShape:
     host_bytes: int = 256 * MIB
     redis_bytes: int = 1 << 30
     disk_bytes: int = 0
+    peers: bool = False
     ports: tuple[int, int] = (0, 0)
 
 
@@ -232,7 +234,8 @@ class LocalFleet:
             f'[model]\ndir = "{self.model_dir}"\nname = "demo"\n\n'
             f'[workers]\ncount = {self.shape.workers}\ndevice = "cpu"\nthreads = 1\n\n'
             f"[store]\ndevice_bytes = {self.shape.device_bytes}\nhost_bytes = {self.shape.host_bytes}\n"
-            f"disk_bytes = {self.shape.disk_bytes}\ndisk_dir = {json.dumps(str(self.folder / 'blocks'))}\n{redis}\n"
+            f"disk_bytes = {self.shape.disk_bytes}\ndisk_dir = {json.dumps(str(self.folder / 'blocks'))}\n"
+            f"peers = {json.dumps(self.shape.peers)}\n{redis}\n"
             f"[router]\ngrpc_port = {grpc_port}\nhttp_port = {http_port}\n"
             f'policy = "{self.shape.policy}"\nshow_prompts = true\n\n'
             f'[auth]\napi_keys_file = "{keys_file}"\n',

@@ -100,9 +100,10 @@ def honours_table() -> str:
     from kvstore.device import DeviceTier
     from kvstore.disk.tier import DiskTier
     from kvstore.host.tier import HostTier
+    from kvstore.peer.peers import PeersTier
     from kvstore.redis.tier import RedisTier
 
-    tiers = (DeviceTier, HostTier, DiskTier, RedisTier)
+    tiers = (DeviceTier, HostTier, DiskTier, RedisTier, PeersTier)
     rows = [
         (f"`{tier.name}`", *("yes" if getattr(tier.honours, field) else "no" for field in PROMISES)) for tier in tiers
     ]

@@ -118,6 +118,7 @@ class WorkersSettings(_Section):
         default=None, description="What routers dial; none: the bind host or the node's address."
     )
     port: Port = Field(default=0, description="Where workers listen; 0: any free port.")
+    peer_port: Port = Field(default=0, description="Where workers serve blocks to one another; 0: any free port.")
     start_timeout: Duration = Field(default=600.0, description="How long `up` waits for workers to be ready.")
     flush: Duration = Field(
         default=5.0, description="How long a worker that is told to end may write blocks to disk and the shared tier."
@@ -146,10 +147,14 @@ class StoreSettings(_Section):
         description="Share of host and disk that each tenant may count on, at most 1 together; the rest is for all.",
     )
     keys_file: Path | None = Field(
-        default=None, description="Lines `id:base64-of-32-bytes`; with it blocks on disk and in Redis are protected."
+        default=None,
+        description="Lines `id:base64-of-32-bytes`; with it stored blocks are protected, also between workers.",
     )
     protection: Literal["authenticate", "encrypt"] = Field(
         default="authenticate", description="What is done with the keys: nobody else can write a block, or read one."
+    )
+    peers: bool = Field(
+        default=True, description="Whether workers read blocks from one another's host RAM; needs the fleet secret."
     )
     block_size: int | None = Field(
         default=None, ge=1, le=1024, description="Tokens a block; none: chosen for the model."
@@ -329,6 +334,8 @@ class Settings(BaseSettings):
             redis_url=None if url is None else url.get_secret_value(),
             redis_timeout_s=self.redis.timeout,
             redis_watch=self.redis.watch,
+            peers=self.store.peers,
+            peer_port=self.workers.peer_port,
             block_size=self.store.block_size,
             default_ttl_s=self.store.default_ttl,
             load_slack_s=self.store.load_slack,

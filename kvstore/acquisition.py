@@ -17,16 +17,25 @@ ComputeMs = Callable[[int, int], float]  # (first block, number of blocks) -> pr
 
 @dataclass(frozen=True, slots=True)
 class ReadTiers:
-    """Which tiers a request may read from (directive no_read: none; the fleet record may forbid the shared one)."""
+    """Which tiers a request may read from (directive no_read: none; the fleet record may forbid the shared one).
+
+    `peer`: blocks of other workers, which are no shared tier.
+    """
 
     device: bool = True
     host: bool = True
     disk: bool = True
     shared: bool = True
+    peer: bool = True
 
     def allows(self, tier: TierName) -> bool:
         """Whether it may read from this tier."""
-        allowed = {TierName.DEVICE: self.device, TierName.HOST: self.host, TierName.DISK: self.disk}
+        allowed = {
+            TierName.DEVICE: self.device,
+            TierName.HOST: self.host,
+            TierName.DISK: self.disk,
+            TierName.PEER: self.peer,
+        }
         return allowed.get(tier, self.shared)
 
 

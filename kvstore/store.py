@@ -1,4 +1,4 @@
-"""TieredStore: blocks over device, host RAM, disk and a shared tier.
+"""TieredStore: blocks over device, host RAM, disk, a shared tier and other workers.
 
 This file ties the parts together: `promotion` brings blocks up, a `lane` for each slow tier takes them down and keeps
 them fresh there, the tiers hold them. Write-through to host; to disk and the shared tier write-behind, or `write_back`
@@ -27,11 +27,12 @@ from kvstore.lane import Lane, NearTiers, Refreshing, nobody
 from kvstore.layout import KVLayout
 from kvstore.leases import Leases
 from kvstore.lifetime import Lifetime
+from kvstore.loading import FindMeta
 from kvstore.patience import DEFAULT_SLACK_S
 from kvstore.promotion import HOST_STEP_NBYTES, Promoter
 from kvstore.source import Source
 from kvstore.spill import Writable
-from kvstore.tier import BlockMeta, Clock, LocalTier, SharedTier, Tier, TierStats
+from kvstore.tier import BlockMeta, Clock, HintedTier, LocalTier, SharedTier, Tier, TierStats
 from kvstore.write_back import WriteBack
 
 __all__ = ["Acquisition", "ComputeMs", "HeldBlock", "PlannedRun", "ReadTiers", "TieredStore"]
@@ -42,7 +43,7 @@ DEFAULT_DIRECTORY_ENTRIES = 1 << 18
 
 
 class TieredStore:
-    """Blocks over device, host RAM, disk and a shared tier.
+    """Blocks over device, host RAM, disk, a shared tier and other workers.
 
     Attributes:
         layout: what a block holds. device: the paged pool; the engine takes `device.kv(layer)` from it.
@@ -57,6 +58,7 @@ class TieredStore:
         shared: SharedTier | None,
         *,
         disk: LocalTier | None = None,
+        peers: HintedTier | None = None,
         clock: Clock,
         default_ttl_s: float | None,
         wall_clock: Clock = time.time,
@@ -73,6 +75,7 @@ class TieredStore:
         Args:
             layout: what a block holds.
             device, host, shared, disk: the tiers; None: without.
+            peers: what other workers hold; read, and never written to. None: without.
             clock: what TTLs and measured times go by, the same as the tiers'.
             default_ttl_s: for blocks that come without one; None: they live until they are evicted.
             wall_clock: seconds since the epoch; what fixed ends of lifetimes go by.
@@ -102,7 +105,7 @@ class TieredStore:
                 "choose always or second_hit"
             )
         self.layout, self.device, self.host, self.disk = layout, device, host, disk
-        self._shared = shared
+        self._shared, self._peers = shared, peers
         self._default_ttl_s = default_ttl_s
         self._near = NearTiers(device, host)
         local: list[LocalTier] = [tier for tier in (host, disk) if tier is not None]
@@ -128,10 +131,12 @@ class TieredStore:
             for tier, writable, known in slow
         }
         self._write_back = self._written_back(kept)
-        sources = [
+        sources: list[tuple[Source, FindMeta]] = [
             (Source(tier, layout.block_nbytes, clock=clock, believed=_believed(known)), known.find)
             for tier, _, known in slow
         ]
+        if peers is not None:
+            sources.append((Source(peers, layout.block_nbytes, clock=clock, believed=None), peers.find))
         self._promoter = Promoter(
             device,
             host,
@@ -249,6 +254,8 @@ class TieredStore:
             lane.pump()
             self._promoter.sources[name].absent.barred.difference_update(lane.take_removed())
         self._promoter.pump()
+        if self._peers is not None:
+            self._peers.sweep()
         self.device.sweep()
         if self.host is not None:
             self.host.sweep()
@@ -303,6 +310,8 @@ class TieredStore:
         for lane in self._lanes.values():
             lane.take_refreshed()
         names = self._select(root, prefix)
+        if self._peers is not None:
+            self._peers.forget()
         self._promoter.discard(set(names))
         self._leases.end(names)
         everything = root is None and prefix is None
@@ -446,7 +455,7 @@ class TieredStore:
         return [tier for tier in (self.device, self.host, self.disk) if tier is not None]
 
     def _tiers(self) -> list[Tier]:
-        return [*self._local(), *([] if self._shared is None else [self._shared])]
+        return [*self._local(), *(tier for tier in (self._shared, self._peers) if tier is not None)]
 
     def _written_back(self, max_kept: int) -> WriteBack | None:
         lanes = [(lane, self._rules[lane.name]) for lane in self._lanes.values() if self._is_written_back(lane)]
@@ -494,7 +503,8 @@ class TieredStore:
             source.absent.discard(meta.hash)
         if is_next_gone:
             source.absent.add(metas[count].hash)
-        self._lanes[source.name].read(metas, count, is_next_gone=is_next_gone)
+        if (lane := self._lanes.get(source.name)) is not None:
+            lane.read(metas, count, is_next_gone=is_next_gone)
 
     def _select(self, root: BlockHash | None, prefix: BlockHash | None) -> list[BlockHash]:
         """What `clear` drops of all that lies or moves in this process; an unknown root counts as any."""

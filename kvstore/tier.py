@@ -256,6 +256,18 @@ class SharedTier(Tier, Protocol):
         ...
 
 
+class HintedTier(Tier, Protocol):
+    """A tier that others own and that is only read from. `match` answers from what it was told, and asks nobody."""
+
+    def find(self, name: BlockHash) -> BlockMeta | None:
+        """The metadata under which a block was last read there; None: not known."""
+        ...
+
+    def forget(self) -> None:
+        """Believe nothing any more of what it was told."""
+        ...
+
+
 def prolonged(meta: BlockMeta, lifetime: Lifetime) -> BlockMeta:
     """The same block with the longer one of its lifetime and this one; itself, if that is its own."""
     own = meta.lifetime

@@ -126,7 +126,9 @@ class Attempts:
                 self._metrics.fates_corrected.labels(choice.worker).inc()
 
         link = self._fleet.link(choice.worker)
-        work.flight = link.submit(_with_deadline(job, work.context.deadline), on_tokens, on_end)
+        sent = _with_deadline(job, work.context.deadline)
+        sent.peers.extend(worker_pb2.PeerHint(address=peer.address, blocks=peer.blocks) for peer in choice.peers)
+        work.flight = link.submit(sent, on_tokens, on_end)
 
     def _note(self, work: Request, choice: Choice, prompt_tokens: int) -> None:
         work.choice = choice

@@ -139,6 +139,7 @@ class Board:
                     healthy=t.healthy,
                 )
                 for t in load.tiers
+                if t.tier != common_pb2.TIER_PEER  # other workers' blocks fill nothing here
             )
             problems = [t.problem for t in load.tiers if t.problem]
             info.problem = "; ".join(filter(None, [info.problem, *problems]))

@@ -92,6 +92,10 @@ class Price(NamedTuple):
         return self.queue_ms + self.load_ms + self.compute_ms
 
 
+_Span = tuple[TierName, int, int]  # tier, first block, end block
+_Plan = tuple[float, float, dict[TierName, int], int]  # milliseconds to load and to compute, tokens by tier, their sum
+
+
 def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
     """A fit for every worker: the median one where a worker's own differs from it by noise only, else its own.
 
@@ -135,28 +139,56 @@ def price(
     *,
     queue: float,
     shared_reads: bool,
+    peers: int = 0,
 ) -> Price:
     """The cheapest plan on one worker: how deep to read each tier, as its store would decide (load or compute).
 
-    `queue` is its `queue_ms`.
+    `queue` is its `queue_ms`; `peers`: leading blocks that one other worker holds in reach of this one.
     """
-    spans = _spans(overlap, shared_reads=shared_reads)
-    best = _plan(spans[:1], prompt_tokens, block_size, load, fit)
-    for reach in range(2, len(spans) + 1):
-        plan = _plan(spans[:reach], prompt_tokens, block_size, load, fit)
-        if plan[0] + plan[1] < best[0] + best[1]:
-            best = plan
+    best = _best(_spans(overlap, shared_reads=shared_reads), prompt_tokens, block_size, load, fit)
+    if peers > overlap.host and TierName.PEER in load.reads:
+        for spans in _spans_with_peer(overlap, peers, shared_reads=shared_reads):
+            best = min(best, _best(spans, prompt_tokens, block_size, load, fit), key=_plan_ms)
     load_ms, compute_ms, cached, cached_tokens = best
     return Price(queue, load_ms, compute_ms, fit.ms(prompt_tokens), cached, cached_tokens)
 
 
-def _spans(overlap: Overlap, *, shared_reads: bool) -> list[tuple[TierName, int, int]]:
-    """(tier, first block, end block) of each tier that adds something, fastest first; the pool always stands first."""
-    spans, at = [(TierName.DEVICE, 0, overlap.device)], overlap.device
+def _best(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit) -> _Plan:
+    """The cheapest plan that reads these spans up to some depth."""
+    best = _plan(spans[:1], prompt_tokens, block_size, load, fit)
+    for reach in range(2, len(spans) + 1):
+        plan = _plan(spans[:reach], prompt_tokens, block_size, load, fit)
+        if _plan_ms(plan) < _plan_ms(best):
+            best = plan
+    return best
+
+
+def _plan_ms(plan: _Plan) -> float:
+    return plan[0] + plan[1]
+
+
+def _spans(overlap: Overlap, *, shared_reads: bool) -> list[_Span]:
+    """The part that each tier adds, fastest first; the pool always stands first."""
     deepest = overlap.shared if shared_reads else overlap.disk
-    if deepest == at:
-        return spans
-    ends = ((TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest))
+    if deepest == overlap.device:
+        return [(TierName.DEVICE, 0, deepest)]
+    host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
+    return _in_order(overlap.device, (host, disk, redis))
+
+
+def _spans_with_peer(overlap: Overlap, peers: int, *, shared_reads: bool) -> list[list[_Span]]:
+    """The same with a peer before and behind the disk: which one is faster depends on both machines."""
+    deepest = overlap.shared if shared_reads else overlap.disk
+    host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
+    peer = (TierName.PEER, peers)
+    orders = [(host, peer, disk, redis)]
+    if peers > overlap.disk > overlap.host:
+        orders.append((host, disk, peer, redis))
+    return [_in_order(overlap.device, order) for order in orders]
+
+
+def _in_order(pool: int, ends: Sequence[tuple[TierName, int]]) -> list[_Span]:
+    spans, at = [(TierName.DEVICE, 0, pool)], pool
     for tier, end in ends:
         if end > at:
             spans.append((tier, at, end))
@@ -164,10 +196,8 @@ def _spans(overlap: Overlap, *, shared_reads: bool) -> list[tuple[TierName, int,
     return spans
 
 
-def _plan(
-    spans: Sequence[tuple[TierName, int, int]], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit
-) -> tuple[float, float, dict[TierName, int], int]:
-    """Load and compute milliseconds, cached tokens by tier and their sum, when exactly these spans are reused."""
+def _plan(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit) -> _Plan:
+    """What it takes when exactly these spans are reused."""
     load_ms, cached, total = 0.0, {}, 0
     for tier, start, end in spans:
         # One token is always computed: the forward that gives the first new token needs it.

@@ -13,6 +13,7 @@ from router.cost import DEFAULT_FIT, NO_LOAD, PrefillFit, Price, pool_fits, pric
 from router.fleet import Fleet
 from router.index import NO_OVERLAP, Overlap, PrefixIndex
 from router.link import WorkerLink
+from router.peers import Holder, Holders, holders
 from router.policy import Candidate, Decision, Policy, RouteRequest, checked_weights, find_policy
 from router.traffic import Traffic
 
@@ -45,6 +46,7 @@ class Choice:
 
     Attributes:
         candidates: the eligible ones. held: blocks that the chosen worker really has, those on their way not counted.
+        peers: whom the chosen worker could read blocks from that it lacks.
         runner_up: empty when there was no other; runner_up_extra_ms: what it would have cost more.
     """
 
@@ -54,6 +56,7 @@ class Choice:
     candidates: list[Candidate]
     decision: Decision
     held: int
+    peers: Sequence[Holder]
     runner_up: str
     runner_up_extra_ms: float
 
@@ -91,24 +94,34 @@ class Decider:
         policy = find_policy(self._fleet.record.policy)
         weights = checked_weights(policy, self._fleet.record.weights)
         overlaps = {} if question.no_read else self._index.match(question.hashes)
-        candidates = self.candidates(question, able, overlaps)
+        peers = self.peers(overlaps)
+        candidates = self.candidates(question, able, overlaps, peers)
         request = self._request(question, len(able))
         decision = policy.choose(request, candidates, weights)
         runner_up, extra_ms = _runner_up(candidates, decision, predicts=policy.predicts)
-        held = overlaps.get(decision.chosen.worker, NO_OVERLAP).disk
-        return Choice(policy, weights, request, candidates, decision, held, runner_up, extra_ms)
+        chosen = decision.chosen.worker
+        own = overlaps.get(chosen, NO_OVERLAP)
+        hints = peers.hints(chosen, own.host)
+        return Choice(policy, weights, request, candidates, decision, own.disk, hints, runner_up, extra_ms)
 
     def taken(self) -> None:
         """A decision was acted on: the next one is another turn."""
         self._turn += 1
 
+    def peers(self, overlaps: Mapping[str, Overlap]) -> Holders:
+        """Workers that others can read from: a drained one is as good as any, a silent one is not."""
+        return holders(filter(self._fleet.is_alive, self._fleet.links()), overlaps) if overlaps else Holders()
+
     def candidates(
-        self, question: Question, links: Sequence[WorkerLink], overlaps: Mapping[str, Overlap]
+        self, question: Question, links: Sequence[WorkerLink], overlaps: Mapping[str, Overlap], peers: Holders
     ) -> list[Candidate]:
         """What is known of each of these workers with regard to the question."""
         fits = pool_fits({link.name: link.report.load.fit if link.report else None for link in links})
         shares = _Shares(question, [] if question.no_read else self._traffic.sharers(question.hashes))
-        return [self._candidate(question, link, overlaps, fits.get(link.name, DEFAULT_FIT), shares) for link in links]
+        return [
+            self._candidate(question, link, overlaps, fits.get(link.name, DEFAULT_FIT), shares, peers.depth(link.name))
+            for link in links
+        ]
 
     def _candidate(
         self,
@@ -117,6 +130,7 @@ class Decider:
         overlaps: Mapping[str, Overlap],
         fit: PrefillFit,
         shares: _Shares,
+        peers: int,
     ) -> Candidate:
         overlap = overlaps.get(link.name, NO_OVERLAP)
         if not question.no_read:
@@ -132,6 +146,7 @@ class Decider:
             fit,
             queue=queue_ms(load, fit, age_ms=age_ms, unreported_ms=unreported_ms),
             shared_reads=self._fleet.record.shared_tier_reads,
+            peers=peers,
         )
         return Candidate(
             link.name,

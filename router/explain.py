@@ -71,7 +71,8 @@ def _excluded(
     links: Sequence[WorkerLink] = [link for link in fleet.links() if link.name not in able]
     overlaps = {} if prepared.question.no_read else index.match(prepared.question.hashes)
     messages = []
-    for link, candidate in zip(links, decider.candidates(prepared.question, links, overlaps), strict=True):
+    candidates = decider.candidates(prepared.question, links, overlaps, decider.peers(overlaps))
+    for link, candidate in zip(links, candidates, strict=True):
         message = _candidate(candidate, prepared.question.prompt_tokens)
         message.excluded_because = fleet.excluded_because(link) or "it refused this request"
         messages.append(message)

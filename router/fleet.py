@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from router import fleet_record
 from router.errors import NoWorkerAvailable, RouterError, WorkerLost, WorkerNotFound
@@ -70,6 +71,7 @@ class Fleet:
         self.identity: FleetIdentity | None = None
         self._context_length = 0
         self._vocab_size = 0
+        self._holds = count(1)
         self._shared_debts: list[worker_pb2.Clear] = []
         self._discovery = discovery
         self._index = index
@@ -129,6 +131,10 @@ class Fleet:
         """Whether something new may go to it."""
         return self.state(link) == admin_pb2.WORKER_STATE_READY
 
+    def is_alive(self, link: WorkerLink) -> bool:
+        """Whether it answers and what it holds is known."""
+        return self.state(link) in (admin_pb2.WORKER_STATE_READY, admin_pb2.WORKER_STATE_DRAINED)
+
     def excluded_because(self, link: WorkerLink) -> str:
         """Why it gets nothing new; empty: it can."""
         words = _WORDS.get(self.state(link), "")
@@ -184,8 +190,27 @@ class Fleet:
             raise NoWorkerAvailable(
                 "No worker is connected, so nothing was cleared yet; clear again when one is.", retry_after_s=1.0
             )
+        # Until the last worker is cleared its blocks could be read by those that were cleared before it.
+        hold = next(self._holds) if any(link.hello and link.hello.peer_address for link in up) else 0
+        try:
+            answers = await self._clear_all(up, request, shared_tier=shared_tier, hold=hold)
+        finally:
+            for link in up if hold else ():
+                link.release_peers(hold)
+        # A worker that discovery no longer names was stopped, and its memory is gone.
+        problems = {member.link.name: "it is lost" for member in away if member.missing_since is None}
+        problems |= {name: answer.error for name, answer in answers.items() if answer.error}
+        if problems:
+            raise _not_confirmed(problems)
+        return answers
+
+    async def _clear_all(
+        self, up: Sequence[WorkerLink], request: worker_pb2.Clear, *, shared_tier: bool, hold: int
+    ) -> dict[str, worker_pb2.ClearDone]:
+        """The rounds of a clear; what each worker dropped, with `error` where it did not confirm."""
         # First everybody drops what it was about to write there; only then can the shared tier be emptied for good.
         local = _clear_request(request, shared=False)
+        local.peers_hold = hold
         done = await asyncio.gather(*(self._clear_one(link, local) for link in up))
         answers = {link.name: answer for link, answer in zip(up, done, strict=True)}
         shared_by = next((link for link in up if shared_tier and _has_shared_tier(link)), None)
@@ -196,11 +221,6 @@ class Fleet:
             again = await asyncio.gather(*(self._clear_one(link, local) for link in up))
             for link, more in zip(up, again, strict=True):
                 _add_dropped(answers[link.name], more)
-        # A worker that discovery no longer names was stopped, and its memory is gone.
-        problems = {member.link.name: "it is lost" for member in away if member.missing_since is None}
-        problems |= {name: answer.error for name, answer in answers.items() if answer.error}
-        if problems:
-            raise _not_confirmed(problems)
         return answers
 
     async def scale(self, workers: int) -> tuple[list[str], list[str]]:

@@ -9,13 +9,14 @@ from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent,
 from router.cost import PrefillFit, TierRead, WorkerLoad
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
 
-# Tier `peer` is a way to read, not a place: nobody owns blocks there.
+# Tier `peer` is a way to read, not a place: nobody owns blocks there, and no event tells of it.
 _TIERS = {
     common_pb2.TIER_DEVICE: TierName.DEVICE,
     common_pb2.TIER_HOST: TierName.HOST,
     common_pb2.TIER_DISK: TierName.DISK,
     common_pb2.TIER_REDIS: TierName.REDIS,
 }
+_READABLE = {**_TIERS, common_pb2.TIER_PEER: TierName.PEER}
 _CAUSES = {
     kv_events_pb2.REMOVAL_CAUSE_EVICTED: RemovalCause.EVICTED,
     kv_events_pb2.REMOVAL_CAUSE_EXPIRED: RemovalCause.EXPIRED,
@@ -70,11 +71,11 @@ def prefill_fit(load: worker_pb2.Load) -> PrefillFit | None:
 
 
 def tier_reads(load: worker_pb2.Load) -> dict[TierName, TierRead]:
-    """What reading costs, of the tiers that work."""
+    """What reading costs, of the tiers that work; from other workers only once blocks came from there."""
     return {
-        _TIERS[tier.tier]: TierRead(tier.read_latency_ms, max(0.0, tier.read_block_ms - tier.read_latency_ms))
+        _READABLE[tier.tier]: TierRead(tier.read_latency_ms, max(0.0, tier.read_block_ms - tier.read_latency_ms))
         for tier in load.tiers
-        if tier.healthy and tier.tier in _TIERS
+        if tier.healthy and tier.tier in _READABLE and (tier.tier != common_pb2.TIER_PEER or tier.hits)
     }
 
 

@@ -208,6 +208,11 @@ class WorkerLink:
         self._send(worker_pb2.ConnectRequest(cache=command))
         return done
 
+    def release_peers(self, hold: int) -> None:
+        """Tell the worker that the clear with this `peers_hold` is over; one that cannot hear it finds out in time."""
+        if self.connected:
+            self._send(worker_pb2.ConnectRequest(peers_released=worker_pb2.PeersReleased(peers_hold=hold)))
+
     def send_record(self, record: worker_pb2.FleetRecord) -> None:
         """Tell the worker, and through it the other routers, the record in force."""
         if self.connected:

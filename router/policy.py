@@ -195,7 +195,14 @@ class CacheAware:
     help = "Fewest predicted milliseconds to the first token: queue + load from the slower tiers + compute of the rest."
     weights: tuple[Weight, ...] = (
         Weight("queue", 1.0, 0.0, 100.0, "", "Weight of waiting behind the worker's queue."),
-        Weight("load", 1.0, 0.0, 100.0, "", "Weight of reading blocks from host RAM, disk or the shared tier."),
+        Weight(
+            "load",
+            1.0,
+            0.0,
+            100.0,
+            "",
+            "Weight of reading blocks from host RAM, disk, other workers or the shared tier.",
+        ),
         Weight("compute", 1.0, 0.0, 100.0, "", "Weight of computing what is not cached; the price multiplies it."),
         Weight("price_floor", 1.5, 1.0, 100.0, "", "Price of compute in an idle fleet; higher keeps sessions warm."),
         Weight("price_cap", 10.0, 1.0, 1000.0, "", "Price of compute in a saturated fleet."),

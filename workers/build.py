@@ -27,6 +27,7 @@ from kvstore.tier import Clock
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
 from workers.models import ModelNotSupported, ModelRunner
+from workers.peers import open_peers
 from workers.protocol import EngineInfo
 
 LOCK_WAIT_S = 10.0
@@ -45,6 +46,7 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     runner = ModelRunner.load(config.model_dir, device=_device(config.device), dtype=config.dtype)
     layout = _layout(runner.layout, config.block_size)
     scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical)
+    info = _info(config, runner, layout, scheme)
     device = DeviceTier(layout, config.device_bytes, clock=clock, device=runner.device)
     pinner = CudaPinner(runner.device) if runner.device.type == "cuda" else None
     host = _host(config, layout, scheme, clock, pinner)
@@ -52,12 +54,14 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     disk = _disk(config, codec, scheme, clock)
     shared = _shared(config, codec)
     rule = make_admission(config.admission)
+    peers = open_peers(config, host, codec, clock)
     store = TieredStore(
         layout,
         device,
         host,
         shared,
         disk=disk,
+        peers=None if peers is None else peers.tier,
         clock=clock,
         default_ttl_s=config.default_ttl_s,
         admission=rule,
@@ -68,13 +72,14 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         runner,
         store,
         [device.kv(layer) for layer in range(layout.layers)],
-        _info(config, runner, layout, scheme),
+        info if peers is None else replace(info, peer_address=peers.address),
         num_blocks=device.num_blocks,
         max_batch_tokens=config.max_batch_tokens,
         max_running=config.max_running,
         default_ttl_s=config.default_ttl_s,
         clock=clock,
         shared_tier_id=str if shared is None else shared.run_id,
+        peers=peers,
     )
 
 

@@ -28,6 +28,8 @@ class WorkerConfig:
         redis_url: the shared tier; None: without.
         redis_timeout_s: longest silence of the server before a read is a miss. redis_watch: a value of
         `kvstore.redis.watch.Watching`.
+        peers: whether it reads blocks from other workers' host tiers and serves those of its own; only with a
+        fleet_secret. peer_port: where it serves them, on bind_host; zero: any.
         block_size: None: `KVLayout.with_chosen_block_size`.
         default_ttl_s: time to live of blocks after their last use; None: until evicted.
         load_slack_s: by how much a load of blocks may be late before they are computed.
@@ -59,6 +61,8 @@ class WorkerConfig:
     redis_url: str | None = None
     redis_timeout_s: float = 0.05
     redis_watch: str = "listen"
+    peers: bool = False
+    peer_port: int = 0
     block_size: int | None = None
     default_ttl_s: float | None = 3600.0
     load_slack_s: float = DEFAULT_SLACK_S

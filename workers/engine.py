@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ from workers.attention.step import KVViews, Span
 from workers.chain_positions import positions
 from workers.detokenize import TextStream
 from workers.models import ModelRunner
+from workers.peers import Peers
 from workers.protocol import (
     CachedBlock,
     EngineInfo,
@@ -68,6 +69,7 @@ class TorchEngine:
         default_ttl_s: float | None,
         clock: Clock = time.monotonic,
         shared_tier_id: Callable[[], str] = str,
+        peers: Peers | None = None,
     ) -> None:
         """Take over a model and a store.
 
@@ -78,12 +80,13 @@ class TorchEngine:
             default_ttl_s: of blocks whose job names none; None: until evicted.
             clock: of deadlines and all times, seconds.
             shared_tier_id: what `info` shall say of the shared tier now; its server may come late, or restart.
+            peers: other workers, whose tier the store has; closed with the engine. None: without.
 
         Raises:
             ValueError: a limit is not positive.
         """
         self.info = info
-        self._shared_tier_id = shared_tier_id
+        self._shared_tier_id, self._peers = shared_tier_id, peers
         self._note_shared_tier()
         self.runner, self.store, self._kv, self._clock = runner, store, kv, clock
         self._tokenizer = Tokenizer.from_file(str(runner.folder.tokenizer_file))
@@ -110,6 +113,8 @@ class TorchEngine:
         if (error := self._refusal(job)) is not None:
             self._outputs.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
             return
+        if self._peers is not None:
+            self._peers.learn(job)
         self._arrivals += 1
         sequence = Sequence(
             job=job,
@@ -172,7 +177,9 @@ class TorchEngine:
             decode_step_ms=self._times.decode_step_ms,
             steps=self._steps,
             preemptions=self._scheduler.preemptions,
-            tiers={name: (stats, *read_ms.get(name, (0.0, 0.0))) for name, stats in self.store.stats().items()},
+            tiers={
+                name: (stats, *_one_block(*read_ms.get(name, (0, 0)))) for name, stats in self.store.stats().items()
+            },
         )
 
     def snapshot(self) -> list[BlockStored]:
@@ -199,6 +206,16 @@ class TorchEngine:
         """What `shared_clearing` gave has ended, well or not."""
         self._shared_clears -= 1
         self._set_reads()
+
+    def hold_peers(self, key: Hashable, for_s: float) -> None:
+        """Start no read from other workers until `release_peers`, or for so long: they may hold what is cleared."""
+        if self._peers is not None:
+            self._peers.hold(key, for_s)
+
+    def release_peers(self, key: Hashable) -> None:
+        """End a hold; none of that key: nothing happens."""
+        if self._peers is not None:
+            self._peers.release(key)
 
     def list_blocks(
         self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
@@ -248,6 +265,8 @@ class TorchEngine:
         """End all jobs, flush the store's queued writes for at most that long, give everything back."""
         for sequence in list(self._sequences.values()):
             self._end(sequence, FinishReason.CANCELLED)
+        if self._peers is not None:
+            self._peers.close()  # before the host tier, whose blocks it sends
         self.store.close(flush_s=flush_s)
         self._kv = ()
 
@@ -457,6 +476,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _is_of_device(error: RuntimeError) -> bool:
     """Whether the process can use its GPU no more: CUDA's errors stay until it ends."""
     return isinstance(error, AcceleratorError) or "CUDA error" in str(error)
+
+
+def _one_block(latency_ms: float, block_ms: float) -> tuple[float, float]:
+    """Latency, and the time to read one block, as `Load` tells them."""
+    return latency_ms, latency_ms + block_ms
 
 
 def _pending(sequence: Sequence) -> int:

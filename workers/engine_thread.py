@@ -36,6 +36,8 @@ IDLE_STEP_S = 0.1
 # The longest that a new command may lie while every sequence waits for blocks on their way.
 IO_WAIT_S = 0.005
 LOAD_INTERVAL_S = 0.020
+# Peers are read again after this, should the router that clears the fleet die before it says so.
+HOLD_PEERS_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +88,14 @@ Published = Stepped | Snapped | Cleared | Answered | Failed
 
 @dataclass(frozen=True, slots=True)
 class ClearRequest:
-    """What to drop; as `kvstore.store.TieredStore.clear`."""
+    """What to drop; as `kvstore.store.TieredStore.clear`. `hold`: key of `Engine.hold_peers`; None: peers are read."""
 
     asker: Hashable
     clear_id: int
     root: BlockHash | None = None
     prefix: BlockHash | None = None
     shared: bool = False
+    hold: Hashable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +248,8 @@ class EngineThread:
 
     def _clear(self, request: ClearRequest) -> Cleared | None:
         """Drop this worker's blocks; the answer, or None where it comes when the shared tier is clear too."""
+        if request.hold is not None:
+            self._engine.hold_peers(request.hold, HOLD_PEERS_S)
         try:
             dropped = self._engine.clear(root=request.root, prefix=request.prefix)
         except StoreError as error:

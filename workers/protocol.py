@@ -53,6 +53,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerHint:
+    """A worker that seems to hold the leading `blocks` blocks of a prompt in host RAM, and where it serves them."""
+
+    address: str
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A request, ready to run.
 
@@ -64,6 +72,7 @@ class Job:
         turn: of its conversation, from 1; None: not known.
         deadline: on the engine's clock; None: none.
         request_id: for log lines.
+        peers: who seems to hold more of it than this worker, whom to ask first.
     """
 
     job_id: JobId
@@ -79,6 +88,7 @@ class Job:
     turn: int | None = None
     deadline: float | None = None
     request_id: str = ""
+    peers: tuple[PeerHint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +189,8 @@ class CachedBlock:
 class EngineInfo:
     """What the two ends of a stream must agree on, and what a router needs to know.
 
-    `shared_tier_id` identifies the shared tier's server (its run_id); empty without one.
+    `shared_tier_id` identifies the shared tier's server (its run_id); empty without one. `peer_address`: where other
+    workers read its host tier, `host:port`; empty: nowhere.
     """
 
     scheme: HashScheme
@@ -191,6 +202,7 @@ class EngineInfo:
     device: str
     eos_token_ids: tuple[int, ...]
     shared_tier_id: str = ""
+    peer_address: str = ""
 
 
 class Engine(Protocol):
@@ -242,6 +254,14 @@ class Engine(Protocol):
 
     def shared_cleared(self) -> None:
         """What `shared_clearing` gave has ended, well or not."""
+        ...
+
+    def hold_peers(self, key: Hashable, for_s: float) -> None:
+        """Start no read from other workers until `release_peers`, or for so long: they may hold what is cleared."""
+        ...
+
+    def release_peers(self, key: Hashable) -> None:
+        """End a hold; none of that key: nothing happens."""
         ...
 
     def list_blocks(

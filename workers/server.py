@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import threading
 import time
 from collections import deque
@@ -23,6 +22,7 @@ import grpc.aio
 
 from kvstore.tier import Clock
 from warmkv.v1 import worker_pb2_grpc
+from workers.addresses import advertised_host, authority
 from workers.config import WorkerConfig
 from workers.engine_thread import EngineThread, Failed, Published
 from workers.outbox import OutboxLimits
@@ -168,7 +168,7 @@ class WorkerServer:
         port = _bind(server, self._config)
         await server.start()
         self._engine_thread.start()
-        self._address.set_result(_authority(_advertised_host(self._config), port))
+        self._address.set_result(authority(advertised_host(self._config), port))
         logger.info("worker serves", extra={"worker": self._config.name, "port": port})
         try:
             await self._closing.wait()
@@ -199,7 +199,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _bind(server: grpc.aio.Server, config: WorkerConfig) -> int:
-    wanted = _authority(config.bind_host, config.port)
+    wanted = authority(config.bind_host, config.port)
     credentials = _credentials(config)
     try:
         if credentials is None:
@@ -217,23 +217,3 @@ def _credentials(config: WorkerConfig) -> grpc.ServerCredentials | None:
     authority = None if config.tls_client_ca is None else Path(config.tls_client_ca).read_bytes()
     pair = (Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())
     return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
-
-
-def _advertised_host(config: WorkerConfig) -> str:
-    if config.advertise_host is not None:
-        return config.advertise_host
-    return _node_address() if config.bind_host in ("0.0.0.0", "::") else config.bind_host
-
-
-def _node_address() -> str:
-    """The address by which this node reaches others. Connecting a datagram socket sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # reserved for documentation: only its route matters
-        except OSError:
-            return "127.0.0.1"  # no route: nobody else could dial either
-        return str(probe.getsockname()[0])
-
-
-def _authority(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

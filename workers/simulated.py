@@ -14,7 +14,7 @@ import hashlib
 import time
 from array import array
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 
@@ -160,6 +160,12 @@ class SimulatedEngine:
     ) -> Callable[[], dict[TierName, int]] | None:
         """None: there is no shared tier to clear."""
         return None
+
+    def hold_peers(self, key: Hashable, for_s: float) -> None:
+        """Nothing: it reads from no other worker."""
+
+    def release_peers(self, key: Hashable) -> None:
+        """Nothing: it reads from no other worker."""
 
     def shared_cleared(self) -> None:
         """Nothing to do."""

@@ -212,6 +212,9 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 self._clear(stream, request.clear)
             case "cache":
                 self._order(stream, request.cache)
+            case "peers_released":
+                key = (stream.router, request.peers_released.peers_hold)
+                self._engine.post(lambda engine: engine.release_peers(key))
             case "fleet":
                 self._offer_fleet(stream, request.fleet)
             case "resync":
@@ -262,6 +265,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 root=BlockHash(message.chain_root) or None,
                 prefix=BlockHash(message.prefix_hash) or None,
                 shared=message.shared_tier,
+                hold=(stream.router, message.peers_hold) if message.peers_hold else None,
             )
         )
 

@@ -26,12 +26,14 @@ from workers.protocol import (
     JobId,
     Load,
     Output,
+    PeerHint,
     SamplingParams,
     TokenLogprob,
 )
 
 PROTOCOL_VERSION = 1
 MAX_KEEP_PRIORITY = 100
+MAX_PEERS = 3  # of a job; what follows is left out
 
 # A law of the stream is at most 1 MiB; smaller pieces let tokens pass between them sooner.
 SNAPSHOT_PIECE_BYTES = 256 << 10
@@ -110,6 +112,7 @@ def hello_to_wire(info: EngineInfo, *, worker: str, incarnation: int) -> worker_
         device=info.device,
         shared_tier_id=info.shared_tier_id,
         eos_token_ids=info.eos_token_ids,
+        peer_address=info.peer_address,
     )
 
 
@@ -137,6 +140,7 @@ def job_from_wire(message: worker_pb2.Job, *, job_id: JobId, info: EngineInfo, n
         turn=message.turn or None,
         deadline=now + message.deadline_ms / 1000 if message.HasField("deadline_ms") else None,
         request_id=message.request_id,
+        peers=tuple(PeerHint(hint.address, hint.blocks) for hint in message.peers[:MAX_PEERS]),
     )
 
 

@@ -134,6 +134,11 @@ class PeerServer:
         host, port = self._listener.getsockname()[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self._listener.getsockname()[1])
+
     def counts(self) -> dict[str, int]:
         """By kind since the start, those that occurred; and `open`, the connections now.
 

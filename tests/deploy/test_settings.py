@@ -16,8 +16,9 @@ def test_defaults_are_those_of_the_parts() -> None:
     settings = Settings()
     worker = settings.worker_config("w0", fleet_secret="")
     plain = WorkerConfig(name="w0", model_dir=worker.model_dir, model_name=worker.model_name)
-    # Loopback where the workers are on loopback: what is dialled is what is bound. A disk is for a user's fleet only.
-    own = {"advertise_host", "disk_bytes"}
+    # Loopback where the workers are on loopback: what is dialled is what is bound. A disk and peers are for a user's
+    # fleet only.
+    own = {"advertise_host", "disk_bytes", "peers"}
     assert {f.name for f in fields(worker) if getattr(worker, f.name) != getattr(plain, f.name)} == own
     router = settings.router_config("r", model_dir="m", fleet_secret="")
     assert router == RouterConfig(name="r", model_dir="m", model_name=router.model_name)

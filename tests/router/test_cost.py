@@ -92,3 +92,56 @@ def test_knowing_more_blocks_never_costs_more_and_tokens_add_up(
     assert 0 <= priced.cached_tokens == sum(priced.cached.values()) < tokens
     assert all(count >= 0 for count in priced.cached.values())
     assert priced.ttft_ms == pytest.approx(priced.queue_ms + priced.load_ms + priced.compute_ms)
+
+
+# Blocks of other workers.
+
+PEER = TierName.PEER
+WITH_PEER = WorkerLoad(reads={**READS, PEER: TierRead(1.5, 0.3)})
+
+
+def with_peers(overlap: Overlap, peers: int, load: WorkerLoad = WITH_PEER, *, shared_reads: bool = True):
+    return price(overlap, 1600, 16, load, FIT, queue=3.0, shared_reads=shared_reads, peers=peers)
+
+
+def test_a_peer_gives_what_the_worker_has_not_at_hand() -> None:
+    warm = with_peers(Overlap(20, 40, 40, 40), 60)
+    assert warm.cached == {TierName.DEVICE: 320, TierName.HOST: 320, PEER: 320}
+    assert warm.load_ms == pytest.approx((0.1 + 20 * 0.05) + (1.5 + 20 * 0.3))
+    assert warm.compute_ms == pytest.approx(FIT.ms(640, 960))
+
+
+def test_a_peer_is_not_counted_on_before_it_was_measured() -> None:
+    assert with_peers(Overlap(20, 40, 40, 40), 60, WorkerLoad(reads=READS)) == cost_of(Overlap(20, 40, 40, 40))
+
+
+def test_the_cheaper_one_of_peer_and_disk_and_redis_is_counted_on() -> None:
+    fast, slow = TierRead(0.1, 0.01), TierRead(9.0, 0.9)
+    all_hold = Overlap(0, 0, 50, 50)
+    assert with_peers(all_hold, 50, WorkerLoad(reads={**READS, PEER: fast})).cached == {TierName.DEVICE: 0, PEER: 800}
+    of_disk = with_peers(all_hold, 50, WorkerLoad(reads={**READS, PEER: slow}))
+    assert of_disk.cached == {TierName.DEVICE: 0, TierName.DISK: 800}
+    deeper = with_peers(all_hold, 60, WorkerLoad(reads={**READS, PEER: TierRead(1.5, 0.3)}))
+    assert deeper.cached == {TierName.DEVICE: 0, TierName.DISK: 800, PEER: 160}
+    on_redis = Overlap(0, 0, 0, 50)
+    assert with_peers(on_redis, 50).cached == {TierName.DEVICE: 0, PEER: 800}
+    assert with_peers(on_redis, 50, WorkerLoad(reads={**READS, PEER: slow})).cached[TierName.REDIS] == 800
+    assert with_peers(Overlap(0, 0, 0, 80), 50).cached == {TierName.DEVICE: 0, PEER: 800, TierName.REDIS: 480}
+
+
+def test_the_switch_of_the_shared_tier_is_none_of_peers() -> None:
+    assert with_peers(Overlap(0, 0, 0, 80), 50, shared_reads=False).cached == {TierName.DEVICE: 0, PEER: 800}
+
+
+@given(overlaps, st.integers(0, 60), st.floats(0.0, 20.0), st.floats(0.0, 2.0), st.booleans())
+def test_a_peer_never_costs_more_than_none(
+    overlap: Overlap, peers: int, latency_ms: float, block_ms: float, shared_reads: bool
+) -> None:
+    load = WorkerLoad(reads={**READS, PEER: TierRead(latency_ms, block_ms)})
+    priced = with_peers(overlap, peers, load, shared_reads=shared_reads)
+    alone = with_peers(overlap, 0, load, shared_reads=shared_reads)
+    assert priced.ttft_ms <= alone.ttft_ms + 1e-9
+    assert priced.cached_tokens == sum(priced.cached.values())
+    assert priced.cached.get(PEER, 0) <= max(0, peers - overlap.host) * 16
+    deepest = max(overlap.shared if shared_reads else overlap.disk, peers)
+    assert priced.cached_tokens <= deepest * 16

@@ -43,3 +43,12 @@ def test_a_report_without_a_fit_has_none_and_broken_tiers_cannot_be_read() -> No
     assert (load.waiting, load.pending_tokens) == (2, 7)
     fitted = kv_wire.worker_load(worker_pb2.Load(prefill_fixed_ms=1, prefill_token_ms=2, prefill_pair_ms=3))
     assert fitted.fit == PrefillFit(1, 2, 3)
+
+
+def test_reading_from_other_workers_has_a_price_once_blocks_came_from_there() -> None:
+    peer = worker_pb2.TierLoad(tier=common_pb2.TIER_PEER, healthy=True, read_latency_ms=1.0, read_block_ms=3.0)
+    assert kv_wire.worker_load(worker_pb2.Load(tiers=[peer])).reads == {}, "a peer that failed was measured, too"
+    peer.hits = 4
+    assert kv_wire.worker_load(worker_pb2.Load(tiers=[peer])).reads == {TierName.PEER: TierRead(1.0, 2.0)}
+    peer.healthy = False
+    assert kv_wire.worker_load(worker_pb2.Load(tiers=[peer])).reads == {}

@@ -213,3 +213,11 @@ def test_sequences_whose_blocks_come_from_host_one_a_step_all_end_with_the_same_
     assert [answer.token_ids for answer in warm] == [answer.token_ids for answer in cold]
     assert all(answer.fates and answer.fates["host"] >= 48 for answer in warm)
     rig.close()
+
+
+def test_the_load_tells_how_long_one_block_takes_latency_included(monkeypatch: pytest.MonkeyPatch):
+    rig = make_rig(host_blocks=10)
+    monkeypatch.setattr(rig.store, "read_ms", lambda: {TierName.HOST: (1.0, 2.0)})
+    tiers = rig.engine.load().tiers
+    assert (tiers[TierName.HOST][1:], tiers[TierName.DEVICE][1:]) == ((1.0, 3.0), (0.0, 0.0))
+    rig.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import pytest
 
@@ -52,6 +52,7 @@ class ScriptedEngine:
         self.pending: list[KvEvent] = []
         self.closed: float | None = None
         self.threads: set[int] = set()
+        self.told: list[str] = []
 
     def submit(self, job: Job) -> None: ...
 
@@ -80,6 +81,7 @@ class ScriptedEngine:
         return [BlockStored(TierName.DEVICE, (b"h" * 16,))]
 
     def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
+        self.told.append("clear")
         if self.clear_error is not None:
             raise self.clear_error
         self.pending.append(AllBlocksCleared(TierName.DEVICE))
@@ -90,6 +92,12 @@ class ScriptedEngine:
     ) -> Callable[[], dict[TierName, int]] | None:
         self.clearing += self.shared_clear is not None
         return self.shared_clear
+
+    def hold_peers(self, key: Hashable, for_s: float) -> None:
+        self.told.append(f"hold {key} for {for_s:g} s")
+
+    def release_peers(self, key: Hashable) -> None:
+        self.told.append(f"release {key}")
 
     def shared_cleared(self) -> None:
         self.clearing -= 1
@@ -191,6 +199,14 @@ def test_a_clear_that_fails_is_answered_with_its_error_and_the_engine_goes_on(ri
     assert rig.next(Cleared) == Cleared("a", 9, {}, "the shared tier is down; try again")
     rig.thread.ask_snapshot("b")
     rig.next(Snapped)
+
+
+def test_a_clear_of_the_fleet_holds_peers_before_it_drops_anything(rig: Rig) -> None:
+    rig.thread.ask_clear(ClearRequest("a", 9, hold=("r0", 3)))
+    rig.next(Cleared)
+    rig.thread.ask_clear(ClearRequest("a", 10))
+    rig.next(Cleared)
+    assert rig.engine.told == ["hold ('r0', 3) for 120 s", "clear", "clear"]
 
 
 # The shared tier is cleared beside the engine's thread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from kvstore.lifetime import Lifetime
 from kvstore.tier import TierStats
 from tests.workers.stream_client import job, split
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
-from workers.protocol import FinishReason, JobError, Load, Output, TokenLogprob
+from workers.protocol import FinishReason, JobError, Load, Output, PeerHint, TokenLogprob
 from workers.simulated_info import simulated_info
 from workers.wire import (
     JobRefused,
@@ -213,6 +214,16 @@ def test_the_hello_states_the_whole_scheme() -> None:
     fields = {field.name: getattr(hello.scheme, field.name) for field in hello.scheme.DESCRIPTOR.fields}
     assert fields == {name: getattr(INFO.scheme, name) for name in INFO.scheme.__slots__}
     assert hello.block_nbytes == INFO.block_nbytes
+
+
+def test_a_worker_tells_where_it_serves_blocks_and_hears_who_else_does() -> None:
+    hello = hello_to_wire(replace(INFO, peer_address="10.0.0.1:7"), worker="w0", incarnation=12)
+    assert (hello.peer_address, hello_to_wire(INFO, worker="w0", incarnation=12).peer_address) == ("10.0.0.1:7", "")
+    message = good_job()
+    assert job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0).peers == ()
+    message.peers.extend(worker_pb2.PeerHint(address=f"w{n}:7", blocks=n) for n in range(5))
+    got = job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0)
+    assert got.peers == (PeerHint("w0:7", 0), PeerHint("w1:7", 1), PeerHint("w2:7", 2)), "three are enough"
 
 
 def test_load_carries_every_tier() -> None:

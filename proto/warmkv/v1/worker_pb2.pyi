@@ -33,6 +33,7 @@ class ConnectRequest(_message.Message):
     FLEET_FIELD_NUMBER: _builtins.int
     RESYNC_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    PEERS_RELEASED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """The first message."""
@@ -61,6 +62,10 @@ class ConnectRequest(_message.Message):
     def cache(self) -> Global___CacheCommand:
         """An operator's question or order about blocks."""
 
+    @_builtins.property
+    def peers_released(self) -> Global___PeersReleased:
+        """A clear of the whole fleet is over."""
+
     def __init__(
         self,
         *,
@@ -71,12 +76,13 @@ class ConnectRequest(_message.Message):
         fleet: Global___FleetRecord | None = ...,
         resync: Global___Resync | None = ...,
         cache: Global___CacheCommand | None = ...,
+        peers_released: Global___PeersReleased | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "clear", "fleet", "resync", "cache"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "clear", "fleet", "resync", "cache", "peers_released"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -208,6 +214,7 @@ class WorkerHello(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     SHARED_TIER_ID_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PEER_ADDRESS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The stream's protocol."""
     package_version: _builtins.str
@@ -230,6 +237,8 @@ class WorkerHello(_message.Message):
     """cpu or cuda."""
     shared_tier_id: _builtins.str
     """Identifies the shared tier's server (its run_id); empty without one."""
+    peer_address: _builtins.str
+    """Where other workers read blocks from its host RAM, host:port; empty: it serves none."""
     @_builtins.property
     def scheme(self) -> Global___HashScheme:
         """What salts its hash chains."""
@@ -254,10 +263,11 @@ class WorkerHello(_message.Message):
         device: _builtins.str = ...,
         shared_tier_id: _builtins.str = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        peer_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["scheme", b"scheme"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_nbytes", b"block_nbytes", "context_length", b"context_length", "device", b"device", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "model", b"model", "package_version", b"package_version", "protocol_version", b"protocol_version", "scheme", b"scheme", "shared_tier_id", b"shared_tier_id", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_nbytes", b"block_nbytes", "context_length", b"context_length", "device", b"device", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "model", b"model", "package_version", b"package_version", "peer_address", b"peer_address", "protocol_version", b"protocol_version", "scheme", b"scheme", "shared_tier_id", b"shared_tier_id", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -331,6 +341,7 @@ class Job(_message.Message):
     CACHE_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     """Unique on this stream."""
     request_id: _builtins.str
@@ -361,6 +372,10 @@ class Job(_message.Message):
     def cache(self) -> _common_pb2.CacheDirectives:
         """What to do with the cache. With `fixed_ttl` resolved: it comes as `expires_at`."""
 
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerHint]:
+        """Other workers that seem to hold more of the prompt's leading blocks in host RAM, the deepest first; at most 3."""
+
     def __init__(
         self,
         *,
@@ -376,16 +391,43 @@ class Job(_message.Message):
         cache: _common_pb2.CacheDirectives | None = ...,
         deadline_ms: _builtins.int | None = ...,
         turn: _builtins.int = ...,
+        peers: _abc.Iterable[Global___PeerHint] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "cache", b"cache", "deadline_ms", b"deadline_ms", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "peers", b"peers", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_ms) -> _WhichOneofReturnType__deadline_ms | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class PeerHint(_message.Message):
+    """A worker from whose host RAM blocks may be read. What it says may be out of date, which costs time and no token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Its WorkerHello.peer_address."""
+    blocks: _builtins.int
+    """How many leading blocks of the prompt it seems to hold."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerHint: _TypeAlias = PeerHint  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
@@ -419,6 +461,7 @@ class Clear(_message.Message):
     CHAIN_ROOT_FIELD_NUMBER: _builtins.int
     PREFIX_HASH_FIELD_NUMBER: _builtins.int
     SHARED_TIER_FIELD_NUMBER: _builtins.int
+    PEERS_HOLD_FIELD_NUMBER: _builtins.int
     clear_id: _builtins.int
     """Answered by ClearDone with the same id."""
     chain_root: _builtins.bytes
@@ -427,6 +470,10 @@ class Clear(_message.Message):
     """Drop only this block and those that follow it, 32 bytes; empty: all of the root."""
     shared_tier: _builtins.bool
     """Also clear the shared tier (the router asks one worker only)."""
+    peers_hold: _builtins.int
+    """Read nothing from other workers until PeersReleased comes with this number, or two minutes have passed: one that is
+    cleared later would give back what was dropped. Zero: go on.
+    """
     def __init__(
         self,
         *,
@@ -434,14 +481,37 @@ class Clear(_message.Message):
         chain_root: _builtins.bytes = ...,
         prefix_hash: _builtins.bytes = ...,
         shared_tier: _builtins.bool = ...,
+        peers_hold: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_root", b"chain_root", "clear_id", b"clear_id", "prefix_hash", b"prefix_hash", "shared_tier", b"shared_tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_root", b"chain_root", "clear_id", b"clear_id", "peers_hold", b"peers_hold", "prefix_hash", b"prefix_hash", "shared_tier", b"shared_tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Clear: _TypeAlias = Clear  # noqa: Y015
+
+@_typing.final
+class PeersReleased(_message.Message):
+    """Every worker is cleared: blocks may be read from other workers again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEERS_HOLD_FIELD_NUMBER: _builtins.int
+    peers_hold: _builtins.int
+    """Clear.peers_hold."""
+    def __init__(
+        self,
+        *,
+        peers_hold: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers_hold", b"peers_hold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeersReleased: _TypeAlias = PeersReleased  # noqa: Y015
 
 @_typing.final
 class ClearDone(_message.Message):

@@ -1,0 +1,204 @@
+"""Workers that read one another's host tiers: real engines with a real model, on loopback."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import math
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from kvstore.blocks import block_hashes
+from kvstore.errors import TierError
+from kvstore.events import TierName
+from tests.workers.engine_rig import model_folder, prompts
+from tests.workers.serving import INFO, routers, serving
+from tests.workers.stream_client import SECRET, job
+from warmkv.v1 import worker_pb2
+from workers import peers
+from workers.build import build_engine
+from workers.config import WorkerConfig
+from workers.engine import TorchEngine
+from workers.protocol import Job, Output, PeerHint, SamplingParams
+
+CONFIG = WorkerConfig(
+    name="w0",
+    model_dir=str(model_folder()),
+    model_name="tiny",
+    device="cpu",
+    device_bytes=4 << 20,
+    host_bytes=8 << 20,
+    block_size=16,
+    fleet_secret=SECRET,
+    peers=True,
+)
+PROMPT = prompts(1, lengths=(100,))[0]  # six full blocks
+KEYS = "k1:" + base64.b64encode(bytes(range(32))).decode()
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "TIMEOUT_S", 30.0)
+
+
+def _engine(**settings: object) -> TorchEngine:
+    engine = build_engine(replace(CONFIG, **settings))  # type: ignore[arg-type]
+    engine._scheduler._compute_ms = lambda first, count: math.inf  # whatever reading costs, it is worth it
+    return engine
+
+
+@pytest.fixture
+def two() -> Iterator[list[TorchEngine]]:
+    engines = [_engine(), _engine(name="w1")]
+    yield engines
+    for engine in engines:
+        engine.check()
+        engine.close(flush_s=0)
+
+
+def _job(engine: TorchEngine, *hints: PeerHint) -> Job:
+    root = engine.info.scheme.root(b"")
+    sampling = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    return Job("a", PROMPT, root, block_hashes(PROMPT, root, 16), sampling, peers=hints)
+
+
+def _hint(engine: TorchEngine, blocks: int = 6) -> PeerHint:
+    return PeerHint(engine.info.peer_address, blocks)
+
+
+def _run(engine: TorchEngine, *hints: PeerHint) -> tuple[list[int], dict[str, int] | None]:
+    engine.submit(_job(engine, *hints))
+    outputs: list[Output] = []
+    while engine.has_work():
+        outputs += engine.step().outputs
+        engine.wait(0.05)
+    return [token for output in outputs for token in output.token_ids], outputs[-1].fates
+
+
+def test_a_prompt_that_another_worker_holds_is_read_from_there(two: list[TorchEngine]):
+    tokens, cold = _run(two[0])
+    assert cold == {"computed": 100}
+    assert _run(two[1], _hint(two[0])) == (tokens, {"computed": 4, "peer": 96})
+    stats, latency_ms, block_ms = two[1].load().tiers[TierName.PEER]
+    assert (stats.hits, stats.healthy, stats.capacity_bytes) == (6, True, 0)
+    assert block_ms > latency_ms >= 0
+    told = [event for event in two[1].snapshot() if event.tier is TierName.HOST]
+    assert sum(len(event.hashes) for event in told) == 6
+    assert _run(two[1]) == (tokens, {"computed": 4, "device": 96})
+
+
+def test_only_as_much_is_read_as_the_hint_says(two: list[TorchEngine]):
+    _run(two[0])
+    assert _run(two[1], _hint(two[0], 2))[1] == {"computed": 68, "peer": 32}
+
+
+def test_a_worker_does_not_ask_itself_and_a_wrong_hint_is_computed(two: list[TorchEngine]):
+    tokens, _ = _run(two[0], _hint(two[0]), _hint(two[1]))
+    assert _run(two[1], PeerHint("127.0.0.1:1", 6), PeerHint("", 6)) == (tokens, {"computed": 100})
+    own = two[0].load().tiers[TierName.PEER][0]
+    assert own.misses == {"absent": 1}, "the other one was asked, once"
+
+
+def test_while_it_is_held_no_peer_is_read(two: list[TorchEngine]):
+    tokens, _ = _run(two[0])
+    two[1].hold_peers("a clear", 60.0)
+    assert _run(two[1], _hint(two[0])) == (tokens, {"computed": 100})
+    two[1].clear()
+    two[1].release_peers("a clear")
+    assert _run(two[1]) == (tokens, {"computed": 100}), "hints from before the clear are forgotten"
+    two[1].clear()
+    assert _run(two[1], _hint(two[0])) == (tokens, {"computed": 4, "peer": 96})
+
+
+def test_the_shared_tiers_switch_is_none_of_peers(two: list[TorchEngine]):
+    _run(two[0])
+    two[1].set_shared_reads(enabled=False)
+    assert _run(two[1], _hint(two[0]))[1] == {"computed": 4, "peer": 96}
+
+
+def test_a_worker_that_ended_is_a_miss(two: list[TorchEngine]):
+    other = _engine(name="w2")
+    tokens, _ = _run(other)
+    assert _run(two[1], replace(_hint(other), blocks=2))[1] == {"computed": 68, "peer": 32}  # a connection stays open
+    other.close(flush_s=0)
+    two[1].clear()
+    assert _run(two[1], _hint(other)) == (tokens, {"computed": 100})
+
+
+def test_another_fleets_worker_gives_nothing(two: list[TorchEngine]):
+    stranger = _engine(name="w2", fleet_secret="another fleet's")
+    _run(stranger)
+    assert _run(two[1], _hint(stranger))[1] == {"computed": 100}
+    stranger.close(flush_s=0)
+
+
+def test_what_others_dial_is_the_advertised_host():
+    engine = _engine(bind_host="0.0.0.0", advertise_host="gpu-7.example")
+    host, _, port = engine.info.peer_address.partition(":")
+    assert host == "gpu-7.example"
+    socket.create_connection(("127.0.0.1", int(port)), timeout=30).close()
+    engine.close(flush_s=0)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(port)), timeout=30)
+
+
+def test_a_worker_without_a_host_tier_reads_and_serves_nobody(two: list[TorchEngine]):
+    tokens, _ = _run(two[0])
+    bare = _engine(name="w2", host_bytes=0)
+    assert bare.info.peer_address == ""
+    assert _run(bare, _hint(two[0])) == (tokens, {"computed": 4, "peer": 96})
+    bare.close(flush_s=0)
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(TierError, match="free port"):
+        _engine(peer_port=other.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"fleet_secret": ""}, "auth.fleet_secret"),
+        ({"tls_cert": "cert.pem", "tls_key": "key.pem"}, "store.protection=encrypt"),
+        ({"tls_cert": "cert.pem", "tls_key": "key.pem", "store_keys": KEYS}, "store.protection=encrypt"),
+        ({"peers": False}, ""),
+    ],
+)
+def test_a_worker_that_may_not_take_part_says_why(
+    settings: dict[str, object], problem: str, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.WARNING):
+        engine = _engine(**settings)
+    assert engine.info.peer_address == ""
+    assert TierName.PEER not in engine.load().tiers
+    said = [record.problem for record in caplog.records if "other workers" in record.message]  # type: ignore[attr-defined]
+    assert [problem in line for line in said] == ([True] if problem else [])
+    engine.hold_peers("a", 1.0)
+    engine.release_peers("a")
+    assert _run(engine, PeerHint("127.0.0.1:1", 6))[1] == {"computed": 100}
+    engine.close(flush_s=0)
+
+
+def test_encrypted_blocks_go_between_workers_whose_streams_are_encrypted():
+    settings = {"tls_cert": "cert.pem", "tls_key": "key.pem", "store_keys": KEYS, "protection": "encrypt"}
+    one, other = _engine(**settings), _engine(name="w1", **settings)
+    tokens, _ = _run(one)
+    assert _run(other, _hint(one)) == (tokens, {"computed": 4, "peer": 96})
+    for engine in (one, other):
+        engine.close(flush_s=0)
+
+
+def test_a_simulated_worker_serves_nobody_and_ignores_hints():
+    with serving() as (_, address), routers(address) as (router,):
+        assert router.messages[0].hello.peer_address == ""
+        asked = job(INFO.scheme, 1, list(range(100)))
+        asked.peers.add(address="127.0.0.1:1", blocks=6)
+        router.send(submit=asked)
+        router.wait_finished(1)
+        router.send(clear=worker_pb2.Clear(clear_id=4, peers_hold=9))
+        router.send(peers_released=worker_pb2.PeersReleased(peers_hold=9))
+        router.wait_for(lambda: "clear_done" in router.kinds())
+        router.wait_handled()

@@ -1,0 +1,90 @@
+"""A worker's blocks and those of other workers: what it reads from them, what it serves to them.
+
+Covers: whether a worker takes part, where it listens, the hints that come with jobs. Does not cover: reading and
+serving (`kvstore.peer`), whom the router names (the router).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+
+from kvstore.codec import BlockCodec
+from kvstore.host.tier import HostTier
+from kvstore.peer.hints import Holder
+from kvstore.peer.peers import PeersTier
+from kvstore.peer.server import PeerServer
+from kvstore.tier import Clock
+from workers.addresses import advertised_host, authority
+from workers.config import WorkerConfig
+from workers.protocol import Job
+
+TIMEOUT_S = 0.1  # longest wait for another worker's answer, and for each block of it
+
+log = logging.getLogger(__name__)
+
+
+class Peers:
+    """What one worker reads and serves. `tier` belongs to the store, which closes it; `close` ends the rest before.
+
+    Attributes:
+        tier: what other workers hold. address: where others read from this worker; empty: it serves none.
+    """
+
+    def __init__(self, tier: PeersTier, server: PeerServer | None = None, address: str = "") -> None:
+        self.tier = tier
+        self.address = address
+        self._server = server
+
+    def learn(self, job: Job) -> None:
+        """Believe the hints of a job."""
+        holders = [Holder(hint.address, hint.blocks) for hint in job.peers if hint.address != self.address]
+        if holders:
+            self.tier.learn(job.block_hashes, holders)
+
+    def hold(self, key: Hashable, for_s: float) -> None:
+        """As `PeersTier.hold`."""
+        self.tier.hold(key, for_s)
+
+    def release(self, key: Hashable) -> None:
+        """As `PeersTier.release`."""
+        self.tier.release(key)
+
+    def close(self) -> None:
+        """Serve nobody any more; when it returns no block of the host tier is being sent."""
+        if self._server is not None:
+            self._server.close()
+
+
+def open_peers(config: WorkerConfig, host: HostTier | None, codec: BlockCodec, clock: Clock) -> Peers | None:
+    """What the settings ask for; None: this worker neither reads nor serves.
+
+    Raises:
+        TierError: it cannot listen at its address.
+    """
+    if problem := _refusal(config):
+        log.warning("blocks of other workers are not used", extra={"worker": config.name, "problem": problem})
+        return None
+    if not config.peers:
+        return None
+    tier = PeersTier(codec=codec, secret=config.fleet_secret, timeout_s=TIMEOUT_S, clock=clock)
+    if host is None:
+        return Peers(tier)
+    server = PeerServer(host, codec=codec, secret=config.fleet_secret, host=config.bind_host, port=config.peer_port)
+    address = authority(advertised_host(config), server.port)
+    log.info("blocks are served to other workers", extra={"worker": config.name, "address": address})
+    return Peers(tier, server, address)
+
+
+def _refusal(config: WorkerConfig) -> str:
+    """Why a worker whose settings ask for it takes no part; empty: it does."""
+    if not config.peers:
+        return ""
+    if not config.fleet_secret:
+        return "workers give blocks to one another only with a fleet secret; set auth.fleet_secret"
+    if config.tls_cert is not None and not (config.store_keys and config.protection == "encrypt"):
+        return (
+            "the streams to routers are encrypted, and blocks between workers would not be; set store.keys_file and "
+            "store.protection=encrypt, or turn store.peers off"
+        )
+    return ""
