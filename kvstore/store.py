@@ -233,7 +233,7 @@ class TieredStore:
             self.host.write(fresh, payloads)
         admitted = self._admitted([meta.hash for meta in fresh])
         for lane in self._lanes.values():
-            lane.spill(fresh, payloads, admitted[self._rules[lane.name]])
+            lane.spill(fresh, payloads, admitted[lane.name])
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Drop one reference of each. Committed ones stay cached until evicted; the others are free at once."""
@@ -464,10 +464,16 @@ class TieredStore:
     def _is_written_back(self, lane: Lane) -> bool:
         return self._rules[lane.name].moment is Moment.EVICTION
 
-    def _admitted(self, names: Sequence[BlockHash]) -> dict[Admission, list[bool]]:
-        """What each rule says of blocks that were computed. Asking counts as seeing: once, whoever shares the rule."""
-        rules = dict.fromkeys(self._rules.values())
-        return {rule: [rule.moment is Moment.USE and rule.admits(name) for name in names] for rule in rules}
+    def _admitted(self, names: Sequence[BlockHash]) -> dict[TierName, list[bool]]:
+        """What the rule of each tier says of blocks that were computed.
+
+        Asking counts as seeing the block, so a rule that tiers share is asked once.
+        """
+        asked: dict[int, list[bool]] = {}
+        for rule in self._rules.values():
+            if id(rule) not in asked:
+                asked[id(rule)] = [rule.moment is Moment.USE and rule.admits(name) for name in names]
+        return {tier: asked[id(rule)] for tier, rule in self._rules.items()}
 
     def _wish(
         self,

@@ -16,8 +16,8 @@ of it, and the victim is the least worthy of each class's least and most recentl
 
 Sources: the index is J. Gittins's (1979) for jobs that may be given up, with reuse in place of completion; classes with
 learnt ages are those of N. Beckmann et al., "LHD: Improving cache hit rate by maximizing hit density", NSDI 2018.
-The edges of the classes were chosen on chat's first half and hold on the second half and the other traces
-(`bench.eviction`).
+The edges of the classes were chosen on the chat traces and the sample of coding agents; the two other traces of
+`bench.eviction` had no part in the choice.
 """
 
 from __future__ import annotations

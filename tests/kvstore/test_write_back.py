@@ -143,6 +143,7 @@ def test_using_a_block_writes_nothing_and_losing_it_below_neither(make: Callable
         rig.settle()
         rig.clock.now += TTL / 3
     assert rig.below() == set()
+    assert rig.shared.touched == [], "it need not be asked for what it was never given"
     rig.compute(chain(HOST_SLOTS, first_token=50))
     rig.settle()
     rig.load(metas)
