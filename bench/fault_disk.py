@@ -218,6 +218,7 @@ FAULTS: dict[str, tuple[Deed, Deed, Due | None]] = {
     "read_never_ends": (hangs, ends, None),
     "reads_fail": (reads_fail, reads_work, _none),
     "full": (is_full, has_room, _all_but_the_last),
+    "dies_under_load": (reads_fail, reads_work, None),
     "truncated_file": (truncated, _nothing, _up_to_the_cut),
     "flipped_bit": (flipped_bit, _nothing, _up_to_the_harm),
     "foreign_version": (foreign_version, _nothing, _up_to_the_harm),
@@ -238,9 +239,11 @@ def fault(name: str, shape: Shape) -> Outcome:
         with _world(Path(folder), shape, COMPUTE_MS if due is None else PATIENT_MS) as world:
             world.rig.fill()
             counts = None if due is None else due(world)
-            return run(world.rig, lambda: inject(world), lambda: recover(world), due=counts)
+            is_loaded = name in UNDER_LOAD
+            return run(world.rig, lambda: inject(world), lambda: recover(world), due=counts, under_load=is_loaded)
 
 
+UNDER_LOAD = ("dies_under_load",)
 NAMES = (*FAULTS, "killed_while_writing")
 
 

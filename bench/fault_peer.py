@@ -166,8 +166,18 @@ def hangs_up(world: World) -> None:
     world.way.say(_Flipping(world.rig.shape, hangs_up=True))
 
 
+def is_slow(world: World) -> None:
+    """Every answer comes in small pieces."""
+    world.way.say(_slowly)
+
+
 def is_honest(world: World) -> None:
     world.way.say_as_it_is()
+
+
+def _slowly(data: bytes) -> bytes:
+    time.sleep(0.01)
+    return data
 
 
 class _Flipping:
@@ -194,14 +204,16 @@ Deed = Callable[[World], None]
 
 FAULTS: dict[str, tuple[Deed, Deed, int | None]] = {  # what breaks it, what mends it, how many blocks must come
     "dies_under_load": (dies, comes_back, None),
+    "down_at_start": (dies, comes_back, None),
     "stalls": (stalls, goes_on, None),
+    "slow": (is_slow, is_honest, None),
     "wrong_secret": (has_another_secret, has_our_secret, 0),
     "flipped_bytes": (flipped_bytes, is_honest, HARMED),
     "hangs_up": (hangs_up, is_honest, HARMED),
 }
 NAMES = tuple(FAULTS)
 UNDER_LOAD = ("dies_under_load",)
-PROCESSES = ("dies_under_load", "stalls")
+PROCESSES = ("dies_under_load", "down_at_start", "stalls")
 
 
 def fault(name: str, shape: Shape) -> Outcome:
@@ -209,7 +221,7 @@ def fault(name: str, shape: Shape) -> Outcome:
     inject, recover, due = FAULTS[name]
     peer = Peer(shape) if name in PROCESSES else NearPeer(shape)
     with _world(peer, shape, PATIENT_S if due else TIMEOUT_S) as world:
-        for metas in world.rig.chains:
+        for metas in world.rig.chains if name != "down_at_start" else ():
             world.rig.request(metas)
         first = None if due is None else [due, *(None for _ in world.rig.chains[1:])]
         is_loaded = name in UNDER_LOAD

@@ -17,6 +17,7 @@ from typing import Protocol
 from bench.fault_blocks import ROOT, Shape, chain, payload
 from kvstore.acquisition import ReadTiers
 from kvstore.device import DeviceTier
+from kvstore.patience import DEFAULT_SLACK_S
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta, LocalTier, SharedTier
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 COMPUTE_MS = 25.0  # a block, in the caller's prediction; what computing these prompts would cost
 PATIENT_MS = 5000.0  # a block, where a fault states how many blocks must come: none may be missing for lack of time
+PATIENT_SLACK_S = 5.0  # the same
 UNDER_LOAD_S = 0.003  # requests run for so long before what they use is killed
 GIVE_UP_S = 60.0
 
@@ -86,18 +88,27 @@ class Rig:
         blocks = shape.chains * shape.blocks + 2 * shape.blocks
         device = DeviceTier(shape.layout, blocks * shape.layout.block_nbytes, clock=time.monotonic)
         self.store = TieredStore(
-            shape.layout, device, None, shared, disk=disk, clock=time.monotonic, default_ttl_s=3600.0
+            shape.layout,
+            device,
+            None,
+            shared,
+            disk=disk,
+            clock=time.monotonic,
+            default_ttl_s=3600.0,
+            load_slack_s=DEFAULT_SLACK_S if block_ms == COMPUTE_MS else PATIENT_SLACK_S,
         )
         self.chains = [chain(shape, number) for number in range(shape.chains)]
         self.tally = Tally()
 
     def fill(self) -> None:
-        """Compute every chain, and wait until the tier has been offered all of them."""
+        """Compute every chain, wait until the tier has been offered all, and read each: its speed is known then."""
         for metas in self.chains:
             self.compute(metas)
-        self.store.flush(GIVE_UP_S)
-        self.store.pump()
-        self.store.device.clear()
+        for metas in self.chains:
+            self.forget()
+            self.request(metas)
+        self.forget()
+        self.tally = Tally()
 
     def compute(self, metas: Sequence[BlockMeta]) -> None:
         """As an engine that found nothing."""

@@ -1,7 +1,8 @@
 """What each fault of a tier costs a request: bytes that are wrong, requests that fail, milliseconds that are added.
 
 `python -m bench.faults [--quick] [--json]`. For each tier and fault, requests ask for prefixes that the tier holds
-while it is broken. Added is what a request waits for the store before it computes; the caller predicts 25 ms a block.
+while it is broken. Added is what a request waits for the store before it computes; the caller predicts 25 ms a block,
+and the tier has been read before, so that a load may be late by `store.load_slack`, 50 ms.
 Where it is known how many blocks of a prefix must come in spite of it, requests that got others are counted as well.
 Rows: `<tier>_<fault>_wrong_bytes`, `_failed_requests`, `_unexpected_prefixes`, `_worst_added_ms`, `_p50_added_ms`,
 `_recovered`.

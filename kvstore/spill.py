@@ -242,8 +242,7 @@ class WriteBehind:
                 )
                 if self._closed:
                     return
-                unwanted = list(self._unwanted) if self._must_remove() else []
-                self._removing = bool(unwanted)
+                unwanted = self._take_unwanted()
                 batch = [self._queue.popitem(last=False)[1] for _ in range(min(BATCH_BLOCKS, len(self._queue)))]
                 stale = list(self._stale.values())[:BATCH_BLOCKS]
                 for meta in stale:
@@ -306,10 +305,18 @@ class WriteBehind:
         with self._changed:
             self._removing = False
             self._remove_at = 0.0 if is_done else time.monotonic() + IDLE_S
-            for name in unwanted if is_done else ():
-                self._unwanted.pop(name, None)
-                self._removed.append(name)
+            if is_done:  # what is unwanted again meanwhile is told when that has been removed
+                self._removed.extend(name for name in unwanted if name not in self._unwanted)
+            else:
+                self._unwanted = dict.fromkeys(unwanted) | self._unwanted
             self._changed.notify_all()
+
+    def _take_unwanted(self) -> list[BlockHash]:
+        if not self._must_remove():
+            return []
+        names, self._unwanted = list(self._unwanted), {}
+        self._removing = bool(names)
+        return names
 
     def _must_remove(self) -> bool:
         return self._removing or bool(self._unwanted and time.monotonic() >= self._remove_at)

@@ -117,7 +117,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(metas=SOME_CHAIN, reads=READS, knows_root=st.booleans())
     def acquire(self, metas: list[BlockMeta], reads: ReadTiers, knows_root: bool) -> None:
         available, expected = self.device.available, self.anywhere(metas)
-        nothing_else_runs = not self.pending and self.shared.reads_open.is_set()
+        is_loading = bool(self.store._promoter.metas())  # it may be of a tier that is let be until it answers
+        nothing_else_runs = not (self.pending or is_loading) and self.shared.reads_open.is_set()
         acquisition = self.store.acquire(
             names(metas), reads=reads, compute_ms=lambda first, count: 1e9, root=metas[0].root if knows_root else None
         )

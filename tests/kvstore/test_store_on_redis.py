@@ -34,7 +34,9 @@ def server(request: pytest.FixtureRequest) -> Iterator[PrivateRedis]:
 def open_store(server: PrivateRedis, clock: ManualClock) -> TieredStore:
     nbytes = 8 * LAYOUT.block_nbytes
     device, host = DeviceTier(LAYOUT, nbytes, clock=clock), HostTier(LAYOUT, nbytes, clock=clock)
-    return TieredStore(LAYOUT, device, host, make_tier(server.url, clock=clock), clock=clock, default_ttl_s=TTL)
+    return TieredStore(
+        LAYOUT, device, host, make_tier(server.url, clock=clock), clock=clock, default_ttl_s=TTL, load_slack_s=2.0
+    )
 
 
 def get(store: TieredStore, metas: list[BlockMeta], ttl_s: float | None = None) -> list[TierName]:

@@ -158,7 +158,7 @@ def make_rig(
     shared = None
     if redis_url is not None:
         shared = RedisTier(redis_url, codec=BlockCodec(layout, scheme.digest()), timeout_s=5.0)
-    store = TieredStore(layout, device, host, shared, clock=clock, default_ttl_s=None)
+    store = TieredStore(layout, device, host, shared, clock=clock, default_ttl_s=None, load_slack_s=5.0)
     info = EngineInfo(
         scheme=scheme,
         model="tiny",
