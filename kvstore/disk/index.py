@@ -22,15 +22,23 @@ from typing import Any
 from kvstore.disk.books import DiskBooks
 from kvstore.disk.entries import Entry
 from kvstore.disk.files import Files
-from kvstore.disk.log import HASH, SEQUENCE, Condition, Contents, IndexLog, Record, batches
+from kvstore.disk.log import (
+    HASH,
+    RECORD_NBYTES,
+    SEQUENCE,
+    SPARE_LOG_BYTES,
+    Condition,
+    Contents,
+    IndexLog,
+    Record,
+    batches,
+)
 from kvstore.disk.recovery import replay
 from kvstore.disk.slab import Slab
 from kvstore.errors import InvariantError
 
 log = logging.getLogger(__name__)
 
-RECORD_NBYTES = 150  # of one block's store, about
-SPARE_LOG_BYTES = 4 << 20  # a log may be so much longer than twice what it would be if it were new
 RECORDS_A_FRAME = 1024
 LOADED_AT_ONCE = 64  # a millisecond or two under the books' lock
 LOAD_PAUSE_S = 0.0005  # a lock that is taken again at once would let nobody else in

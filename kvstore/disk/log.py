@@ -30,6 +30,8 @@ import xxhash
 from kvstore.disk.files import Files, read_all, write_all
 
 LOG_VERSION = 1
+RECORD_NBYTES = 150  # of one block's store, about
+SPARE_LOG_BYTES = 4 << 20  # a log may be so much longer than twice what it would be if it were new
 
 _MAGIC = "warmkv log"
 _FRAME = struct.Struct("<IIQ")

@@ -24,6 +24,7 @@ from kvstore.disk.folder import LOG_SUFFIX, lock_folder, room_beside_others, sla
 from kvstore.disk.health import DiskHealth
 from kvstore.disk.index import DiskIndex
 from kvstore.disk.recovery import recover
+from kvstore.disk.room import may_take, slots_that_fit
 from kvstore.disk.slab import Slab, slot_nbytes
 from kvstore.errors import CodecError, InvariantError, TierError
 from kvstore.events import RemovalCause
@@ -78,6 +79,11 @@ class DiskSpace:
         except BaseException:
             self.folder.release(closed=False)
             raise
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the files and what to do; empty when nothing is."""
+        return "; ".join(filter(None, (self.health.problem, self._shortage(), self.slab.problem)))
 
     def write_down(self, *, rewrites: bool = True) -> None:
         """Hand what has changed to the log, unless that has just failed.
@@ -168,6 +174,11 @@ class DiskSpace:
                 f"the disk tier's {capacity_bytes} bytes hold no block of {nbytes}; give it more bytes, or zero "
                 "for no disk tier"
             )
+        self._wanted_slots = slots
+        slots = slots_that_fit(path, slots, slot_nbytes(nbytes), files)
+        if slots < self._wanted_slots:
+            log.warning("the disk tier takes what its disk has room for", extra={"blocks": slots})
+        self._files, self._path = files, path
         self.books = DiskBooks(slots, clock=self._clock, wall_clock=self._wall_clock, eviction=eviction)
         self.slab = Slab(path, slots, nbytes, files=files, direct=direct)
         try:
@@ -181,6 +192,22 @@ class DiskSpace:
             self.index.close()
             self.slab.close()
             raise
+
+    def _shortage(self) -> str:
+        """Whether there was no room for all slots when the folder was opened; a full tier evicts, so it goes on."""
+        slots, wanted = self.slab.num_slots, self._wanted_slots
+        if slots == wanted:
+            return ""
+        missing = (wanted - slots) * self.slab.slot_nbytes
+        try:
+            is_over = may_take(self._path.parent, wanted, self._files) >= missing
+        except OSError:
+            is_over = False
+        remedy = "there is room now: restart the worker to use it" if is_over else f"free {missing} bytes and restart"
+        return (
+            f"the disk has no room for the disk tier's {wanted} blocks, so it keeps {slots}, and leaves the rest of the "
+            f"disk to others; {remedy}, or give the tier fewer bytes"
+        )
 
     def _restore(self) -> None:
         with _no_collection():

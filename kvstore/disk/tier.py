@@ -266,7 +266,7 @@ class DiskTier:
                 read_bytes=books.hits * self._nbytes,
                 written_bytes=books.stores * self._nbytes,
                 healthy=self._space.health.can_read,
-                problem="; ".join(filter(None, (self._space.health.problem, deleted, self._space.slab.problem))),
+                problem="; ".join(filter(None, (self._space.problem, deleted))),
                 leased=books.leased,
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ import pytest
 from kvstore.blocks import BlockHash
 from kvstore.codec import BlockCodec
 from kvstore.disk.lock import LOCK_NAME
+from kvstore.disk.log import SPARE_LOG_BYTES
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import TierError
 from kvstore.events import BlockRemoved, RemovalCause
@@ -405,30 +407,31 @@ def test_a_file_that_the_system_does_not_let_grow_is_a_full_disk_for_real(tmp_pa
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Path:
-    """A file system of 256 KiB."""
+    """A file system of 8 MiB."""
     point = tmp_path / "tiny"
     point.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(point)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(point)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("only root may mount a small file system here")
     return point
 
 
-def test_a_full_file_system_turns_the_tier_read_only_until_there_is_room(tiny_disk: Path) -> None:
+def test_a_file_system_that_is_too_small_is_filled_up_to_a_floor_and_no_further(tiny_disk: Path) -> None:
     try:
-        place = Place(tiny_disk / "blocks", blocks=64)
+        place = Place(tiny_disk / "blocks", blocks=2000)
         assert "no room" in place.tier.stats().problem
-        metas = chain(60)
-        assert place.tier.write(metas[:10], payloads(metas[:10])) == 10
-        count = place.tier.write(metas, payloads(metas))
-        assert 10 <= count < 60  # 10 when the slots leave no room for the log
-        assert place.tier.stats().store_failures == {"full": 60 - count}
-        assert read_back(place.tier, names(metas)) == count
-        place.tier.check()
-        subprocess.run(["mount", "-o", "remount,size=4m", str(tiny_disk)], check=True)
-        place.wait(1.1)
-        assert place.tier.write(metas, payloads(metas)) == 60
-        assert read_back(place.restart(), names(metas)) == 60
+        slots = place.tier.num_slots
+        assert 20 < slots < 500
+        for token in range(slots // 20 + 3):  # it evicts
+            metas = chain(20, first_token=token)
+            assert place.tier.write(metas, payloads(metas)) == 20
+        assert place.tier.stats().blocks == slots
+        usage = shutil.disk_usage(tiny_disk)
+        assert usage.free > usage.total // 20 + SPARE_LOG_BYTES // 2
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tiny_disk)], check=True)
+        assert "restart" in place.tier.stats().problem
+        assert read_back(place.restart(), names(metas)) == 20
+        assert (place.tier.stats().problem, place.tier.num_slots) == ("", 2000)
         place.tier.close()
     finally:
         subprocess.run(["umount", "-l", str(tiny_disk)], check=True)
