@@ -258,6 +258,9 @@ class TieredStore:
         writes that run are taken back: blocks that are computed afterwards are written there again.
 
         Running sequences keep their blocks but nobody finds them any more. Queued writes of those blocks are dropped.
+
+        Raises:
+            TierError: the disk could not be told, or the shared tier did not drop all of them; clear again.
         """
         for lane in self._lanes.values():
             lane.take_refreshed()
@@ -267,11 +270,10 @@ class TieredStore:
         everything = root is None and prefix is None
         for lane in self._lanes.values():
             lane.drop(set(names))
-        dropped = {
-            tier.name: tier.clear() if everything else tier.remove(names, RemovalCause.CLEARED)
-            for tier in self._local()
-        }
+        dropped: dict[TierName, int] = {}
         try:
+            for tier in self._local():
+                dropped[tier.name] = tier.clear() if everything else tier.remove(names, RemovalCause.CLEARED)
             if shared and self._shared is not None:
                 dropped[self._shared.name] = self.clear_shared(root=root, prefix=prefix)
         finally:  # of a server that failed half-way nothing is known either

@@ -129,8 +129,8 @@ class DiskBooks:
         return list(self.entries.values()) + coming
 
     def held_slots(self) -> list[int]:
-        """Slots that hold blocks, expired or not. O(blocks)."""
-        return self._restored.slots() + [entry.index for entry in self.entries.values()]
+        """Slots that hold blocks, expired or not, and those of which the log knows already. O(blocks)."""
+        return self._restored.slots() + [entry.index for entry in self.logged()]
 
     def look(self) -> list[Entry]:
         """Keep all slots that hold a block for an audit. It is no use."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,18 @@ class DiskIndex:
                 with self._appending:
                     self._tail = None
                     self._log.abandon()
+
+    def forsake(self, sign: Callable[[], None]) -> None:
+        """Let the log that lies there count no more, by signing the slab for a new epoch; the next `flush` rewrites it.
+
+        Whatever was flushed before `sign` is called has reached the books. Waits for a rewrite that runs.
+
+        Raises:
+            OSError: from `sign`; the log still counts, or none does.
+        """
+        with self._rewriting, self._appending:
+            self.is_incomplete = True
+            sign()
 
     def rewrite_when_long(self) -> None:
         """Rewrite in a thread of its own if the log has grown much."""

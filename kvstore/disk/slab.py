@@ -13,11 +13,12 @@ Covers: where a slot lies, direct and buffered I/O, what a slot says of itself. 
 The page has a checksum of its own, so that the whole index can be rebuilt from the slots' first pages alone; payloads
 are verified when they are read. Only slots that were filled under the file's stamp count, and survivors of older ones
 (`survivors`): a new stamp empties the file in one write, or all but the survivors. A new epoch is a new stamp
-without survivors, to which no log belongs yet.
+to which no log belongs yet.
 Sequence numbers rise, so that of two slots that name one block the later one wins.
 
 The file is as long as all its slots from the start, reserved and not written: opening takes milliseconds whatever its
-size. Where no room can be reserved it grows as it is written, as long as that leaves some to others (`room`). Data is on the device after `sync`; a direct write has left the process before that, so `kill -9` loses none.
+size. Where no room can be reserved it grows as it is written, as long as that leaves some to others (`room`). Data is
+on the device after `sync`; a direct write has left the process before that, so `kill -9` loses none.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Slab:
         self._bounces = Buffers(pages(payload_nbytes), keep=KEPT_BUFFERS)
         self._fd, self.direct = open_direct(files, path, direct=direct)
         try:
-            self._survivors = Survivors(path.with_suffix(SURVIVORS_SUFFIX), files=files)
+            self._survivors = Survivors(path.with_suffix(SURVIVORS_SUFFIX), num_slots, files=files)
             self._prepare()
         except BaseException:
             files.close(self._fd)
@@ -118,7 +119,8 @@ class Slab:
             return ""
         return (
             f"the disk did not reserve room for the disk tier's {self._offset(self.num_slots)} bytes "
-            f"({self._refused.strerror}): it may fill up and then keeps nothing new; free room or give the tier fewer bytes"
+            f"({self._refused.strerror}): it may fill up and then keeps nothing new; free room or "
+            "give the tier fewer bytes"
         )
 
     def write(self, slot: int, header: bytes, payload: memoryview, *, stamp: int, sequence: int) -> None:
@@ -189,13 +191,16 @@ class Slab:
         """
         write_all(self._files, self._fd, [aligned_zeros()], self._offset(slot))
 
-    def begin_epoch(self) -> None:
-        """Let all slots say of themselves that they are free.
+    def begin_epoch(self, survivors: Sequence[int] = ()) -> None:
+        """Let all slots but these say of themselves that they are free, and let no log count that lies there.
 
         Raises:
             OSError: the system refused.
         """
-        self._sign(epoch := secrets.randbits(63), epoch)
+        epoch = secrets.randbits(63)
+        if survivors:
+            self._survivors.write(epoch, survivors, self.num_slots)
+        self._sign(epoch, epoch)
 
     def begin_stamp(self, survivors: Sequence[int]) -> None:
         """Let all slots but these say of themselves that they are free; the log goes on.

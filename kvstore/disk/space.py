@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -104,26 +104,39 @@ class DiskSpace:
         self.index.rewrite_when_long()
 
     def erase(self, gone: Sequence[Entry], cause: RemovalCause) -> None:
-        """Write removals down and let the slots go. What was cleared, or is wrong, does not come back without a log."""
-        self._is_stamp_due |= cause is RemovalCause.CLEARED or (cause is RemovalCause.INVALID and len(gone) > MAX_WIPED)
-        try:
-            if cause is RemovalCause.INVALID and not self._is_stamp_due:
-                for entry in gone:
-                    self.slab.wipe(entry.index)
-        except OSError as error:
-            self.health.failed_to_write(error)
-        self.write_down()
-        with self.lock:
-            self.books.unpin(gone)
+        """Write removals down and let the slots go. What was cleared, or is wrong, does not come back without a log.
 
-    def begin_epoch(self) -> None:
-        """Let no slot count any more that was filled before."""
+        Raises:
+            TierError: blocks were cleared, and the disk takes neither that nor a new epoch.
+        """
+        is_many = cause is RemovalCause.CLEARED or (cause is RemovalCause.INVALID and len(gone) > MAX_WIPED)
         try:
-            with self._stamping:
-                self.slab.begin_epoch()
-            self.index.rewrite()
-        except OSError as error:
-            self.health.failed_to_write(error)
+            if is_many:
+                with self.lock:
+                    self._is_stamp_due = True
+            elif cause is RemovalCause.INVALID:
+                self._wipe(gone)
+            self.write_down()
+            if cause is RemovalCause.CLEARED and self.index.is_incomplete and not self._begin_epoch():
+                raise self._not_cleared(len(gone))
+        finally:
+            with self.lock:
+                self.books.unpin(gone)
+
+    def erase_all(self, gone: Sequence[Entry]) -> None:
+        """Everything was cleared: let no slot count any more that was filled before, and let the slots go.
+
+        Raises:
+            TierError: the disk takes neither that nor the removals.
+        """
+        try:
+            is_signed = self._begin_epoch()
+            self.write_down()
+            if not is_signed and self.index.is_incomplete:
+                raise self._not_cleared(len(gone))
+        finally:
+            with self.lock:
+                self.books.unpin(gone)
 
     def flush(self) -> None:
         """Let all of it outlive a power cut. Waits for the device.
@@ -205,8 +218,8 @@ class DiskSpace:
             is_over = False
         remedy = "there is room now: restart the worker to use it" if is_over else f"free {missing} bytes and restart"
         return (
-            f"the disk has no room for the disk tier's {wanted} blocks, so it keeps {slots}, and leaves the rest of the "
-            f"disk to others; {remedy}, or give the tier fewer bytes"
+            f"the disk has no room for the disk tier's {wanted} blocks, so it keeps {slots}, and leaves the rest of "
+            f"the disk to others; {remedy}, or give the tier fewer bytes"
         )
 
     def _restore(self) -> None:
@@ -228,18 +241,55 @@ class DiskSpace:
             self._loader.start()
         self.write_down()
 
+    def _wipe(self, gone: Sequence[Entry]) -> None:
+        try:
+            for entry in gone:
+                self.slab.wipe(entry.index)
+        except OSError as error:
+            self.health.failed_to_write(error)
+
     def _begin_stamp_when_due(self) -> None:
         with self._stamping:
-            if not self._is_stamp_due:
-                return
-            with self.lock:
-                held = self.books.held_slots()
+            if self._is_stamp_due:
+                self._sign(self.slab.begin_stamp)
+
+    def _begin_epoch(self) -> bool:
+        """Let neither the log count that lies there nor slots that hold nothing; whether the slab says so.
+
+        That takes no room: so it is the way out where the log takes no more records.
+        """
+        try:
+            with self._stamping:
+                self.index.forsake(lambda: self._sign(self._sign_epoch))
+        except OSError as error:
+            self.health.failed_to_write(error)
+            return False
+        return True
+
+    def _sign_epoch(self, held: Sequence[int]) -> None:
+        try:
+            self.slab.begin_epoch(held)
+        except OSError as error:
+            log.warning("blocks on disk are lost with the process: none could be named", extra={"reason": str(error)})
+            self.slab.begin_epoch()
+
+    def _sign(self, sign: Callable[[Sequence[int]], None]) -> None:
+        """Sign the slab, with the slots that still count, holding `_stamping`."""
+        with self.lock:  # in one: what is cleared from now on makes the next stamp due
+            held = self.books.held_slots()
             self._is_stamp_due = False
-            try:
-                self.slab.begin_stamp(held)
-            except OSError:
+        try:
+            sign(held)
+        except OSError:
+            with self.lock:
                 self._is_stamp_due = True
-                raise
+            raise
+
+    def _not_cleared(self, count: int) -> TierError:
+        return TierError(
+            f"{count} blocks of the disk tier were dropped, but that could not be written down, so they come back "
+            f"should the worker end now; {self.health.problem}; then clear again"
+        )
 
     def _check_slot(self, entry: Entry) -> None:
         try:

@@ -188,7 +188,11 @@ class DiskTier:
         return count
 
     def remove(self, hashes: Sequence[BlockHash], cause: RemovalCause) -> int:
-        """As `Tier.remove`; a block that is being written is dropped too, and not counted."""
+        """As `Tier.remove`; a block that is being written is dropped too, and not counted.
+
+        Raises:
+            TierError: as `clear`, where the cause is CLEARED.
+        """
         with self._lock:
             gone = self._books.take_out(hashes, cause)
         self._space.erase(gone, cause)
@@ -199,6 +203,9 @@ class DiskTier:
 
         None of them comes back, even should the log be lost (`survivors`); bytes of payloads stay on the disk
         until their slots are used again.
+
+        Raises:
+            TierError: they are dropped, but the disk refuses to be told so: they come back should the process end now.
         """
         everything = root is None and prefix is None
         with self._lock:
@@ -208,8 +215,9 @@ class DiskTier:
             if everything:
                 self._books.events[before:] = [AllBlocksCleared(self.name)]
         if everything:
-            self._space.begin_epoch()
-        self._space.erase(gone, RemovalCause.EVICTED if everything else RemovalCause.CLEARED)
+            self._space.erase_all(gone)
+        else:
+            self._space.erase(gone, RemovalCause.CLEARED)
         return len(gone)
 
     def sweep(self) -> float | None:
