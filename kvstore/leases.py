@@ -7,6 +7,7 @@ one that holds it promises, and it is sent down again. Owned by the engine's thr
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -14,6 +15,8 @@ from itertools import islice
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
 from kvstore.tier import Clock, LocalTier
+
+logger = logging.getLogger(__name__)
 
 SETTLE_S = 1.0  # how often each lease is looked at
 SETTLE_NAMES = 256  # leases that are looked at in one call, which is one step of the engine
@@ -107,7 +110,11 @@ class Leases:
         """Have each promised by the lowest tier that holds it; how many each promised."""
         counts: Counter[TierName] = Counter()
         for tier in self._tiers:
-            kept = self._promise(tier, [name for name in names if tier.find(name) is not None])
+            try:
+                kept = self._promise(tier, [name for name in names if tier.find(name) is not None])
+            except Exception:  # this is the engine's thread: a tier's defect must not end the worker
+                logger.exception("a tier promised nothing by a defect; report this", extra={"tier": tier.name})
+                kept = set()
             counts[tier.name] += len(kept)
             self._moved(tier, kept)
             names = [name for name in names if name not in kept]

@@ -81,13 +81,16 @@ class Files:
             return 0
 
     def replace(self, source: Path, target: Path) -> None:
-        """Put a file in another one's place, at once, and see that its folder knows it after a power cut."""
+        """Put a file in another one's place, at once."""
         os.replace(source, target)
-        folder = os.open(target.parent, os.O_RDONLY | os.O_CLOEXEC)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Wait until the names in a folder are on the device."""
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            os.fsync(folder)
+            os.fsync(fd)
         finally:
-            os.close(folder)
+            os.close(fd)
 
     def remove(self, path: Path) -> None:
         """Delete a file."""

@@ -4,7 +4,8 @@ Covers: writing records down, rewriting a long or incomplete log while others go
 say (`books`, `recovery`).
 
 Three locks, always taken in this order: `_rewriting` (one rewrite at a time), `_appending` (the log's file), and the
-tier's own (the books; held for microseconds, never while a file is written). Whoever appends takes the books' records
+tier's own (the books; held for microseconds, never while a file is written). Nobody waits for the device holding the
+latter two. Whoever appends takes the books' records
 first, both under `_appending`, so records lie in the log in the order of the changes.
 
 A rewrite copies the list of slots, writes them to a new file while others append to the old one, adds what they have
@@ -66,7 +67,9 @@ class DiskIndex:
         self._appending = threading.Lock()
         self._ending = threading.Event()
         self._tail: list[Record] | None = None  # records since a rewrite began; None: none runs
-        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None  # the last rewrite's; at most one is alive
+        self._is_closed = False
 
     def read(self) -> Contents:
         """As `IndexLog.read`."""
@@ -122,7 +125,9 @@ class DiskIndex:
                 slots = self._begin()
                 for batch in batches(self._books.journal.all(slots), RECORDS_A_FRAME):
                     self._log.add(batch)
+                self._log.sync_new()
                 self._switch()
+                self._log.sync_folder()
             except OSError:
                 self.is_incomplete = True
                 raise
@@ -147,10 +152,17 @@ class DiskIndex:
         """Rewrite in a thread of its own if the log has grown much."""
         if self._log.nbytes <= 2 * RECORD_NBYTES * self._books.blocks + SPARE_LOG_BYTES:
             return
-        if self._thread is not None and self._thread.is_alive():
-            return
-        self._thread = threading.Thread(target=self._rewrite_quietly, name="kvstore-disk-log", daemon=True)
-        self._thread.start()
+        if not self._starting.acquire(blocking=False):
+            return  # somebody else starts it, or closes
+        try:
+            if not self._is_closed and (self._thread is None or not self._thread.is_alive()):
+                thread = threading.Thread(target=self._rewrite_quietly, name="kvstore-disk-log", daemon=True)
+                thread.start()
+                self._thread = thread
+        except RuntimeError as error:  # the system gives no thread; whoever comes next tries again
+            log.warning("the disk tier's log was not rewritten", extra={"reason": str(error)})
+        finally:
+            self._starting.release()
 
     def check(self) -> None:
         """Audit books and log. O(slots and records); everybody waits.
@@ -180,11 +192,13 @@ class DiskIndex:
         Raises:
             OSError: it is not, and may never be.
         """
-        with self._appending:
+        with self._rewriting:  # nobody else closes the file; and who appends need not wait
             self._log.sync()
 
     def close(self) -> None:
-        """Wait for a rewrite that runs, and give the file back. Does not flush."""
+        """Wait for a rewrite that runs, and give the file back. Does not flush; none is started from now on."""
+        with self._starting:
+            self._is_closed = True
         if self._thread is not None:
             self._thread.join()
         self._log.close()
@@ -220,6 +234,7 @@ class DiskIndex:
         return slots
 
     def _switch(self) -> None:
+        """Let the new log count, with all that was appended to the old one meanwhile. Does not wait for the device."""
         with self._appending:
             self._log.add(self._tail or [])
             self._log.replace()

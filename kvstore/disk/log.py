@@ -157,15 +157,31 @@ class IndexLog:
         if self._new is not None:
             self._new.append(records)
 
+    def sync_new(self) -> None:
+        """Wait until what the new log says so far is on the device.
+
+        Raises:
+            OSError: it is not.
+        """
+        if self._new is not None:
+            self._new.sync()
+
+    def sync_folder(self) -> None:
+        """Wait until the last `replace` outlives a power cut.
+
+        Raises:
+            OSError: it may not.
+        """
+        self._files.sync_folder(self._path.parent)
+
     def replace(self) -> None:
-        """Put the new log in this one's place, at once.
+        """Put the new log in this one's place, at once. Does not wait for the device.
 
         Raises:
             OSError: the system refused; this log stays.
         """
         if self._new is None:
             return
-        self._files.sync(self._new._fd)
         self._files.replace(self._new_path, self._path)
         self._files.close(self._fd)
         self._fd, self.nbytes, self.is_damaged = self._new._fd, self._new.nbytes, False

@@ -266,3 +266,22 @@ def test_after_a_round_the_lowest_holder_and_no_other_promises(steps: list[tuple
     in_host = {name for name in live - on_disk if rig.host.holds(name)}
     assert rig.leased() == (len(in_host), len(on_disk))
     assert rig.leases.names() == on_disk | in_host
+
+
+def test_a_tier_that_raises_promises_nothing_and_the_next_one_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig()
+    hashes = rig.know(chain(2))
+    rig.put(rig.host, hashes)
+    rig.put(rig.disk, hashes)
+
+    def fail(hashes: Sequence[BlockHash], for_s: float | None) -> int:
+        raise RuntimeError("threads can only be started once")
+
+    monkeypatch.setattr(rig.disk, "lease", fail)
+    assert rig.leases.lease(hashes, None) == {HOST: 2}
+    assert "report this" in caplog.text
+    monkeypatch.undo()
+    rig.settle()
+    assert rig.leased() == (0, 2)
