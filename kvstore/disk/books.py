@@ -70,6 +70,11 @@ class DiskBooks:
         return len(self._free)
 
     @property
+    def coming(self) -> set[Entry]:
+        """Slots that are reserved and not published yet. A copy."""
+        return set(self._writing)
+
+    @property
     def is_loading(self) -> bool:
         """Whether eviction does not know all restored blocks yet."""
         return len(self._restored) > 0
@@ -209,6 +214,13 @@ class DiskBooks:
                 entry.announced = True
                 self.journal.stored(entry)
 
+    def withdraw(self, entries: Sequence[Entry]) -> None:
+        """Slots are being filled, and what is in them shall not be found, nor come back should the process end now."""
+        fresh = [entry for entry in entries if not entry.removed]
+        for entry in fresh:
+            entry.removed = True
+        self.journal.removed([entry for entry in fresh if entry.announced])
+
     def publish(self, entries: Sequence[Entry]) -> None:
         """The log knows those that were announced: let them be found. Free the slots of all others."""
         published = []
@@ -216,7 +228,7 @@ class DiskBooks:
             self._writing.discard(entry)
             entry.pins -= 1
             if entry.removed or not entry.announced or self.entry(entry.meta.hash):  # cleared, failed, or too late
-                self.journal.removed([entry] if entry.announced else [])
+                self.withdraw([entry])
                 self._free.give(entry.index)
                 continue
             self._hold_block(entry)
@@ -229,8 +241,7 @@ class DiskBooks:
     def take_out(self, hashes: Iterable[BlockHash], cause: RemovalCause) -> list[Entry]:
         """Drop those that are held, and those that are being written. Give the slots back by `unpin`."""
         chosen = dict.fromkeys(hashes)
-        for coming in self._writing:
-            coming.removed |= coming.meta.hash in chosen
+        self.withdraw([coming for coming in self._writing if coming.meta.hash in chosen])
         gone = [entry for name in chosen if (entry := self.entry(name)) is not None]
         for entry in gone:
             entry.pins += 1

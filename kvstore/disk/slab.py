@@ -133,7 +133,7 @@ class Slab:
         heads = self._heads.take(1)
         bounces: list[memoryview] = []
         try:
-            heads[0][: _SIGNED_NBYTES + 8] = _signed(header, stamp, sequence)
+            heads[0][:] = _signed(header, stamp, sequence).ljust(PAGE_NBYTES, b"\0")  # nothing of what lay there before
             if self.direct and not _fits(payload):
                 bounces = self._bounces.take(1)
                 payload = _padded(payload, bounces[0])

@@ -28,7 +28,7 @@ from kvstore.disk.entries import Entry
 from kvstore.disk.files import Files
 from kvstore.disk.space import DiskSpace
 from kvstore.disk.transfer import DiskTransfer
-from kvstore.errors import MissReason
+from kvstore.errors import InvariantError, MissReason
 from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.tier import BlockMeta, Clock, Honours, TierStats
 
@@ -88,6 +88,7 @@ class DiskTier:
             files=files or Files(),
         )
         self._books, self._lock = self._space.books, self._space.lock
+        self._under_way: set[Entry] = set()  # slots that some call of `write` fills
         self._transfer = DiskTransfer(self._space, codec, wall_clock)
 
     @property
@@ -137,24 +138,24 @@ class DiskTier:
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
         """As `Tier.write`. While the disk refuses writes, only counts and refreshes what is already held."""
-        with self._lock:
-            held = self._books.leading([meta.hash for meta in metas])
-        if held < len(metas) and not self._space.health.may_write():
-            with self._lock:
-                self._books.unpin(self._books.reserve(metas[:held])[0])
-                self._books.failures[self._space.health.reason] += len(metas) - held
-            return held
         if self._books.is_loading and self._books.free_slots < len(metas):
             self._space.index.load()
-        with self._lock:
+        with self._lock:  # in one: what is held now must still be when nothing else may be written
+            held = self._books.leading([meta.hash for meta in metas])
+            if held < len(metas) and not self._space.health.may_write():
+                self._books.unpin(self._books.reserve(metas[:held])[0])
+                self._books.failures[self._space.health.reason] += len(metas) - held
+                return held
             stamp = self._space.slab.stamp
             kept, fresh, count = self._books.reserve(metas)
+            self._under_way.update(entry for _, entry in fresh)
         done: list[Entry] = []
         try:
             done = self._transfer.store(fresh, payloads, stamp)
         finally:
             with self._lock:
                 self._books.publish([entry for _, entry in fresh])
+                self._under_way.difference_update(entry for _, entry in fresh)
                 self._books.unpin(kept)
         if len(done) < len(fresh):
             count = fresh[len(done)][0]
@@ -284,6 +285,9 @@ class DiskTier:
         A header that cannot be read or parsed is the disk's fault, not the books': the next read drops the block.
         """
         self._space.check()
+        with self._lock:
+            if self._books.coming != self._under_way:
+                raise InvariantError("slots are reserved for writes that have ended, or the other way round")
 
     def close(self) -> None:
         """As `Tier.close`: everything is on the device then. Nobody may be using the tier."""

@@ -14,7 +14,9 @@ from pathlib import Path
 import msgpack
 import pytest
 
+from kvstore import buffers as buffers_module
 from kvstore.blocks import BlockHash
+from kvstore.buffers import PAGE_NBYTES, aligned
 from kvstore.codec import BlockCodec
 from kvstore.disk.lock import LOCK_NAME
 from kvstore.disk.log import SPARE_LOG_BYTES
@@ -545,3 +547,26 @@ def test_after_a_power_cut_a_misplaced_block_is_no_error_of_the_books(place: Pla
 
 def test_the_limit_for_file_sizes_is_as_before() -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_nothing_of_the_process_memory_is_written_behind_a_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    def used_before(nbytes: int) -> memoryview:
+        memory = aligned(nbytes)
+        memory[:] = b"\xa5" * nbytes
+        return memory
+
+    monkeypatch.setattr(buffers_module, "aligned", used_before)
+    place, metas = Place(tmp_path, options={"direct": direct}), chain(4)
+    for _ in range(2):  # and again, in buffers that were read into
+        assert place.tier.write(metas, payloads(metas)) == 4
+        assert read_back(place.tier, names(metas)) == 4
+        place.tier.clear()
+    place.tier.close()
+    data = slab_file(tmp_path).read_bytes()
+    for slot in range(4):
+        end = payload_at(slot)
+        assert data[end - PAGE_NBYTES :][:4] == b"WKVB"
+        assert data[end - PAGE_NBYTES + 536 : end] == bytes(PAGE_NBYTES - 536)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,13 @@ from pathlib import Path
 import pytest
 
 from kvstore.disk import index as index_module
-from tests.kvstore.blocks_for_tests import chain, names, payloads
-from tests.kvstore.disk_for_tests import FaultyFiles, Place
+from kvstore.disk.entries import Entry
+from kvstore.disk.lock import LOCK_NAME
+from kvstore.disk.log import Kind
+from kvstore.errors import InvariantError
+from kvstore.events import RemovalCause
+from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT, chain, names, payloads
+from tests.kvstore.disk_for_tests import SLOT, FaultyFiles, Place, log_file
 
 PATIENCE_S = 10.0
 
@@ -117,3 +123,85 @@ def test_a_lease_does_not_wait_for_a_flush_that_waits_for_the_device(
     place.tier.flush()
     monkeypatch.undo()
     assert place.crash().stats().leased == 3
+
+
+def test_a_block_that_goes_while_the_disk_refuses_writes_costs_no_slot(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metas = chain(4)
+    place.tier.write(metas[:3], payloads(metas[:3]))
+    space = place.tier._space
+
+    def refuse() -> bool:
+        if not space.lock.locked():  # another thread comes in between
+            place.tier.remove(names(metas)[1:2], RemovalCause.EVICTED)
+        return False
+
+    monkeypatch.setattr(space.health, "may_write", refuse)
+    assert place.tier.write(metas, payloads(metas)) == 3
+    monkeypatch.undo()
+    place.tier.check()
+    assert place.tier.stats().used_bytes == place.tier.stats().blocks * SLOT
+    place.tier.clear()
+    assert place.tier.stats().used_bytes == 0
+
+
+def test_the_audit_finds_a_slot_that_nobody_fills_any_more(place: Place) -> None:
+    place.tier.check()
+    with place.tier._lock:
+        place.tier._books.reserve(chain(1))
+    with pytest.raises(InvariantError, match="writes that have ended"):
+        place.tier.check()
+
+
+def test_a_block_that_is_cleared_when_the_log_knows_it_and_nobody_else_does_not_come_back_after_a_kill(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metas, kept = chain(3), chain(2, root=OTHER_ROOT)
+    place.tier.write(kept, payloads(kept))
+    index, killed = place.tier._space.index, tmp_path / "killed"
+    flush = index.flush
+    log_nbytes = log_file(place.folder).stat().st_size
+
+    def flush_and_clear() -> None:
+        flush()
+        if not killed.exists() and log_file(place.folder).stat().st_size > log_nbytes:
+            monkeypatch.undo()
+            assert place.tier.clear(root=ROOT) == 0
+            place.tier.check()
+            shutil.copytree(place.folder, killed)  # what a process that is killed now leaves
+            (killed / LOCK_NAME).unlink()
+
+    monkeypatch.setattr(index, "flush", flush_and_clear)
+    place.tier.write(metas, payloads(metas))
+    assert killed.exists()
+    place.tier.check()
+    other = Place(killed)
+    assert (other.tier.stats().blocks, other.tier.match(names(kept))) == (2, 2)
+    other.tier.close()
+    assert place.crash().stats().blocks == 2
+    place.tier.check()
+
+
+def test_a_lease_that_ends_while_the_log_is_rewritten_ends_in_the_new_log(place: Place) -> None:
+    metas = chain(3)
+    place.tier.write(metas, payloads(metas))
+    place.tier.lease(names(metas), None)
+    books = place.tier._books
+    entry = books.entry(metas[1].hash)
+    assert entry is not None
+
+    class Ending(Entry):
+        """Another thread ends the lease when it has just been looked at."""
+
+        @property  # type: ignore[misc]
+        def lease(self) -> tuple[float, float | None] | None:
+            looks.append(self.index)
+            return (0.0, None) if len(looks) == 1 else None
+
+    looks: list[int] = []
+    ending = Ending.__new__(Ending)
+    for name in ("index", "meta", "sequence", "used", "order"):
+        setattr(ending, name, getattr(entry, name))
+    assert [record[0] for record in books.journal.all([ending])] == [Kind.STORED, Kind.LEASED]
+    assert looks == [entry.index]
