@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
-from kvstore.tier import Clock, LocalTier
+from kvstore.tier import Clock, Lasting, LocalTier
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Leases:
     """Which tier keeps which promise. O(1) a lease, once in SETTLE_S."""
 
     def __init__(self, tiers: Sequence[LocalTier], clock: Clock, *, send: Send = _never) -> None:
-        """Nothing is leased.
+        """What outlived an earlier process is leased.
 
         Args:
             tiers: from fast to slow; those that do not honour leases promise nothing.
@@ -48,6 +48,9 @@ class Leases:
         self._keepers: dict[BlockHash, LocalTier] = {}  # who promises; not those that nobody holds now
         self._left = 0  # leases to look at in this round
         self._next_round = 0.0
+        for tier in tiers:
+            if tier.honours.lease and isinstance(tier, Lasting):
+                self._take_over(tier, tier.leases())
 
     def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> dict[TierName, int]:
         """Keep these for so long (None: until `end`); how many each tier promised to keep.
@@ -101,6 +104,12 @@ class Leases:
             for name in loose:
                 if self._keepers.get(name) is not self._tiers[0]:
                     self._send(name)
+
+    def _take_over(self, keeper: LocalTier, leases: Mapping[BlockHash, float | None]) -> None:
+        now = self._clock()
+        for name, for_s in leases.items():
+            self._until[name] = FOR_EVER if for_s is None else now + for_s
+            self._keepers[name] = keeper
 
     def _is_settled(self, name: BlockHash) -> bool:
         lowest = self._tiers[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf
 from operator import itemgetter
 
 from kvstore.blocks import BlockHash, short
@@ -184,6 +185,13 @@ class DiskBooks:
             entry.lease = None
         self.journal.released(ended)
         return len(ended)
+
+    def leases(self) -> dict[BlockHash, float | None]:
+        """Blocks under a lease, and for how many seconds more; None: until it is ended. O(blocks)."""
+        now = self._now()
+        ends = self._restored.lease_ends()
+        ends |= {name: end_of(*entry.lease) for name, entry in self.entries.items() if entry.lease is not None}
+        return {name: None if end == inf else end - now for name, end in ends.items() if end > now}
 
     def reserve(self, metas: Sequence[BlockMeta]) -> tuple[list[Entry], list[tuple[int, Entry]], int]:
         """Pin what is held and reserve slots for the rest: (held, [(number in the batch, reserved)], how many)."""

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 LOADING_SWEEP_S = 1.0  # when to sweep again while restored blocks are loaded
 
 _DELETED = "the disk tier's file was deleted: what it holds ends with this process; restart it to begin a new one"
-_WRONG = (MissReason.CORRUPT, MissReason.TRUNCATED, MissReason.FOREIGN, MissReason.ERROR)
+_WRONG = (MissReason.CORRUPT, MissReason.TRUNCATED, MissReason.FOREIGN)
+_OF_THE_SLOT = (*_WRONG, MissReason.ERROR)  # a slot that was given away meanwhile may look like any of these
 
 
 class DiskTier:
@@ -88,6 +89,7 @@ class DiskTier:
             files=files or Files(),
         )
         self._books, self._lock = self._space.books, self._space.lock
+        self._faults: dict[Entry, int] = {}  # slots that could not be read, and how many reads had succeeded by then
         self._under_way: set[Entry] = set()  # slots that some call of `write` fills
         self._transfer = DiskTransfer(self._space, codec, wall_clock)
 
@@ -127,12 +129,16 @@ class DiskTier:
         with self._lock:
             self._books.hits += arrived
             if arrived < count:
-                was_removed = entries[arrived].removed and reasons[arrived] in _WRONG
+                was_removed = entries[arrived].removed and reasons[arrived] in _OF_THE_SLOT
                 reason = MissReason.ABSENT if was_removed else reasons[arrived]
                 self._books.misses[reason or MissReason.ERROR] += 1
             elif count < len(hashes):
                 self._books.miss(hashes[count])
-        if arrived < count and reasons[arrived] in _WRONG:
+            failed = arrived < count and reasons[arrived] is MissReason.ERROR
+            is_lost = failed and self._is_lost(entries[arrived])
+            for entry in entries[:arrived] if self._faults else ():
+                self._faults.pop(entry, None)
+        if arrived < count and (is_lost or reasons[arrived] in _WRONG):
             self._drop_wrong(entries[arrived], str(reasons[arrived]))
         return arrived
 
@@ -187,6 +193,11 @@ class DiskTier:
             count = self._books.end_leases(hashes)
         self._space.write_down(rewrites=False)
         return count
+
+    def leases(self) -> dict[BlockHash, float | None]:
+        """As `Lasting.leases`."""
+        with self._lock:
+            return self._books.leases()
 
     def remove(self, hashes: Sequence[BlockHash], cause: RemovalCause) -> int:
         """As `Tier.remove`; a block that is being written is dropped too, and not counted.
@@ -296,6 +307,18 @@ class DiskTier:
         self._closed = True
         self._transfer.close()
         self._space.close()
+
+    def _is_lost(self, entry: Entry) -> bool:
+        """A slot could not be read: whether that is for good, as a device that reads others has refused it twice.
+
+        Else the device may only be away, and what is on it will be read again. A lease forbids to drop it either way.
+        """
+        before = self._faults.get(entry)
+        if before is not None:
+            return before < self._space.health.reads and entry.lease is None
+        self._faults = {other: reads for other, reads in self._faults.items() if not other.removed}
+        self._faults[entry] = self._space.health.reads
+        return False
 
     def _drop_wrong(self, entry: Entry, reason: str) -> None:
         name = entry.meta.hash

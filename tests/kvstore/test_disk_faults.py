@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgpack
@@ -362,6 +363,50 @@ def test_a_disk_that_refuses_reads_is_a_miss_and_then_costs_nothing(place: Place
     assert read_back(place.tier, names(metas)[3:]) == 3
     assert place.tier.stats().healthy
     assert place.tier.stats().problem == ""
+    assert read_back(place.tier, names(metas)) == 6  # none was dropped for it
+    place.tier.check()
+
+
+def test_a_device_that_is_away_for_long_costs_no_block(place: Place, files: FaultyFiles) -> None:
+    metas = chain(6)
+    place.tier.write(metas, payloads(metas))
+    place.tier.lease(names(metas)[:1], None)
+    files.reads = errno.EIO
+    for _ in range(100):
+        place.wait(1.0)
+        for meta in metas:
+            assert read_back(place.tier, [meta.hash]) == 0
+    files.reads = 0
+    place.wait(10.0)
+    assert place.tier.stats().removals == {}
+    assert read_back(place.tier, names(metas)[:1]) == 1  # the probe
+    assert read_back(place.tier, names(metas)) == 6
+
+
+@pytest.mark.parametrize("leased", [True, False])
+def test_a_slot_that_alone_cannot_be_read_twice_is_given_up_and_written_elsewhere(
+    place: Place, files: FaultyFiles, monkeypatch: pytest.MonkeyPatch, leased: bool
+) -> None:
+    metas = chain(3)
+    place.tier.write(metas, payloads(metas))
+    if leased:
+        place.tier.lease(names(metas), None)
+    bad, read = payload_at(slot_of(place, metas[1].hash)) - PAGE_NBYTES, files.preadv
+
+    def refuse(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(files, "preadv", refuse)
+    for _ in range(2):
+        assert read_back(place.tier, names(metas)[1:2]) == 0
+    assert place.tier.match(names(metas)) == 3  # no other slot was read since the first time
+    assert read_back(place.tier, names(metas)[:1]) == 1
+    assert read_back(place.tier, names(metas)[1:2]) == 0
+    assert place.tier.match(names(metas)) == (3 if leased else 1)
+    assert place.tier.stats().misses == {"error": 3}
+    assert place.tier.stats().removals == ({} if leased else {"invalid": 1})
     place.tier.check()
 
 
