@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from math import inf
 from operator import itemgetter
 
@@ -138,9 +139,9 @@ class DiskBooks:
         """Slots that hold blocks, expired or not, and those of which the log knows already. O(blocks)."""
         return self._restored.slots() + [entry.index for entry in self.logged()]
 
-    def look(self) -> list[Entry]:
-        """Keep all slots that hold a block for an audit. It is no use."""
-        entries = list(self.entries.values())
+    def look(self, first: int, count: int) -> list[Entry]:
+        """Keep so many slots that hold a block for an audit. It is no use."""
+        entries = list(islice(self.entries.values(), first, first + count))
         for entry in entries:
             entry.pins += 1
             entry.views += 1

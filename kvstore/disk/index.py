@@ -19,8 +19,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from kvstore.blocks import BlockHash
 from kvstore.disk.books import DiskBooks
 from kvstore.disk.entries import Entry
 from kvstore.disk.files import Files
@@ -34,6 +34,7 @@ from kvstore.disk.log import (
     IndexLog,
     Record,
     batches,
+    parse,
 )
 from kvstore.disk.recovery import replay
 from kvstore.disk.slab import Slab
@@ -165,26 +166,22 @@ class DiskIndex:
             self._starting.release()
 
     def check(self) -> None:
-        """Audit books and log. O(slots and records); everybody waits.
+        """Audit the log against the books. O(blocks and records); others do not wait for the comparison.
 
         Raises:
             InvariantError: they disagree.
             OSError: the log cannot be read or written.
         """
-        self.load()
         self.flush()
-        with self._appending, self._lock:
-            self._books.check()
-            if self.is_incomplete:
-                return
-            said = self._log.peek(self._slab.epoch)
-            if said.condition is not Condition.WHOLE:
-                raise InvariantError(f"the disk tier's log is {said.condition}")
-            self._append(self._books.journal.take(), to=said.records)
-            found = replay(said.records)
-            logged = {index: (one[SEQUENCE], one[HASH]) for index, one in found.items()}
-            if logged != {e.index: (e.sequence, e.meta.hash) for e in self._books.logged()}:
-                raise InvariantError("the disk tier's log tells of other blocks than its books")
+        with self._appending:
+            with self._lock:
+                if self.is_incomplete:
+                    return
+                records = self._books.journal.take()
+                held = {entry.index: (entry.sequence, entry.meta.hash) for entry in self._books.logged()}
+            self._append(records)
+            data, epoch = self._log.data(), self._slab.epoch
+        _compare(parse(data, epoch), held)
 
     def sync(self) -> None:
         """Wait until all that was flushed is on the device.
@@ -207,14 +204,12 @@ class DiskIndex:
         with self._lock:
             return self._books.load(LOADED_AT_ONCE)
 
-    def _append(self, records: list[Record], to: list[list[Any]] | None = None) -> None:
-        """Append, holding `_appending`; `to` gets them too."""
+    def _append(self, records: list[Record]) -> None:
+        """Append, holding `_appending`."""
         if not records:
             return
         if self._tail is not None:
             self._tail += records
-        if to is not None:
-            to += map(list, records)
         try:
             self._log.append(records)
         except OSError:
@@ -246,3 +241,11 @@ class DiskIndex:
             self.rewrite()
         except OSError as error:  # the next flush tries again, and tells whoever writes
             log.warning("the disk tier's log was not rewritten", extra={"reason": str(error)})
+
+
+def _compare(said: Contents, held: dict[int, tuple[int, BlockHash]]) -> None:
+    if said.condition is not Condition.WHOLE:
+        raise InvariantError(f"the disk tier's log is {said.condition}")
+    found = replay(said.records)
+    if {index: (one[SEQUENCE], one[HASH]) for index, one in found.items()} != held:
+        raise InvariantError("the disk tier's log tells of other blocks than its books")

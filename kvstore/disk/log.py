@@ -106,22 +106,22 @@ class IndexLog:
         Raises:
             OSError: the file cannot be read.
         """
-        contents = self.peek(epoch)
+        contents = parse(self.data(), epoch)
         if contents.condition is Condition.TORN:
             self._files.truncate(self._fd, contents.nbytes)
         self.nbytes = contents.nbytes
         self.is_damaged = contents.condition in (Condition.DAMAGED, Condition.MISSING)
         return contents
 
-    def peek(self, epoch: int) -> Contents:
-        """As `read`, for an audit: changes nothing.
+    def data(self) -> memoryview:
+        """The bytes of the file, for `parse`. Changes nothing.
 
         Raises:
             OSError: the file cannot be read.
         """
         data = memoryview(bytearray(os.fstat(self._fd).st_size))
         found = read_all(self._files, self._fd, [data], 0)
-        return parse(data[:found], epoch)
+        return data[:found]
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records; all of them or, after an error, none.

@@ -33,6 +33,7 @@ from kvstore.tier import Clock
 log = logging.getLogger(__name__)
 
 LOADED_BY_STARTER = 2048  # restored blocks; more of them are loaded in the background while the tier serves
+AUDITED_SLOTS = 256  # headers that one audit reads, a third of a millisecond each; the next one goes on there
 MAX_WIPED = 8  # headers that are wiped one by one, each a write; of more, all other slots are written down
 
 
@@ -66,6 +67,7 @@ class DiskSpace:
         self._loader: threading.Thread | None = None
         self.lock = threading.Lock()
         self.health = DiskHealth(str(path), clock)
+        self._audited = 0  # slots whose headers were looked at in this round
         self._is_stamp_due = False  # something was cleared, and the slots do not say so yet
         self._stamping = threading.Lock()
         self.folder = lock_folder(path)
@@ -150,17 +152,19 @@ class DiskSpace:
 
     def check(self) -> None:
         """As `DiskTier.check`."""
-        with suppress(OSError):  # a disk that refuses is no error of the books
-            self.index.check()
+        self.index.load()
         with self.lock:
             self.books.check()
-            entries = self.books.look()
+            entries = self.books.look(self._audited, AUDITED_SLOTS)
+            self._audited = self._audited + AUDITED_SLOTS if len(entries) == AUDITED_SLOTS else 0
         try:
             for entry in entries:
                 self._check_slot(entry)
         finally:
             with self.lock:
                 self.books.look_away(entries)
+        with suppress(OSError):  # a disk that refuses is no error of the books
+            self.index.check()
 
     def close(self) -> None:
         """Put everything on the device and let the folder go."""

@@ -291,8 +291,9 @@ class DiskTier:
             )
 
     def check(self) -> None:
-        """As `Tier.check`: books, log, and the header of every held slot (one page each). O(blocks).
+        """As `Tier.check`: books, log, and the headers of some held slots: each audit goes on where the last one ended.
 
+        Any thread may call it; others wait for the books' part, which is O(blocks) and takes 20 us a block.
         A header that cannot be read or parsed is the disk's fault, not the books': the next read drops the block.
         """
         self._space.check()

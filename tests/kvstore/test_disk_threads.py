@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvstore.disk import index as index_module
+from kvstore.disk import space as space_module
 from kvstore.disk.entries import Entry
 from kvstore.disk.lock import LOCK_NAME
-from kvstore.disk.log import Kind
+from kvstore.disk.log import Found, Kind
 from kvstore.errors import InvariantError
 from kvstore.events import RemovalCause
 from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT, chain, names, payloads
@@ -205,3 +206,43 @@ def test_a_lease_that_ends_while_the_log_is_rewritten_ends_in_the_new_log(place:
         setattr(ending, name, getattr(entry, name))
     assert [record[0] for record in books.journal.all([ending])] == [Kind.STORED, Kind.LEASED]
     assert looks == [entry.index]
+
+
+def test_nobody_waits_while_an_audit_compares_the_log(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    metas, more = chain(3), chain(2, first_token=1)
+    place.tier.write(metas, payloads(metas))
+    replay, seen = index_module.replay, []
+
+    def slowly(records: list[Found]) -> dict[int, Found]:
+        elsewhere(lambda: place.tier.lease(names(metas), 50.0))
+        elsewhere(lambda: seen.append(place.tier.write(more, payloads(more))))
+        return replay(records)
+
+    monkeypatch.setattr(index_module, "replay", slowly)
+    place.tier.check()
+    assert seen == [2]
+    place.tier.check()
+
+
+def test_audits_read_the_headers_of_all_slots_in_turn(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(space_module, "AUDITED_SLOTS", 2)
+    metas = chain(5)
+    place.tier.write(metas, payloads(metas))
+    slab, asked = place.tier._space.slab, []
+    page = slab.page
+    monkeypatch.setattr(slab, "page", lambda slot: asked.append(slot) or page(slot))
+    for _ in range(3):
+        place.tier.check()
+    assert sorted(asked) == sorted(place.tier._books.held_slots())
+    place.tier.check()
+    assert asked[5:] == asked[:2]
+
+
+def test_the_audit_finds_a_log_that_lacks_a_removal(place: Place) -> None:
+    metas = chain(3)
+    place.tier.write(metas, payloads(metas))
+    with place.tier._lock:
+        place.tier._books.unpin(place.tier._books.take_out(names(metas)[2:], RemovalCause.EVICTED))
+        place.tier._books.journal.take()  # nobody appends it
+    with pytest.raises(InvariantError, match="other blocks than its books"):
+        place.tier.check()
