@@ -20,7 +20,7 @@ from kvstore.chains import select
 from kvstore.device import DeviceTier
 from kvstore.events import BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.host.tier import HostTier
-from kvstore.inventory import HeldBlock, page
+from kvstore.inventory import HeldBlock, Inventory
 from kvstore.known import KnownLocal, KnownShared
 from kvstore.lane import Lane, NearTiers, Refreshing, nobody
 from kvstore.layout import KVLayout
@@ -83,6 +83,7 @@ class TieredStore:
         self._default_ttl_s = default_ttl_s
         self._near = NearTiers(device, host)
         local: list[LocalTier] = [tier for tier in (host, disk) if tier is not None]
+        self._inventory = Inventory(self._local(), clock)
         self._leases = Leases(local, clock, send=self._send_to_disk)
         slow: list[tuple[LocalTier | SharedTier, Writable, KnownLocal | KnownShared]] = []
         if disk is not None:
@@ -299,16 +300,10 @@ class TieredStore:
     ) -> list[HeldBlock]:
         """What device, host and disk hold, in the order of names, at most `limit` from the first one after `after`.
 
-        Whether a block lies in the shared tier, too, is told as far as it is known. O(blocks held).
+        Whether a block lies in the shared tier, too, is told as far as it is known. See `Inventory`
+        for what a page costs.
         """
-        blocks = page(
-            [(tier.name, tier.metas()) for tier in self._local()],
-            self._leases.names(),
-            root=root,
-            prefix=prefix,
-            after=after,
-            limit=limit,
-        )
+        blocks = self._inventory.page(self._leases.names(), root=root, prefix=prefix, after=after, limit=limit)
         lane = None if self._shared is None else self._lanes[self._shared.name]
         return [
             replace(block, tiers=(*block.tiers, lane.name))
