@@ -28,6 +28,7 @@ import msgpack
 import xxhash
 
 from kvstore.disk.files import Files, read_all, write_all
+from kvstore.disk.folder import NEW_LOG_SUFFIX
 
 LOG_VERSION = 1
 RECORD_NBYTES = 150  # of one block's store, about
@@ -209,7 +210,7 @@ class IndexLog:
 
     @property
     def _new_path(self) -> Path:
-        return self._path.with_suffix(".new")
+        return self._path.with_suffix(NEW_LOG_SUFFIX)
 
     def _drop_new(self) -> None:
         if self._new is not None:

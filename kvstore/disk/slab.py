@@ -29,7 +29,7 @@ import os
 import secrets
 import struct
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,12 +96,12 @@ class Slab:
         self._heads = Buffers(PAGE_NBYTES, keep=KEPT_BUFFERS)
         self._bounces = Buffers(pages(payload_nbytes), keep=KEPT_BUFFERS)
         self._fd, self.direct = open_direct(files, path, direct=direct)
-        try:
+        with ExitStack() as opened:
+            opened.callback(files.close, self._fd)
             self._survivors = Survivors(path.with_suffix(SURVIVORS_SUFFIX), num_slots, files=files)
+            opened.callback(self._survivors.close)
             self._prepare()
-        except BaseException:
-            files.close(self._fd)
-            raise
+            opened.pop_all()
 
     @property
     def is_deleted(self) -> bool:

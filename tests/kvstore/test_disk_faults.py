@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgpack
@@ -615,3 +616,74 @@ def test_nothing_of_the_process_memory_is_written_behind_a_header(
         end = payload_at(slot)
         assert data[end - PAGE_NBYTES :][:4] == b"WKVB"
         assert data[end - PAGE_NBYTES + 536 : end] == bytes(PAGE_NBYTES - 536)
+
+
+@pytest.mark.parametrize("fails_at", range(1, 9))
+def test_a_tier_that_cannot_be_opened_leaves_no_file_open(tmp_path: Path, fails_at: int) -> None:
+    class Counting(FaultyFiles):
+        """Every call is counted, and one fails."""
+
+        left = fails_at
+        opened = 0
+
+        def _count(self) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise OSError(errno.EIO, "Input/output error")
+
+        def open(self, path: Path, flags: int) -> int:
+            self._count()
+            fd = super().open(path, flags)
+            self.opened += 1
+            return fd
+
+        def close(self, fd: int) -> None:
+            super().close(fd)
+            self.opened -= 1
+
+        def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            self._count()
+            return super().preadv(fd, buffers, offset)
+
+        def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            self._count()
+            return super().pwritev(fd, buffers, offset)
+
+    files = Counting()
+    with suppress(TierError):
+        Place(tmp_path, files=files).tier.close()
+    assert files.left <= 0
+    assert files.opened == 0
+
+
+def test_files_of_slabs_that_are_no_more_are_deleted_and_strangers_are_not(place: Place) -> None:
+    metas = chain(2)
+    place.tier.write(metas, payloads(metas))
+    place.tier.close()
+    other = f"{b'o'.hex() * 8}-640"
+    orphans = [f"{other}.log", f"{other}.held", f"{other}.new", log_file(place.folder).with_suffix(".new").name]
+    another = f"{b'k'.hex() * 8}-7"  # which has its slab
+    strangers = ["notes.log", "mine.held", "x.new", f"{another}.slab", f"{another}.log"]
+    for name in orphans + strangers:
+        (place.folder / name).write_bytes(b"x")
+        os.utime(place.folder / name, (place.wall.now, place.wall.now))
+    tier = place.open()
+    there = {path.name for path in place.folder.iterdir()}
+    assert there.isdisjoint(orphans)
+    assert there.issuperset(strangers)
+    assert read_back(tier, names(metas)) == 2
+
+
+def test_without_locks_an_owner_on_another_host_is_alive_until_a_person_says_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    record = tmp_path / LOCK_NAME
+    record.write_bytes(msgpack.packb((7, "an-earlier-pod", "a boot", False)))
+    with pytest.raises(TierError, match=f"process 7 on an-earlier-pod.*delete {record} if it has ended"):
+        Place(tmp_path)
+    record.unlink()
+    Place(tmp_path).tier.close()
