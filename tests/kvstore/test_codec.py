@@ -102,7 +102,7 @@ def test_a_protected_header_differs_in_codec_key_id_nonce_tag_and_checksum(codec
     fields = msgpack.unpackb(value[6 : 6 + int.from_bytes(value[4:6], "little")])
     assert msgpack.packb(fields[8]) == name
     assert fields[14] == "new"
-    assert len(fields[15]) == 12
+    assert len(fields[15]) == 28
     plain = msgpack.unpackb(CASES["plain"].value[6:300].rstrip(b"\0") + b"\0")
     assert fields[:8] + fields[9:14] == plain[:8] + plain[9:14]
     assert value[488:504] != bytes(16)
