@@ -29,7 +29,7 @@ import msgpack
 import xxhash
 
 from kvstore.blocks import BlockHash
-from kvstore.crypto import NONCE_NBYTES, TAG_NBYTES, BlockKeys, Keyring, Protection, new_nonce
+from kvstore.crypto import NONCE_NBYTES, TAG_NBYTES, BlockKeys, Keyring, Protection
 from kvstore.errors import CodecError, LayoutError, MissReason
 from kvstore.layout import KVLayout
 from kvstore.tier import BlockMeta
@@ -75,7 +75,7 @@ class Header(NamedTuple):
         created: seconds since the epoch, on the writer's clock.
         ttl_s, until, priority, turn: as in `BlockMeta`, when the block was written.
         checksum: name of the checksum's algorithm.
-        key_id: of the secret that protects it. nonce: of its protection. Both empty without one.
+        key_id: of the secret that protects it. nonce: of its protection, with a salt (`crypto`). Both empty without.
     """
 
     version: int
@@ -158,7 +158,7 @@ class BlockCodec:
         if keys is None:
             head = self._pack(meta, created, RAW_CODEC, "", nonce)
         else:
-            nonce = new_nonce()
+            nonce = keys.new_nonce()
             head = self._pack(meta, created, PROTECTED_CODECS[self.protection], keys.active, nonce)
             tag, stored = keys.protect(self.protection, nonce, head, stored)
         head += tag

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 from kvstore.blocks import BlockHash
 from kvstore.chains import select
 from kvstore.events import TierName
-from kvstore.tier import BlockMeta
+from kvstore.tier import BlockMeta, Clock
+
+LISTING_S = 30.0  # how long pages of one listing tell of names that were gathered for its first
+
+
+class Holder(Protocol):
+    """What is asked of a tier."""
+
+    name: TierName
+
+    def find(self, name: BlockHash) -> BlockMeta | None:
+        """The metadata under which a block is held; None when it is not."""
+        ...
+
+    def metas(self) -> list[BlockMeta]:
+        """The metadata of all blocks."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,37 +46,94 @@ class HeldBlock:
     ttl_left_s: float | None = None
 
 
-def page(
-    held: Sequence[tuple[TierName, Sequence[BlockMeta]]],
-    leased: frozenset[BlockHash],
-    *,
-    root: BlockHash | None,
-    prefix: BlockHash | None,
-    after: BlockHash | None,
-    limit: int,
-) -> list[HeldBlock]:
-    """At most `limit` blocks in the order of their names, from the first one behind `after` on.
+class _Names:
+    """Names in order, each once. O(n) to make; sorted as far as somebody reads, in parts by their first byte."""
 
-    O(n) with a small constant, since books are made of the page alone; with a prefix O(n) with a large one.
+    def __init__(self, names: Iterable[BlockHash]) -> None:
+        self._parts: list[list[BlockHash]] = [[] for _ in range(256)]
+        self._is_sorted = bytearray(256)
+        for name in names:
+            self._parts[name[0]].append(name)
 
-    Args:
-        held: every tier, from fast to slow, and what it holds.
-        leased: names under a lease.
-        root, prefix: as `kvstore.chains.select`.
+    def behind(self, after: BlockHash | None) -> Iterator[BlockHash]:
+        """Those greater than `after`."""
+        first = 0 if after is None else after[0]
+        for number in range(first, 256):
+            if not self._is_sorted[number]:
+                self._parts[number] = sorted(set(self._parts[number]))
+                self._is_sorted[number] = True
+            part = self._parts[number]
+            start = bisect_right(part, after) if after is not None and number == first else 0
+            yield from islice(part, start, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """Names, what they were chosen by and when, and the last one that was told."""
+
+    names: _Names
+    root: BlockHash | None
+    prefix: BlockHash | None
+    taken_at: float
+    told: BlockHash | None
+
+
+class Inventory:
+    """Pages of what tiers hold. Owned by one thread.
+
+    Names are gathered for the first page of a listing, O(n); a page that goes on where the last one
+    ended costs O(page). It tells of no block that has gone since, and may leave out those that came.
     """
-    if prefix is not None:
-        metas = {meta.hash: meta for _, blocks in held for meta in blocks}
-        chosen = set(select(list(metas.values()), root, prefix))
-        held = [(tier, [meta for meta in blocks if meta.hash in chosen]) for tier, blocks in held]
-        root = None
-    names = _first_names(held, root, b"" if after is None else after, limit)
-    found = {name: _Where(None, []) for name in names}
-    for tier, blocks in held:
-        for meta in blocks:
-            if (where := found.get(meta.hash)) is not None:
-                where.meta = where.meta or meta
-                where.tiers.append(tier)
-    return [HeldBlock(where.meta, tuple(where.tiers), name in leased) for name, where in found.items() if where.meta]
+
+    def __init__(self, tiers: Sequence[Holder], clock: Clock) -> None:
+        """Of these tiers, from fast to slow."""
+        self._tiers = tuple(tiers)
+        self._clock = clock
+        self._last: _Listing | None = None
+
+    def page(
+        self,
+        leased: frozenset[BlockHash],
+        *,
+        root: BlockHash | None,
+        prefix: BlockHash | None,
+        after: BlockHash | None,
+        limit: int,
+    ) -> list[HeldBlock]:
+        """At most `limit` blocks in the order of their names, from the first one behind `after` on.
+
+        Args:
+            leased: names under a lease.
+            root, prefix: as `kvstore.chains.select`.
+            after: None: from the first one on, as it is now.
+            limit: of blocks.
+        """
+        names, taken_at = self._names(root, prefix, after)
+        blocks: list[HeldBlock] = []
+        for name in names.behind(after):
+            if len(blocks) == limit:
+                self._last = _Listing(names, root, prefix, taken_at, blocks[-1].meta.hash if blocks else after)
+                return blocks
+            if (block := self._find(name, leased)) is not None:
+                blocks.append(block)
+        self._last = None
+        return blocks
+
+    def _names(self, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None) -> tuple[_Names, float]:
+        """The names, and when they were gathered: those of the last page, if this one goes on with it."""
+        last, now = self._last, self._clock()
+        goes_on = last is not None and (last.root, last.prefix, last.told) == (root, prefix, after)
+        if last is not None and after is not None and goes_on and now - last.taken_at < LISTING_S:
+            return last.names, last.taken_at
+        metas = [meta for tier in self._tiers for meta in tier.metas()]
+        if prefix is not None:
+            metas = list({meta.hash: meta for meta in metas}.values())
+            return _Names(select(metas, root, prefix)), now
+        return _Names(meta.hash for meta in metas if root is None or meta.root == root), now
+
+    def _find(self, name: BlockHash, leased: frozenset[BlockHash]) -> HeldBlock | None:
+        found = [(meta, tier.name) for tier in self._tiers if (meta := tier.find(name)) is not None]
+        return HeldBlock(found[0][0], tuple(tier for _, tier in found), name in leased) if found else None
 
 
 def ttl_left_s(tiers: Sequence[Mapping[BlockHash, float | None]]) -> dict[BlockHash, float | None]:
@@ -69,19 +144,3 @@ def ttl_left_s(tiers: Sequence[Mapping[BlockHash, float | None]]) -> dict[BlockH
             other = longest.get(name, left)
             longest[name] = None if left is None or other is None else max(left, other)
     return longest
-
-
-@dataclass(slots=True)
-class _Where:
-    meta: BlockMeta | None
-    tiers: list[TierName]
-
-
-def _first_names(
-    held: Sequence[tuple[TierName, Sequence[BlockMeta]]], root: BlockHash | None, floor: bytes, limit: int
-) -> list[BlockHash]:
-    first: set[BlockHash] = set()
-    for _, blocks in held:
-        behind = [meta.hash for meta in blocks if meta.hash > floor and (root is None or meta.root == root)]
-        first.update(heapq.nsmallest(limit, behind))
-    return heapq.nsmallest(limit, first)

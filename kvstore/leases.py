@@ -7,13 +7,16 @@ one that holds it promises, and it is sent down again. Owned by the engine's thr
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
-from kvstore.tier import Clock, LocalTier
+from kvstore.tier import Clock, Lasting, LocalTier
+
+logger = logging.getLogger(__name__)
 
 SETTLE_S = 1.0  # how often each lease is looked at
 SETTLE_NAMES = 256  # leases that are looked at in one call, which is one step of the engine
@@ -31,7 +34,7 @@ class Leases:
     """Which tier keeps which promise. O(1) a lease, once in SETTLE_S."""
 
     def __init__(self, tiers: Sequence[LocalTier], clock: Clock, *, send: Send = _never) -> None:
-        """Nothing is leased.
+        """What outlived an earlier process is leased.
 
         Args:
             tiers: from fast to slow; those that do not honour leases promise nothing.
@@ -45,6 +48,9 @@ class Leases:
         self._keepers: dict[BlockHash, LocalTier] = {}  # who promises; not those that nobody holds now
         self._left = 0  # leases to look at in this round
         self._next_round = 0.0
+        for tier in tiers:
+            if tier.honours.lease and isinstance(tier, Lasting):
+                self._take_over(tier, tier.leases())
 
     def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> dict[TierName, int]:
         """Keep these for so long (None: until `end`); how many each tier promised to keep.
@@ -99,6 +105,12 @@ class Leases:
                 if self._keepers.get(name) is not self._tiers[0]:
                     self._send(name)
 
+    def _take_over(self, keeper: LocalTier, leases: Mapping[BlockHash, float | None]) -> None:
+        now = self._clock()
+        for name, for_s in leases.items():
+            self._until[name] = FOR_EVER if for_s is None else now + for_s
+            self._keepers[name] = keeper
+
     def _is_settled(self, name: BlockHash) -> bool:
         lowest = self._tiers[0]
         return self._keepers.get(name) is lowest and lowest.find(name) is not None
@@ -107,7 +119,11 @@ class Leases:
         """Have each promised by the lowest tier that holds it; how many each promised."""
         counts: Counter[TierName] = Counter()
         for tier in self._tiers:
-            kept = self._promise(tier, [name for name in names if tier.find(name) is not None])
+            try:
+                kept = self._promise(tier, [name for name in names if tier.find(name) is not None])
+            except Exception:  # this is the engine's thread: a tier's defect must not end the worker
+                logger.exception("a tier promised nothing by a defect; report this", extra={"tier": tier.name})
+                kept = set()
             counts[tier.name] += len(kept)
             self._moved(tier, kept)
             names = [name for name in names if name not in kept]

@@ -21,7 +21,7 @@ from kvstore.chains import select
 from kvstore.device import DeviceTier
 from kvstore.events import BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.host.tier import HostTier
-from kvstore.inventory import HeldBlock, page, ttl_left_s
+from kvstore.inventory import HeldBlock, Inventory, ttl_left_s
 from kvstore.known import KnownLocal, KnownShared
 from kvstore.lane import Lane, NearTiers, Refreshing, nobody
 from kvstore.layout import KVLayout
@@ -109,6 +109,7 @@ class TieredStore:
         self._default_ttl_s = default_ttl_s
         self._near = NearTiers(device, host)
         local: list[LocalTier] = [tier for tier in (host, disk) if tier is not None]
+        self._inventory = Inventory(self._local(), clock)
         self._leases = Leases(local, clock, send=self._send_to_disk)
         slow: list[tuple[LocalTier | SharedTier, Writable, KnownLocal | KnownShared]] = []
         if disk is not None:
@@ -306,6 +307,9 @@ class TieredStore:
         writes that run are taken back: blocks that are computed afterwards are written there again.
 
         Running sequences keep their blocks but nobody finds them any more. Queued writes of those blocks are dropped.
+
+        Raises:
+            TierError: the disk could not be told, or the shared tier did not drop all of them; clear again.
         """
         for lane in self._lanes.values():
             lane.take_refreshed()
@@ -317,11 +321,10 @@ class TieredStore:
         everything = root is None and prefix is None
         for lane in self._lanes.values():
             lane.drop(set(names))
-        dropped = {
-            tier.name: tier.clear() if everything else tier.remove(names, RemovalCause.CLEARED)
-            for tier in self._local()
-        }
+        dropped: dict[TierName, int] = {}
         try:
+            for tier in self._local():
+                dropped[tier.name] = tier.clear() if everything else tier.remove(names, RemovalCause.CLEARED)
             if shared and self._shared is not None:
                 dropped[self._shared.name] = self.clear_shared(root=root, prefix=prefix)
         finally:  # of a server that failed half-way nothing is known either
@@ -365,16 +368,10 @@ class TieredStore:
     ) -> list[HeldBlock]:
         """What device, host and disk hold, in the order of names, at most `limit` from the first one after `after`.
 
-        Whether a block lies in the shared tier, too, is told as far as it is known. O(blocks held).
+        Whether a block lies in the shared tier, too, is told as far as it is known. See `Inventory`
+        for what a page costs.
         """
-        blocks = page(
-            [(tier.name, tier.metas()) for tier in self._local()],
-            self._leases.names(),
-            root=root,
-            prefix=prefix,
-            after=after,
-            limit=limit,
-        )
+        blocks = self._inventory.page(self._leases.names(), root=root, prefix=prefix, after=after, limit=limit)
         names = [block.meta.hash for block in blocks]
         left = ttl_left_s([tier.ttl_left_s(names) for tier in self._local()])
         lane = None if self._shared is None else self._lanes[self._shared.name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from kvstore.blocks import BlockHash
 from kvstore.chains import parent_of
@@ -234,6 +234,15 @@ class LocalTier(Tier, Protocol):
 
     def snapshot(self) -> list[BlockStored]:
         """All that can be read, as events."""
+        ...
+
+
+@runtime_checkable
+class Lasting(Protocol):
+    """A local tier whose leases outlive the process."""
+
+    def leases(self) -> dict[BlockHash, float | None]:
+        """The blocks under a lease, and for how many seconds more; None: until it is ended. O(blocks)."""
         ...
 
 

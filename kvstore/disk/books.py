@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from math import inf
 from operator import itemgetter
 
 from kvstore.blocks import BlockHash, short
@@ -82,6 +84,11 @@ class DiskBooks:
         return len(self._free)
 
     @property
+    def coming(self) -> set[Entry]:
+        """Slots that are reserved and not published yet. A copy."""
+        return set(self._writing)
+
+    @property
     def is_loading(self) -> bool:
         """Whether eviction does not know all restored blocks yet."""
         return len(self._restored) > 0
@@ -141,12 +148,12 @@ class DiskBooks:
         return list(self.entries.values()) + coming
 
     def held_slots(self) -> list[int]:
-        """Slots that hold blocks, expired or not. O(blocks)."""
-        return self._restored.slots() + [entry.index for entry in self.entries.values()]
+        """Slots that hold blocks, expired or not, and those of which the log knows already. O(blocks)."""
+        return self._restored.slots() + [entry.index for entry in self.logged()]
 
-    def look(self) -> list[Entry]:
-        """Keep all slots that hold a block for an audit. It is no use."""
-        entries = list(self.entries.values())
+    def look(self, first: int, count: int) -> list[Entry]:
+        """Keep so many slots that hold a block for an audit. It is no use."""
+        entries = list(islice(self.entries.values(), first, first + count))
         for entry in entries:
             entry.pins += 1
             entry.views += 1
@@ -198,6 +205,13 @@ class DiskBooks:
         self.journal.released(ended)
         return len(ended)
 
+    def leases(self) -> dict[BlockHash, float | None]:
+        """Blocks under a lease, and for how many seconds more; None: until it is ended. O(blocks)."""
+        now = self._now()
+        ends = self._restored.lease_ends()
+        ends |= {name: end_of(*entry.lease) for name, entry in self.entries.items() if entry.lease is not None}
+        return {name: None if end == inf else end - now for name, end in ends.items() if end > now}
+
     def reserve(self, metas: Sequence[BlockMeta]) -> tuple[list[Entry], list[tuple[int, Entry]], int]:
         """Pin what is held and reserve slots for the rest: (held, [(number in the batch, reserved)], how many)."""
         held: list[Entry] = []
@@ -227,6 +241,13 @@ class DiskBooks:
                 entry.announced = True
                 self.journal.stored(entry)
 
+    def withdraw(self, entries: Sequence[Entry]) -> None:
+        """Slots are being filled, and what is in them shall not be found, nor come back should the process end now."""
+        fresh = [entry for entry in entries if not entry.removed]
+        for entry in fresh:
+            entry.removed = True
+        self.journal.removed([entry for entry in fresh if entry.announced])
+
     def publish(self, entries: Sequence[Entry]) -> None:
         """The log knows those that were announced: let them be found. Free the slots of all others."""
         published = []
@@ -234,7 +255,7 @@ class DiskBooks:
             self._writing.discard(entry)
             entry.pins -= 1
             if entry.removed or not entry.announced or self.entry(entry.meta.hash):  # cleared, failed, or too late
-                self.journal.removed([entry] if entry.announced else [])
+                self.withdraw([entry])
                 self._free.give(entry.index)
                 continue
             self._hold_block(entry)
@@ -247,8 +268,7 @@ class DiskBooks:
     def take_out(self, hashes: Iterable[BlockHash], cause: RemovalCause) -> list[Entry]:
         """Drop those that are held, and those that are being written. Give the slots back by `unpin`."""
         chosen = dict.fromkeys(hashes)
-        for coming in self._writing:
-            coming.removed |= coming.meta.hash in chosen
+        self.withdraw([coming for coming in self._writing if coming.meta.hash in chosen])
         gone = [entry for name in chosen if (entry := self.entry(name)) is not None]
         for entry in gone:
             entry.pins += 1

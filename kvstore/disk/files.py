@@ -18,6 +18,7 @@ PAGE_NBYTES = 4096
 DIRECT = getattr(os, "O_DIRECT", 0)  # 0: this system has none
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
+_STAT_BLOCK_NBYTES = 512  # whatever the file system's own blocks are: stat(2)
 _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 
 
@@ -51,6 +52,8 @@ class Files:
     def reserve(self, fd: int, nbytes: int) -> bool:
         """Reserve room up to `nbytes` without writing it; False: this file system cannot.
 
+        A file system that has not got it may keep what it could give: ask `room` first.
+
         Not `posix_fallocate`: where the file system cannot, glibc writes to every page of the file instead.
         """
         function = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
@@ -65,14 +68,29 @@ class Files:
                 raise OSError(code, os.strerror(code))
         return True
 
-    def replace(self, source: Path, target: Path) -> None:
-        """Put a file in another one's place, at once, and see that its folder knows it after a power cut."""
-        os.replace(source, target)
-        folder = os.open(target.parent, os.O_RDONLY | os.O_CLOEXEC)
+    def room(self, folder: Path) -> tuple[int, int]:
+        """Bytes of the file system that `folder` lies in: those that we may still take, and all of them."""
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
+    def taken(self, path: Path) -> int:
+        """Bytes of its file system that a file takes, which holes do not; zero: there is no such file."""
         try:
-            os.fsync(folder)
+            return path.stat().st_blocks * _STAT_BLOCK_NBYTES
+        except FileNotFoundError:
+            return 0
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Put a file in another one's place, at once."""
+        os.replace(source, target)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Wait until the names in a folder are on the device."""
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
         finally:
-            os.close(folder)
+            os.close(fd)
 
     def remove(self, path: Path) -> None:
         """Delete a file."""

@@ -11,6 +11,7 @@ folder, the last used first, and what nobody opened for a week goes.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from kvstore.tier import Clock
 
 log = logging.getLogger(__name__)
 
-SLAB_SUFFIX, LOG_SUFFIX, SURVIVORS_SUFFIX = ".slab", ".log", ".held"
+SLAB_SUFFIX, LOG_SUFFIX, NEW_LOG_SUFFIX, SURVIVORS_SUFFIX = ".slab", ".log", ".new", ".held"
+_OURS = re.compile(r"([0-9a-f]{16}|blocks)-[0-9]+")  # as `slab_path` names them
 KEEP_OTHERS_S = 7 * 24 * 3600.0
 OTHERS_SHARE = 0.5  # of the folder
 
@@ -71,10 +73,23 @@ def room_beside_others(slab: Path, capacity_bytes: int, *, files: Files, wall_cl
             left -= other.nbytes
             continue
         log.info("another model's blocks make room in the disk tier", extra={"file": other.slab.name})
-        for path in (other.slab, *(other.slab.with_suffix(suffix) for suffix in (LOG_SUFFIX, SURVIVORS_SUFFIX))):
+        with suppress(FileNotFoundError):
+            files.remove(other.slab)
+    _remove_orphans(slab, files)
+    return capacity_bytes - sum(other.nbytes for other in _others(slab))
+
+
+def _remove_orphans(slab: Path, files: Files) -> None:
+    """Delete what belongs to slabs that are no more, and new logs that a crash left unfinished.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
+    for path in slab.parent.iterdir():
+        belongs = path.suffix in (LOG_SUFFIX, SURVIVORS_SUFFIX) and not path.with_suffix(SLAB_SUFFIX).exists()
+        if (belongs or path.suffix == NEW_LOG_SUFFIX) and _OURS.fullmatch(path.stem):
             with suppress(FileNotFoundError):
                 files.remove(path)
-    return capacity_bytes - sum(other.nbytes for other in _others(slab))
 
 
 def _others(slab: Path) -> list[Other]:

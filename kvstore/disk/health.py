@@ -31,7 +31,11 @@ _LOOK = "look for the device's errors in `dmesg`"
 
 
 class DiskHealth:
-    """Thread-safe."""
+    """Thread-safe.
+
+    Attributes:
+        reads: how many succeeded, about.
+    """
 
     def __init__(self, place: str, clock: Clock) -> None:
         """Healthy; `place` names the folder in messages."""
@@ -40,6 +44,7 @@ class DiskHealth:
         self._reads = Breaker(clock)
         self._write_problem = self._read_problem = ""
         self._reason = "error"
+        self.reads = 0
 
     @property
     def can_read(self) -> bool:
@@ -87,6 +92,7 @@ class DiskHealth:
     def read(self) -> None:
         """A read succeeded."""
         self._read_problem = ""
+        self.reads += 1
         self._reads.succeeded()
 
     def failed_to_read(self, error: OSError) -> None:

@@ -4,7 +4,8 @@ Covers: writing records down, rewriting a long or incomplete log while others go
 say (`books`, `recovery`).
 
 Three locks, always taken in this order: `_rewriting` (one rewrite at a time), `_appending` (the log's file), and the
-tier's own (the books; held for microseconds, never while a file is written). Whoever appends takes the books' records
+tier's own (the books; held for microseconds, never while a file is written). Nobody waits for the device holding the
+latter two. Whoever appends takes the books' records
 first, both under `_appending`, so records lie in the log in the order of the changes.
 
 A rewrite copies the list of slots, writes them to a new file while others append to the old one, adds what they have
@@ -16,21 +17,31 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from kvstore.blocks import BlockHash
 from kvstore.disk.books import DiskBooks
 from kvstore.disk.entries import Entry
 from kvstore.disk.files import Files
-from kvstore.disk.log import HASH, SEQUENCE, Condition, Contents, IndexLog, Record, batches
+from kvstore.disk.log import (
+    HASH,
+    RECORD_NBYTES,
+    SEQUENCE,
+    SPARE_LOG_BYTES,
+    Condition,
+    Contents,
+    IndexLog,
+    Record,
+    batches,
+    parse,
+)
 from kvstore.disk.recovery import replay
 from kvstore.disk.slab import Slab
 from kvstore.errors import InvariantError
 
 log = logging.getLogger(__name__)
 
-RECORD_NBYTES = 150  # of one block's store, about
-SPARE_LOG_BYTES = 4 << 20  # a log may be so much longer than twice what it would be if it were new
 RECORDS_A_FRAME = 1024
 LOADED_AT_ONCE = 64  # a millisecond or two under the books' lock
 LOAD_PAUSE_S = 0.0005  # a lock that is taken again at once would let nobody else in
@@ -57,7 +68,9 @@ class DiskIndex:
         self._appending = threading.Lock()
         self._ending = threading.Event()
         self._tail: list[Record] | None = None  # records since a rewrite began; None: none runs
-        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None  # the last rewrite's; at most one is alive
+        self._is_closed = False
 
     def read(self) -> Contents:
         """As `IndexLog.read`."""
@@ -113,7 +126,9 @@ class DiskIndex:
                 slots = self._begin()
                 for batch in batches(self._books.journal.all(slots), RECORDS_A_FRAME):
                     self._log.add(batch)
+                self._log.sync_new()
                 self._switch()
+                self._log.sync_folder()
             except OSError:
                 self.is_incomplete = True
                 raise
@@ -122,36 +137,51 @@ class DiskIndex:
                     self._tail = None
                     self._log.abandon()
 
+    def forsake(self, sign: Callable[[], None]) -> None:
+        """Let the log that lies there count no more, by signing the slab for a new epoch; the next `flush` rewrites it.
+
+        Whatever was flushed before `sign` is called has reached the books. Waits for a rewrite that runs.
+
+        Raises:
+            OSError: from `sign`; the log still counts, or none does.
+        """
+        with self._rewriting, self._appending:
+            self.is_incomplete = True
+            sign()
+
     def rewrite_when_long(self) -> None:
         """Rewrite in a thread of its own if the log has grown much."""
         if self._log.nbytes <= 2 * RECORD_NBYTES * self._books.blocks + SPARE_LOG_BYTES:
             return
-        if self._thread is not None and self._thread.is_alive():
-            return
-        self._thread = threading.Thread(target=self._rewrite_quietly, name="kvstore-disk-log", daemon=True)
-        self._thread.start()
+        if not self._starting.acquire(blocking=False):
+            return  # somebody else starts it, or closes
+        try:
+            if not self._is_closed and (self._thread is None or not self._thread.is_alive()):
+                thread = threading.Thread(target=self._rewrite_quietly, name="kvstore-disk-log", daemon=True)
+                thread.start()
+                self._thread = thread
+        except RuntimeError as error:  # the system gives no thread; whoever comes next tries again
+            log.warning("the disk tier's log was not rewritten", extra={"reason": str(error)})
+        finally:
+            self._starting.release()
 
     def check(self) -> None:
-        """Audit books and log. O(slots and records); everybody waits.
+        """Audit the log against the books. O(blocks and records); others do not wait for the comparison.
 
         Raises:
             InvariantError: they disagree.
             OSError: the log cannot be read or written.
         """
-        self.load()
         self.flush()
-        with self._appending, self._lock:
-            self._books.check()
-            if self.is_incomplete:
-                return
-            said = self._log.peek(self._slab.epoch)
-            if said.condition is not Condition.WHOLE:
-                raise InvariantError(f"the disk tier's log is {said.condition}")
-            self._append(self._books.journal.take(), to=said.records)
-            found = replay(said.records)
-            logged = {index: (one[SEQUENCE], one[HASH]) for index, one in found.items()}
-            if logged != {e.index: (e.sequence, e.meta.hash) for e in self._books.logged()}:
-                raise InvariantError("the disk tier's log tells of other blocks than its books")
+        with self._appending:
+            with self._lock:
+                if self.is_incomplete:
+                    return
+                records = self._books.journal.take()
+                held = {entry.index: (entry.sequence, entry.meta.hash) for entry in self._books.logged()}
+            self._append(records)
+            data, epoch = self._log.data(), self._slab.epoch
+        _compare(parse(data, epoch), held)
 
     def sync(self) -> None:
         """Wait until all that was flushed is on the device.
@@ -159,11 +189,13 @@ class DiskIndex:
         Raises:
             OSError: it is not, and may never be.
         """
-        with self._appending:
+        with self._rewriting:  # nobody else closes the file; and who appends need not wait
             self._log.sync()
 
     def close(self) -> None:
-        """Wait for a rewrite that runs, and give the file back. Does not flush."""
+        """Wait for a rewrite that runs, and give the file back. Does not flush; none is started from now on."""
+        with self._starting:
+            self._is_closed = True
         if self._thread is not None:
             self._thread.join()
         self._log.close()
@@ -172,14 +204,12 @@ class DiskIndex:
         with self._lock:
             return self._books.load(LOADED_AT_ONCE)
 
-    def _append(self, records: list[Record], to: list[list[Any]] | None = None) -> None:
-        """Append, holding `_appending`; `to` gets them too."""
+    def _append(self, records: list[Record]) -> None:
+        """Append, holding `_appending`."""
         if not records:
             return
         if self._tail is not None:
             self._tail += records
-        if to is not None:
-            to += map(list, records)
         try:
             self._log.append(records)
         except OSError:
@@ -199,6 +229,7 @@ class DiskIndex:
         return slots
 
     def _switch(self) -> None:
+        """Let the new log count, with all that was appended to the old one meanwhile. Does not wait for the device."""
         with self._appending:
             self._log.add(self._tail or [])
             self._log.replace()
@@ -210,3 +241,11 @@ class DiskIndex:
             self.rewrite()
         except OSError as error:  # the next flush tries again, and tells whoever writes
             log.warning("the disk tier's log was not rewritten", extra={"reason": str(error)})
+
+
+def _compare(said: Contents, held: dict[int, tuple[int, BlockHash]]) -> None:
+    if said.condition is not Condition.WHOLE:
+        raise InvariantError(f"the disk tier's log is {said.condition}")
+    found = replay(said.records)
+    if {index: (one[SEQUENCE], one[HASH]) for index, one in found.items()} != held:
+        raise InvariantError("the disk tier's log tells of other blocks than its books")

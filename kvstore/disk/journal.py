@@ -67,8 +67,9 @@ class Journal:
         """Records that say the same of these slots as all of them so far."""
         for entry in sorted(entries, key=by_use):
             yield self._stored(entry)
-            if entry.lease is not None:
-                yield Kind.LEASED, entry.index, self._wall(entry.lease[0]), entry.lease[1]
+            lease = entry.lease  # once: it may be ended meanwhile
+            if lease is not None:
+                yield Kind.LEASED, entry.index, self._wall(lease[0]), lease[1]
 
     def _stored(self, entry: Entry) -> Record:
         meta = entry.meta

@@ -5,7 +5,9 @@ lies in the folder.
 
 `flock` belongs to the open file: it goes with the process however that ends, so nothing is left to clean up after a
 `kill -9`, and two tiers of one process exclude one another as well. The record only serves the message, and tells after
-a crash whether the machine has been down since. Where the file system has no locks, the record decides alone.
+a crash whether the machine has been down since. Where the file system has no locks, the record decides
+alone; then an owner on another host (a container has a name of its own) counts as alive until its record is deleted:
+to take a folder from a living owner would cost blocks, so a person must say that it has ended.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ LOCK_NAME = "owner.lock"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
 _RECORD_NBYTES = 4096
+_NOBODY_KNOWS = "this file system has no locks, which would tell; a local disk has"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +103,13 @@ class FolderLock:
                 ) from error
             owner = self._read()
             if owner is not None and not owner.closed and owner.is_alive:
-                raise self._refusal(owner) from error
+                raise self._refusal(owner, f", or delete {self._path} if it has ended: {_NOBODY_KNOWS}") from error
 
-    def _refusal(self, owner: Owner | None) -> FolderTakenError:
+    def _refusal(self, owner: Owner | None, remedy: str = "") -> FolderTakenError:
         who = "another process" if owner is None else f"process {owner.pid} on {owner.host}"
         return FolderTakenError(
             f"the disk tier's folder {self._path.parent} is in use by {who}; give each worker a folder of its own, or "
-            "end that process first"
+            f"end that process first{remedy}"
         )
 
     def _read(self) -> Owner | None:

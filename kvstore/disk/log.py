@@ -28,8 +28,11 @@ import msgpack
 import xxhash
 
 from kvstore.disk.files import Files, read_all, write_all
+from kvstore.disk.folder import NEW_LOG_SUFFIX
 
 LOG_VERSION = 2
+RECORD_NBYTES = 150  # of one block's store, about
+SPARE_LOG_BYTES = 4 << 20  # a log may be so much longer than twice what it would be if it were new
 
 _MAGIC = "warmkv log"
 _FRAME = struct.Struct("<IIQ")
@@ -106,22 +109,22 @@ class IndexLog:
         Raises:
             OSError: the file cannot be read.
         """
-        contents = self.peek(epoch)
+        contents = parse(self.data(), epoch)
         if contents.condition is Condition.TORN:
             self._files.truncate(self._fd, contents.nbytes)
         self.nbytes = contents.nbytes
         self.is_damaged = contents.condition in (Condition.DAMAGED, Condition.MISSING)
         return contents
 
-    def peek(self, epoch: int) -> Contents:
-        """As `read`, for an audit: changes nothing.
+    def data(self) -> memoryview:
+        """The bytes of the file, for `parse`. Changes nothing.
 
         Raises:
             OSError: the file cannot be read.
         """
         data = memoryview(bytearray(os.fstat(self._fd).st_size))
         found = read_all(self._files, self._fd, [data], 0)
-        return parse(data[:found], epoch)
+        return data[:found]
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records; all of them or, after an error, none.
@@ -157,15 +160,31 @@ class IndexLog:
         if self._new is not None:
             self._new.append(records)
 
+    def sync_new(self) -> None:
+        """Wait until what the new log says so far is on the device.
+
+        Raises:
+            OSError: it is not.
+        """
+        if self._new is not None:
+            self._new.sync()
+
+    def sync_folder(self) -> None:
+        """Wait until the last `replace` outlives a power cut.
+
+        Raises:
+            OSError: it may not.
+        """
+        self._files.sync_folder(self._path.parent)
+
     def replace(self) -> None:
-        """Put the new log in this one's place, at once.
+        """Put the new log in this one's place, at once. Does not wait for the device.
 
         Raises:
             OSError: the system refused; this log stays.
         """
         if self._new is None:
             return
-        self._files.sync(self._new._fd)
         self._files.replace(self._new_path, self._path)
         self._files.close(self._fd)
         self._fd, self.nbytes, self.is_damaged = self._new._fd, self._new.nbytes, False
@@ -193,7 +212,7 @@ class IndexLog:
 
     @property
     def _new_path(self) -> Path:
-        return self._path.with_suffix(".new")
+        return self._path.with_suffix(NEW_LOG_SUFFIX)
 
     def _drop_new(self) -> None:
         if self._new is not None:

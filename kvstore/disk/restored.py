@@ -65,6 +65,10 @@ class Restored:
         """Blocks under a lease. O(blocks)."""
         return sum(self._lease_end(one) > now for one in self._found.values())
 
+    def lease_ends(self) -> dict[BlockHash, float]:
+        """When the leases end of those that have one. O(blocks)."""
+        return {name: self._lease_end(one) for name, one in self._found.items() if len(one) > FOR_S}
+
     def metas(self) -> list[BlockMeta]:
         """Their metadata."""
         return [_meta(one) for one in self._found.values()]

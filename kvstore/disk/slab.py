@@ -13,21 +13,23 @@ Covers: where a slot lies, direct and buffered I/O, what a slot says of itself. 
 The page has a checksum of its own, so that the whole index can be rebuilt from the slots' first pages alone; payloads
 are verified when they are read. Only slots that were filled under the file's stamp count, and survivors of older ones
 (`survivors`): a new stamp empties the file in one write, or all but the survivors. A new epoch is a new stamp
-without survivors, to which no log belongs yet.
+to which no log belongs yet.
 Sequence numbers rise, so that of two slots that name one block the later one wins.
 
 The file is as long as all its slots from the start, reserved and not written: opening takes milliseconds whatever its
-size. Data is on the device after `sync`; a direct write has left the process before that, so `kill -9` loses none.
+size. Where no room can be reserved it grows as it is written, as long as that leaves some to others (`room`). Data is
+on the device after `sync`; a direct write has left the process before that, so `kill -9` loses none.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
 import struct
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +41,7 @@ from kvstore.buffers import Buffers, aligned
 from kvstore.codec import HEADER_NBYTES
 from kvstore.disk.files import NO_ROOM, PAGE_NBYTES, Files, open_direct, pages, read_all, write_all
 from kvstore.disk.folder import SURVIVORS_SUFFIX
+from kvstore.disk.room import may_take
 from kvstore.disk.survivors import Survivors
 
 log = logging.getLogger(__name__)
@@ -67,7 +70,6 @@ class Slab:
     Attributes:
         num_slots: how many. slot_nbytes: bytes of each. direct: whether the page cache is passed by.
         epoch: of the file, for its log. stamp: of what is filled from now on. is_new: nothing was found to go on with.
-        problem: what is not as it should be; empty when nothing is.
     """
 
     def __init__(self, path: Path, num_slots: int, payload_nbytes: int, *, files: Files, direct: bool = True) -> None:
@@ -85,19 +87,21 @@ class Slab:
         self.num_slots = num_slots
         self.payload_nbytes = payload_nbytes
         self.slot_nbytes = slot_nbytes(payload_nbytes)
-        self.problem = ""
         self.epoch = self.stamp = 0
         self.is_new = True
         self._files = files
+        self._path = path
+        self._nbytes = 0  # of the file; slots behind it have no room yet
+        self._refused: OSError | None = None  # why no room could be reserved
         self._heads = Buffers(PAGE_NBYTES, keep=KEPT_BUFFERS)
         self._bounces = Buffers(pages(payload_nbytes), keep=KEPT_BUFFERS)
         self._fd, self.direct = open_direct(files, path, direct=direct)
-        try:
-            self._survivors = Survivors(path.with_suffix(SURVIVORS_SUFFIX), files=files)
+        with ExitStack() as opened:
+            opened.callback(files.close, self._fd)
+            self._survivors = Survivors(path.with_suffix(SURVIVORS_SUFFIX), num_slots, files=files)
+            opened.callback(self._survivors.close)
             self._prepare()
-        except BaseException:
-            files.close(self._fd)
-            raise
+            opened.pop_all()
 
     @property
     def is_deleted(self) -> bool:
@@ -107,20 +111,34 @@ class Slab:
         except OSError:
             return False
 
+    @property
+    def problem(self) -> str:
+        """What is wrong with the file's room and what to do; empty when nothing is."""
+        left = self._offset(self.num_slots) - self._nbytes
+        if self._refused is None or left <= 0:
+            return ""
+        return (
+            f"the disk did not reserve room for the disk tier's {self._offset(self.num_slots)} bytes "
+            f"({self._refused.strerror}): it may fill up and then keeps nothing new; free room or "
+            "give the tier fewer bytes"
+        )
+
     def write(self, slot: int, header: bytes, payload: memoryview, *, stamp: int, sequence: int) -> None:
         """Fill a slot. The payload is not copied if it lies on a page's border and is whole pages long.
 
         Raises:
-            OSError: the system refused; the slot holds garbage.
+            OSError: the system refused; the slot holds garbage. There is no room left but what others need.
         """
+        self._see_room(slot)
         heads = self._heads.take(1)
         bounces: list[memoryview] = []
         try:
-            heads[0][: _SIGNED_NBYTES + 8] = _signed(header, stamp, sequence)
+            heads[0][:] = _signed(header, stamp, sequence).ljust(PAGE_NBYTES, b"\0")  # nothing of what lay there before
             if self.direct and not _fits(payload):
                 bounces = self._bounces.take(1)
                 payload = _padded(payload, bounces[0])
             write_all(self._files, self._fd, [heads[0], payload], self._offset(slot))
+            self._nbytes = max(self._nbytes, self._offset(slot + 1))
         finally:
             self._heads.give(heads)
             self._bounces.give(bounces)
@@ -173,13 +191,16 @@ class Slab:
         """
         write_all(self._files, self._fd, [aligned_zeros()], self._offset(slot))
 
-    def begin_epoch(self) -> None:
-        """Let all slots say of themselves that they are free.
+    def begin_epoch(self, survivors: Sequence[int] = ()) -> None:
+        """Let all slots but these say of themselves that they are free, and let no log count that lies there.
 
         Raises:
             OSError: the system refused.
         """
-        self._sign(epoch := secrets.randbits(63), epoch)
+        epoch = secrets.randbits(63)
+        if survivors:
+            self._survivors.write(epoch, survivors, self.num_slots)
+        self._sign(epoch, epoch)
 
     def begin_stamp(self, survivors: Sequence[int]) -> None:
         """Let all slots but these say of themselves that they are free; the log goes on.
@@ -248,23 +269,32 @@ class Slab:
         return None
 
     def _reserve(self) -> None:
-        """Give the file its length, and its room where the file system can; else it takes it as it is written."""
-        nbytes = self._offset(self.num_slots)
+        """Reserve the file's room where the file system can; else it grows as it is written."""
+        nbytes, found = self._offset(self.num_slots), os.fstat(self._fd).st_size
+        if found > nbytes:
+            self._files.truncate(self._fd, nbytes)
+            found = nbytes
+        self._nbytes = found
         try:
-            if os.fstat(self._fd).st_size > nbytes:
-                self._files.truncate(self._fd, nbytes)
-            if not self._files.reserve(self._fd, nbytes):
-                self._files.truncate(self._fd, nbytes)
+            if self._files.reserve(self._fd, nbytes):
+                self._nbytes = nbytes
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            self.problem = (
-                f"the disk has no room for the disk tier's {nbytes} bytes ({error.strerror}): it may fill up and then "
-                "keeps nothing new; free room or give the tier fewer bytes"
-            )
+            self._refused = error
             log.warning("no room to reserve the disk tier's file", extra={"bytes": nbytes})
-            with suppress(OSError):  # then it grows as it is written
-                self._files.truncate(self._fd, nbytes)
+            with suppress(OSError):  # give back what it got: see `Files.reserve`
+                self._files.truncate(self._fd, found)
+
+    def _see_room(self, slot: int) -> None:
+        """Before a slot is filled that makes the file longer.
+
+        Raises:
+            OSError: it would take what others need.
+        """
+        missing = self._offset(slot + 1) - self._nbytes
+        if missing > 0 and may_take(self._path.parent, self.num_slots, self._files) < missing:
+            raise OSError(errno.ENOSPC, "what is left of the disk is for others")
 
 
 def slot_nbytes(payload_nbytes: int) -> int:

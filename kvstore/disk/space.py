@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from kvstore.disk.folder import LOG_SUFFIX, lock_folder, room_beside_others, sla
 from kvstore.disk.health import DiskHealth
 from kvstore.disk.index import DiskIndex
 from kvstore.disk.recovery import recover
+from kvstore.disk.room import may_take, slots_that_fit
 from kvstore.disk.slab import Slab, slot_nbytes
 from kvstore.errors import CodecError, InvariantError, TierError
 from kvstore.events import RemovalCause
@@ -33,6 +34,7 @@ from kvstore.tier import Clock
 log = logging.getLogger(__name__)
 
 LOADED_BY_STARTER = 2048  # restored blocks; more of them are loaded in the background while the tier serves
+AUDITED_SLOTS = 256  # headers that one audit reads, a third of a millisecond each; the next one goes on there
 MAX_WIPED = 8  # headers that are wiped one by one, each a write; of more, all other slots are written down
 
 
@@ -67,6 +69,7 @@ class DiskSpace:
         self._loader: threading.Thread | None = None
         self.lock = threading.Lock()
         self.health = DiskHealth(str(path), clock)
+        self._audited = 0  # slots whose headers were looked at in this round
         self._is_stamp_due = False  # something was cleared, and the slots do not say so yet
         self._stamping = threading.Lock()
         self.folder = lock_folder(path)
@@ -80,6 +83,11 @@ class DiskSpace:
         except BaseException:
             self.folder.release(closed=False)
             raise
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the files and what to do; empty when nothing is."""
+        return "; ".join(filter(None, (self.health.problem, self._shortage(), self.slab.problem)))
 
     def write_down(self, *, rewrites: bool = True) -> None:
         """Hand what has changed to the log, unless that has just failed.
@@ -100,26 +108,39 @@ class DiskSpace:
         self.index.rewrite_when_long()
 
     def erase(self, gone: Sequence[Entry], cause: RemovalCause) -> None:
-        """Write removals down and let the slots go. What was cleared, or is wrong, does not come back without a log."""
-        self._is_stamp_due |= cause is RemovalCause.CLEARED or (cause is RemovalCause.INVALID and len(gone) > MAX_WIPED)
-        try:
-            if cause is RemovalCause.INVALID and not self._is_stamp_due:
-                for entry in gone:
-                    self.slab.wipe(entry.index)
-        except OSError as error:
-            self.health.failed_to_write(error)
-        self.write_down()
-        with self.lock:
-            self.books.unpin(gone)
+        """Write removals down and let the slots go. What was cleared, or is wrong, does not come back without a log.
 
-    def begin_epoch(self) -> None:
-        """Let no slot count any more that was filled before."""
+        Raises:
+            TierError: blocks were cleared, and the disk takes neither that nor a new epoch.
+        """
+        is_many = cause is RemovalCause.CLEARED or (cause is RemovalCause.INVALID and len(gone) > MAX_WIPED)
         try:
-            with self._stamping:
-                self.slab.begin_epoch()
-            self.index.rewrite()
-        except OSError as error:
-            self.health.failed_to_write(error)
+            if is_many:
+                with self.lock:
+                    self._is_stamp_due = True
+            elif cause is RemovalCause.INVALID:
+                self._wipe(gone)
+            self.write_down()
+            if cause is RemovalCause.CLEARED and self.index.is_incomplete and not self._begin_epoch():
+                raise self._not_cleared(len(gone))
+        finally:
+            with self.lock:
+                self.books.unpin(gone)
+
+    def erase_all(self, gone: Sequence[Entry]) -> None:
+        """Everything was cleared: let no slot count any more that was filled before, and let the slots go.
+
+        Raises:
+            TierError: the disk takes neither that nor the removals.
+        """
+        try:
+            is_signed = self._begin_epoch()
+            self.write_down()
+            if not is_signed and self.index.is_incomplete:
+                raise self._not_cleared(len(gone))
+        finally:
+            with self.lock:
+                self.books.unpin(gone)
 
     def flush(self) -> None:
         """Let all of it outlive a power cut. Waits for the device.
@@ -133,17 +154,19 @@ class DiskSpace:
 
     def check(self) -> None:
         """As `DiskTier.check`."""
-        with suppress(OSError):  # a disk that refuses is no error of the books
-            self.index.check()
+        self.index.load()
         with self.lock:
             self.books.check()
-            entries = self.books.look()
+            entries = self.books.look(self._audited, AUDITED_SLOTS)
+            self._audited = self._audited + AUDITED_SLOTS if len(entries) == AUDITED_SLOTS else 0
         try:
             for entry in entries:
                 self._check_slot(entry)
         finally:
             with self.lock:
                 self.books.look_away(entries)
+        with suppress(OSError):  # a disk that refuses is no error of the books
+            self.index.check()
 
     def close(self) -> None:
         """Put everything on the device and let the folder go."""
@@ -179,6 +202,11 @@ class DiskSpace:
                 f"the disk tier's {capacity_bytes} bytes hold no block of {nbytes}; give it more bytes, or zero "
                 "for no disk tier"
             )
+        self._wanted_slots = slots
+        slots = slots_that_fit(path, slots, slot_nbytes(nbytes), files)
+        if slots < self._wanted_slots:
+            log.warning("the disk tier takes what its disk has room for", extra={"blocks": slots})
+        self._files, self._path = files, path
         self.books = DiskBooks(
             slots,
             clock=self._clock,
@@ -198,6 +226,22 @@ class DiskSpace:
             self.index.close()
             self.slab.close()
             raise
+
+    def _shortage(self) -> str:
+        """Whether there was no room for all slots when the folder was opened; a full tier evicts, so it goes on."""
+        slots, wanted = self.slab.num_slots, self._wanted_slots
+        if slots == wanted:
+            return ""
+        missing = (wanted - slots) * self.slab.slot_nbytes
+        try:
+            is_over = may_take(self._path.parent, wanted, self._files) >= missing
+        except OSError:
+            is_over = False
+        remedy = "there is room now: restart the worker to use it" if is_over else f"free {missing} bytes and restart"
+        return (
+            f"the disk has no room for the disk tier's {wanted} blocks, so it keeps {slots}, and leaves the rest of "
+            f"the disk to others; {remedy}, or give the tier fewer bytes"
+        )
 
     def _restore(self) -> None:
         with _no_collection():
@@ -219,18 +263,55 @@ class DiskSpace:
             self._loader.start()
         self.write_down()
 
+    def _wipe(self, gone: Sequence[Entry]) -> None:
+        try:
+            for entry in gone:
+                self.slab.wipe(entry.index)
+        except OSError as error:
+            self.health.failed_to_write(error)
+
     def _begin_stamp_when_due(self) -> None:
         with self._stamping:
-            if not self._is_stamp_due:
-                return
-            with self.lock:
-                held = self.books.held_slots()
+            if self._is_stamp_due:
+                self._sign(self.slab.begin_stamp)
+
+    def _begin_epoch(self) -> bool:
+        """Let neither the log count that lies there nor slots that hold nothing; whether the slab says so.
+
+        That takes no room: so it is the way out where the log takes no more records.
+        """
+        try:
+            with self._stamping:
+                self.index.forsake(lambda: self._sign(self._sign_epoch))
+        except OSError as error:
+            self.health.failed_to_write(error)
+            return False
+        return True
+
+    def _sign_epoch(self, held: Sequence[int]) -> None:
+        try:
+            self.slab.begin_epoch(held)
+        except OSError as error:
+            log.warning("blocks on disk are lost with the process: none could be named", extra={"reason": str(error)})
+            self.slab.begin_epoch()
+
+    def _sign(self, sign: Callable[[Sequence[int]], None]) -> None:
+        """Sign the slab, with the slots that still count, holding `_stamping`."""
+        with self.lock:  # in one: what is cleared from now on makes the next stamp due
+            held = self.books.held_slots()
             self._is_stamp_due = False
-            try:
-                self.slab.begin_stamp(held)
-            except OSError:
+        try:
+            sign(held)
+        except OSError:
+            with self.lock:
                 self._is_stamp_due = True
-                raise
+            raise
+
+    def _not_cleared(self, count: int) -> TierError:
+        return TierError(
+            f"{count} blocks of the disk tier were dropped, but that could not be written down, so they come back "
+            f"should the worker end now; {self.health.problem}; then clear again"
+        )
 
     def _check_slot(self, entry: Entry) -> None:
         try:

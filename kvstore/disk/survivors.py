@@ -26,13 +26,14 @@ import xxhash
 from kvstore.disk.files import Files, read_all, write_all
 
 _HEAD = struct.Struct("<QI")
+_LONGEST_NBYTES = _HEAD.size + 16  # without the bits
 
 
 class Survivors:
     """The file. Not thread-safe: one writes at a time, and it is asked while nobody writes."""
 
-    def __init__(self, path: Path, *, files: Files) -> None:
-        """Open the file, or make it.
+    def __init__(self, path: Path, num_slots: int, *, files: Files) -> None:
+        """Open the file, or make it, as long as it will ever be: it must be written when the disk is full, too.
 
         Raises:
             OSError: it cannot be opened.
@@ -40,6 +41,10 @@ class Survivors:
         self._files = files
         self._fd = files.open(path, os.O_CREAT)
         self._bits = b""
+        with suppress(OSError):  # who writes it is told
+            found, nbytes = os.fstat(self._fd).st_size, _LONGEST_NBYTES + -(-num_slots // 8)
+            if found < nbytes:
+                write_all(files, self._fd, [memoryview(bytes(nbytes - found))], found)
 
     def read(self, stamp: int) -> None:
         """Take those that were written down for this stamp; none if there are none or they cannot be read."""

@@ -28,7 +28,7 @@ from kvstore.disk.entries import Entry
 from kvstore.disk.files import Files
 from kvstore.disk.space import DiskSpace
 from kvstore.disk.transfer import DiskTransfer
-from kvstore.errors import MissReason
+from kvstore.errors import InvariantError, MissReason
 from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, Delivery, Honours, TierStats
@@ -95,6 +95,8 @@ class DiskTier:
             files=files or Files(),
         )
         self._books, self._lock = self._space.books, self._space.lock
+        self._faults: dict[Entry, int] = {}  # slots that could not be read, and how many reads had succeeded by then
+        self._under_way: set[Entry] = set()  # slots that some call of `write` fills
         self._transfer = DiskTransfer(self._space, codec, wall_clock)
 
     @property
@@ -135,36 +137,40 @@ class DiskTier:
         with self._lock:
             self._books.hits += arrived
             ended = reasons[arrived] if arrived < count else None
-            if ended in _WRONG and entries[arrived].removed:
+            if ended in _WRONG and entries[arrived].removed:  # its slot was given away meanwhile
                 ended = MissReason.ABSENT
             elif arrived == count < len(hashes):
                 ended = self._books.why_missing(hashes[count])
+            elif ended is MissReason.UNREADABLE and not self._is_lost(entries[arrived]):
+                ended = MissReason.ERROR
             if ended is not None:
                 self._books.misses[ended] += 1
-        if arrived < count and reasons[arrived] in _WRONG:
-            self._drop_wrong(entries[arrived], str(reasons[arrived]))
+            for entry in entries[:arrived] if self._faults else ():
+                self._faults.pop(entry, None)
+        if arrived < count and ended in _WRONG:
+            self._drop_wrong(entries[arrived], str(ended))
         return Delivery(arrived, ended)
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
         """As `Tier.write`. While the disk refuses writes, only counts and refreshes what is already held."""
-        with self._lock:
-            held = self._books.leading([meta.hash for meta in metas])
-        if held < len(metas) and not self._space.health.may_write():
-            with self._lock:
-                self._books.unpin(self._books.reserve(metas[:held])[0])
-                self._books.failures[self._space.health.reason] += len(metas) - held
-            return held
         if self._books.is_loading and self._books.free_slots < len(metas):
             self._space.index.load()
-        with self._lock:
+        with self._lock:  # in one: what is held now must still be when nothing else may be written
+            held = self._books.leading([meta.hash for meta in metas])
+            if held < len(metas) and not self._space.health.may_write():
+                self._books.unpin(self._books.reserve(metas[:held])[0])
+                self._books.failures[self._space.health.reason] += len(metas) - held
+                return held
             stamp = self._space.slab.stamp
             kept, fresh, count = self._books.reserve(metas)
+            self._under_way.update(entry for _, entry in fresh)
         done: list[Entry] = []
         try:
             done = self._transfer.store(fresh, payloads, stamp)
         finally:
             with self._lock:
                 self._books.publish([entry for _, entry in fresh])
+                self._under_way.difference_update(entry for _, entry in fresh)
                 self._books.unpin(kept)
         if len(done) < len(fresh):
             count = fresh[len(done)][0]
@@ -202,8 +208,17 @@ class DiskTier:
         self._space.write_down(rewrites=False)
         return count
 
+    def leases(self) -> dict[BlockHash, float | None]:
+        """As `Lasting.leases`."""
+        with self._lock:
+            return self._books.leases()
+
     def remove(self, hashes: Sequence[BlockHash], cause: RemovalCause) -> int:
-        """As `Tier.remove`; a block that is being written is dropped too, and not counted."""
+        """As `Tier.remove`; a block that is being written is dropped too, and not counted.
+
+        Raises:
+            TierError: as `clear`, where the cause is CLEARED.
+        """
         with self._lock:
             gone = self._books.take_out(hashes, cause)
         self._space.erase(gone, cause)
@@ -214,6 +229,9 @@ class DiskTier:
 
         None of them comes back, even should the log be lost (`survivors`); bytes of payloads stay on the disk
         until their slots are used again.
+
+        Raises:
+            TierError: they are dropped, but the disk refuses to be told so: they come back should the process end now.
         """
         everything = root is None and prefix is None
         with self._lock:
@@ -223,8 +241,9 @@ class DiskTier:
             if everything:
                 self._books.events[before:] = [AllBlocksCleared(self.name)]
         if everything:
-            self._space.begin_epoch()
-        self._space.erase(gone, RemovalCause.EVICTED if everything else RemovalCause.CLEARED)
+            self._space.erase_all(gone)
+        else:
+            self._space.erase(gone, RemovalCause.CLEARED)
         return len(gone)
 
     def sweep(self) -> float | None:
@@ -281,16 +300,20 @@ class DiskTier:
                 read_bytes=books.hits * self._nbytes,
                 written_bytes=books.stores * self._nbytes,
                 healthy=self._space.health.can_read,
-                problem="; ".join(filter(None, (self._space.health.problem, deleted, self._space.slab.problem))),
+                problem="; ".join(filter(None, (self._space.problem, deleted))),
                 leased=books.leased,
             )
 
     def check(self) -> None:
-        """As `Tier.check`: books, log, and the header of every held slot (one page each). O(blocks).
+        """As `Tier.check`: books, log, and the headers of some held slots: each audit goes on where the last one ended.
 
+        Any thread may call it; others wait for the books' part, which is O(blocks) and takes 20 us a block.
         A header that cannot be read or parsed is the disk's fault, not the books': the next read drops the block.
         """
         self._space.check()
+        with self._lock:
+            if self._books.coming != self._under_way:
+                raise InvariantError("slots are reserved for writes that have ended, or the other way round")
 
     def close(self) -> None:
         """As `Tier.close`: everything is on the device then. Nobody may be using the tier."""
@@ -299,6 +322,18 @@ class DiskTier:
         self._closed = True
         self._transfer.close()
         self._space.close()
+
+    def _is_lost(self, entry: Entry) -> bool:
+        """A slot could not be read: whether that is for good, as a device that reads others has refused it twice.
+
+        Else the device may only be away, and what is on it will be read again. A lease forbids to drop it either way.
+        """
+        before = self._faults.get(entry)
+        if before is not None:
+            return before < self._space.health.reads and entry.lease is None
+        self._faults = {other: reads for other, reads in self._faults.items() if not other.removed}
+        self._faults[entry] = self._space.health.reads
+        return False
 
     def _drop_wrong(self, entry: Entry, reason: str) -> None:
         name = entry.meta.hash

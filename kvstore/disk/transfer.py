@@ -70,8 +70,8 @@ class DiskTransfer:
             self._space.index.flush()
         except OSError as error:
             faults, done = [error], []
-            for _, entry in fresh:
-                entry.removed = True
+            with self._space.lock:
+                self._space.books.withdraw([entry for _, entry in fresh])
         if fault := next(filter(None, faults), None):
             reason = self._space.health.failed_to_write(fault)
             with self._space.lock:

@@ -54,7 +54,7 @@ class FaultyFiles(Files):
     Attributes:
         writes, reads: an errno that every one fails with from now on; 0: none.
         suffix: of the files whose writes fail, or several. short: writes and reads do at most so many bytes at once.
-        before_write: called before each write.
+        before_write: called before each write. disk: bytes of a disk on which only our files lie; None: the real one.
     """
 
     writes: int = 0
@@ -63,6 +63,7 @@ class FaultyFiles(Files):
     short: int = 0
     before_write: Callable[[], None] | None = None
     calls: int = 0
+    disk: int | None = None
     _paths: dict[int, Path] = field(default_factory=dict)
 
     def open(self, path: Path, flags: int) -> int:
@@ -82,6 +83,22 @@ class FaultyFiles(Files):
         if self.reads:
             raise OSError(self.reads, os.strerror(self.reads))
         return super().preadv(fd, self._shortened(buffers), offset)
+
+    def room(self, folder: Path) -> tuple[int, int]:
+        if self.disk is None:
+            return super().room(folder)
+        return self.disk - sum(self.taken(path) for path in folder.iterdir()), self.disk
+
+    def reserve(self, fd: int, nbytes: int) -> bool:
+        """As ext4: what there is is taken, even if it is not enough."""
+        if self.disk is None:
+            return super().reserve(fd, nbytes)
+        path = self._paths[fd]
+        fitting = min(nbytes, self.taken(path) + self.room(path.parent)[0])
+        super().reserve(fd, fitting)
+        if fitting < nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return True
 
     def _shortened(self, buffers: Sequence[memoryview]) -> Sequence[memoryview]:
         if not self.short:

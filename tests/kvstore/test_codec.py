@@ -103,7 +103,7 @@ def test_a_protected_header_differs_in_codec_key_id_nonce_tag_and_checksum(codec
     fields = msgpack.unpackb(value[6 : 6 + int.from_bytes(value[4:6], "little")])
     assert msgpack.packb(fields[8]) == name
     assert fields[16] == "new"
-    assert len(fields[17]) == 12
+    assert len(fields[17]) == 28
     plain = msgpack.unpackb(CASES["plain"].value[6:300].rstrip(b"\0") + b"\0")
     assert fields[:8] + fields[9:16] == plain[:8] + plain[9:16]
     assert value[488:504] != bytes(16)

@@ -14,12 +14,14 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.crypto import BlockKeys, Keyring, Protection, new_nonce
+from kvstore import crypto
+from kvstore.crypto import BlockKeys, Keyring, Protection
 from kvstore.errors import KeyringError
 
 FIRST, SECOND = bytes(range(32)), bytes(range(1, 33))
 NAMESPACE = b"n" * 32
-NONCE = b"nonce nonce "
+SALT = b"salt salt salt s"
+NONCE = SALT + b"nonce nonce "
 
 
 def line(key_id: str, secret: bytes = FIRST) -> str:
@@ -31,6 +33,11 @@ def hkdf(secret: bytes, salt: bytes, info: bytes) -> bytes:
     return hmac.digest(hmac.digest(salt, secret, hashlib.sha256), info + b"\x01", hashlib.sha256)
 
 
+def expanded(key: bytes) -> bytes:
+    """The second half of RFC 5869, with a salt of this format as the context."""
+    return hmac.digest(key, b"warmkv salt " + SALT + b"\x01", hashlib.sha256)
+
+
 def keys_of(*secrets: tuple[str, bytes], namespace: bytes = NAMESPACE) -> BlockKeys:
     return Keyring(dict(secrets)).for_namespace(namespace)
 
@@ -38,28 +45,28 @@ def keys_of(*secrets: tuple[str, bytes], namespace: bytes = NAMESPACE) -> BlockK
 @given(header=st.binary(max_size=64), body=st.binary(min_size=1, max_size=200))
 def test_encryption_is_aes_256_gcm_under_an_hkdf_key(header: bytes, body: bytes) -> None:
     tag, stored = keys_of(("a", FIRST)).protect(Protection.ENCRYPT, NONCE, header, memoryview(body))
-    key = hkdf(FIRST, NAMESPACE, b"warmkv block encrypt")
-    assert bytes(stored) + tag == AESGCM(key).encrypt(NONCE, body, header)
+    key = expanded(hkdf(FIRST, NAMESPACE, b"warmkv block encrypt"))
+    assert bytes(stored) + tag == AESGCM(key).encrypt(NONCE[16:], body, header)
 
 
 @given(header=st.binary(max_size=64), body=st.binary(min_size=1, max_size=200))
 def test_authentication_is_gmac_under_an_hkdf_key_of_its_own(header: bytes, body: bytes) -> None:
     tag, stored = keys_of(("a", FIRST)).protect(Protection.AUTHENTICATE, NONCE, header, memoryview(body))
-    key = hkdf(FIRST, NAMESPACE, b"warmkv block authenticate")
+    key = expanded(hkdf(FIRST, NAMESPACE, b"warmkv block authenticate"))
     assert stored == body
-    assert tag == AESGCM(key).encrypt(NONCE, b"", header + body)
+    assert tag == AESGCM(key).encrypt(NONCE[16:], b"", header + body)
 
 
 def test_the_keys_are_those_that_this_version_derived_first() -> None:
     tags = [keys_of(("a", FIRST)).protect(how, NONCE, b"h", memoryview(b"p"))[0].hex() for how in Protection]
-    assert tags == ["6189007199b3c55ba34331bf17bf0721", "74b0bb733e103141899e964cac7b257f"]
+    assert tags == ["d7bd9fc925bc9380884b3e0367ab83bd", "f3b7afb7b7ff0c6dba73bc3270612654"]
 
 
 @pytest.mark.parametrize("how", Protection)
 @given(st.binary(min_size=1, max_size=300))
 def test_what_is_protected_can_be_read_in_place(how: Protection, body: bytes) -> None:
     keys = keys_of(("a", FIRST))
-    nonce = new_nonce()
+    nonce = keys.new_nonce()
     tag, stored = keys.protect(how, nonce, b"header", memoryview(body))
     target = bytearray(stored)
     assert len(stored) == len(body)
@@ -68,12 +75,15 @@ def test_what_is_protected_can_be_read_in_place(how: Protection, body: bytes) ->
 
 
 @pytest.mark.parametrize("how", Protection)
-@pytest.mark.parametrize("what", ["nonce", "header", "payload", "tag", "namespace", "secret", "protection"])
+@pytest.mark.parametrize("what", ["nonce", "salt", "header", "payload", "tag", "namespace", "secret", "protection"])
 def test_anything_else_than_what_was_protected_is_refused(how: Protection, what: str) -> None:
     tag, stored = keys_of(("a", FIRST)).protect(how, NONCE, b"header", memoryview(b"payload"))
     secret, namespace = SECOND if what == "secret" else FIRST, b"m" * 32 if what == "namespace" else NAMESPACE
     keys = keys_of(("a", secret), namespace=namespace)
-    nonce, header = b"other nonce " if what == "nonce" else NONCE, b"Header" if what == "header" else b"header"
+    nonce, header = (
+        {"nonce": SALT + b"other nonce ", "salt": b"S" + NONCE[1:]}.get(what, NONCE),
+        b"Header" if what == "header" else b"header",
+    )
     body = bytearray(stored)
     body[3] ^= what == "payload"
     others = {Protection.ENCRYPT: Protection.AUTHENTICATE, Protection.AUTHENTICATE: Protection.ENCRYPT}
@@ -97,7 +107,7 @@ def test_threads_share_keys() -> None:
     def work(seed: int) -> None:
         body = bytes([seed]) * 5000
         for _ in range(50):
-            nonce = new_nonce()
+            nonce = keys.new_nonce()
             tag, stored = keys.protect(Protection.ENCRYPT, nonce, b"h", memoryview(body))
             target = bytearray(stored)
             if not keys.unprotect("a", Protection.ENCRYPT, nonce, b"h", memoryview(target), tag) or target != body:
@@ -166,3 +176,51 @@ def test_secrets_are_neither_shown_nor_sent_away() -> None:
         for send in (pickle.dumps, copy.deepcopy):
             with pytest.raises(TypeError, match="send the settings"):
                 send(holder)
+
+
+def test_each_writer_has_a_salt_of_its_own_and_another_one_before_its_nonces_run_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(crypto, "BLOCKS_A_SALT", 3)
+    writers = [keys_of(("a", FIRST)) for _ in range(2)]
+    nonces = [[keys.new_nonce() for _ in range(8)] for keys in writers]
+    salts = [[nonce[:16] for nonce in drawn] for drawn in nonces]
+    for drawn in salts:
+        assert [drawn.count(salt) for salt in dict.fromkeys(drawn)] == [3, 3, 2]
+    assert len({salt for drawn in salts for salt in drawn}) == 6
+    assert len({nonce[16:] for drawn in nonces for nonce in drawn}) == 16
+    reader = keys_of(("b", SECOND), ("a", FIRST))
+    for keys, drawn in zip(writers, nonces, strict=True):
+        for nonce in drawn:
+            tag, stored = keys.protect(Protection.ENCRYPT, nonce, b"h", memoryview(b"payload"))
+            target = bytearray(stored)
+            assert reader.unprotect("a", Protection.ENCRYPT, nonce, b"h", memoryview(target), tag)
+            assert target == b"payload"
+
+
+def test_no_more_blocks_are_written_under_a_salt_than_its_key_may_have() -> None:
+    assert crypto.BLOCKS_A_SALT < 2**32  # SP 800-38D, section 8.3
+
+
+def test_a_key_is_derived_once_a_salt_and_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crypto, "KEPT_SUBKEYS", 2)
+    derived: list[bytes] = []
+    derive = BlockKeys._derive_subkey
+
+    def counted(keys: BlockKeys, key_id: str, how: Protection, salt: bytes) -> bytes:
+        derived.append(salt[:1])
+        return derive(keys, key_id, how, salt)
+
+    monkeypatch.setattr(BlockKeys, "_derive_subkey", counted)
+    keys = keys_of(("a", FIRST))
+    for salt in (b"1", b"1", b"2", b"1", b"3", b"1", b"2"):
+        keys.protect(Protection.ENCRYPT, salt.ljust(28), b"h", memoryview(b"p"))
+    assert derived == [b"1", b"2", b"3", b"2"]
+
+
+@pytest.mark.parametrize("length", [0, 12, 16, 27, 29])
+def test_a_nonce_of_another_length_is_refused(length: int) -> None:
+    tag, stored = keys_of(("a", FIRST)).protect(Protection.ENCRYPT, NONCE, b"h", memoryview(b"payload"))
+    target = memoryview(bytearray(stored))
+    nonce = (NONCE + b"+")[:length]
+    assert not keys_of(("a", FIRST)).unprotect("a", Protection.ENCRYPT, nonce, b"h", target, tag)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from kvstore.blocks import BlockHash
 from kvstore.disk.folder import SLAB_SUFFIX, SURVIVORS_SUFFIX
 from kvstore.disk.tier import DiskTier
+from kvstore.errors import TierError
 from kvstore.events import RemovalCause
 from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT, buffers, chain, names, payloads, read_verified
 from tests.kvstore.disk_for_tests import FaultyFiles, Place, log_file, slab_file
@@ -170,3 +172,133 @@ def test_nothing_that_was_removed_comes_back_after_a_kill_that_costs_the_log(tmp
         place.tier.check()
         place.tier.close()
     assert gone > 0
+
+
+LOG = (".log", ".new")
+
+
+@pytest.mark.parametrize("comes_back", [Place.crash, Place.restart])
+@pytest.mark.parametrize("clear", ["root", "prefix", "remove", "all"])
+def test_what_is_cleared_while_the_log_takes_nothing_does_not_come_back(
+    place: Place, files: FaultyFiles, clear: str, comes_back: Callable[[Place], DiskTier]
+) -> None:
+    cleared, kept = chain(4), chain(3, root=OTHER_ROOT)
+    for metas in (cleared, kept):
+        place.tier.write(metas, payloads(metas))
+    files.writes, files.suffix = errno.ENOSPC, LOG
+    match clear:
+        case "root":
+            assert place.tier.clear(root=ROOT) == 4
+        case "prefix":
+            assert place.tier.clear(prefix=cleared[0].hash) == 4
+        case "remove":
+            assert place.tier.remove(names(cleared), RemovalCause.CLEARED) == 4
+        case "all":
+            assert place.tier.clear() == 7
+    assert "read-only" in place.tier.stats().problem
+    place.tier.check()
+    if comes_back is Place.crash:
+        place.abandon()
+    else:
+        place.tier.close()
+    files.writes = 0
+    tier = place.open()
+    left = 0 if clear == "all" else 3
+    assert (tier.match(names(cleared)), read_back(tier, names(kept)), tier.stats().blocks) == (0, left, left)
+    assert place.restart().stats().blocks == left
+    place.tier.check()
+
+
+def test_what_was_written_before_a_log_is_forsaken_is_there_after_a_crash_and_what_comes_after_too(
+    place: Place, files: FaultyFiles
+) -> None:
+    cleared, kept, after = chain(2), chain(2, root=OTHER_ROOT), chain(2, first_token=5)
+    for metas in (cleared, kept):
+        place.tier.write(metas, payloads(metas))
+    files.writes, files.suffix = errno.ENOSPC, LOG
+    place.tier.clear(root=ROOT)
+    files.writes = 0
+    place.wait(5.1)
+    assert place.tier.write(after, payloads(after)) == 2
+    assert place.tier.stats().problem == ""
+    tier = place.crash()
+    assert (read_back(tier, names(kept)), read_back(tier, names(after)), tier.stats().blocks) == (2, 2, 4)
+
+
+def test_where_survivors_cannot_be_named_what_is_kept_is_lost_and_not_what_is_cleared_kept(
+    place: Place, files: FaultyFiles
+) -> None:
+    cleared, kept = chain(2), chain(2, root=OTHER_ROOT)
+    for metas in (cleared, kept):
+        place.tier.write(metas, payloads(metas))
+    files.writes, files.suffix = errno.ENOSPC, (*LOG, SURVIVORS_SUFFIX)
+    assert place.tier.clear(root=ROOT) == 2
+    assert read_back(place.tier, names(kept)) == 2
+    place.abandon()
+    files.writes = 0
+    assert place.open().stats().blocks == 0
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_a_disk_that_takes_no_word_of_a_clear_is_told_to_the_operator(
+    place: Place, files: FaultyFiles, everything: bool
+) -> None:
+    metas = chain(4)
+    place.tier.write(metas, payloads(metas))
+    files.writes = errno.EIO
+    for _ in range(2):
+        with pytest.raises(TierError, match=r"dmesg.*then clear again"):
+            place.tier.clear(root=None if everything else ROOT)
+        assert place.tier.stats().blocks == 0
+        assert place.tier.stats().used_bytes == 0
+    files.writes = 0
+    assert place.tier.clear(root=None if everything else ROOT) == 0
+    assert place.crash().stats().blocks == 0
+    place.tier.check()
+
+
+def test_the_survivors_have_their_room_from_the_start(place: Place) -> None:
+    path = slab_file(place.folder).with_suffix(SURVIVORS_SUFFIX)
+    room, metas = path.stat().st_size, chain(4)
+    assert room > 0
+    place.tier.write(metas, payloads(metas))
+    place.tier.clear(prefix=metas[2].hash)
+    assert path.stat().st_size == room
+
+
+def test_a_block_that_is_cleared_while_another_stamp_is_written_makes_the_next_one_due(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = chain(2), chain(2, root=OTHER_ROOT)
+    for metas in (first, second):
+        place.tier.write(metas, payloads(metas))
+    space, is_due = place.tier._space, threading.Event()
+    real, flush = space.lock, space.index.flush
+    other = threading.Thread(target=lambda: place.tier.clear(root=OTHER_ROOT))
+
+    class Lock:
+        """When the survivors are known and nobody holds the lock, another clear comes as far as its own stamp."""
+
+        def __enter__(self) -> None:
+            real.acquire()
+
+        def __exit__(self, *args: object) -> None:
+            real.release()
+            if known and other.ident is None and threading.current_thread() is not other:
+                other.start()
+                assert is_due.wait(10.0)
+
+    def flush_and_tell() -> None:
+        flush()
+        if threading.current_thread() is other:
+            is_due.set()
+
+    known: list[int] = []
+    held_slots = space.books.held_slots
+    monkeypatch.setattr(space.books, "held_slots", lambda: known.extend([1]) or held_slots())
+    monkeypatch.setattr(space.index, "flush", flush_and_tell)
+    monkeypatch.setattr(space, "lock", Lock())
+    assert place.tier.clear(root=ROOT) == 2
+    other.join()
+    monkeypatch.undo()
+    assert lose_the_log(place).stats().blocks == 0

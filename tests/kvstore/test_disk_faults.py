@@ -5,17 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgpack
 import pytest
 
+from kvstore import buffers as buffers_module
 from kvstore.blocks import BlockHash
+from kvstore.buffers import PAGE_NBYTES, aligned
 from kvstore.codec import BlockCodec
 from kvstore.disk.lock import LOCK_NAME
+from kvstore.disk.log import SPARE_LOG_BYTES
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import TierError
 from kvstore.events import BlockRemoved, RemovalCause
@@ -346,7 +352,7 @@ def test_a_disk_that_refuses_reads_is_a_miss_and_then_costs_nothing(place: Place
     for meta in metas:
         assert read_back(place.tier, [meta.hash]) == 0
     stats = place.tier.stats()
-    assert stats.misses == {"unreadable": 3, "breaker": 3}
+    assert stats.misses == {"error": 3, "breaker": 3}
     assert not stats.healthy
     assert "dmesg" in stats.problem
     files.reads = 0
@@ -355,6 +361,50 @@ def test_a_disk_that_refuses_reads_is_a_miss_and_then_costs_nothing(place: Place
     assert read_back(place.tier, names(metas)[3:]) == 3
     assert place.tier.stats().healthy
     assert place.tier.stats().problem == ""
+    assert read_back(place.tier, names(metas)) == 6  # none was dropped for it
+    place.tier.check()
+
+
+def test_a_device_that_is_away_for_long_costs_no_block(place: Place, files: FaultyFiles) -> None:
+    metas = chain(6)
+    place.tier.write(metas, payloads(metas))
+    place.tier.lease(names(metas)[:1], None)
+    files.reads = errno.EIO
+    for _ in range(100):
+        place.wait(1.0)
+        for meta in metas:
+            assert read_back(place.tier, [meta.hash]) == 0
+    files.reads = 0
+    place.wait(10.0)
+    assert place.tier.stats().removals == {}
+    assert read_back(place.tier, names(metas)[:1]) == 1  # the probe
+    assert read_back(place.tier, names(metas)) == 6
+
+
+@pytest.mark.parametrize("leased", [True, False])
+def test_a_slot_that_alone_cannot_be_read_twice_is_given_up_and_written_elsewhere(
+    place: Place, files: FaultyFiles, monkeypatch: pytest.MonkeyPatch, leased: bool
+) -> None:
+    metas = chain(3)
+    place.tier.write(metas, payloads(metas))
+    if leased:
+        place.tier.lease(names(metas), None)
+    bad, read = payload_at(slot_of(place, metas[1].hash)) - PAGE_NBYTES, files.preadv
+
+    def refuse(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if offset == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(fd, buffers, offset)
+
+    monkeypatch.setattr(files, "preadv", refuse)
+    for _ in range(2):
+        assert read_back(place.tier, names(metas)[1:2]) == 0
+    assert place.tier.match(names(metas)) == 3  # no other slot was read since the first time
+    assert read_back(place.tier, names(metas)[:1]) == 1
+    assert read_back(place.tier, names(metas)[1:2]) == 0
+    assert place.tier.match(names(metas)) == (3 if leased else 1)
+    assert place.tier.stats().misses == ({"error": 3} if leased else {"error": 2, "unreadable": 1})
+    assert place.tier.stats().removals == ({} if leased else {"invalid": 1})
     place.tier.check()
 
 
@@ -402,30 +452,31 @@ def test_a_file_that_the_system_does_not_let_grow_is_a_full_disk_for_real(tmp_pa
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Path:
-    """A file system of 256 KiB."""
+    """A file system of 8 MiB."""
     point = tmp_path / "tiny"
     point.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(point)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(point)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("only root may mount a small file system here")
     return point
 
 
-def test_a_full_file_system_turns_the_tier_read_only_until_there_is_room(tiny_disk: Path) -> None:
+def test_a_file_system_that_is_too_small_is_filled_up_to_a_floor_and_no_further(tiny_disk: Path) -> None:
     try:
-        place = Place(tiny_disk / "blocks", blocks=64)
+        place = Place(tiny_disk / "blocks", blocks=2000)
         assert "no room" in place.tier.stats().problem
-        metas = chain(60)
-        assert place.tier.write(metas[:10], payloads(metas[:10])) == 10
-        count = place.tier.write(metas, payloads(metas))
-        assert 10 <= count < 60  # 10 when the slots leave no room for the log
-        assert place.tier.stats().store_failures == {"full": 60 - count}
-        assert read_back(place.tier, names(metas)) == count
-        place.tier.check()
-        subprocess.run(["mount", "-o", "remount,size=4m", str(tiny_disk)], check=True)
-        place.wait(1.1)
-        assert place.tier.write(metas, payloads(metas)) == 60
-        assert read_back(place.restart(), names(metas)) == 60
+        slots = place.tier.num_slots
+        assert 20 < slots < 500
+        for token in range(slots // 20 + 3):  # it evicts
+            metas = chain(20, first_token=token)
+            assert place.tier.write(metas, payloads(metas)) == 20
+        assert place.tier.stats().blocks == slots
+        usage = shutil.disk_usage(tiny_disk)
+        assert usage.free > usage.total // 20 + SPARE_LOG_BYTES // 2
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tiny_disk)], check=True)
+        assert "restart" in place.tier.stats().problem
+        assert read_back(place.restart(), names(metas)) == 20
+        assert (place.tier.stats().problem, place.tier.num_slots) == ("", 2000)
         place.tier.close()
     finally:
         subprocess.run(["umount", "-l", str(tiny_disk)], check=True)
@@ -539,3 +590,97 @@ def test_after_a_power_cut_a_misplaced_block_is_no_error_of_the_books(place: Pla
 
 def test_the_limit_for_file_sizes_is_as_before() -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_nothing_of_the_process_memory_is_written_behind_a_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    def used_before(nbytes: int) -> memoryview:
+        memory = aligned(nbytes)
+        memory[:] = b"\xa5" * nbytes
+        return memory
+
+    monkeypatch.setattr(buffers_module, "aligned", used_before)
+    place, metas = Place(tmp_path, options={"direct": direct}), chain(4)
+    for _ in range(2):  # and again, in buffers that were read into
+        assert place.tier.write(metas, payloads(metas)) == 4
+        assert read_back(place.tier, names(metas)) == 4
+        place.tier.clear()
+    place.tier.close()
+    data = slab_file(tmp_path).read_bytes()
+    for slot in range(4):
+        end = payload_at(slot)
+        assert data[end - PAGE_NBYTES :][:4] == b"WKVB"
+        assert data[end - PAGE_NBYTES + 536 : end] == bytes(PAGE_NBYTES - 536)
+
+
+@pytest.mark.parametrize("fails_at", range(1, 9))
+def test_a_tier_that_cannot_be_opened_leaves_no_file_open(tmp_path: Path, fails_at: int) -> None:
+    class Counting(FaultyFiles):
+        """Every call is counted, and one fails."""
+
+        left = fails_at
+        opened = 0
+
+        def _count(self) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise OSError(errno.EIO, "Input/output error")
+
+        def open(self, path: Path, flags: int) -> int:
+            self._count()
+            fd = super().open(path, flags)
+            self.opened += 1
+            return fd
+
+        def close(self, fd: int) -> None:
+            super().close(fd)
+            self.opened -= 1
+
+        def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            self._count()
+            return super().preadv(fd, buffers, offset)
+
+        def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            self._count()
+            return super().pwritev(fd, buffers, offset)
+
+    files = Counting()
+    with suppress(TierError):
+        Place(tmp_path, files=files).tier.close()
+    assert files.left <= 0
+    assert files.opened == 0
+
+
+def test_files_of_slabs_that_are_no_more_are_deleted_and_strangers_are_not(place: Place) -> None:
+    metas = chain(2)
+    place.tier.write(metas, payloads(metas))
+    place.tier.close()
+    other = f"{b'o'.hex() * 8}-640"
+    orphans = [f"{other}.log", f"{other}.held", f"{other}.new", log_file(place.folder).with_suffix(".new").name]
+    another = f"{b'k'.hex() * 8}-7"  # which has its slab
+    strangers = ["notes.log", "mine.held", "x.new", f"{another}.slab", f"{another}.log"]
+    for name in orphans + strangers:
+        (place.folder / name).write_bytes(b"x")
+        os.utime(place.folder / name, (place.wall.now, place.wall.now))
+    tier = place.open()
+    there = {path.name for path in place.folder.iterdir()}
+    assert there.isdisjoint(orphans)
+    assert there.issuperset(strangers)
+    assert read_back(tier, names(metas)) == 2
+
+
+def test_without_locks_an_owner_on_another_host_is_alive_until_a_person_says_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    record = tmp_path / LOCK_NAME
+    record.write_bytes(msgpack.packb((7, "an-earlier-pod", "a boot", False)))
+    with pytest.raises(TierError, match=f"process 7 on an-earlier-pod.*delete {record} if it has ended"):
+        Place(tmp_path)
+    record.unlink()
+    Place(tmp_path).tier.close()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.blocks import BlockHash
+from kvstore.disk import index as index_module
+from kvstore.disk import space as space_module
 from kvstore.events import RemovalCause, TierName
 from kvstore.host.tier import HostTier
 from kvstore.leases import SETTLE_NAMES, SETTLE_S, Leases
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, chain, names, payloads
+from tests.kvstore.disk_for_tests import Place
 
 HOST, DISK = TierName.HOST, TierName.DISK
 
@@ -266,3 +270,51 @@ def test_after_a_round_the_lowest_holder_and_no_other_promises(steps: list[tuple
     in_host = {name for name in live - on_disk if rig.host.holds(name)}
     assert rig.leased() == (len(in_host), len(on_disk))
     assert rig.leases.names() == on_disk | in_host
+
+
+def test_a_tier_that_raises_promises_nothing_and_the_next_one_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig()
+    hashes = rig.know(chain(2))
+    rig.put(rig.host, hashes)
+    rig.put(rig.disk, hashes)
+
+    def fail(hashes: Sequence[BlockHash], for_s: float | None) -> int:
+        raise RuntimeError("threads can only be started once")
+
+    monkeypatch.setattr(rig.disk, "lease", fail)
+    assert rig.leases.lease(hashes, None) == {HOST: 2}
+    assert "report this" in caplog.text
+    monkeypatch.undo()
+    rig.settle()
+    assert rig.leased() == (0, 2)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_leases_on_disk_are_known_after_a_restart_and_can_be_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    place, metas = Place(tmp_path), chain(4)
+    place.tier.write(metas, payloads(metas))
+    pinned, timed, over, free = names(metas)
+    before = Leases([place.tier], place.clock)
+    assert before.lease([pinned], None) == {DISK: 1}
+    assert before.lease([timed], 60.0) == {DISK: 1}
+    assert before.lease([over], 5.0) == {DISK: 1}
+    if not loaded:
+        monkeypatch.setattr(space_module, "LOADED_BY_STARTER", 0)
+        monkeypatch.setattr(index_module.DiskIndex, "load_gently", lambda index: None)
+    tier = place.restart(down_s=10.0)
+    leases = Leases([tier], place.clock)
+    assert leases.names() == {pinned, timed}
+    assert tier.leases() == {pinned: None, timed: pytest.approx(50.0)}
+    leases.settle()
+    assert leases.names() == {pinned, timed}
+    place.wait(51.0)
+    leases.settle()
+    assert leases.names() == {pinned}
+    assert leases.end([pinned, free]) == {DISK: 1}
+    assert (leases.names(), tier.leases()) == (frozenset(), {})
+    monkeypatch.undo()
+    tier.close()
