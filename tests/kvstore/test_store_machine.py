@@ -17,6 +17,7 @@ from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.device import DeviceTier
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
 from kvstore.host.tier import HostTier
+from kvstore.source import ABSENT_S
 from kvstore.store import Acquisition, ReadTiers, TieredStore
 from kvstore.tier import BlockMeta, chain_metas
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ROOT, ManualClock, names, payload, payloads
@@ -192,6 +193,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(limit=st.sampled_from([None, None, 1, 0]))
     def deliver_at_most(self, limit: int | None) -> None:
         self.shared.read_limit = limit
+        self.clock.now += ABSENT_S  # what was not found is not asked for again before
 
     @rule(metas=SOME_CHAIN, start=st.integers(0, 3))
     def lose(self, metas: list[BlockMeta], start: int) -> None:
