@@ -63,6 +63,10 @@ class Absent:
         """It is there now."""
         self._until.pop(name, None)
 
+    def forget(self) -> None:
+        """Nothing is known of what was looked for; what is barred stays so."""
+        self._until.clear()
+
     def __contains__(self, name: BlockHash) -> bool:
         until = self._until.get(name)
         return until is not None and until > self._clock()

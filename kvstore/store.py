@@ -328,8 +328,9 @@ class TieredStore:
             if shared and self._shared is not None:
                 dropped[self._shared.name] = self.clear_shared(root=root, prefix=prefix)
         finally:  # of a server that failed half-way nothing is known either
-            for lane in self._lanes.values():
+            for name, lane in self._lanes.items():
                 lane.forget(names, root, prefix)
+                self._promoter.sources[name].absent.forget()  # it may have been written since
         return dropped
 
     def disown(self, hashes: Sequence[BlockHash]) -> None:

@@ -25,7 +25,7 @@ class FakeSharedTier:
 
     Attributes:
         reads_open, writes_open: cleared by a test to hold answers back until it sets them again.
-        read_limit: deliver at most so many blocks of a read; None: all. ends: what a read that is short says.
+        read_limit: deliver at most so many blocks of a read; None: all. ends: what a read says that it cuts short.
         raises: fail with this error in read and write.
         healthy: what `stats` says; if not, the breaker answers what is missing.
         reads, writes: names asked for in each call.
@@ -75,7 +75,7 @@ class FakeSharedTier:
         if self.raises is not None:
             raise self.raises
         with self._lock:
-            count = self._leading(hashes)
+            count = there = self._leading(hashes)
             if self.read_limit is not None:
                 count = min(count, self.read_limit)
             for name, buffer in zip(hashes[:count], into, strict=False):
@@ -83,7 +83,8 @@ class FakeSharedTier:
                 self._stored[name].used = self._clock()
             for buffer in into[count:]:
                 buffer[:] = b"\xff" * len(buffer)  # garbage, as the contract allows
-            ended = self.ends if self.healthy else MissReason.BREAKER
+            ended = MissReason.ABSENT if count == there else self.ends
+            ended = ended if self.healthy else MissReason.BREAKER
             return Delivery(count, ended if count < len(hashes) else None)
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvstore.admission import make_admission
 from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.device import DeviceTier
+from kvstore.errors import MissReason
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
 from kvstore.host.tier import HostTier
 from kvstore.source import ABSENT_S
@@ -62,6 +63,7 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock = ManualClock(0.0)
         self.shared = FakeSharedTier(self.clock)
+        self.shared.ends = MissReason.DEADLINE  # a read that is cut short says nothing of what is left
         self.device = DeviceTier(LAYOUT, DEVICE_BLOCKS * LAYOUT.block_nbytes, clock=self.clock, poison=True)
         self.host = HostTier(LAYOUT, HOST_SLOTS * LAYOUT.block_nbytes, clock=self.clock)
         self.disk = Disk(LAYOUT, DISK_SLOTS * LAYOUT.block_nbytes, clock=self.clock) if self.has_disk else None
