@@ -20,8 +20,8 @@ class MissReason(StrEnum):
     """Why a block that was looked for in a tier was not delivered. Metrics count by these words.
 
     ABSENT and EXPIRED: it is not there. CORRUPT, TRUNCATED, FOREIGN: what was there was not the block, and is dropped.
-    UNREADABLE: the device gives its bytes no more, though it gives others, and it is dropped. DEADLINE, BREAKER, BUSY, ERROR: the tier did not
-    say; it may well hold it.
+    UNREADABLE: the device gives its bytes no more, though it gives others, and it is dropped. DEADLINE, BREAKER, BUSY,
+    ERROR: the tier did not say; it may well hold it.
     """
 
     ABSENT = "absent"
