@@ -262,7 +262,7 @@ def check_shm(settings: Settings, state_dir: Path) -> Iterator[Finding]:
 def check_redis(settings: Settings, state_dir: Path) -> Iterator[Finding]:
     """The shared tier: reachable, how it is set up, and whether its clock agrees with ours."""
     if settings.redis.url is None:
-        yield Finding("ok", "redis", "none named (--redis URL): device and host tiers only")
+        yield Finding("ok", "redis", "none named (--redis URL): workers share no tier, and read one another's RAM")
         return
     import redis
 
