@@ -14,30 +14,27 @@ import hashlib
 import time
 from array import array
 from bisect import insort
-from collections.abc import Callable, Hashable
-from collections.abc import Sequence as Items
+from collections.abc import Callable
 from dataclasses import replace
 
 from kvstore.blocks import BlockHash, block_hashes
-from kvstore.errors import InvariantError
 from kvstore.events import BlockStored, TierName
 from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, prolonged
 from workers.config import WorkerConfig
 from workers.protocol import (
-    CachedBlock,
     EngineInfo,
     FinishReason,
     Job,
-    JobError,
     JobId,
     Load,
     Output,
     StepReport,
     TokenLogprob,
 )
+from workers.refusal import empty, too_long
+from workers.simulated_cache import SimulatedCache
 from workers.simulated_info import info_for
-from workers.simulated_listing import listed
 from workers.simulated_sequence import Sequence, Timing, pseudo_token
 from workers.simulated_store import EventLog, SimulatedTier
 
@@ -65,7 +62,6 @@ class SimulatedEngine:
     ) -> None:
         self.info = _fitting(info, device_blocks)
         self.timing = timing or Timing()
-        self.shared_reads = True
         self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
         self._default = Lifetime(default_ttl_s, is_default=True)
         self._clock, self._sleep = clock, sleep
@@ -80,6 +76,7 @@ class SimulatedEngine:
         self._waiting: list[Sequence] = []  # sorted by rank
         self._running: list[Sequence] = []  # in order of admission
         self._jobs: dict[JobId, Sequence] = {}
+        self.cache = SimulatedCache(self._device, self._host, default=self._default, private=self._private)
         self._ended: list[Output] = []  # for the next step's report
         self._orders = 0
         self._steps = 0
@@ -87,7 +84,7 @@ class SimulatedEngine:
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
-        if (error := self._refusal(job)) is not None:
+        if (error := empty(job) or too_long(job, self.info.context_length)) is not None:
             self._ended.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
             return
         self._orders += 1
@@ -151,83 +148,17 @@ class SimulatedEngine:
         """All that device and host hold. Events that it includes already may follow it."""
         return self._device.snapshot() + self._host.snapshot()
 
-    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
-        """Drop blocks; how many, by tier."""
-        return {tier.name: tier.clear(root, prefix) for tier in self._tiers}
-
-    def shared_clearing(
-        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None
-    ) -> Callable[[], dict[TierName, int]] | None:
-        """None: there is no shared tier to clear."""
-        return None
-
-    def hold_peers(self, key: Hashable, for_s: float) -> None:
-        """Nothing: it reads from no other worker."""
-
-    def release_peers(self, key: Hashable) -> None:
-        """Nothing: it reads from no other worker."""
-
-    def shared_cleared(self) -> None:
-        """Nothing to do."""
-
-    def list_blocks(
-        self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
-    ) -> list[CachedBlock]:
-        """The first `limit` blocks behind `after`, in the order of their hashes. O(blocks held)."""
-        return listed(self._tiers, root=root, prefix=prefix, after=after, limit=limit)
-
-    def prefetch(self, hashes: Items[BlockHash], *, root: BlockHash, lifetime: Lifetime | None) -> int:
-        """Copy a chain's blocks from host to device, as far as they lie there and fit; how many."""
-        on_device = self._device.match(hashes)
-        lifetime = lifetime or self._default
-        self._device.prolong(hashes[:on_device], lifetime)
-        loaded = hashes[on_device : on_device + self._host.match(hashes[on_device:])]
-        started = self._device.copy_from(self._host, loaded, lifetime)
-        self._host.count_hits(started)
-        self._host.prolong(hashes[: on_device + started], lifetime)
-        return started
-
-    def lease(self, hashes: Items[BlockHash], for_s: float | None) -> dict[TierName, int]:
-        """Forbid to drop them for so long; how many the lowest tier promised. Copies in the device may go."""
-        return {self._tiers[-1].name: self._tiers[-1].lease(hashes, for_s)}
-
-    def end_leases(self, hashes: Items[BlockHash]) -> dict[TierName, int]:
-        """Allow it again; how many leases ended."""
-        return {self._tiers[-1].name: self._tiers[-1].end_leases(hashes)}
-
-    def set_shared_reads(self, *, enabled: bool) -> None:
-        """Remember it; `shared_reads` tells."""
-        self.shared_reads = enabled
-
     def close(self, *, flush_s: float) -> None:
         """Forget everything."""
         for sequence in list(self._jobs.values()):
             self._end(sequence, FinishReason.CANCELLED)
 
-    def check(self) -> None:
-        """Audit the books: what sequences hold and what the tiers say.
-
-        Raises:
-            InvariantError: they disagree.
-        """
-        self._device.check()
-        self._host.check()
-        private = sum(sequence.private for sequence in self._jobs.values())
-        if private != self._device.private:
-            raise InvariantError(f"sequences hold {private} private blocks, the device counts {self._device.private}")
+    def _private(self) -> int:
+        return sum(sequence.private for sequence in self._jobs.values())
 
     def _read_ms(self, tier: SimulatedTier) -> tuple[float, float]:
         on_device = tier is self._device
         return (0.0, 0.0) if on_device else (self.timing.host_latency_ms, self.timing.host_ms(1))
-
-    def _refusal(self, job: Job) -> JobError | None:
-        longest = self.info.context_length
-        if not job.token_ids:
-            return JobError("EMPTY_PROMPT", "the prompt has no tokens; send at least one")
-        if len(job.token_ids) >= longest:
-            message = f"the prompt has {len(job.token_ids)} tokens and the context {longest}; shorten the prompt"
-            return JobError("CONTEXT_LENGTH_EXCEEDED", message)
-        return None
 
     def _expire(self) -> None:
         now = self._clock()
