@@ -17,10 +17,9 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import replace
 
-from kvstore.blocks import BlockHash, block_hashes
 from kvstore.events import BlockStored, TierName
 from kvstore.lifetime import Lifetime
-from kvstore.tier import BlockMeta, Clock, prolonged
+from kvstore.tier import Clock
 from workers.config import WorkerConfig
 from workers.protocol import (
     EngineInfo,
@@ -33,14 +32,13 @@ from workers.protocol import (
     TokenLogprob,
 )
 from workers.refusal import empty, too_long
+from workers.simulated_blocks import SequenceBlocks
 from workers.simulated_cache import SimulatedCache
 from workers.simulated_info import info_for
 from workers.simulated_sequence import Sequence, Timing, pseudo_token
 from workers.simulated_store import EventLog, SimulatedTier
 
 Sleep = Callable[[float], None]  # seconds
-
-_COMPUTED = "computed"
 
 
 class SimulatedEngine:
@@ -73,6 +71,14 @@ class SimulatedEngine:
             TierName.HOST, host_blocks, info.block_nbytes, clock, self._log, wall_clock=wall_clock
         )
         self._tiers = [self._device, self._host] if host_blocks else [self._device]
+        self._blocks = SequenceBlocks(
+            self._device,
+            self._host,
+            block_size=info.scheme.block_size,
+            timing=self.timing,
+            default=self._default,
+            clock=clock,
+        )
         self._waiting: list[Sequence] = []  # sorted by rank
         self._running: list[Sequence] = []  # in order of admission
         self._jobs: dict[JobId, Sequence] = {}
@@ -96,7 +102,7 @@ class SimulatedEngine:
             names=list(job.block_hashes),
             digest=hashlib.sha256(array("I", job.token_ids).tobytes()).digest(),
         )
-        sequence.expected_cached = self._expected_cached(sequence)
+        sequence.expected_cached = self._blocks.expected_cached(sequence)
         self._jobs[job.job_id] = sequence
         insort(self._waiting, sequence, key=lambda each: each.rank)
 
@@ -171,71 +177,10 @@ class SimulatedEngine:
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
-            if not self._acquire(sequence):
+            if not self._blocks.acquire(sequence):
                 return
             self._waiting.pop(0)
             self._running.append(sequence)
-
-    def _acquire(self, sequence: Sequence) -> bool:
-        """Take the cached prefix and room for the rest of the tokens; False when there is no room."""
-        names = [] if sequence.job.no_read else sequence.names
-        on_device = self._device.match(names)
-        held = self._device.pin(names[:on_device])
-        loaded = self._loadable(sequence, names, on_device)
-        blocks = -(-len(sequence.tokens) // self.info.scheme.block_size)
-        if not self._device.allocate(blocks - on_device):
-            self._device.release(held)
-            return False
-        sequence.held, sequence.private = held, blocks - on_device
-        sequence.admitted_at = sequence.admitted_at or self._clock()
-        sequence.ready_at = self._clock()
-        if loaded:
-            self._promote(sequence, names[on_device : on_device + loaded])
-        self._device.prolong(names[:on_device], sequence.job.lifetime or self._default)
-        self._host.prolong(names[: on_device + loaded], sequence.job.lifetime or self._default)
-        self._account(sequence, on_device, loaded)
-        return True
-
-    def _expected_cached(self, sequence: Sequence) -> int:
-        """Tokens that it would find now; what the load counts until it is admitted."""
-        names = [] if sequence.job.no_read else sequence.names
-        on_device = self._device.match(names)
-        blocks = on_device + self._host.match(names[on_device:])
-        return min(blocks * self.info.scheme.block_size, len(sequence.tokens) - 1)
-
-    def _loadable(self, sequence: Sequence, names: list[BlockHash], on_device: int) -> int:
-        """Blocks that follow in host, if reading them beats computing them."""
-        count = self._host.match(names[on_device:])
-        size = self.info.scheme.block_size
-        cheaper = self.timing.host_ms(count) < self.timing.prefill_ms(count * size, on_device * size)
-        return count if cheaper else 0
-
-    def _promote(self, sequence: Sequence, names: list[BlockHash]) -> None:
-        # The copy is findable at once, though its reader waits for it: a simplification of the simulation.
-        for name in names:
-            if name in self._device:  # it outlived a block before it
-                self._device.free(1)
-                sequence.held += self._device.pin([name])
-            else:
-                meta = self._host.meta(name) or self._meta(sequence, name, len(sequence.held))
-                lifetime = sequence.job.lifetime or self._default
-                sequence.held.append(self._device.name_private(prolonged(meta, lifetime)))
-        sequence.private -= len(names)
-        self._host.count_hits(len(names))
-        sequence.load_ms = self.timing.host_ms(len(names))
-        sequence.ready_at = self._clock() + sequence.load_ms / 1000
-
-    def _account(self, sequence: Sequence, on_device: int, loaded: int) -> None:
-        size, length = self.info.scheme.block_size, len(sequence.tokens)
-        cached = min((on_device + loaded) * size, length - 1)  # the last token is always computed: it gives the logits
-        sequence.computed, sequence.registered = cached, on_device + loaded
-        if sequence.fates is None:
-            device = min(on_device * size, cached)
-            sequence.fates = {
-                TierName.DEVICE.value: device,
-                TierName.HOST.value: cached - device,
-                _COMPUTED: length - cached,
-            }
 
     def _schedule(self) -> list[tuple[Sequence, int]]:
         """The step's sequences and how many tokens each computes; decoding ones first."""
@@ -253,18 +198,16 @@ class SimulatedEngine:
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give it blocks for that many tokens, preempting the youngest; False when it was preempted itself."""
-        needed = -(-tokens // self.info.scheme.block_size) - len(sequence.held) - sequence.private
-        while needed > 0 and not self._device.allocate(needed):
+        while not self._blocks.grow(sequence, tokens):
             youngest = self._running[-1]
             self._preempt(youngest)
             if youngest is sequence:
                 return False
-        sequence.private += max(0, needed)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._give_back(sequence)
+        self._blocks.give_back(sequence)
         sequence.computed = sequence.registered = 0
         insort(self._waiting, sequence, key=lambda each: each.rank)
         self._preemptions += 1
@@ -275,41 +218,13 @@ class SimulatedEngine:
 
     def _advance(self, sequence: Sequence, count: int) -> Output | None:
         sequence.computed += count
-        self._commit(sequence)
+        self._blocks.commit(sequence)
         if sequence.missing:
             return None
         output = self._sample(sequence)
         if output.finish is not None:
             self._forget(sequence)
         return output
-
-    def _commit(self, sequence: Sequence) -> None:
-        """Name the blocks that became full. A name that is held already leaves our copy private."""
-        size = self.info.scheme.block_size
-        for position in range(sequence.registered, sequence.computed // size):
-            name = self._name(sequence, position)
-            if sequence.job.no_store:
-                continue
-            meta = self._meta(sequence, name, position)
-            if name not in self._device:
-                sequence.held.append(self._device.name_private(meta))
-                sequence.private -= 1
-            self._host.add(meta)
-        sequence.registered = max(sequence.registered, sequence.computed // size)
-
-    def _name(self, sequence: Sequence, position: int) -> BlockHash:
-        size = self.info.scheme.block_size
-        while len(sequence.names) <= position:
-            start = len(sequence.names) * size
-            parent = sequence.names[-1] if sequence.names else sequence.job.root
-            sequence.names += block_hashes(sequence.tokens[start : start + size], parent, size)
-        return sequence.names[position]
-
-    def _meta(self, sequence: Sequence, name: BlockHash, position: int) -> BlockMeta:
-        job = sequence.job
-        parent = sequence.names[position - 1] if position else job.root
-        ttl_s, until, _ = job.lifetime or self._default
-        return BlockMeta(name, parent, job.root, ttl_s, job.keep_priority, until, job.turn)
 
     def _sample(self, sequence: Sequence) -> Output:
         job, sampling = sequence.job, sequence.job.sampling
@@ -347,12 +262,7 @@ class SimulatedEngine:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
-        self._give_back(sequence)
-
-    def _give_back(self, sequence: Sequence) -> None:
-        self._device.release(sequence.held)
-        self._device.free(sequence.private)
-        sequence.held, sequence.private = [], 0
+        self._blocks.give_back(sequence)
 
 
 def build_engine(
