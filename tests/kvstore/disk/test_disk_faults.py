@@ -161,7 +161,7 @@ def test_a_slab_of_another_version_is_begun_anew(place: Place, monkeypatch: pyte
     metas = chain(3)
     place.tier.write(metas, payloads(metas))
     place.tier.close()
-    monkeypatch.setattr("kvstore.disk.slab.SLAB_VERSION", 2)
+    monkeypatch.setattr("kvstore.disk.slab_format.SLAB_VERSION", 2)
     assert place.open().stats().blocks == 0
     place.tier.check()
 
