@@ -8,13 +8,14 @@ and nobody sees a block before its bytes are whole. Blocks that another acquisit
 loaded twice.
 
 A prefetch is a load without an owner: it ends in host, and who comes meanwhile waits for it.
+
+Covers: acquisitions, and what becomes of blocks that arrive. Does not cover: which slow tier to read (`slow_reads`),
+the reads (`loading`), prefetches (`prefetching`), plans (`planning`).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 from kvstore.acquisition import Acquisition, PlannedRun, Wish
 from kvstore.blocks import BlockHash
@@ -22,14 +23,14 @@ from kvstore.device import DeviceTier
 from kvstore.events import TierName
 from kvstore.host.tier import HostTier
 from kvstore.loading import FindMeta, Load, Loader
-from kvstore.patience import DEFAULT_SLACK_S, Limit, cap_s, limits, pieces
+from kvstore.patience import DEFAULT_SLACK_S, limits
+from kvstore.planning import plan
+from kvstore.prefetching import Prefetcher
+from kvstore.slow_reads import SlowReads, until_device
 from kvstore.source import Source
-from kvstore.tier import BlockMeta, Clock, chain_metas
+from kvstore.tier import BlockMeta, Clock
 
 RESERVE_SHARE = 64  # of the device's blocks one in so many is left by loads, for sequences that run
-PREFETCH_SHARE = 4  # of the host tier's slots a prefetch may fill one in so many
-MAX_PREFETCHED = 1 << 14
-MAX_LOAD_NBYTES = 256 << 20  # of one read; what follows is read after it
 HOST_STEP_NBYTES = 256 << 20  # tens of milliseconds of copying
 CLOSE_WAIT_S = 5.0
 
@@ -70,17 +71,16 @@ class Promoter:
         self._device, self._host, self._clock, self._on_read = device, host, clock, on_read
         self._slack_s = slack_s
         self._reserve = device.num_blocks // RESERVE_SHARE
-        self._slow = [source for source, _ in slow]
-        self._find = {source.name: find for source, find in slow}
         near = [] if host is None else [Source(host, device.block_nbytes, clock=clock, believed=None)]
-        self.sources = {source.name: source for source in (*near, *self._slow)}
-        self._loader = Loader(self._slow, host, device.block_nbytes, clock=clock, io_threads=io_threads)
-        self._prefetched: OrderedDict[BlockHash, TierName] = OrderedDict()  # in host, and where they came from
-        self._most = max(1, MAX_LOAD_NBYTES // device.block_nbytes)
+        self.sources = {source.name: source for source in (*near, *(source for source, _ in slow))}
+        self._loader = Loader(
+            [source for source, _ in slow], host, device.block_nbytes, clock=clock, io_threads=io_threads
+        )
+        self._reads = SlowReads(device, host, slow, self._loader, slack_s=slack_s)
+        self._prefetcher = Prefetcher(device, host, self._reads)
         self._copies_a_step = max(1, host_step_nbytes // device.block_nbytes)
         self._copies_left = self._copies_a_step
         self._paused: list[Acquisition] = []  # host holds more of them than one step may copy; longest ago first
-        self._closed = False
 
     def start(self, wish: Wish) -> Acquisition:
         """Take what is near and start to load the rest."""
@@ -90,31 +90,12 @@ class Promoter:
         return acquisition
 
     def prefetch(self, wish: Wish) -> int:
-        """Start to bring what only slow tiers hold to host; blocks that are on their way now because of it.
-
-        One run at a time: when it has come, the next one follows. What is near already gets the lifetime that is named.
-        """
-        if not wish.lifetime.is_default:
-            self._promise(wish)
-        if self._host is None or not wish.reads.host:
-            return 0
-        return self._prefetch(wish, self._in_reach(wish), max(1, self._host.num_slots // PREFETCH_SHARE))
+        """As `Prefetcher.start`."""
+        return self._prefetcher.start(wish)
 
     def plan(self, wish: Wish) -> list[PlannedRun]:
-        """Where each run of the prefix would come from, and what that costs. A question; nothing is asked of a server.
-
-        The last run is what would be computed; the first one that is not loaded makes all that follow it computed.
-        """
-        runs: list[PlannedRun] = []
-        first = 0
-        while first < len(wish.hashes):
-            run = self._plan_run(wish, first)
-            if not run.load:
-                left = len(wish.hashes) - first
-                run = replace(run, count=left, compute_ms=wish.price(first, left))
-            runs.append(run)
-            first += run.count
-        return runs
+        """As `planning.plan`."""
+        return plan(wish, self._device, self.sources.values())
 
     def pump(self) -> None:
         """Register what has arrived, and go on with the acquisitions that waited for it, or waited long enough, or for
@@ -136,9 +117,8 @@ class Promoter:
         self._loader.wait(timeout_s)
 
     def used(self, names: Iterable[BlockHash]) -> None:
-        """These are in the device now: where a prefetch brought them from has been told, or does not matter."""
-        for name in names if self._prefetched else ():
-            self._prefetched.pop(name, None)
+        """As `Prefetcher.used`."""
+        self._prefetcher.used(names)
 
     def metas(self) -> list[BlockMeta]:
         """Blocks that are being loaded."""
@@ -150,7 +130,7 @@ class Promoter:
 
     def close(self) -> None:
         """Take in the loads that end soon, and give the others up. Nothing is loaded any more."""
-        self._closed = True
+        self._reads.closed = True
         hanging = self._loader.close(CLOSE_WAIT_S)
         self.pump()
         for load in hanging:
@@ -168,13 +148,6 @@ class Promoter:
             InvariantError: see `Loader.check`.
         """
         self._loader.check()
-
-    def _promise(self, wish: Wish) -> None:
-        near = wish.hashes[: self._in_reach(wish)]
-        if wish.reads.device:
-            self._device.prolong(near, wish.lifetime)
-        if wish.reads.host and self._host is not None:
-            self._host.prolong(near, wish.lifetime)
 
     # --- acquiring ---
 
@@ -232,7 +205,7 @@ class Promoter:
         if host is None or not wish.reads.host or acquisition.tried.get(host.name) == position:
             return False
         rest = acquisition.rest
-        run = self._until_device(wish, rest[: host.match(rest)])
+        run = until_device(self._device, wish, rest[: host.match(rest)])
         source, count = self.sources[host.name], min(len(run), self._room)
         names = run[: source.affordable(count, wish.price(position, count))]
         if names and self._copies_left == 0:
@@ -250,7 +223,7 @@ class Promoter:
         self._device.land(landing, count)
         self._copies_left -= count
         source.observe(count, 1e3 * (self._clock() - started))
-        fates = [self._prefetched.pop(meta.hash, host.name) for meta in metas[:count]]
+        fates = [self._prefetcher.origin(meta.hash, host.name) for meta in metas[:count]]
         self._register(acquisition, block_ids, metas[:count], fates)
         return count > 0
 
@@ -263,13 +236,13 @@ class Promoter:
         if running is not None and self._may_join(acquisition, running):
             running.waiters.append(acquisition)
             return True
-        names = self._unheld(wish, rest)[: min(self._room, self._most)]
-        source, count = self._cheapest(wish, position, names, acquisition.tried)
+        names = self._reads.unheld(wish, rest)[: min(self._room, self._reads.most)]
+        source, count = self._reads.cheapest(wish, position, names, acquisition.tried)
         if source is None:
             return False
-        metas = self._metas(wish, position, count, acquisition)
-        load = Load(source, metas, wish, position, acquisition, self._limits(source, wish, position, count))
-        self._load(load)
+        metas = self._reads.metas(wish, position, count, acquisition)
+        load = Load(source, metas, wish, position, acquisition, self._reads.limits(source, wish, position, count))
+        self._reads.start(load)
         acquisition.limits = [(limit.stop, load.started + limit.seconds) for limit in load.limits]
         return True
 
@@ -292,39 +265,6 @@ class Promoter:
         acquisition.limits = [(limit.stop, now + limit.seconds) for limit in found]
         return True
 
-    def _prefetch(self, wish: Wish, first: int, budget: int) -> int:
-        names = self._unheld(wish, wish.hashes[first : first + min(budget, self._most)])
-        source, count = self._cheapest(wish, first, names, {})
-        if source is None:
-            return 0
-        most = cap_s(wish.price(first, count))  # nobody waits for it as yet
-        found = [replace(limit, seconds=most) for limit in self._limits(source, wish, first, count)]
-        self._load(Load(source, self._metas(wish, first, count), wish, first, None, found, budget=budget - count))
-        return count
-
-    def _load(self, load: Load) -> None:
-        self._loader.start(load, self._find[load.source.name])
-
-    def _cheapest(
-        self, wish: Wish, first: int, names: Sequence[BlockHash], tried: dict[TierName, int]
-    ) -> tuple[Source | None, int]:
-        """The slow tier to read these leading blocks from, and how many; None: computing them is no slower.
-
-        A tier that is known to hold the block goes before one that only may, then the one that takes less time a block.
-        """
-        best: tuple[tuple[bool, float], Source, int] | None = None
-        for source in self._slow:
-            if self._closed or not wish.reads.allows(source.name) or tried.get(source.name) == first:
-                continue
-            reach = source.reach(names)
-            count = source.affordable(reach, wish.price(first, reach)) if reach else 0
-            if count:
-                ms = source.predict_ms(count) or 0.0  # what was never measured is tried
-                rank = (not source.known(names[:1]), ms / count)
-                if best is None or rank < best[0]:
-                    best = (rank, source, count)
-        return (None, 0) if best is None else best[1:]
-
     # --- what arrived ---
 
     def _settle(self, load: Load) -> None:
@@ -333,7 +273,7 @@ class Promoter:
             self._on_read(load.source, load.metas, len(load.arrived), load.is_next_gone)
         interested = load.interested
         if not interested and load.owner is None and not load.discarded:
-            self._remember(load)
+            self._prefetcher.remember(load)
         landed = self._land(load, interested) if interested and not load.discarded else []
         for acquisition in interested:
             acquisition.is_cut = load.discarded
@@ -341,13 +281,7 @@ class Promoter:
         if load.owner is not None and load.owner.cancelled:
             load.owner.cancel()  # what landed for the others was registered under its name
         if load.budget and not (load.is_short or load.discarded or load.is_stuck):
-            self._go_on(load)
-
-    def _go_on(self, load: Load) -> None:
-        """The next run of a prefetch, if what came before is still there."""
-        first = self._in_reach(load.wish)
-        if first >= load.first + len(load.metas):
-            self._prefetch(load.wish, first, load.budget)
+            self._prefetcher.go_on(load)
 
     def _score(self, load: Load) -> None:
         if load.ms is None or load.is_stuck:
@@ -356,13 +290,6 @@ class Promoter:
         compute_ms = load.wish.price(load.first, len(load.arrived)) if load.arrived else None
         if compute_ms is not None:
             load.source.score.add(load.ms, compute_ms)
-
-    def _remember(self, load: Load) -> None:
-        """What was prefetched counts as coming from its tier when it is used, once."""
-        for meta in load.arrived[len(load.landed) :]:
-            self._prefetched[meta.hash] = load.source.name
-        while len(self._prefetched) > MAX_PREFETCHED:
-            self._prefetched.popitem(last=False)
 
     def _land(self, load: Load, interested: Sequence[Acquisition]) -> list[BlockMeta]:
         """Put what arrived into device blocks, as far as there is room, for the owner or for all; what it was."""
@@ -416,78 +343,7 @@ class Promoter:
 
     # --- questions ---
 
-    def _until_device(self, wish: Wish, names: Sequence[BlockHash]) -> Sequence[BlockHash]:
-        """The leading names that the device does not hold (all, for a request that must not read from it)."""
-        if not wish.reads.device:
-            return names
-        return names[: next((i for i, name in enumerate(names) if self._device.holds(name)), len(names))]
-
-    def _unheld(self, wish: Wish, names: Sequence[BlockHash]) -> Sequence[BlockHash]:
-        """The leading names that only a slow tier can deliver, and that nobody is loading."""
-        host = self._host if wish.reads.host else None
-        names = self._until_device(wish, names)
-        for count, name in enumerate(names):
-            at_host = host is not None and count > 0 and host.holds(name)
-            if at_host or name in self._loader:
-                return names[:count]
-        return names
-
-    def _in_reach(self, wish: Wish) -> int:
-        """How many leading blocks are in device or host, or on their way."""
-        host = self._host if wish.reads.host else None
-        for place, name in enumerate(wish.hashes):
-            near = (wish.reads.device and self._device.holds(name)) or (host is not None and host.holds(name))
-            if not near and name not in self._loader:
-                return place
-        return len(wish.hashes)
-
-    def _plan_run(self, wish: Wish, first: int) -> PlannedRun:
-        names = wish.hashes[first:]
-        held = self._device.match(names) if wish.reads.device else 0
-        if held:
-            return PlannedRun(TierName.DEVICE, first, held, 0.0, wish.price(first, held), load=True)
-        best: PlannedRun | None = None
-        rest = self._until_device(wish, names)
-        for source in self.sources.values():
-            count = source.known(rest) if wish.reads.allows(source.name) else 0
-            if not count:
-                continue
-            load_ms, compute_ms = source.predict_ms(count), wish.price(first, count)
-            run = PlannedRun(source.name, first, count, load_ms, compute_ms, source.affordable(count, compute_ms) > 0)
-            if best is None or _pace(run) < _pace(best):
-                best = run
-        if best is not None:
-            return best
-        return PlannedRun(None, first, len(names), None, wish.price(first, len(names)), load=False)
-
     @property
     def _room(self) -> int:
         """Device blocks that loads may take now."""
         return max(0, self._device.available - self._reserve)
-
-    def _limits(self, source: Source, wish: Wish, first: int, count: int) -> list[Limit]:
-        return limits(
-            pieces(count, self._device.block_nbytes),
-            load_ms=source.predict_ms,
-            compute_ms=lambda blocks: wish.price(first, blocks),
-            slack_s=self._slack_s,
-        )
-
-    def _metas(self, wish: Wish, first: int, count: int, acquisition: Acquisition | None = None) -> list[BlockMeta]:
-        root = self._root_of(wish, acquisition)
-        before = wish.hashes[first - 1] if first > 0 else root
-        names, (ttl_s, until, _) = wish.hashes[first : first + count], wish.lifetime
-        return chain_metas(names, before=before, root=root, ttl_s=ttl_s, until=until)
-
-    def _root_of(self, wish: Wish, acquisition: Acquisition | None) -> BlockHash:
-        """The chain's root: as given, or as the blocks before it have it, or empty for one that nobody told us."""
-        if wish.root is not None:
-            return wish.root
-        block_ids = [] if acquisition is None else acquisition.block_ids
-        known = self._device.meta(block_ids[0]) if block_ids else None
-        return BlockHash(b"") if known is None else known.root
-
-
-def _pace(run: PlannedRun) -> tuple[bool, float]:
-    """What is loaded rather goes first, then what takes less time a block."""
-    return not run.load, 0.0 if run.load_ms is None else run.load_ms / run.count

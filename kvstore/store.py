@@ -1,38 +1,36 @@
 """TieredStore: blocks over device, host RAM, disk, a shared tier and other workers.
 
 This file ties the parts together: `promotion` brings blocks up, a `lane` for each slow tier takes them down and keeps
-them fresh there, the tiers hold them. Write-through to host; to disk and the shared tier write-behind, or `write_back`
-when host evicts a block. Every method is for the engine's thread, except `wait`, `stats` and `clear_shared`, which any
-thread may call.
+them fresh there, the tiers hold them, `clearing` takes them out everywhere; `wiring` connects the parts. Write-through
+to host; to disk and the shared tier write-behind, or `write_back` when host evicts a block. Every method is for the
+engine's thread, except `wait`, `stats` and `clear_shared`, which any thread may call.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 
 from kvstore.acquisition import Acquisition, ComputeMs, PlannedRun, ReadTiers, Wish
-from kvstore.admission import Admission, Always, Moment
+from kvstore.admission import Admission, Moment
 from kvstore.blocks import BlockHash
-from kvstore.chains import select
+from kvstore.clearing import Clearing
 from kvstore.device import DeviceTier
-from kvstore.events import BlockStored, KvEvent, RemovalCause, TierName
+from kvstore.events import BlockStored, KvEvent, TierName
 from kvstore.host.tier import HostTier
 from kvstore.inventory import HeldBlock, Inventory, ttl_left_s
-from kvstore.known import KnownLocal, KnownShared
-from kvstore.lane import Lane, NearTiers, Refreshing, nobody
+from kvstore.lane import Lane, NearTiers
 from kvstore.layout import KVLayout
 from kvstore.leases import Leases
 from kvstore.lifetime import Lifetime
-from kvstore.loading import FindMeta
 from kvstore.patience import DEFAULT_SLACK_S
 from kvstore.promotion import HOST_STEP_NBYTES, Promoter
 from kvstore.source import Source
-from kvstore.spill import Writable
 from kvstore.tier import BlockMeta, Clock, HintedTier, LocalTier, SharedTier, Tier, TierStats
+from kvstore.wiring import lanes_of, rules_of, slow_tiers, sources_of
 from kvstore.write_back import WriteBack
 
 __all__ = ["Acquisition", "ComputeMs", "HeldBlock", "PlannedRun", "ReadTiers", "TieredStore"]
@@ -94,59 +92,43 @@ class TieredStore:
         Raises:
             ValueError: a rule is to be asked when host evicts a block, and there is no host tier.
         """
-        to_disk = admission or Always()
-        self._rules = {} if disk is None else {disk.name: to_disk}
-        if shared is not None:
-            self._rules[shared.name] = shared_admission or to_disk
-        rules = self._rules
-        if host is None and any(rule.moment is Moment.EVICTION for rule in rules.values()):
-            raise ValueError(
-                "the admission `on_eviction` writes what the host tier evicts, and there is none; give it bytes, or "
-                "choose always or second_hit"
-            )
+        self._rules = rules_of(host, disk, shared, admission, shared_admission)
         self.layout, self.device, self.host, self.disk = layout, device, host, disk
         self._shared, self._peers = shared, peers
         self._default_ttl_s = default_ttl_s
-        self._near = NearTiers(device, host)
         local: list[LocalTier] = [tier for tier in (host, disk) if tier is not None]
         self._inventory = Inventory(self._local(), clock)
         self._leases = Leases(local, clock, send=self._send_to_disk)
-        slow: list[tuple[LocalTier | SharedTier, Writable, KnownLocal | KnownShared]] = []
-        if disk is not None:
-            slow.append((disk, Refreshing(disk), KnownLocal(disk)))
-        if shared is not None:
-            slow.append((shared, shared, KnownShared(shared, directory_entries, clock=clock, wall_clock=wall_clock)))
+        slow = slow_tiers(
+            disk,
+            shared,
+            entries=directory_entries,
+            on_queued=self._leases.queued,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
         kept = max(1, queue_bytes // layout.block_nbytes)
-        queued = kept if host is None else min(kept, max(1, host.num_slots // (2 * max(1, len(slow)))))
-        self._lanes = {
-            tier.name: Lane(
-                writable,
-                known,
-                self._near,
-                clock=clock,
-                max_queued=kept if rules[tier.name].moment is Moment.EVICTION else queued,
-                entries=directory_entries,
-                moment=rules[tier.name].moment,
-                on_queued=self._leases.queued if tier is disk else nobody,
-            )
-            for tier, writable, known in slow
-        }
+        self._lanes = lanes_of(
+            slow,
+            self._rules,
+            NearTiers(device, host),
+            kept=kept,
+            entries=directory_entries,
+            clock=clock,
+        )
         self._write_back = self._written_back(kept)
-        sources: list[tuple[Source, FindMeta]] = [
-            (Source(tier, layout.block_nbytes, clock=clock, believed=_believed(known)), known.find)
-            for tier, _, known in slow
-        ]
-        if peers is not None:
-            sources.append((Source(peers, layout.block_nbytes, clock=clock, believed=None), peers.find))
         self._promoter = Promoter(
             device,
             host,
-            sources,
+            sources_of(slow, peers, layout.block_nbytes, clock),
             clock=clock,
             io_threads=io_threads,
             on_read=self._on_read,
             slack_s=load_slack_s,
             host_step_nbytes=host_step_bytes,
+        )
+        self._clearing = Clearing(
+            device, host, disk, shared, peers, lanes=self._lanes, promoter=self._promoter, leases=self._leases
         )
 
     # --- for requests ---
@@ -311,27 +293,7 @@ class TieredStore:
         Raises:
             TierError: the disk could not be told, or the shared tier did not drop all of them; clear again.
         """
-        for lane in self._lanes.values():
-            lane.take_refreshed()
-        names = self._select(root, prefix)
-        if self._peers is not None:
-            self._peers.forget()
-        self._promoter.discard(set(names))
-        self._leases.end(names)
-        everything = root is None and prefix is None
-        for lane in self._lanes.values():
-            lane.drop(set(names))
-        dropped: dict[TierName, int] = {}
-        try:
-            for tier in self._local():
-                dropped[tier.name] = tier.clear() if everything else tier.remove(names, RemovalCause.CLEARED)
-            if shared and self._shared is not None:
-                dropped[self._shared.name] = self.clear_shared(root=root, prefix=prefix)
-        finally:  # of a server that failed half-way nothing is known either
-            for name, lane in self._lanes.items():
-                lane.forget(names, root, prefix)
-                self._promoter.sources[name].absent.forget()  # it may have been written since
-        return dropped
+        return self._clearing.clear(root=root, prefix=prefix, shared=shared)
 
     def disown(self, hashes: Sequence[BlockHash]) -> None:
         """These blocks of one chain may be wrong: drop them and what was built on them. Waits for no slow tier.
@@ -339,17 +301,7 @@ class TieredStore:
         Nobody finds them from now on: what lies in a slow tier is removed there in the background, again until it
         answers, and not read from there before. Of followers those are known that lie or move in this process.
         """
-        if not hashes:
-            return
-        names = list(dict.fromkeys([*hashes, *self._select(None, hashes[0])]))
-        self._promoter.discard(set(names))
-        self._leases.end(names)
-        for name, lane in self._lanes.items():
-            self._promoter.sources[name].absent.barred.update(names)
-            lane.disown(names)
-        for tier in (self.device, self.host):
-            if tier is not None:
-                tier.remove(names, RemovalCause.INVALID)
+        self._clearing.disown(hashes)
 
     def clear_shared(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> int:
         """Drop blocks in the shared tier alone; how many. Any thread may call it; it may take long.
@@ -357,7 +309,7 @@ class TieredStore:
         Raises:
             TierError: the tier did not drop all of them.
         """
-        return 0 if self._shared is None else self._shared.clear(root=root, prefix=prefix)
+        return self._clearing.clear_shared(root=root, prefix=prefix)
 
     def list_blocks(
         self,
@@ -509,21 +461,6 @@ class TieredStore:
             source.absent.add(metas[count].hash)
         if (lane := self._lanes.get(source.name)) is not None:
             lane.read(metas, count, is_next_gone=is_next_gone)
-
-    def _select(self, root: BlockHash | None, prefix: BlockHash | None) -> list[BlockHash]:
-        """What `clear` drops of all that lies or moves in this process; an unknown root counts as any."""
-        metas = self.device.metas() + self._promoter.metas()
-        if self.host is not None:
-            metas += self.host.metas() + self.host.gone()
-        for lane in self._lanes.values():
-            metas += lane.metas()
-        if root is not None:
-            metas = [meta if meta.root else replace(meta, root=root) for meta in metas]
-        return list(dict.fromkeys(select(metas, root, prefix)))
-
-
-def _believed(known: KnownLocal | KnownShared) -> Callable[[BlockHash], bool] | None:
-    return known.holds if isinstance(known, KnownShared) else None
 
 
 def _no_price(first: int, count: int) -> float:

@@ -1,7 +1,8 @@
 """What operators ask of the cache: list, count, warm, pin, unpin, check.
 
 Covers: turning their requests into orders for workers, and the workers' answers into theirs. Does not cover: clearing
-(`operators`), who may (`service`), sending (`cache_orders`), what a worker does with an order (the worker).
+(`operators`), which blocks a request means (`cache_scope`), pages of them (`cache_listing`), who may (`service`),
+sending (`cache_orders`), what a worker does with an order (the worker).
 
 A worker that cannot do its part is named in the answer with the reason; only where none could is the call an error.
 """
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
-from kvstore.blocks import BlockHash, short
+from kvstore.blocks import BlockHash
 from router import cache_orders
 from router.audit import audited
+from router.cache_listing import CacheListing
 from router.cache_orders import MAX_BLOCKS
-from router.cache_pages import Place, page_size, place_of, shown, token_of
+from router.cache_pages import page_size, place_of
+from router.cache_scope import Scope, Scopes
 from router.decide import Decider
 from router.errors import InvalidRequest
 from router.fleet import Fleet
@@ -27,22 +29,8 @@ from router.protocol import Caller
 from router.warming import Warming
 from warmkv.v1 import admin_pb2, common_pb2, worker_pb2
 
-_MAX_ROUNDS = 20  # questions for one page: few blocks may match, and a caller wants to hear something
 _MAX_PIN_S = 365 * 86_400
 _Counts = list[admin_pb2.ClearCacheResponse.TierCount]
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """Whose blocks, and of which prompt. `root` None: everybody's. `names`: of the prompt's full blocks; none: any."""
-
-    root: BlockHash | None
-    names: Sequence[BlockHash] = ()
-
-    def __str__(self) -> str:
-        if self.names:
-            return f"{len(self.names)} blocks up to {short(self.names[-1]).hex()}"
-        return "all blocks" if self.root is None else "all blocks of the tenant"
 
 
 class CacheAdmin:
@@ -58,8 +46,8 @@ class CacheAdmin:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._fleet = fleet
-        self._index = index
-        self._preparer = preparer
+        self._scopes = Scopes(preparer)
+        self._listing = CacheListing(fleet, index, preparer)
         self._warming = Warming(fleet, preparer, decider, wall_clock=wall_clock)
 
     async def list_blocks(
@@ -70,12 +58,12 @@ class CacheAdmin:
             size, place = page_size(request), place_of(request)
             if request.tier not in common_pb2.Tier.values():
                 raise InvalidRequest(f"There is no tier {request.tier}; name one of the contract's, or none.")
-            scope = await self._scope(request.tenant, request, caller)
+            scope = await self._scopes.of(request.tenant, request, caller)
             said["scope"] = str(scope)
             links = cache_orders.named(self._fleet, [request.worker] if request.worker else [])
-            answer = await self._page(request, scope, links, place, size)
+            answer = await self._listing.page(request, scope, links, place, size)
             if scope.names:
-                answer.prompt_held.CopyFrom(self._held(scope.names, request.tenant or caller.tenant))
+                answer.prompt_held.CopyFrom(self._listing.held(scope.names, request.tenant or caller.tenant))
             return answer
 
     def stats(self, request: admin_pb2.GetCacheStatsRequest, *, caller: Caller) -> admin_pb2.GetCacheStatsResponse:
@@ -105,7 +93,7 @@ class CacheAdmin:
                     field="seconds",
                 )
             for_ms = request.seconds * 1000 if request.HasField("seconds") else None
-            scope = await self._narrow_scope(request.tenant, request, caller)
+            scope = await self._scopes.narrow(request.tenant, request, caller)
             said["scope"], said["seconds"] = str(scope), request.seconds if for_ms else None
             links = cache_orders.named(self._fleet, request.workers)
 
@@ -126,7 +114,7 @@ class CacheAdmin:
     async def unpin(self, request: admin_pb2.UnpinRequest, *, caller: Caller) -> admin_pb2.UnpinResponse:
         """End pins. Raises InvalidRequest, WorkerNotFound, NoWorkerAvailable, WorkerLost."""
         with audited("unpin", caller, of_tenant=request.tenant) as said:
-            scope = await self._narrow_scope(request.tenant, request, caller)
+            scope = await self._scopes.narrow(request.tenant, request, caller)
             said["scope"] = str(scope)
             links = cache_orders.named(self._fleet, request.workers)
 
@@ -152,108 +140,11 @@ class CacheAdmin:
 
     # Inside
 
-    async def _scope(
-        self,
-        tenant: str,
-        request: admin_pb2.ListBlocksRequest | admin_pb2.PinRequest | admin_pb2.UnpinRequest,
-        caller: Caller,
-    ) -> Scope:
-        if request.HasField("prompt"):
-            whose = self._preparer.caller_for(tenant, caller)
-            prepared = await self._preparer.prepare(request.prompt, whose, common_pb2.CacheDirectives(), deadline=None)
-            return Scope(prepared.root, full_blocks(prepared.names, prepared.question.block_size))
-        return Scope(self._preparer.root_of_tenant(tenant)[0] if tenant else None)
-
-    async def _narrow_scope(
-        self, tenant: str, request: admin_pb2.PinRequest | admin_pb2.UnpinRequest, caller: Caller
-    ) -> Scope:
-        if not tenant and not request.HasField("prompt"):
-            raise InvalidRequest("Neither a tenant nor a prompt is given; set one of them, or both.")
-        return await self._scope(tenant, request, caller)
-
-    async def _page(
-        self,
-        request: admin_pb2.ListBlocksRequest,
-        scope: Scope,
-        links: Sequence[WorkerLink],
-        place: Place,
-        size: int,
-    ) -> admin_pb2.ListBlocksResponse:
-        answer = admin_pb2.ListBlocksResponse()
-        rounds = 0
-        answered = False
-        for link in (link for link in links if link.name >= place.worker):
-            after = place.after if link.name == place.worker else b""
-            problem = cache_orders.absence(self._fleet, link)
-            while not problem:
-                if len(answer.blocks) >= size or rounds >= _MAX_ROUNDS:
-                    answer.next_page_token = token_of(Place(link.name, after), request)
-                    return answer
-                rounds += 1
-                done = await cache_orders.ask(link, _listing(scope, request.tier, after, size - len(answer.blocks)))
-                problem = done.error
-                if not problem:
-                    answered = True
-                    after = self._add(answer, link, done, scope, size)
-                if not after:
-                    break
-            if problem:
-                answer.problems.append(admin_pb2.WorkerProblem(worker=link.name, problem=problem))
-        if answer.problems and not answered and not place.worker:
-            raise cache_orders.nobody({each.worker: each.problem for each in answer.problems})
-        return answer
-
-    def _add(
-        self,
-        answer: admin_pb2.ListBlocksResponse,
-        link: WorkerLink,
-        done: worker_pb2.CacheDone,
-        scope: Scope,
-        size: int,
-    ) -> bytes:
-        """Append what fits of a worker's blocks; behind which one to go on, empty: there are no more."""
-        room = size - len(answer.blocks)
-        taken = done.blocks[:room]
-        hello = link.hello or worker_pb2.WorkerHello()
-        answer.blocks.extend(
-            shown(
-                link.name,
-                taken,
-                prompt=scope.names,
-                owners=self._preparer.owners(),
-                block_size=hello.scheme.block_size,
-                block_nbytes=hello.block_nbytes,
-            )
-        )
-        return taken[-1].hash if len(taken) < len(done.blocks) else done.next
-
-    def _held(self, names: Sequence[BlockHash], tenant: str) -> admin_pb2.PrefixHolding:
-        hashes = [short(name) for name in names]
-        size = self._fleet.identity.scheme.block_size if self._fleet.identity else 0
-        overlaps = self._index.match(hashes)
-        return admin_pb2.PrefixHolding(
-            label=hashes[-1].hex(),
-            tenant=tenant,
-            tokens=len(hashes) * size,
-            held=[
-                admin_pb2.PrefixHolding.Held(worker=name, device_tokens=o.device * size, host_tokens=o.host * size)
-                for name, o in sorted(overlaps.items())
-            ],
-            redis_tokens=self._index.shared_run(hashes) * size,
-        )
-
     def _worker_cache(self, link: WorkerLink) -> admin_pb2.WorkerCache:
         cache = admin_pb2.WorkerCache(worker=link.name, state=self._fleet.state(link), problem=link.problem)
         if link.report is not None and link.connected:
             cache.tiers.extend(_tier_cache(tier) for tier in link.report.message.tiers)
         return cache
-
-
-def full_blocks(names: Sequence[BlockHash], block_size: int) -> Sequence[BlockHash]:
-    """Raises InvalidRequest where there is none."""
-    if not names:
-        raise InvalidRequest(f"The prompt is shorter than a block; send at least {block_size} tokens.", field="prompt")
-    return names
 
 
 async def _in_pieces(
@@ -276,18 +167,6 @@ async def _in_pieces(
 def _pieces(names: Sequence[BlockHash]) -> Iterator[bytes]:
     for start in range(0, len(names), MAX_BLOCKS):
         yield b"".join(names[start : start + MAX_BLOCKS])
-
-
-def _listing(scope: Scope, tier: common_pb2.Tier.ValueType, after: bytes, room: int) -> worker_pb2.CacheCommand:
-    listing = worker_pb2.CacheCommand.List(
-        chain_root=scope.root or b"",
-        prefix_hash=scope.names[-1] if scope.names else b"",
-        tier=tier,
-        after=after,
-        # A worker looks at so many, and few of them may lie in that tier.
-        limit=MAX_BLOCKS if tier else room,
-    )
-    return worker_pb2.CacheCommand(list=listing)
 
 
 async def _check(link: WorkerLink) -> admin_pb2.CheckStoreResponse.Checked:

@@ -25,7 +25,7 @@ MAX_CHAIN = 16_384  # of one prompt: its hashes fill half of the 1 MiB that a me
 
 @dataclass(frozen=True, slots=True)
 class ListBlocks:
-    """Which blocks are there; the arguments of `Engine.list_blocks`. `tier`: only those that it holds; None: any."""
+    """Which blocks are there; the arguments of `Cache.list_blocks`. `tier`: only those that it holds; None: any."""
 
     root: BlockHash | None
     prefix: BlockHash | None
@@ -102,19 +102,19 @@ def carry_out(engine: Engine, command: CacheCommand) -> CacheAnswer:
         case ListBlocks():
             return _listed(engine, command)
         case Warm(hashes, root, lifetime):
-            return CacheAnswer(started=engine.prefetch(hashes, root=root, lifetime=lifetime))
+            return CacheAnswer(started=engine.cache.prefetch(hashes, root=root, lifetime=lifetime))
         case Pin(blocks, for_s):
             hashes, following = _selected(engine, blocks)
-            return CacheAnswer(counts=engine.lease(hashes, for_s), next=following)
+            return CacheAnswer(counts=engine.cache.lease(hashes, for_s), next=following)
         case Unpin(blocks):
             hashes, following = _selected(engine, blocks)
-            return CacheAnswer(counts=engine.end_leases(hashes), next=following)
+            return CacheAnswer(counts=engine.cache.end_leases(hashes), next=following)
         case Check():
             return CacheAnswer(wrong=_audited(engine))
 
 
 def _listed(engine: Engine, command: ListBlocks) -> CacheAnswer:
-    seen = engine.list_blocks(root=command.root, prefix=command.prefix, after=command.after, limit=command.limit)
+    seen = engine.cache.list_blocks(root=command.root, prefix=command.prefix, after=command.after, limit=command.limit)
     wanted = [block for block in seen if command.tier is None or command.tier in block.tiers]
     return CacheAnswer(blocks=wanted, next=_following(seen, command.limit))
 
@@ -122,7 +122,7 @@ def _listed(engine: Engine, command: ListBlocks) -> CacheAnswer:
 def _selected(engine: Engine, blocks: Selection) -> tuple[Sequence[BlockHash], BlockHash | None]:
     if blocks.hashes:
         return blocks.hashes, None
-    page = engine.list_blocks(root=blocks.root, prefix=None, after=blocks.after, limit=MAX_BLOCKS)
+    page = engine.cache.list_blocks(root=blocks.root, prefix=None, after=blocks.after, limit=MAX_BLOCKS)
     return [block.hash for block in page], _following(page, MAX_BLOCKS)
 
 
@@ -132,7 +132,7 @@ def _following(page: Sequence[CachedBlock], limit: int) -> BlockHash | None:
 
 def _audited(engine: Engine) -> str:
     try:
-        engine.check()
+        engine.cache.check()
     except InvariantError as error:
         return f"{error}"
     return ""

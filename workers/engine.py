@@ -1,33 +1,31 @@
 """The engine: one step schedules, fetches, forwards, samples and commits. Synchronous, without Ray or gRPC.
 
 Covers: the life of a job from `submit` to its last Output. The parts know their business: `scheduler` what to compute,
-`kvstore` where blocks lie, `models` how to compute, `sampler` and `detokenize` what comes out.
+`kvstore` where blocks lie, `models` how to compute, `sampler` and `detokenize` what comes out. Does not cover: which
+jobs are refused (`refusal`), which failures end the worker (`step_failures`), what operators do (`engine_cache`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
-from collections.abc import Sequence as Items
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from tokenizers import Tokenizer
-from torch import AcceleratorError, OutOfMemoryError, Tensor
+from torch import Tensor
 
-from kvstore.blocks import BlockHash
-from kvstore.events import BlockStored, TierName
+from kvstore.events import BlockStored
 from kvstore.lifetime import Lifetime
-from kvstore.store import ReadTiers, TieredStore
+from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta, Clock
 from workers.attention.step import KVViews, Span
-from workers.chain_positions import positions
 from workers.detokenize import TextStream
+from workers.engine_cache import EngineCache
 from workers.models import ModelRunner
 from workers.peers import Peers
 from workers.protocol import (
-    CachedBlock,
     EngineInfo,
     FinishReason,
     Job,
@@ -38,22 +36,21 @@ from workers.protocol import (
     StepReport,
     TokenLogprob,
 )
+from workers.refusal import refusal
 from workers.sampler import Row, Sampled, sample
 from workers.scheduler import Chunk, Scheduler
 from workers.sequence import Sequence
+from workers.step_failures import NOT_FINITE, StepFailures
 from workers.step_times import StepTimes
 
 log = logging.getLogger(__name__)
-
-# So many failed steps in a row are no accident of their jobs: only a new process may help.
-MAX_FAILED_STEPS = 3
 
 
 class TorchEngine:
     """`workers.protocol.Engine` on a PyTorch model. Everything but `info` belongs to one thread.
 
     Attributes:
-        runner: the model. store: its blocks.
+        runner: the model. store: its blocks. cache: what is done with them besides jobs.
     """
 
     def __init__(
@@ -104,13 +101,14 @@ class TorchEngine:
         )
         self._sequences: dict[JobId, Sequence] = {}
         self._outputs: list[Output] = []  # for the next report
-        self._arrivals = self._steps = self._failed_steps = 0
-        self._stalled = self._changed = False
-        self._shared_reads, self._shared_clears = True, 0
+        self._arrivals = self._steps = 0
+        self._failures = StepFailures()
+        self._stalled = False
+        self.cache = EngineCache(store, self._scheduler, peers, self._default)
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
-        if (error := self._refusal(job)) is not None:
+        if (error := refusal(job, self.info, capacity=self._capacity, running=self._sequences)) is not None:
             self._outputs.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
             return
         if self._peers is not None:
@@ -137,7 +135,7 @@ class TorchEngine:
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._sequences or self._outputs or self._changed)
+        return bool(self._sequences or self._outputs or self.cache.changed)
 
     def step(self) -> StepReport:
         """Schedule, fetch, forward, sample, commit: once.
@@ -152,7 +150,7 @@ class TorchEngine:
         if chunks:
             self._run(chunks)
         self._stalled = not chunks and not self._outputs
-        self._changed = False
+        self.cache.changed = False
         outputs, self._outputs = self._outputs, []
         return StepReport(outputs, self.store.drain_events())
 
@@ -186,81 +184,6 @@ class TorchEngine:
         """All that the store holds; events not yet reported follow though it includes them: replayed, they agree."""
         return self.store.snapshot()
 
-    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
-        """Drop blocks of this worker's own tiers; how many, by tier. The events come with the next step."""
-        self._changed = True
-        return self.store.clear(root=root, prefix=prefix, shared=False)
-
-    def shared_clearing(
-        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None
-    ) -> Callable[[], dict[TierName, int]] | None:
-        """What drops the same in the shared tier, for another thread; its events come with a later step.
-
-        Nothing is read from there before `shared_cleared`: what a request brought back would outlive the clear.
-        """
-        self._shared_clears += 1
-        self._set_reads()
-        return lambda: {TierName.REDIS: self.store.clear_shared(root=root, prefix=prefix)}
-
-    def shared_cleared(self) -> None:
-        """What `shared_clearing` gave has ended, well or not."""
-        self._shared_clears -= 1
-        self._set_reads()
-
-    def hold_peers(self, key: Hashable, for_s: float) -> None:
-        """Start no read from other workers until `release_peers`, or for so long: they may hold what is cleared."""
-        if self._peers is not None:
-            self._peers.hold(key, for_s)
-
-    def release_peers(self, key: Hashable) -> None:
-        """End a hold; none of that key: nothing happens."""
-        if self._peers is not None:
-            self._peers.release(key)
-
-    def list_blocks(
-        self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
-    ) -> list[CachedBlock]:
-        """The first `limit` blocks behind `after`, in the order of their hashes."""
-        held = self.store.list_blocks(root=root, prefix=prefix, after=after, limit=limit)
-        at = positions([block.meta.hash for block in held], self._find_block)
-        return [
-            CachedBlock(
-                block.meta.hash,
-                block.meta.before,
-                block.meta.root,
-                block.tiers,
-                ttl_s=block.meta.ttl_s,
-                ttl_left_s=block.ttl_left_s,
-                leased=block.leased,
-                priority=block.meta.priority,
-                position=at.get(block.meta.hash),
-            )
-            for block in held
-        ]
-
-    def prefetch(self, hashes: Items[BlockHash], *, root: BlockHash, lifetime: Lifetime | None) -> int:
-        """Bring a chain's blocks up from slow tiers without waiting; how many are on their way now."""
-        self._changed = True
-        lifetime = lifetime or self._default
-        return self.store.prefetch(hashes, reads=self._scheduler.reads, root=root, lifetime=lifetime)
-
-    def lease(self, hashes: Items[BlockHash], for_s: float | None) -> dict[TierName, int]:
-        """Forbid to drop them for so long (None: until `end_leases`); how many each tier promised."""
-        return self.store.lease(hashes, for_s)
-
-    def end_leases(self, hashes: Items[BlockHash]) -> dict[TierName, int]:
-        """Allow it again; how many leases each tier ended."""
-        return self.store.end_leases(hashes)
-
-    def check(self) -> None:
-        """Audit the store. Raises InvariantError: its books are wrong; says how."""
-        self.store.check()
-
-    def set_shared_reads(self, *, enabled: bool) -> None:
-        """Whether requests may read blocks from the shared tier."""
-        self._shared_reads = enabled
-        self._set_reads()
-
     def close(self, *, flush_s: float) -> None:
         """End all jobs, flush the store's queued writes for at most that long, give everything back."""
         for sequence in list(self._sequences.values()):
@@ -279,9 +202,11 @@ class TorchEngine:
         try:
             sampled = self._forward(chunks)
         except RuntimeError as error:  # torch's errors, out of memory among them
-            self._fail(chunks, error)
+            told = self._failures.failed(error, len(chunks))
+            for chunk in chunks:
+                self._end(chunk.sequence, FinishReason.ERROR, told)
             return
-        self._failed_steps = 0
+        self._failures.succeeded()
         self._commit(chunks, sampled)
         for sequence, token in sampled.items():
             self._advance(sequence, token)
@@ -336,7 +261,7 @@ class TorchEngine:
         """Append a token; the output that tells of it."""
         if sampled.token_id is None:
             self._drop_own_blocks(sequence)
-            self._end(sequence, FinishReason.ERROR, _NOT_FINITE)
+            self._end(sequence, FinishReason.ERROR, NOT_FINITE)
             return
         sequence.token_ids.append(sampled.token_id)
         ended = self._is_end(sequence, sampled.token_id)
@@ -387,13 +312,6 @@ class TorchEngine:
         self._finish(sequence, output)
         self._outputs.append(output)
 
-    def _set_reads(self) -> None:
-        self._scheduler.reads = ReadTiers(shared=self._shared_reads and self._shared_clears == 0)
-
-    def _find_block(self, name: BlockHash) -> BlockMeta | None:
-        tiers = (self.store.device, self.store.host, self.store.disk)
-        return next((meta for tier in tiers if tier is not None and (meta := tier.find(name)) is not None), None)
-
     def _note_shared_tier(self) -> None:
         current = self._shared_tier_id()
         if current != self.info.shared_tier_id:
@@ -419,63 +337,11 @@ class TorchEngine:
         first = sequence.num_cached_tokens // self._block_size
         if sequence.job.no_store or sequence.num_committed <= first:
             return
-        self._changed = True
+        self.cache.changed = True
         self.store.disown(sequence.hashes[first : sequence.num_committed])
-
-    def _fail(self, chunks: Items[Chunk], error: RuntimeError) -> None:
-        """A step that cannot be computed ends its sequences; one of a broken device ends the worker.
-
-        Raises:
-            RuntimeError: the error, where the device is broken or too many steps in a row failed.
-        """
-        log.error("step failed", exc_info=error, extra={"sequences": len(chunks)})
-        if not _is_out_of_memory(error):
-            self._failed_steps += 1
-            if self._failed_steps >= MAX_FAILED_STEPS or _is_of_device(error):
-                raise error
-        message = f"the model failed ({str(error).partition(chr(10))[0]}); send the request again, to another worker"
-        for chunk in chunks:
-            self._end(chunk.sequence, FinishReason.ERROR, JobError("ENGINE_FAILURE", message))
-
-    def _refusal(self, job: Job) -> JobError | None:
-        count, longest = len(job.token_ids), self.info.context_length
-        if count == 0:
-            return JobError("EMPTY_PROMPT", "the prompt has no tokens; send at least one")
-        if job.job_id in self._sequences:
-            return JobError("DUPLICATE_JOB", f"job {job.job_id} is running already; give each job an id of its own")
-        if not all(0 <= token < self.info.vocab_size for token in job.token_ids):
-            message = (
-                f"a token id is outside the vocabulary of {self.info.vocab_size}; encode with this model's tokenizer"
-            )
-            return JobError("TOKEN_OUT_OF_RANGE", message)
-        if count >= longest:
-            message = f"the prompt has {count} tokens and the context {longest}; shorten the prompt"
-            return JobError("CONTEXT_LENGTH_EXCEEDED", message)
-        if count > self._capacity:
-            message = (
-                f"the prompt has {count} tokens and this worker's device tier holds {self._capacity}; shorten the "
-                "prompt, or give the worker more device_bytes"
-            )
-            return JobError("PROMPT_TOO_LARGE_FOR_WORKER", message)
-        return None
 
     def _lifetime(self, sequence: Sequence) -> Lifetime:
         return sequence.job.lifetime or self._default
-
-
-_NOT_FINITE = JobError(
-    "MODEL_OUTPUT_NOT_FINITE",
-    "the model's logits are not finite numbers; check its weights, or run it in bfloat16 or float32",
-)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
-
-
-def _is_of_device(error: RuntimeError) -> bool:
-    """Whether the process can use its GPU no more: CUDA's errors stay until it ends."""
-    return isinstance(error, AcceleratorError) or "CUDA error" in str(error)
 
 
 def _one_block(latency_ms: float, block_ms: float) -> tuple[float, float]:

@@ -200,7 +200,7 @@ class EngineThread:
             command(self._engine)
         answers: list[Published] = list(cleared)
         for _ in cleared:
-            self._engine.shared_cleared()
+            self._engine.cache.shared_cleared()
         answers.extend(done for request in clears if (done := self._clear(request)) is not None)
         if order is not None:
             answers.append(self._carry_out(order))
@@ -249,12 +249,14 @@ class EngineThread:
     def _clear(self, request: ClearRequest) -> Cleared | None:
         """Drop this worker's blocks; the answer, or None where it comes when the shared tier is clear too."""
         if request.hold is not None:
-            self._engine.hold_peers(request.hold, HOLD_PEERS_S)
+            self._engine.cache.hold_peers(request.hold, HOLD_PEERS_S)
         try:
-            dropped = self._engine.clear(root=request.root, prefix=request.prefix)
+            dropped = self._engine.cache.clear(root=request.root, prefix=request.prefix)
         except StoreError as error:
             return _not_cleared(request, {}, error)
-        clearing = self._engine.shared_clearing(root=request.root, prefix=request.prefix) if request.shared else None
+        clearing = (
+            self._engine.cache.shared_clearing(root=request.root, prefix=request.prefix) if request.shared else None
+        )
         if clearing is None:
             return Cleared(request.asker, request.clear_id, dropped)
         self._shared_clears.submit(self._clear_shared, request, dropped, clearing)

@@ -205,38 +205,8 @@ class EngineInfo:
     peer_address: str = ""
 
 
-class Engine(Protocol):
-    """Synchronous and owned by one thread: every method but `info` is called from it."""
-
-    info: EngineInfo
-
-    def submit(self, job: Job) -> None:
-        """Queue a job. A job that cannot run gets an Output with an error from the next step; nothing is raised."""
-        ...
-
-    def cancel(self, job_id: JobId) -> None:
-        """Forget a job and free its blocks before the next forward; its last Output has CANCELLED. Unknown: no-op."""
-        ...
-
-    def has_work(self) -> bool:
-        """Whether a step would do anything."""
-        ...
-
-    def step(self) -> StepReport:
-        """Schedule, fetch, forward, sample, commit: once."""
-        ...
-
-    def wait(self, timeout_s: float) -> None:
-        """Sleep while all sequences wait for blocks on their way; returns when one arrived, or after the timeout."""
-        ...
-
-    def load(self) -> Load:
-        """How busy it is."""
-        ...
-
-    def snapshot(self) -> list[BlockStored]:
-        """All that the store holds; events not yet reported follow though it includes them: replayed, they agree."""
-        ...
+class Cache(Protocol):
+    """An engine's blocks, for operators and routers: every method is called from the engine's thread, between steps."""
 
     def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
         """Drop blocks of this worker's own tiers; how many, by tier. See `kvstore.store.TieredStore.clear`."""
@@ -299,6 +269,49 @@ class Engine(Protocol):
 
     def set_shared_reads(self, *, enabled: bool) -> None:
         """Whether requests may read blocks from the shared tier (the fleet record decides)."""
+        ...
+
+
+class Engine(Protocol):
+    """Synchronous and owned by one thread: every method is called from it.
+
+    Attributes:
+        info: any thread may read it.
+    """
+
+    info: EngineInfo
+
+    @property
+    def cache(self) -> Cache:
+        """What is done with its blocks besides jobs."""
+        ...
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. A job that cannot run gets an Output with an error from the next step; nothing is raised."""
+        ...
+
+    def cancel(self, job_id: JobId) -> None:
+        """Forget a job and free its blocks before the next forward; its last Output has CANCELLED. Unknown: no-op."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        ...
+
+    def step(self) -> StepReport:
+        """Schedule, fetch, forward, sample, commit: once."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep while all sequences wait for blocks on their way; returns when one arrived, or after the timeout."""
+        ...
+
+    def load(self) -> Load:
+        """How busy it is."""
+        ...
+
+    def snapshot(self) -> list[BlockStored]:
+        """All that the store holds; events not yet reported follow though it includes them: replayed, they agree."""
         ...
 
     def close(self, *, flush_s: float) -> None:

@@ -14,36 +14,31 @@ import hashlib
 import time
 from array import array
 from bisect import insort
-from collections.abc import Callable, Hashable
-from collections.abc import Sequence as Items
+from collections.abc import Callable
 from dataclasses import replace
 
-from kvstore.blocks import BlockHash, block_hashes
-from kvstore.errors import InvariantError
 from kvstore.events import BlockStored, TierName
 from kvstore.lifetime import Lifetime
-from kvstore.tier import BlockMeta, Clock, prolonged
+from kvstore.tier import Clock
 from workers.config import WorkerConfig
 from workers.protocol import (
-    CachedBlock,
     EngineInfo,
     FinishReason,
     Job,
-    JobError,
     JobId,
     Load,
     Output,
     StepReport,
     TokenLogprob,
 )
+from workers.refusal import empty, too_long
+from workers.simulated_blocks import SequenceBlocks
+from workers.simulated_cache import SimulatedCache
 from workers.simulated_info import info_for
-from workers.simulated_listing import listed
 from workers.simulated_sequence import Sequence, Timing, pseudo_token
 from workers.simulated_store import EventLog, SimulatedTier
 
 Sleep = Callable[[float], None]  # seconds
-
-_COMPUTED = "computed"
 
 
 class SimulatedEngine:
@@ -65,7 +60,6 @@ class SimulatedEngine:
     ) -> None:
         self.info = _fitting(info, device_blocks)
         self.timing = timing or Timing()
-        self.shared_reads = True
         self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
         self._default = Lifetime(default_ttl_s, is_default=True)
         self._clock, self._sleep = clock, sleep
@@ -77,9 +71,18 @@ class SimulatedEngine:
             TierName.HOST, host_blocks, info.block_nbytes, clock, self._log, wall_clock=wall_clock
         )
         self._tiers = [self._device, self._host] if host_blocks else [self._device]
+        self._blocks = SequenceBlocks(
+            self._device,
+            self._host,
+            block_size=info.scheme.block_size,
+            timing=self.timing,
+            default=self._default,
+            clock=clock,
+        )
         self._waiting: list[Sequence] = []  # sorted by rank
         self._running: list[Sequence] = []  # in order of admission
         self._jobs: dict[JobId, Sequence] = {}
+        self.cache = SimulatedCache(self._device, self._host, default=self._default, private=self._private)
         self._ended: list[Output] = []  # for the next step's report
         self._orders = 0
         self._steps = 0
@@ -87,7 +90,7 @@ class SimulatedEngine:
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
-        if (error := self._refusal(job)) is not None:
+        if (error := empty(job) or too_long(job, self.info.context_length)) is not None:
             self._ended.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
             return
         self._orders += 1
@@ -99,7 +102,7 @@ class SimulatedEngine:
             names=list(job.block_hashes),
             digest=hashlib.sha256(array("I", job.token_ids).tobytes()).digest(),
         )
-        sequence.expected_cached = self._expected_cached(sequence)
+        sequence.expected_cached = self._blocks.expected_cached(sequence)
         self._jobs[job.job_id] = sequence
         insort(self._waiting, sequence, key=lambda each: each.rank)
 
@@ -151,83 +154,17 @@ class SimulatedEngine:
         """All that device and host hold. Events that it includes already may follow it."""
         return self._device.snapshot() + self._host.snapshot()
 
-    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
-        """Drop blocks; how many, by tier."""
-        return {tier.name: tier.clear(root, prefix) for tier in self._tiers}
-
-    def shared_clearing(
-        self, *, root: BlockHash | None = None, prefix: BlockHash | None = None
-    ) -> Callable[[], dict[TierName, int]] | None:
-        """None: there is no shared tier to clear."""
-        return None
-
-    def hold_peers(self, key: Hashable, for_s: float) -> None:
-        """Nothing: it reads from no other worker."""
-
-    def release_peers(self, key: Hashable) -> None:
-        """Nothing: it reads from no other worker."""
-
-    def shared_cleared(self) -> None:
-        """Nothing to do."""
-
-    def list_blocks(
-        self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
-    ) -> list[CachedBlock]:
-        """The first `limit` blocks behind `after`, in the order of their hashes. O(blocks held)."""
-        return listed(self._tiers, root=root, prefix=prefix, after=after, limit=limit)
-
-    def prefetch(self, hashes: Items[BlockHash], *, root: BlockHash, lifetime: Lifetime | None) -> int:
-        """Copy a chain's blocks from host to device, as far as they lie there and fit; how many."""
-        on_device = self._device.match(hashes)
-        lifetime = lifetime or self._default
-        self._device.prolong(hashes[:on_device], lifetime)
-        loaded = hashes[on_device : on_device + self._host.match(hashes[on_device:])]
-        started = self._device.copy_from(self._host, loaded, lifetime)
-        self._host.count_hits(started)
-        self._host.prolong(hashes[: on_device + started], lifetime)
-        return started
-
-    def lease(self, hashes: Items[BlockHash], for_s: float | None) -> dict[TierName, int]:
-        """Forbid to drop them for so long; how many the lowest tier promised. Copies in the device may go."""
-        return {self._tiers[-1].name: self._tiers[-1].lease(hashes, for_s)}
-
-    def end_leases(self, hashes: Items[BlockHash]) -> dict[TierName, int]:
-        """Allow it again; how many leases ended."""
-        return {self._tiers[-1].name: self._tiers[-1].end_leases(hashes)}
-
-    def set_shared_reads(self, *, enabled: bool) -> None:
-        """Remember it; `shared_reads` tells."""
-        self.shared_reads = enabled
-
     def close(self, *, flush_s: float) -> None:
         """Forget everything."""
         for sequence in list(self._jobs.values()):
             self._end(sequence, FinishReason.CANCELLED)
 
-    def check(self) -> None:
-        """Audit the books: what sequences hold and what the tiers say.
-
-        Raises:
-            InvariantError: they disagree.
-        """
-        self._device.check()
-        self._host.check()
-        private = sum(sequence.private for sequence in self._jobs.values())
-        if private != self._device.private:
-            raise InvariantError(f"sequences hold {private} private blocks, the device counts {self._device.private}")
+    def _private(self) -> int:
+        return sum(sequence.private for sequence in self._jobs.values())
 
     def _read_ms(self, tier: SimulatedTier) -> tuple[float, float]:
         on_device = tier is self._device
         return (0.0, 0.0) if on_device else (self.timing.host_latency_ms, self.timing.host_ms(1))
-
-    def _refusal(self, job: Job) -> JobError | None:
-        longest = self.info.context_length
-        if not job.token_ids:
-            return JobError("EMPTY_PROMPT", "the prompt has no tokens; send at least one")
-        if len(job.token_ids) >= longest:
-            message = f"the prompt has {len(job.token_ids)} tokens and the context {longest}; shorten the prompt"
-            return JobError("CONTEXT_LENGTH_EXCEEDED", message)
-        return None
 
     def _expire(self) -> None:
         now = self._clock()
@@ -240,71 +177,10 @@ class SimulatedEngine:
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
-            if not self._acquire(sequence):
+            if not self._blocks.acquire(sequence):
                 return
             self._waiting.pop(0)
             self._running.append(sequence)
-
-    def _acquire(self, sequence: Sequence) -> bool:
-        """Take the cached prefix and room for the rest of the tokens; False when there is no room."""
-        names = [] if sequence.job.no_read else sequence.names
-        on_device = self._device.match(names)
-        held = self._device.pin(names[:on_device])
-        loaded = self._loadable(sequence, names, on_device)
-        blocks = -(-len(sequence.tokens) // self.info.scheme.block_size)
-        if not self._device.allocate(blocks - on_device):
-            self._device.release(held)
-            return False
-        sequence.held, sequence.private = held, blocks - on_device
-        sequence.admitted_at = sequence.admitted_at or self._clock()
-        sequence.ready_at = self._clock()
-        if loaded:
-            self._promote(sequence, names[on_device : on_device + loaded])
-        self._device.prolong(names[:on_device], sequence.job.lifetime or self._default)
-        self._host.prolong(names[: on_device + loaded], sequence.job.lifetime or self._default)
-        self._account(sequence, on_device, loaded)
-        return True
-
-    def _expected_cached(self, sequence: Sequence) -> int:
-        """Tokens that it would find now; what the load counts until it is admitted."""
-        names = [] if sequence.job.no_read else sequence.names
-        on_device = self._device.match(names)
-        blocks = on_device + self._host.match(names[on_device:])
-        return min(blocks * self.info.scheme.block_size, len(sequence.tokens) - 1)
-
-    def _loadable(self, sequence: Sequence, names: list[BlockHash], on_device: int) -> int:
-        """Blocks that follow in host, if reading them beats computing them."""
-        count = self._host.match(names[on_device:])
-        size = self.info.scheme.block_size
-        cheaper = self.timing.host_ms(count) < self.timing.prefill_ms(count * size, on_device * size)
-        return count if cheaper else 0
-
-    def _promote(self, sequence: Sequence, names: list[BlockHash]) -> None:
-        # The copy is findable at once, though its reader waits for it: a simplification of the simulation.
-        for name in names:
-            if name in self._device:  # it outlived a block before it
-                self._device.free(1)
-                sequence.held += self._device.pin([name])
-            else:
-                meta = self._host.meta(name) or self._meta(sequence, name, len(sequence.held))
-                lifetime = sequence.job.lifetime or self._default
-                sequence.held.append(self._device.name_private(prolonged(meta, lifetime)))
-        sequence.private -= len(names)
-        self._host.count_hits(len(names))
-        sequence.load_ms = self.timing.host_ms(len(names))
-        sequence.ready_at = self._clock() + sequence.load_ms / 1000
-
-    def _account(self, sequence: Sequence, on_device: int, loaded: int) -> None:
-        size, length = self.info.scheme.block_size, len(sequence.tokens)
-        cached = min((on_device + loaded) * size, length - 1)  # the last token is always computed: it gives the logits
-        sequence.computed, sequence.registered = cached, on_device + loaded
-        if sequence.fates is None:
-            device = min(on_device * size, cached)
-            sequence.fates = {
-                TierName.DEVICE.value: device,
-                TierName.HOST.value: cached - device,
-                _COMPUTED: length - cached,
-            }
 
     def _schedule(self) -> list[tuple[Sequence, int]]:
         """The step's sequences and how many tokens each computes; decoding ones first."""
@@ -322,18 +198,16 @@ class SimulatedEngine:
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give it blocks for that many tokens, preempting the youngest; False when it was preempted itself."""
-        needed = -(-tokens // self.info.scheme.block_size) - len(sequence.held) - sequence.private
-        while needed > 0 and not self._device.allocate(needed):
+        while not self._blocks.grow(sequence, tokens):
             youngest = self._running[-1]
             self._preempt(youngest)
             if youngest is sequence:
                 return False
-        sequence.private += max(0, needed)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._give_back(sequence)
+        self._blocks.give_back(sequence)
         sequence.computed = sequence.registered = 0
         insort(self._waiting, sequence, key=lambda each: each.rank)
         self._preemptions += 1
@@ -344,41 +218,13 @@ class SimulatedEngine:
 
     def _advance(self, sequence: Sequence, count: int) -> Output | None:
         sequence.computed += count
-        self._commit(sequence)
+        self._blocks.commit(sequence)
         if sequence.missing:
             return None
         output = self._sample(sequence)
         if output.finish is not None:
             self._forget(sequence)
         return output
-
-    def _commit(self, sequence: Sequence) -> None:
-        """Name the blocks that became full. A name that is held already leaves our copy private."""
-        size = self.info.scheme.block_size
-        for position in range(sequence.registered, sequence.computed // size):
-            name = self._name(sequence, position)
-            if sequence.job.no_store:
-                continue
-            meta = self._meta(sequence, name, position)
-            if name not in self._device:
-                sequence.held.append(self._device.name_private(meta))
-                sequence.private -= 1
-            self._host.add(meta)
-        sequence.registered = max(sequence.registered, sequence.computed // size)
-
-    def _name(self, sequence: Sequence, position: int) -> BlockHash:
-        size = self.info.scheme.block_size
-        while len(sequence.names) <= position:
-            start = len(sequence.names) * size
-            parent = sequence.names[-1] if sequence.names else sequence.job.root
-            sequence.names += block_hashes(sequence.tokens[start : start + size], parent, size)
-        return sequence.names[position]
-
-    def _meta(self, sequence: Sequence, name: BlockHash, position: int) -> BlockMeta:
-        job = sequence.job
-        parent = sequence.names[position - 1] if position else job.root
-        ttl_s, until, _ = job.lifetime or self._default
-        return BlockMeta(name, parent, job.root, ttl_s, job.keep_priority, until, job.turn)
 
     def _sample(self, sequence: Sequence) -> Output:
         job, sampling = sequence.job, sequence.job.sampling
@@ -416,12 +262,7 @@ class SimulatedEngine:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
-        self._give_back(sequence)
-
-    def _give_back(self, sequence: Sequence) -> None:
-        self._device.release(sequence.held)
-        self._device.free(sequence.private)
-        sequence.held, sequence.private = [], 0
+        self._blocks.give_back(sequence)
 
 
 def build_engine(

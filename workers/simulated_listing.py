@@ -21,7 +21,7 @@ def listed(
     after: BlockHash | None,
     limit: int,
 ) -> list[CachedBlock]:
-    """What the tiers, given from fast to slow, hold; as `workers.protocol.Engine.list_blocks`."""
+    """What the tiers, given from fast to slow, hold; as `workers.protocol.Cache.list_blocks`."""
     metas = {meta.hash: meta for tier in reversed(tiers) for meta in tier.metas()}
     chosen = select(list(metas.values()), root, prefix)
     page = heapq.nsmallest(limit, (name for name in chosen if after is None or name > after))

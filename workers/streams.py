@@ -214,7 +214,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 self._order(stream, request.cache)
             case "peers_released":
                 key = (stream.router, request.peers_released.peers_hold)
-                self._engine.post(lambda engine: engine.release_peers(key))
+                self._engine.post(lambda engine: engine.cache.release_peers(key))
             case "fleet":
                 self._offer_fleet(stream, request.fleet)
             case "resync":
@@ -283,7 +283,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         if self._fleet is None or _rank(record) > _rank(self._fleet):
             self._fleet = record
             reads = record.shared_tier_reads
-            self._engine.post(lambda engine: engine.set_shared_reads(enabled=reads))
+            self._engine.post(lambda engine: engine.cache.set_shared_reads(enabled=reads))
             behind = [other for other in self._streams.values() if other is not stream]
         else:
             behind = [stream] if _rank(record) < _rank(self._fleet) else []

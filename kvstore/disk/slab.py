@@ -1,20 +1,12 @@
 """A file of fixed slots, each of which holds one block: written and read past the page cache where that is possible.
 
-Covers: where a slot lies, direct and buffered I/O, what a slot says of itself. Does not cover: which slot holds what
-(`books`), what is written where after a crash (`recovery`).
+Covers: where a slot lies, direct and buffered I/O. Does not cover: the format of its pages (`slab_format`), which slot
+holds what (`books`), what is written where after a crash (`recovery`).
 
-    page 0       what the file is: a msgpack record and its checksum: the file's epoch, and the stamp
-    then slots   one page of header, then the payload, padded to whole pages
-
-    a slot's first page
-    0    512  the block's header (`codec`)
-    512   24  stamp, sequence number, xxh3-64 of bytes 0..527, each u64 little-endian
-
-The page has a checksum of its own, so that the whole index can be rebuilt from the slots' first pages alone; payloads
-are verified when they are read. Only slots that were filled under the file's stamp count, and survivors of older ones
-(`survivors`): a new stamp empties the file in one write, or all but the survivors. A new epoch is a new stamp
-to which no log belongs yet.
-Sequence numbers rise, so that of two slots that name one block the later one wins.
+A slot's first page has a checksum of its own, so that the whole index can be rebuilt from the slots' first pages alone;
+payloads are verified when they are read. Only slots that were filled under the file's stamp count, and survivors of
+older ones (`survivors`): a new stamp empties the file in one write, or all but the survivors. A new epoch is a new
+stamp to which no log belongs yet. Sequence numbers rise, so that of two slots that name one block the later one wins.
 
 The file is as long as all its slots from the start, reserved and not written: opening takes milliseconds whatever its
 size. Where no room can be reserved it grows as it is written, as long as that leaves some to others (`room`). Data is
@@ -27,41 +19,31 @@ import errno
 import logging
 import os
 import secrets
-import struct
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-import msgpack
 import numpy as np
-import xxhash
 
-from kvstore.buffers import Buffers, aligned
+from kvstore.buffers import Buffers
 from kvstore.codec import HEADER_NBYTES
 from kvstore.disk.files import NO_ROOM, PAGE_NBYTES, Files, open_direct, pages, read_all, write_all
 from kvstore.disk.folder import SURVIVORS_SUFFIX
 from kvstore.disk.room import may_take
+from kvstore.disk.slab_format import (
+    SAID_NBYTES,
+    SlotPage,
+    aligned_zeros,
+    epoch_and_stamp,
+    first_page,
+    signed,
+    slot_page,
+)
 from kvstore.disk.survivors import Survivors
 
 log = logging.getLogger(__name__)
 
 KEPT_BUFFERS = 8
-SLAB_VERSION = 1
-
-_MAGIC = "warmkv slab"
-_FOOTER = struct.Struct("<QQQ")
-_SIGNED_NBYTES = HEADER_NBYTES + 16
-_STAMP = struct.Struct("<QQ")
-
-
-@dataclass(frozen=True, slots=True)
-class SlotPage:
-    """A block's header, and under which stamp and number its slot was filled."""
-
-    header: bytes
-    stamp: int
-    sequence: int
 
 
 class Slab:
@@ -133,7 +115,7 @@ class Slab:
         heads = self._heads.take(1)
         bounces: list[memoryview] = []
         try:
-            heads[0][:] = _signed(header, stamp, sequence).ljust(PAGE_NBYTES, b"\0")  # nothing of what lay there before
+            heads[0][:] = signed(header, stamp, sequence).ljust(PAGE_NBYTES, b"\0")  # nothing of what lay there before
             if self.direct and not _fits(payload):
                 bounces = self._bounces.take(1)
                 payload = _padded(payload, bounces[0])
@@ -171,13 +153,10 @@ class Slab:
         heads = self._heads.take(1)
         try:
             found = read_all(self._files, self._fd, heads, self._offset(slot), step=self._step)
-            head = bytes(heads[0][: _SIGNED_NBYTES + 8])
+            head = bytes(heads[0][:SAID_NBYTES])
         finally:
             self._heads.give(heads)
-        stamp, sequence, checksum = _FOOTER.unpack(head[HEADER_NBYTES:])
-        if found < PAGE_NBYTES or checksum != xxhash.xxh3_64_intdigest(head[:_SIGNED_NBYTES]):
-            return None
-        return SlotPage(head[:HEADER_NBYTES], stamp, sequence)
+        return None if found < PAGE_NBYTES else slot_page(head)
 
     def counts(self, slot: int, page: SlotPage) -> bool:
         """Whether what the slot says was not cleared. For the time before anything is written."""
@@ -246,10 +225,7 @@ class Slab:
             self._survivors.read(self.stamp)
 
     def _sign(self, epoch: int, stamp: int) -> None:
-        page = aligned_zeros()
-        record = msgpack.packb((_MAGIC, SLAB_VERSION, self.payload_nbytes, self.slot_nbytes, epoch, stamp))
-        page[: len(record)] = record
-        page[-8:] = xxhash.xxh3_64_intdigest(page[:-8]).to_bytes(8, "little")
+        page = first_page(self.payload_nbytes, self.slot_nbytes, epoch, stamp)
         write_all(self._files, self._fd, [page], 0)
         self.epoch, self.stamp = epoch, stamp
 
@@ -257,16 +233,7 @@ class Slab:
         """Epoch and stamp; None: it is no slab of ours."""
         page = aligned_zeros()
         found = read_all(self._files, self._fd, [page], 0, step=self._step)
-        checksum = xxhash.xxh3_64_intdigest(page[:-8]).to_bytes(8, "little")
-        if found < PAGE_NBYTES or bytes(page[-8:]) != checksum:
-            return None
-        unpacker = msgpack.Unpacker()
-        unpacker.feed(page[:-8])
-        match unpacker.unpack():
-            case [str(magic), int(version), int(payload), int(slot), int(epoch), int(stamp)]:
-                expected = (_MAGIC, SLAB_VERSION, self.payload_nbytes, self.slot_nbytes)
-                return (epoch, stamp) if (magic, version, payload, slot) == expected else None
-        return None
+        return None if found < PAGE_NBYTES else epoch_and_stamp(page, self.payload_nbytes, self.slot_nbytes)
 
     def _reserve(self) -> None:
         """Reserve the file's room where the file system can; else it grows as it is written."""
@@ -302,13 +269,6 @@ def slot_nbytes(payload_nbytes: int) -> int:
     return PAGE_NBYTES + pages(payload_nbytes)
 
 
-def aligned_zeros() -> memoryview:
-    """A page of zeros, on a page's border."""
-    page = aligned(PAGE_NBYTES)
-    page[:] = bytes(PAGE_NBYTES)
-    return page
-
-
 def _fits(buffer: memoryview) -> bool:
     """Whether direct I/O can use the buffer itself."""
     if buffer.nbytes % PAGE_NBYTES:
@@ -323,8 +283,3 @@ def _padded(payload: memoryview, bounce: memoryview) -> memoryview:
     np.copyto(row[: payload.nbytes], np.frombuffer(payload, np.uint8))
     row[payload.nbytes :] = 0
     return bounce
-
-
-def _signed(header: bytes, stamp: int, sequence: int) -> bytes:
-    signed = header + _STAMP.pack(stamp, sequence)
-    return signed + xxhash.xxh3_64_intdigest(signed).to_bytes(8, "little")

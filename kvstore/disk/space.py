@@ -3,7 +3,7 @@
 Covers: opening and restoring, handing changes to the log, erasing, audits, closing. Does not cover: blocks' bytes on
 their way in and out (`transfer`), what a tier promises (`disk`).
 
-Lock order: `_stamping`, those of `index`, then `lock`, which guards the books and is never held while a file is
+Lock order: that of `stamps`, those of `index`, then `lock`, which guards the books and is never held while a file is
 used.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from kvstore.disk.index import DiskIndex
 from kvstore.disk.recovery import recover
 from kvstore.disk.room import may_take, slots_that_fit
 from kvstore.disk.slab import Slab, slot_nbytes
+from kvstore.disk.stamps import Stamps
 from kvstore.errors import CodecError, InvariantError, TierError
 from kvstore.events import RemovalCause
 from kvstore.tier import Clock
@@ -42,7 +43,7 @@ class DiskSpace:
     """An open folder.
 
     Attributes:
-        lock: of the books. books, slab, index, health: the parts.
+        lock: of the books. books, slab, index, stamps, health: the parts.
     """
 
     def __init__(
@@ -70,8 +71,6 @@ class DiskSpace:
         self.lock = threading.Lock()
         self.health = DiskHealth(str(path), clock)
         self._audited = 0  # slots whose headers were looked at in this round
-        self._is_stamp_due = False  # something was cleared, and the slots do not say so yet
-        self._stamping = threading.Lock()
         self.folder = lock_folder(path)
         try:
             self._open(path, capacity_bytes, eviction, shares, files, direct=direct)
@@ -99,7 +98,7 @@ class DiskSpace:
             return
         try:
             self.index.flush()
-            self._begin_stamp_when_due()
+            self.stamps.begin_when_due()
         except OSError as error:
             self.health.failed_to_write(error)
             return
@@ -116,12 +115,11 @@ class DiskSpace:
         is_many = cause is RemovalCause.CLEARED or (cause is RemovalCause.INVALID and len(gone) > MAX_WIPED)
         try:
             if is_many:
-                with self.lock:
-                    self._is_stamp_due = True
+                self.stamps.due()
             elif cause is RemovalCause.INVALID:
                 self._wipe(gone)
             self.write_down()
-            if cause is RemovalCause.CLEARED and self.index.is_incomplete and not self._begin_epoch():
+            if cause is RemovalCause.CLEARED and self.index.is_incomplete and not self.stamps.begin_epoch():
                 raise self._not_cleared(len(gone))
         finally:
             with self.lock:
@@ -134,7 +132,7 @@ class DiskSpace:
             TierError: the disk takes neither that nor the removals.
         """
         try:
-            is_signed = self._begin_epoch()
+            is_signed = self.stamps.begin_epoch()
             self.write_down()
             if not is_signed and self.index.is_incomplete:
                 raise self._not_cleared(len(gone))
@@ -220,6 +218,7 @@ class DiskSpace:
         except BaseException:
             self.slab.close()
             raise
+        self.stamps = Stamps(self.slab, self.index, self.books, self.lock, self.health)
         try:
             self._restore()
         except BaseException:
@@ -269,43 +268,6 @@ class DiskSpace:
                 self.slab.wipe(entry.index)
         except OSError as error:
             self.health.failed_to_write(error)
-
-    def _begin_stamp_when_due(self) -> None:
-        with self._stamping:
-            if self._is_stamp_due:
-                self._sign(self.slab.begin_stamp)
-
-    def _begin_epoch(self) -> bool:
-        """Let neither the log count that lies there nor slots that hold nothing; whether the slab says so.
-
-        That takes no room: so it is the way out where the log takes no more records.
-        """
-        try:
-            with self._stamping:
-                self.index.forsake(lambda: self._sign(self._sign_epoch))
-        except OSError as error:
-            self.health.failed_to_write(error)
-            return False
-        return True
-
-    def _sign_epoch(self, held: Sequence[int]) -> None:
-        try:
-            self.slab.begin_epoch(held)
-        except OSError as error:
-            log.warning("blocks on disk are lost with the process: none could be named", extra={"reason": str(error)})
-            self.slab.begin_epoch()
-
-    def _sign(self, sign: Callable[[Sequence[int]], None]) -> None:
-        """Sign the slab, with the slots that still count, holding `_stamping`."""
-        with self.lock:  # in one: what is cleared from now on makes the next stamp due
-            held = self.books.held_slots()
-            self._is_stamp_due = False
-        try:
-            sign(held)
-        except OSError:
-            with self.lock:
-                self._is_stamp_due = True
-            raise
 
     def _not_cleared(self, count: int) -> TierError:
         return TierError(

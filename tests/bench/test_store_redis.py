@@ -16,7 +16,7 @@ from bench.report import Report, Row
 from bench.store_redis import BATCHES, MAIN_SIZE, ROUNDS_A_BATCH, SIZES, Speeds, add_rows, batches
 from deploy.redis_server import PrivateRedis
 from kvstore.blocks import block_hashes
-from tests.kvstore.redis_for_tests import binary
+from tests.kvstore.redis.redis_for_tests import binary
 
 NBYTES = SIZES["64kib"]
 COUNT = 6  # more than are under way at a time

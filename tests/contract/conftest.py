@@ -28,8 +28,8 @@ from kvstore.redis.tier import RedisTier
 from kvstore.tier import Tier
 from tests.contract.peer_for_contract import PeerAndItsOwner
 from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock
-from tests.kvstore.peers_for_tests import worker
-from tests.kvstore.redis_fleets_for_tests import Cluster, clustered
+from tests.kvstore.peer.peers_for_tests import worker
+from tests.kvstore.redis.redis_fleets_for_tests import Cluster, clustered
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from kvstore.events import RemovalCause
 from kvstore.host.tier import HostTier
 from kvstore.peer.tier import PeerTier
 from kvstore.tier import BlockMeta
-from tests.kvstore.peers_for_tests import CODEC, FLEET, PATIENT_S
+from tests.kvstore.peer.peers_for_tests import CODEC, FLEET, PATIENT_S
 
 
 class PeerAndItsOwner(PeerTier):

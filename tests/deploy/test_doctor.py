@@ -19,8 +19,8 @@ from deploy.layers import load_settings
 from deploy.redis_server import PrivateRedis
 from deploy.settings import Settings
 from deploy.state import ClusterRecord, write_record
-from tests.kvstore.redis_fleets_for_tests import guarded
-from tests.kvstore.redis_for_tests import binary
+from tests.kvstore.redis.redis_fleets_for_tests import guarded
+from tests.kvstore.redis.redis_for_tests import binary
 
 
 def _settings(**flags: object) -> Settings:

@@ -19,7 +19,7 @@ from kvstore.device import DeviceTier
 from kvstore.disk.tier import DiskTier
 from kvstore.store import ReadTiers, TieredStore
 from tests.kvstore.blocks_for_tests import LAYOUT, ROOT, chain, names, payloads
-from tests.kvstore.disk_for_tests import CODEC, FaultyFiles, capacity
+from tests.kvstore.disk.disk_for_tests import CODEC, FaultyFiles, capacity
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,7 @@ from kvstore.host.tier import HostTier
 from kvstore.leases import SETTLE_NAMES, SETTLE_S, Leases
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, chain, names, payloads
-from tests.kvstore.disk_for_tests import Place
+from tests.kvstore.disk.disk_for_tests import Place
 
 HOST, DISK = TierName.HOST, TierName.DISK
 

@@ -19,7 +19,7 @@ from kvstore.lifetime import Lifetime
 from kvstore.store import ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, ROOT, ManualClock, chain, names, payloads
-from tests.kvstore.redis_for_tests import SERVERS, binary, client_of, key, make_tier
+from tests.kvstore.redis.redis_for_tests import SERVERS, binary, client_of, key, make_tier
 
 torch.set_num_threads(1)
 TTL = 1000.0

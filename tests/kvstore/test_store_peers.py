@@ -17,7 +17,7 @@ from kvstore.store import Acquisition, ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ROOT, chain, names, payload, payloads
 from tests.kvstore.fake_tier import FakeSharedTier
-from tests.kvstore.peers_for_tests import CODEC, FLEET, PATIENT_S, Worker, stranger, worker
+from tests.kvstore.peer.peers_for_tests import CODEC, FLEET, PATIENT_S, Worker, stranger, worker
 
 torch.set_num_threads(1)
 DEVICE, HOST, REDIS, PEER = TierName.DEVICE, TierName.HOST, TierName.REDIS, TierName.PEER

@@ -410,7 +410,7 @@ async def test_an_audit_tells_which_store_is_wrong_and_how() -> None:
         def broken() -> None:
             raise InvariantError("slot 3 is held twice")
 
-        fleet.workers["w1"]._engine.check = broken  # type: ignore[method-assign]
+        fleet.workers["w1"]._engine.cache.check = broken  # type: ignore[method-assign]
         found = await router.cache.check(admin_pb2.CheckStoreRequest(), caller=ADMIN)
         assert [(w.worker, w.wrong) for w in found.workers] == [("w0", ""), ("w1", "slot 3 is held twice")]
         named = await router.cache.check(admin_pb2.CheckStoreRequest(workers=["w0"]), caller=ADMIN)

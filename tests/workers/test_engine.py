@@ -248,7 +248,7 @@ def test_events_tell_what_was_stored_and_a_snapshot_includes_them(rig: Rig):
 
 def test_clear_empties_the_cache_and_the_event_comes_with_the_next_step(rig: Rig):
     rig.run(rig.job("a", PROMPT, max_tokens=2))
-    assert rig.engine.clear() == {TierName.DEVICE: 3}
+    assert rig.engine.cache.clear() == {TierName.DEVICE: 3}
     assert rig.engine.has_work()
     assert rig.engine.step().events == [AllBlocksCleared(TierName.DEVICE)]
     assert not rig.engine.has_work()
@@ -259,7 +259,7 @@ def test_clearing_disturbs_no_running_sequence(rig: Rig):
     wanted = rig.run(rig.job("a", PROMPT, max_tokens=30, no_store=True))[0].token_ids
     rig.engine.submit(rig.job("b", PROMPT, max_tokens=30))
     outputs = _outputs(rig, 5)
-    rig.engine.clear()
+    rig.engine.cache.clear()
     for number, prompt in enumerate(prompts(20)):  # what was cleared is written over
         rig.engine.submit(rig.job(number, prompt, max_tokens=10))
     outputs += _outputs(rig, 40)
@@ -326,9 +326,9 @@ def test_the_shared_tier_is_read_only_while_it_is_allowed():
         writer.run(writer.job("a", PROMPT, max_tokens=1))
         writer.close()
         reader = make_rig(redis_url=server.url)
-        reader.engine.set_shared_reads(enabled=False)
+        reader.engine.cache.set_shared_reads(enabled=False)
         assert reader.run(reader.job("a", PROMPT, max_tokens=1, no_store=True))[0].fates == {"computed": 50}
-        reader.engine.set_shared_reads(enabled=True)
+        reader.engine.cache.set_shared_reads(enabled=True)
         assert reader.run(reader.job("b", PROMPT, max_tokens=1))[0].fates == {"computed": 2, "redis": 48}
         reader.close()
 

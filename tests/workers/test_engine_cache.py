@@ -108,8 +108,8 @@ def test_what_is_being_cleared_from_the_shared_tier_is_not_brought_back_meanwhil
     rig = make_rig(redis_url=redis_url, host_blocks=100)
     (cold,) = rig.run(rig.job("a", PROMPT, max_tokens=4))
     assert rig.store.flush(10.0)
-    assert rig.engine.clear() == {TierName.DEVICE: 4, TierName.HOST: 4}
-    clearing = rig.engine.shared_clearing()
+    assert rig.engine.cache.clear() == {TierName.DEVICE: 4, TierName.HOST: 4}
+    clearing = rig.engine.cache.shared_clearing()
     assert clearing is not None
     # The server has dropped nothing yet, and the engine goes on.
     (again,) = rig.run(rig.job("b", PROMPT, max_tokens=4))
@@ -118,13 +118,13 @@ def test_what_is_being_cleared_from_the_shared_tier_is_not_brought_back_meanwhil
     thread = threading.Thread(target=lambda: dropped.append(clearing()))
     thread.start()
     thread.join(10.0)
-    rig.engine.shared_cleared()
+    rig.engine.cache.shared_cleared()
     rig.engine.step()
     assert dropped == [{TierName.REDIS: 4}]
-    assert rig.engine.clear() == {TierName.DEVICE: 4, TierName.HOST: 4}
+    assert rig.engine.cache.clear() == {TierName.DEVICE: 4, TierName.HOST: 4}
     rig.run(rig.job("c", PROMPT, max_tokens=1))
     assert rig.store.flush(10.0)
-    assert rig.engine.clear() == {TierName.DEVICE: 4, TierName.HOST: 4}
+    assert rig.engine.cache.clear() == {TierName.DEVICE: 4, TierName.HOST: 4}
     rig.clock.ahead_s += 10.0  # that it was not there is remembered for a moment
     (warm,) = rig.run(rig.job("d", PROMPT, max_tokens=1))
     assert warm.fates == {"computed": 6, "redis": 64}, "afterwards it is read again"
@@ -134,7 +134,7 @@ def test_what_is_being_cleared_from_the_shared_tier_is_not_brought_back_meanwhil
 def test_a_shared_tier_that_cannot_be_cleared_raises_a_store_error():
     with PrivateRedis() as server:
         rig = make_rig(redis_url=server.url)
-    clearing = rig.engine.shared_clearing()
+    clearing = rig.engine.cache.shared_clearing()
     assert clearing is not None
     with pytest.raises(StoreError, match="clear again"):
         clearing()
@@ -143,7 +143,7 @@ def test_a_shared_tier_that_cannot_be_cleared_raises_a_store_error():
 
 def test_without_a_shared_tier_clearing_it_drops_nothing():
     rig = make_rig()
-    clearing = rig.engine.shared_clearing()
+    clearing = rig.engine.cache.shared_clearing()
     assert clearing is not None
     assert clearing() == {TierName.REDIS: 0}
     rig.close()

@@ -80,6 +80,10 @@ class ScriptedEngine:
         assert not self.pending, "a snapshot was taken while events were not drained"
         return [BlockStored(TierName.DEVICE, (b"h" * 16,))]
 
+    @property
+    def cache(self) -> ScriptedEngine:
+        return self
+
     def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> dict[TierName, int]:
         self.told.append("clear")
         if self.clear_error is not None:
@@ -260,13 +264,13 @@ def test_a_shared_clear_that_hangs_does_not_keep_the_worker_from_ending(rig: Rig
 
 def test_what_a_worker_was_about_to_write_is_dropped_before_the_shared_tier_is_cleared(rig: Rig) -> None:
     order: list[str] = []
-    clear_own = rig.engine.clear
+    clear_own = rig.engine.cache.clear
 
     def clear(**scope: BlockHash | None) -> dict[TierName, int]:
         order.append("own")
         return clear_own()
 
-    rig.engine.clear = clear  # type: ignore[method-assign]
+    rig.engine.cache.clear = clear  # type: ignore[method-assign]
     rig.engine.shared_clear = lambda: order.append("shared") or {TierName.REDIS: 1}  # type: ignore[func-returns-value]
     rig.thread.ask_clear(ClearRequest("a", 1, shared=True))
     rig.next(Cleared)
@@ -312,13 +316,13 @@ def test_orders_are_answered_in_turn_with_what_the_engine_said(rig: Rig) -> None
 def test_no_turn_carries_out_two_orders(rig: Rig) -> None:
     """Else a fleet's questions could hold up its tokens for as long as there are questions."""
     steps: list[int] = []
-    listing = rig.engine.list_blocks
+    listing = rig.engine.cache.list_blocks
 
     def list_blocks(**asked: object) -> list[CachedBlock]:
         steps.append(rig.engine.steps)
         return listing(**asked)  # type: ignore[arg-type]
 
-    rig.engine.list_blocks = list_blocks  # type: ignore[method-assign]
+    rig.engine.cache.list_blocks = list_blocks  # type: ignore[method-assign]
     for number in range(20):
         rig.thread.order(Order("a", number, ListBlocks(None, None, None, None, 2)))
     assert [rig.next(Answered).command_id for _ in range(20)] == list(range(20))  # type: ignore[union-attr]

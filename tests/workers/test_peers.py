@@ -55,7 +55,7 @@ def two() -> Iterator[list[TorchEngine]]:
     engines = [_engine(), _engine(name="w1")]
     yield engines
     for engine in engines:
-        engine.check()
+        engine.cache.check()
         engine.close(flush_s=0)
 
 
@@ -104,18 +104,18 @@ def test_a_worker_does_not_ask_itself_and_a_wrong_hint_is_computed(two: list[Tor
 
 def test_while_it_is_held_no_peer_is_read(two: list[TorchEngine]):
     tokens, _ = _run(two[0])
-    two[1].hold_peers("a clear", 60.0)
+    two[1].cache.hold_peers("a clear", 60.0)
     assert _run(two[1], _hint(two[0])) == (tokens, {"computed": 100})
-    two[1].clear()
-    two[1].release_peers("a clear")
+    two[1].cache.clear()
+    two[1].cache.release_peers("a clear")
     assert _run(two[1]) == (tokens, {"computed": 100}), "hints from before the clear are forgotten"
-    two[1].clear()
+    two[1].cache.clear()
     assert _run(two[1], _hint(two[0])) == (tokens, {"computed": 4, "peer": 96})
 
 
 def test_the_shared_tiers_switch_is_none_of_peers(two: list[TorchEngine]):
     _run(two[0])
-    two[1].set_shared_reads(enabled=False)
+    two[1].cache.set_shared_reads(enabled=False)
     assert _run(two[1], _hint(two[0]))[1] == {"computed": 4, "peer": 96}
 
 
@@ -124,7 +124,7 @@ def test_a_worker_that_ended_is_a_miss(two: list[TorchEngine]):
     tokens, _ = _run(other)
     assert _run(two[1], replace(_hint(other), blocks=2))[1] == {"computed": 68, "peer": 32}  # a connection stays open
     other.close(flush_s=0)
-    two[1].clear()
+    two[1].cache.clear()
     assert _run(two[1], _hint(other)) == (tokens, {"computed": 100})
 
 
@@ -176,8 +176,8 @@ def test_a_worker_that_may_not_take_part_says_why(
     assert TierName.PEER not in engine.load().tiers
     said = [record.problem for record in caplog.records if "other workers" in record.message]  # type: ignore[attr-defined]
     assert [problem in line for line in said] == ([True] if problem else [])
-    engine.hold_peers("a", 1.0)
-    engine.release_peers("a")
+    engine.cache.hold_peers("a", 1.0)
+    engine.cache.release_peers("a")
     assert _run(engine, PeerHint("127.0.0.1:1", 6))[1] == {"computed": 100}
     engine.close(flush_s=0)
 

@@ -77,7 +77,7 @@ def run(engine: SimulatedEngine, *jobs: Job) -> dict[object, list[Output]]:
         if not engine.has_work():
             break
         report = engine.step()
-        engine.check()
+        engine.cache.check()
         for output in report.outputs:
             outputs[output.job_id].append(output)
         if not report.outputs:
@@ -202,7 +202,7 @@ def test_a_fixed_end_holds_against_hits_and_gives_way_to_a_later_one() -> None:
     engine, now = engine_of(default_ttl_s=10.0, host_blocks=64)
     ends = now.s + 20.0
     run(engine, job(1, prompt(16), lifetime=Lifetime(0.0, ends), keep_priority=30, turn=2))
-    blocks = engine.list_blocks(root=None, prefix=None, after=None, limit=9)
+    blocks = engine.cache.list_blocks(root=None, prefix=None, after=None, limit=9)
     assert {(b.ttl_s, b.priority) for b in blocks} == {(0.0, 30)}
     assert [b.ttl_left_s for b in blocks] == pytest.approx([ends - now.s] * len(blocks))
     for number in range(2, 5):
@@ -286,7 +286,7 @@ def test_clear_drops_one_tenants_blocks_and_leaves_the_others() -> None:
     other = INFO.scheme.root(b"other")
     theirs = prompt(8, seed=2)
     run(engine, replace(job(2, theirs), root=other, block_hashes=block_hashes(theirs, other, SIZE)))
-    assert engine.clear(root=other) == {TierName.DEVICE: 2, TierName.HOST: 2}
+    assert engine.cache.clear(root=other) == {TierName.DEVICE: 2, TierName.HOST: 2}
     assert held(engine.snapshot()) == before
 
 
@@ -294,11 +294,11 @@ def test_clear_while_a_sequence_runs_leaves_it_its_blocks_and_frees_them_at_its_
     engine, _ = engine_of()
     engine.submit(job(1, prompt(16), max_tokens=3))
     engine.step()
-    engine.clear()
+    engine.cache.clear()
     assert used_blocks(engine) > 0
     while engine.has_work():
         engine.step()
-    engine.check()
+    engine.cache.check()
     assert used_blocks(engine) == 0
 
 
@@ -307,9 +307,9 @@ def test_prefetching_brings_a_chain_from_host_to_device_and_the_next_request_fin
     first = job(1, prompt(16, seed=1))
     run(engine, first)
     run(engine, job(2, prompt(20, seed=2)))  # takes the device from it
-    assert engine.prefetch(first.block_hashes, root=ROOT, lifetime=None) > 0
-    engine.check()
-    assert engine.prefetch(first.block_hashes, root=ROOT, lifetime=None) == 0
+    assert engine.cache.prefetch(first.block_hashes, root=ROOT, lifetime=None) > 0
+    engine.cache.check()
+    assert engine.cache.prefetch(first.block_hashes, root=ROOT, lifetime=None) == 0
     fates = run(engine, job(3, prompt(16, seed=1)))[3][-1].fates
     assert fates == {"device": 15, "host": 0, "computed": 1}
 
@@ -318,19 +318,19 @@ def test_leased_blocks_outlive_others_and_requests_still_find_room() -> None:
     engine, now = engine_of(device_blocks=16, host_blocks=16, default_ttl_s=10.0)
     kept = job(1, prompt(16, seed=1))
     run(engine, kept)
-    assert engine.lease(kept.block_hashes, 100.0) == {TierName.HOST: 4}
+    assert engine.cache.lease(kept.block_hashes, 100.0) == {TierName.HOST: 4}
     for seed in range(2, 20):
         run(engine, job(seed, prompt(40, seed=seed), max_tokens=8))
     now.s += 50.0
     engine.step()
-    listed = engine.list_blocks(root=ROOT, prefix=None, after=None, limit=99)
+    listed = engine.cache.list_blocks(root=ROOT, prefix=None, after=None, limit=99)
     assert {block.hash for block in listed} == set(kept.block_hashes)
     assert all(block.leased for block in listed)
-    assert engine.end_leases(kept.block_hashes) == {TierName.HOST: 4}
+    assert engine.cache.end_leases(kept.block_hashes) == {TierName.HOST: 4}
     now.s += 11.0
     engine.step()
-    assert engine.list_blocks(root=None, prefix=None, after=None, limit=99) == []
-    engine.check()
+    assert engine.cache.list_blocks(root=None, prefix=None, after=None, limit=99) == []
+    engine.cache.check()
 
 
 def test_load_counts_what_waits_runs_and_decodes() -> None:
@@ -348,7 +348,7 @@ def test_load_counts_what_waits_runs_and_decodes() -> None:
 def test_a_snapshot_takes_no_event_away_from_those_who_got_none() -> None:
     engine, _ = engine_of()
     run(engine, job(1, prompt(16)))
-    engine.clear()
+    engine.cache.clear()
     assert engine.snapshot() == []
     assert engine.step().events != []
 
@@ -436,7 +436,7 @@ def test_fates_and_holdings_are_those_of_a_naive_lru_model(asked: list[tuple[int
     expected = {(tier, short(BlockHash(name))) for tier, order in naive.order.items() for name in order}
     assert mirror == expected
     assert held(engine.snapshot()) == expected
-    engine.check()
+    engine.cache.check()
 
 
 def test_the_simulated_worker_needs_no_torch() -> None:

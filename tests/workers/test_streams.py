@@ -391,15 +391,15 @@ def test_the_greatest_version_and_author_wins_and_who_is_behind_is_told() -> Non
 def test_the_fleet_record_decides_on_reads_of_the_shared_tier() -> None:
     engine = simulated()
     with serving(engine) as (_, address), routers(address) as (router,):
-        assert engine.shared_reads
+        assert engine.cache.shared_reads
         router.send(fleet=record(1, "r0", reads=False))
         router.send(submit=job(SCHEME, 1, prompt(3)))
         router.wait_finished(1)
-        assert not engine.shared_reads
+        assert not engine.cache.shared_reads
         router.send(fleet=record(2, "r0", reads=True))
         router.send(submit=job(SCHEME, 2, prompt(3)))
         router.wait_finished(2)
-        assert engine.shared_reads
+        assert engine.cache.shared_reads
 
 
 # Everything at once.

@@ -18,7 +18,7 @@ from kvstore.peer.hints import Hints, Holder
 from kvstore.peer.peers import PeersTier
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import ManualClock, buffers, chain, names, payload, payloads
-from tests.kvstore.peers_for_tests import CODEC, FLEET, PATIENT_S, Worker, wait_until, worker
+from tests.kvstore.peer.peers_for_tests import CODEC, FLEET, PATIENT_S, Worker, wait_until, worker
 
 CHAIN = chain(12)
 NAMES = names(CHAIN)

@@ -22,10 +22,11 @@ from kvstore.redis.reading import BlockReading
 from kvstore.redis.resp import Wire
 from kvstore.redis.tier import RedisTier, key_prefix
 from kvstore.tier import BlockMeta
-from tests.kvstore import blocks_for_tests, redis_for_tests
+from tests.kvstore import blocks_for_tests
 from tests.kvstore.blocks_for_tests import chain, names
-from tests.kvstore.redis_for_tests import NAMESPACE, SERVERS, binary, client_of, fields_of, key
-from tests.kvstore.redis_for_tests import WIDE as LAYOUT
+from tests.kvstore.redis import redis_for_tests
+from tests.kvstore.redis.redis_for_tests import NAMESPACE, SERVERS, binary, client_of, fields_of, key
+from tests.kvstore.redis.redis_for_tests import WIDE as LAYOUT
 
 make_tier = partial(redis_for_tests.make_tier, layout=LAYOUT)
 payload = partial(blocks_for_tests.payload, layout=LAYOUT)

@@ -28,7 +28,7 @@ from tests.kvstore.blocks_for_tests import (
     payloads,
     read_verified,
 )
-from tests.kvstore.peers_for_tests import (
+from tests.kvstore.peer.peers_for_tests import (
     CODEC,
     FLEET,
     NAMESPACE,

@@ -17,7 +17,7 @@ from kvstore.disk.log import Found, Kind
 from kvstore.errors import InvariantError
 from kvstore.events import RemovalCause
 from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT, chain, names, payloads
-from tests.kvstore.disk_for_tests import SLOT, FaultyFiles, Place, log_file
+from tests.kvstore.disk.disk_for_tests import SLOT, FaultyFiles, Place, log_file
 
 PATIENCE_S = 10.0
 

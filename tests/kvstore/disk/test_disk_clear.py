@@ -15,8 +15,8 @@ from kvstore.disk.tier import DiskTier
 from kvstore.errors import TierError
 from kvstore.events import RemovalCause
 from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT, buffers, chain, names, payloads, read_verified
-from tests.kvstore.disk_for_tests import FaultyFiles, Place, log_file, slab_file
-from tests.kvstore.test_disk_kill import CHAINS, LENGTH, SLOTS, run_and_kill
+from tests.kvstore.disk.disk_for_tests import FaultyFiles, Place, log_file, slab_file
+from tests.kvstore.disk.test_disk_kill import CHAINS, LENGTH, SLOTS, run_and_kill
 
 
 def read_back(tier: DiskTier, hashes: list[BlockHash]) -> int:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.redis.resp import Wire, pack
-from tests.kvstore.redis_for_tests import PATIENT_S
+from tests.kvstore.redis.redis_for_tests import PATIENT_S
 
 
 class Peer:

@@ -20,8 +20,8 @@ from kvstore.redis.node import ElsewhereError
 from kvstore.redis.watch import Watching
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, buffers, chain, names, payload, payloads, read_verified
-from tests.kvstore.redis_fleets_for_tests import Cluster, Process, clustered, free_ports, system_redis, until
-from tests.kvstore.redis_for_tests import NAMESPACE, PATIENT_S, key, make_tier
+from tests.kvstore.redis.redis_fleets_for_tests import Cluster, Process, clustered, free_ports, system_redis, until
+from tests.kvstore.redis.redis_for_tests import NAMESPACE, PATIENT_S, key, make_tier
 
 LENGTH = 24  # blocks of a chain: every node has some
 

@@ -24,10 +24,11 @@ from kvstore.redis.resp import FLOW_NBYTES, Wire
 from kvstore.redis.sockets import Left
 from kvstore.redis.tier import RedisTier
 from kvstore.tier import BlockMeta
-from tests.kvstore import blocks_for_tests, redis_for_tests
+from tests.kvstore import blocks_for_tests
 from tests.kvstore.blocks_for_tests import ManualClock, chain, names
-from tests.kvstore.redis_for_tests import WIDE as LAYOUT
-from tests.kvstore.redis_for_tests import binary
+from tests.kvstore.redis import redis_for_tests
+from tests.kvstore.redis.redis_for_tests import WIDE as LAYOUT
+from tests.kvstore.redis.redis_for_tests import binary
 from workers.config import WorkerConfig
 
 make_tier = partial(redis_for_tests.make_tier, layout=LAYOUT)

@@ -22,7 +22,7 @@ from kvstore.errors import TierError
 from kvstore.redis.pool import MAX_IDLE, WirePool, mask_url
 from kvstore.redis.resp import Wire
 from tests.kvstore.blocks_for_tests import LAYOUT, buffers, chain, names, payloads
-from tests.kvstore.redis_for_tests import PATIENT_S, ScriptedServer, binary, make_tier
+from tests.kvstore.redis.redis_for_tests import PATIENT_S, ScriptedServer, binary, make_tier
 
 
 @pytest.fixture

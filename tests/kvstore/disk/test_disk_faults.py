@@ -26,7 +26,7 @@ from kvstore.disk.tier import DiskTier
 from kvstore.errors import TierError
 from kvstore.events import BlockRemoved, RemovalCause
 from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, buffers, chain, names, payloads, read_verified
-from tests.kvstore.disk_for_tests import (
+from tests.kvstore.disk.disk_for_tests import (
     CODEC,
     SLOT,
     FaultyFiles,
@@ -161,7 +161,7 @@ def test_a_slab_of_another_version_is_begun_anew(place: Place, monkeypatch: pyte
     metas = chain(3)
     place.tier.write(metas, payloads(metas))
     place.tier.close()
-    monkeypatch.setattr("kvstore.disk.slab.SLAB_VERSION", 2)
+    monkeypatch.setattr("kvstore.disk.slab_format.SLAB_VERSION", 2)
     assert place.open().stats().blocks == 0
     place.tier.check()
 
@@ -420,7 +420,7 @@ FILL = """
 import resource, sys
 from pathlib import Path
 from tests.kvstore.blocks_for_tests import chain, names, payloads
-from tests.kvstore.disk_for_tests import Place, capacity
+from tests.kvstore.disk.disk_for_tests import Place, capacity
 
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -499,7 +499,7 @@ def test_a_dead_owners_folder_is_taken_over(tmp_path: Path) -> None:
     import os, signal, sys
     from pathlib import Path
     from tests.kvstore.blocks_for_tests import chain, payloads
-    from tests.kvstore.disk_for_tests import Place
+    from tests.kvstore.disk.disk_for_tests import Place
     place = Place(Path(sys.argv[1]))
     place.tier.write(chain(3), payloads(chain(3)))
     print("written", flush=True)

@@ -38,7 +38,7 @@ from tests.kvstore.blocks_for_tests import (
     payloads,
     read_verified,
 )
-from tests.kvstore.disk_for_tests import SLOT, FaultyFiles, NoDirectFiles, Place, capacity, log_file, slab_file
+from tests.kvstore.disk.disk_for_tests import SLOT, FaultyFiles, NoDirectFiles, Place, capacity, log_file, slab_file
 
 SLOTS = 6
 

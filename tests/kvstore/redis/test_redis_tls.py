@@ -18,7 +18,7 @@ from kvstore.redis.tier import RedisTier
 from kvstore.redis.watch import Watching
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, buffers, chain, names, payload, payloads
-from tests.kvstore.redis_fleets_for_tests import (
+from tests.kvstore.redis.redis_fleets_for_tests import (
     Process,
     Tls,
     clustered,
@@ -28,7 +28,7 @@ from tests.kvstore.redis_fleets_for_tests import (
     system_redis,
     until,
 )
-from tests.kvstore.redis_for_tests import NAMESPACE, PATIENT_S, key
+from tests.kvstore.redis.redis_for_tests import NAMESPACE, PATIENT_S, key
 
 COUNT = 20
 

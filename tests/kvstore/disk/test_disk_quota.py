@@ -14,7 +14,7 @@ from kvstore.disk import space as space_module
 from kvstore.disk.tier import DiskTier
 from kvstore.tier import Tier
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ROOT, ManualClock, chain, names, payloads
-from tests.kvstore.disk_for_tests import SLOT, Place, capacity
+from tests.kvstore.disk.disk_for_tests import SLOT, Place, capacity
 
 BLOCKS = 8
 

@@ -21,10 +21,11 @@ from kvstore.errors import TierError
 from kvstore.events import AllBlocksCleared, BlockRemoved, RemovalCause, TierName
 from kvstore.redis.tier import RedisTier
 from kvstore.tier import BlockMeta
-from tests.kvstore import blocks_for_tests, redis_for_tests
+from tests.kvstore import blocks_for_tests
 from tests.kvstore.blocks_for_tests import ManualClock, chain, names, read_verified
-from tests.kvstore.redis_for_tests import NAMESPACE, SERVERS, ScriptedServer, binary, client_of, fields_of, key
-from tests.kvstore.redis_for_tests import WIDE as LAYOUT
+from tests.kvstore.redis import redis_for_tests
+from tests.kvstore.redis.redis_for_tests import NAMESPACE, SERVERS, ScriptedServer, binary, client_of, fields_of, key
+from tests.kvstore.redis.redis_for_tests import WIDE as LAYOUT
 
 make_tier = partial(redis_for_tests.make_tier, layout=LAYOUT)
 payload = partial(blocks_for_tests.payload, layout=LAYOUT)

@@ -24,7 +24,7 @@ from kvstore.peer.tier import PeerTier
 from kvstore.peer.wire import MAX_HASHES
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, buffers, chain, names, payload, payloads, read_verified
-from tests.kvstore.peers_for_tests import CODEC, FLEET, NAMESPACE, Worker, reader, wait_until, worker
+from tests.kvstore.peer.peers_for_tests import CODEC, FLEET, NAMESPACE, Worker, reader, wait_until, worker
 
 KEYRING = Keyring({"a": bytes(range(32))})
 

@@ -23,10 +23,11 @@ from kvstore.redis.resp import Wire
 from kvstore.redis.tier import RedisTier
 from kvstore.redis.values import ValueForm
 from kvstore.tier import chain_metas
-from tests.kvstore import blocks_for_tests, redis_for_tests
+from tests.kvstore import blocks_for_tests
 from tests.kvstore.blocks_for_tests import OTHER_ROOT, ROOT, ManualClock, chain, names
-from tests.kvstore.redis_for_tests import NAMESPACE, PREFIX, SERVERS, binary, client_of, fields_of, key
-from tests.kvstore.redis_for_tests import WIDE as LAYOUT
+from tests.kvstore.redis import redis_for_tests
+from tests.kvstore.redis.redis_for_tests import NAMESPACE, PREFIX, SERVERS, binary, client_of, fields_of, key
+from tests.kvstore.redis.redis_for_tests import WIDE as LAYOUT
 
 make_tier = partial(redis_for_tests.make_tier, layout=LAYOUT)
 payload = partial(blocks_for_tests.payload, layout=LAYOUT)

@@ -10,7 +10,7 @@ import pytest
 from kvstore.disk import room as room_module
 from kvstore.disk.log import SPARE_LOG_BYTES
 from tests.kvstore.blocks_for_tests import chain, names, payloads
-from tests.kvstore.disk_for_tests import SLOT, FaultyFiles, NoDirectFiles, Place, slab_file
+from tests.kvstore.disk.disk_for_tests import SLOT, FaultyFiles, NoDirectFiles, Place, slab_file
 
 MIB = 1 << 20
 SMALL = SPARE_LOG_BYTES + 2 * MIB  # a disk that has room for the log at its longest, and for a few blocks

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 from tests.kvstore.blocks_for_tests import buffers, chain, names, payload
-from tests.kvstore.disk_for_tests import Place, slab_file
+from tests.kvstore.disk.disk_for_tests import Place, slab_file
 
 KILLS = 12
 SLOTS, CHAINS, LENGTH = 24, 12, 4
@@ -21,7 +21,7 @@ from pathlib import Path
 from kvstore.disk import index as disk_index
 from kvstore.events import RemovalCause
 from tests.kvstore.blocks_for_tests import chain, names, payloads
-from tests.kvstore.disk_for_tests import Place
+from tests.kvstore.disk.disk_for_tests import Place
 
 disk_index.SPARE_LOG_BYTES = 2000  # so that the log is rewritten all the time
 place = Place(Path(sys.argv[1]), blocks={SLOTS})

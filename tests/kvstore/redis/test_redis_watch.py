@@ -22,7 +22,7 @@ from kvstore.redis.tier import RedisTier
 from kvstore.redis.watch import RedisWatch, Watching
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import chain, payloads
-from tests.kvstore.redis_for_tests import PREFIX, SERVERS, binary, client_of, key, make_tier
+from tests.kvstore.redis.redis_for_tests import PREFIX, SERVERS, binary, client_of, key, make_tier
 
 GIVE_UP_S = 60.0
 EVENTS = {"notify-keyspace-events": "Egxe"}

@@ -10,8 +10,8 @@ from kvstore.redis.cluster import RedisClusterTier
 from kvstore.redis.open import open_redis
 from kvstore.redis.tier import RedisTier
 from tests.kvstore.blocks_for_tests import LAYOUT
-from tests.kvstore.redis_fleets_for_tests import free_ports
-from tests.kvstore.redis_for_tests import NAMESPACE
+from tests.kvstore.redis.redis_fleets_for_tests import free_ports
+from tests.kvstore.redis.redis_for_tests import NAMESPACE
 
 
 @pytest.mark.parametrize(

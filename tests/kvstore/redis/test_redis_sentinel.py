@@ -18,8 +18,8 @@ from kvstore.redis.sentinel import PrimaryOf
 from kvstore.redis.tier import RedisTier
 from kvstore.redis.watch import RedisWatch
 from tests.kvstore.blocks_for_tests import ManualClock, chain, names, payloads, read_verified
-from tests.kvstore.redis_fleets_for_tests import Guarded, free_ports, guarded, until
-from tests.kvstore.redis_for_tests import PREFIX, key, make_tier
+from tests.kvstore.redis.redis_fleets_for_tests import Guarded, free_ports, guarded, until
+from tests.kvstore.redis.redis_for_tests import PREFIX, key, make_tier
 
 
 @pytest.fixture

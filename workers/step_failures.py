@@ -1,0 +1,53 @@
+"""Steps that cannot be computed: which of them end their jobs, and which end the worker."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import AcceleratorError, OutOfMemoryError
+
+from workers.protocol import JobError
+
+log = logging.getLogger(__name__)
+
+# So many failed steps in a row are no accident of their jobs: only a new process may help.
+MAX_FAILED_STEPS = 3
+
+NOT_FINITE = JobError(
+    "MODEL_OUTPUT_NOT_FINITE",
+    "the model's logits are not finite numbers; check its weights, or run it in bfloat16 or float32",
+)
+
+
+class StepFailures:
+    """Counts failed steps in a row."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def succeeded(self) -> None:
+        """A step was computed."""
+        self._in_a_row = 0
+
+    def failed(self, error: RuntimeError, sequences: int) -> JobError:
+        """A step of so many sequences was not; what to tell them.
+
+        Raises:
+            RuntimeError: the error, where the device is broken or too many steps in a row failed.
+        """
+        log.error("step failed", exc_info=error, extra={"sequences": sequences})
+        if not _is_out_of_memory(error):
+            self._in_a_row += 1
+            if self._in_a_row >= MAX_FAILED_STEPS or _is_of_device(error):
+                raise error
+        message = f"the model failed ({str(error).partition(chr(10))[0]}); send the request again, to another worker"
+        return JobError("ENGINE_FAILURE", message)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
+
+
+def _is_of_device(error: RuntimeError) -> bool:
+    """Whether the process can use its GPU no more: CUDA's errors stay until it ends."""
+    return isinstance(error, AcceleratorError) or "CUDA error" in str(error)
