@@ -212,7 +212,7 @@ class RedisClusterTier(FromBooks):
     def _look_up(
         self, hashes: Sequence[BlockHash], ends_at: float
     ) -> tuple[int, list[BlockHash], UnavailableError | None]:
-        """How far the prefix reaches, which blocks are known to be absent, and the fault that ended it, if one did."""
+        """How far the prefix reaches, which blocks are known to be absent, in order, and the fault that ended it."""
         count, absent, ended_by = len(hashes), list[BlockHash](), None
         for part, answer in self._ask(hashes, lambda node, part: node.look_up([hashes[i] for i in part], ends_at)):
             fault = answer if isinstance(answer, UnavailableError) else None
@@ -220,7 +220,8 @@ class RedisClusterTier(FromBooks):
             absent += gone
             if leading < len(part) and part[leading] < count:
                 count, ended_by = part[leading], fault
-        return count, absent, ended_by
+        place = {name: i for i, name in enumerate(hashes)}
+        return count, sorted(absent, key=place.__getitem__), ended_by
 
     def _receive(
         self, hashes: Sequence[BlockHash], into: Sequence[memoryview], ends_at: float
