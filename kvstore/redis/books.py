@@ -21,6 +21,7 @@ from kvstore.tier import BlockMeta, Clock, Honours, TierStats, select
 
 MAX_BELIEFS = 1 << 16  # about 25 MB
 _MAX_HEARD = 1 << 14
+TOLD_S = 10.0
 
 
 class RedisBooks:
@@ -40,6 +41,7 @@ class RedisBooks:
         self._doubts: list[set[BlockHash]] = []
         self._heard: OrderedDict[BlockHash, None] = OrderedDict()  # said to be gone while not believed there
         self._doubtful: list[BlockHash] = []
+        self._told: OrderedDict[BlockHash, float] = OrderedDict()  # as gone, and not believed there since; when
         self._flushes = 0
 
     def missed(self, reason: MissReason) -> None:
@@ -90,12 +92,13 @@ class RedisBooks:
         """The server has said that these are not there: tell of those that were thought there, and of the first.
 
         Whatever was thought of the first: somebody may count on what a worker wrote that has died since. It is where
-        the prefix ends, so nobody counts on those behind it either, and a cold prompt costs one block in one event.
+        the prefix ends, so nobody counts on those behind it either, and a cold prompt costs one block in one event, and
+        none if it was told in the last TOLD_S.
         """
         with self._lock:
             gone = {name for name in names if self._believed.pop(name, None) is not None}
             self._removals.update({RemovalCause.ABSENT: len(gone)} if gone else {})
-            gone.update(names[:1])
+            gone.update(name for name in names[:1] if not self._was_told(name))
             self._announce_removal([name for name in names if name in gone], RemovalCause.ABSENT)
 
     @contextmanager
@@ -168,6 +171,7 @@ class RedisBooks:
         """Nothing of ours is left on the server; that many blocks were cleared by us."""
         with self._lock:
             self._removals.update({RemovalCause.CLEARED: dropped} if dropped else {})
+            self._note_told(self._believed)
             self._believed.clear()
             self._events.append(AllBlocksCleared(TierName.REDIS))
 
@@ -211,6 +215,7 @@ class RedisBooks:
                 fresh.append(meta)
             self._believed[meta.hash] = meta
             self._believed.move_to_end(meta.hash)
+            self._told.pop(meta.hash, None)
             for seen in self._doubts:
                 seen.add(meta.hash)
             if meta.hash in self._heard:
@@ -234,8 +239,18 @@ class RedisBooks:
             runs = consecutive_runs(meta.link for meta in news)
             self._events += stored_events(TierName.REDIS, runs, left_s)
 
+    def _note_told(self, names: Iterable[BlockHash]) -> None:
+        self._told.update(dict.fromkeys(names, self._wall_clock()))
+        while len(self._told) > _MAX_HEARD:
+            self._told.popitem(last=False)
+
+    def _was_told(self, name: BlockHash) -> bool:
+        told_at = self._told.get(name)
+        return told_at is not None and abs(self._wall_clock() - told_at) < TOLD_S
+
     def _announce_removal(self, names: Sequence[BlockHash], cause: RemovalCause) -> None:
         if names:
+            self._note_told(names)
             self._events.append(BlockRemoved(TierName.REDIS, tuple(short(name) for name in names), cause))
 
 

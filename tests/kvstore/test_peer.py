@@ -403,7 +403,7 @@ class TestWhatItBears:
 
     def test_strangers_who_say_nothing_keep_nobody_out(self) -> None:
         metas = chain(1)
-        with worker() as owner, contextlib.ExitStack() as stack:
+        with worker(greeting_s=600.0) as owner, contextlib.ExitStack() as stack:
             hold(owner, metas)
             before = stack.enter_context(reader(owner.server.address))
             assert before.match(names(metas)) == 1

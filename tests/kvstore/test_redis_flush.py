@@ -13,7 +13,7 @@ import redis
 from deploy.redis_server import PrivateRedis
 from kvstore.blocks import short
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
-from kvstore.redis.books import RedisBooks
+from kvstore.redis.books import TOLD_S, RedisBooks
 from kvstore.redis.push import PushConnection
 from kvstore.redis.watch import RedisWatch
 from kvstore.tier import BlockMeta
@@ -204,16 +204,25 @@ def test_a_flush_is_not_forgotten_when_the_connection_breaks_meanwhile(
 
 
 def test_an_absence_is_told_of_the_first_block_whatever_was_believed() -> None:
-    metas, books = chain(4), RedisBooks()
+    metas, now = chain(4), [1e9]
+    books = RedisBooks(wall_clock=lambda: now[0])
     names = [meta.hash for meta in metas]
     books.absent(names)
     assert books.drain_events() == [BlockRemoved(TierName.REDIS, (short(names[0]),), RemovalCause.ABSENT)]
     assert books.stats().removals == {}
     books.stored(metas[2:], written=2, nbytes=1)
     books.drain_events()
+    now[0] += TOLD_S
     books.absent(names[1:])
     told = tuple(short(name) for name in names[1:])
     assert books.drain_events() == [BlockRemoved(TierName.REDIS, told, RemovalCause.ABSENT)]
     assert books.stats().removals == {"absent": 2}
+    books.absent(names)
+    assert books.drain_events() == [BlockRemoved(TierName.REDIS, (short(names[0]),), RemovalCause.ABSENT)]
+    books.absent(names)
+    assert books.drain_events() == []  # it was told just now
+    now[0] += TOLD_S
+    books.absent(names)
+    assert books.drain_events() == [BlockRemoved(TierName.REDIS, (short(names[0]),), RemovalCause.ABSENT)]
     books.absent([])
     assert books.drain_events() == []
