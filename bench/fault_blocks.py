@@ -18,6 +18,7 @@ from kvstore.tier import BlockMeta, chain_metas
 ROOT = BlockHash(b"f" * 32)
 NAMESPACE = bytes(range(32))
 HARMED = 3  # the position, in every chain, of the block that is harmed
+VERSION_AT = 9  # in a block's header: behind magic, length and the head of the record's list, which takes three bytes
 
 
 @dataclass(frozen=True, slots=True)

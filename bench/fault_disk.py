@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.fault_blocks import HARMED, NAMESPACE, Shape, payload, shape_of
+from bench.fault_blocks import HARMED, NAMESPACE, VERSION_AT, Shape, payload, shape_of
 from bench.fault_rig import COMPUTE_MS, PATIENT_MS, Outcome, Rig, closing, run
 from kvstore.blocks import BlockHash
 from kvstore.codec import HEADER_NBYTES, BlockCodec
@@ -158,7 +158,7 @@ def flipped_bit(world: World) -> None:
 
 
 def foreign_version(world: World) -> None:
-    world.harm(7, lambda old: bytes([old[0] ^ 0x40]))
+    world.harm(VERSION_AT, lambda old: bytes([old[0] ^ 0x40]))
 
 
 def not_a_block(world: World) -> None:
@@ -240,7 +240,8 @@ def fault(name: str, shape: Shape) -> Outcome:
             world.rig.fill()
             counts = None if due is None else due(world)
             is_loaded = name in UNDER_LOAD
-            return run(world.rig, lambda: inject(world), lambda: recover(world), due=counts, under_load=is_loaded)
+            outcome = run(world.rig, lambda: inject(world), lambda: recover(world), due=counts, under_load=is_loaded)
+            return replace(outcome, misses=world.tier.stats().misses)
 
 
 UNDER_LOAD = ("dies_under_load",)

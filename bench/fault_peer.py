@@ -18,13 +18,12 @@ from bench.fault_blocks import HARMED, NAMESPACE, Shape, chain, payload, worker
 from bench.fault_proxy import HangUpError, Way, proxy
 from bench.fault_rig import Outcome, Tally, run
 from kvstore.codec import HEADER_NBYTES, BlockCodec
-from kvstore.peer.tier import PeerTier
+from kvstore.peer.tier import DEFAULT_TIMEOUT_S, PeerTier
 from kvstore.tier import BlockMeta
 
 log = logging.getLogger(__name__)
 
 SECRET, OTHER_SECRET = "the fleet's", "another fleet's"
-TIMEOUT_S = 0.1
 PATIENT_S = 10.0  # where a fault states how many blocks must come
 SERVER = "from bench.fault_blocks import serve; serve({chains}, {port}, {secret!r})"
 
@@ -220,7 +219,7 @@ def fault(name: str, shape: Shape) -> Outcome:
     """Run one of FAULTS."""
     inject, recover, due = FAULTS[name]
     peer = Peer(shape) if name in PROCESSES else NearPeer(shape)
-    with _world(peer, shape, PATIENT_S if due else TIMEOUT_S) as world:
+    with _world(peer, shape, PATIENT_S if due else DEFAULT_TIMEOUT_S) as world:
         for metas in world.rig.chains if name != "down_at_start" else ():
             world.rig.request(metas)
         first = None if due is None else [due, *(None for _ in world.rig.chains[1:])]

@@ -6,11 +6,11 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import redis
 
-from bench.fault_blocks import HARMED, NAMESPACE, Shape
+from bench.fault_blocks import HARMED, NAMESPACE, VERSION_AT, Shape
 from bench.fault_proxy import proxy
 from bench.fault_rig import COMPUTE_MS, PATIENT_MS, Outcome, Rig, closing, run
 from deploy.redis_server import PrivateRedis
@@ -35,6 +35,7 @@ class World:
     server: PrivateRedis
     rig: Rig
     client: redis.Redis
+    tier: RedisTier
     ahead_s: float = 0.0
 
     def tamper(self, harm: Callable[[bytes, BlockHash], object]) -> None:
@@ -102,7 +103,7 @@ def wrong_type(world: World) -> None:
 def foreign_version(world: World) -> None:
     def change(key: bytes, name: BlockHash) -> None:
         head = bytearray(_field(world, key, b"h"))
-        head[7] ^= 0x40  # the first number of the record is the version
+        head[VERSION_AT] ^= 0x40
         world.client.hset(key, "h", bytes(head))
 
     world.tamper(change)
@@ -192,7 +193,8 @@ def fault(name: str, shape: Shape) -> Outcome:
     with PrivateRedis() as server, _world(server, server.url, shape, patient=due is not None) as world:
         world.rig.fill()
         is_loaded = name in UNDER_LOAD
-        return run(world.rig, lambda: inject(world), lambda: recover(world), due=counts, under_load=is_loaded)
+        outcome = run(world.rig, lambda: inject(world), lambda: recover(world), due=counts, under_load=is_loaded)
+        return replace(outcome, misses=world.tier.stats().misses)
 
 
 NAMES = (*FAULTS, "down_at_start", "slow")
@@ -232,7 +234,7 @@ def _world(server: PrivateRedis, url: str, shape: Shape, *, patient: bool = Fals
     )
     rig = Rig(shape, shared=tier, block_ms=PATIENT_MS if patient else COMPUTE_MS)
     with closing(rig), redis.Redis.from_url(server.url) as client:
-        worlds.append(World(server, rig, client))
+        worlds.append(World(server, rig, client, tier))
         yield worlds[0]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -182,12 +182,13 @@ class Outcome:
 
     Attributes:
         tally: of the requests during it. worst_added_ms: of the longest. recovered: all was found again afterwards,
-        without a restart of anything of ours.
+        without a restart of anything of ours. misses: by reason, of the tier since it was made; empty: not looked at.
     """
 
     tally: Tally
     worst_added_ms: float
     recovered: bool
+    misses: Mapping[str, int] = field(default_factory=dict)
 
 
 def run(

@@ -3,9 +3,9 @@
 Covers: who may ask, how many at once, how long a reader may take. Does not cover: the protocol (`wire`), the
 reader (`peer`).
 
-One thread waits for callers and one serves each of them; all are bounded, and none is the engine's. A block stays in
-place only while it is sent, in groups of VIEWS_AT_ONCE, and a group has its time: a reader that stalls is hung up on,
-and its slots are free again. The host tier's lock is held for look-ups, never while bytes travel.
+One thread waits for callers and one serves each of them; all are bounded (`callers`), and none is the engine's. A
+block stays in place only while it is sent, in groups of VIEWS_AT_ONCE, and a group has its time: a reader that stalls
+is hung up on, and its slots are free again. The host tier's lock is held for look-ups, never while bytes travel.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from kvstore.blocks import BlockHash
 from kvstore.codec import BlockCodec
 from kvstore.errors import TierError
+from kvstore.peer.callers import Callers
 from kvstore.peer.wire import BUSY, END, Channel, FleetKey, HungUpError, PeerProtocolError, PeerRefusedError
 from kvstore.tier import BlockMeta, Clock
 
@@ -88,9 +89,10 @@ class PeerServer:
         secret: str,
         host: str = "127.0.0.1",
         port: int = 0,
-        max_connections: int = 64,
+        max_connections: int = 256,
+        max_greetings: int = 32,
         max_sends: int = 4,
-        greeting_s: float = 2.0,
+        greeting_s: float = 1.0,
         idle_s: float = 60.0,
         queue_s: float = 0.1,
         send_s: float = 5.0,
@@ -101,9 +103,12 @@ class PeerServer:
         Args:
             source: whose blocks. codec: of the blocks. secret: of the fleet.
             host, port: where to listen; only this machine by default, and a port that is free.
-            max_connections: more are closed at once. max_sends: groups of blocks that are sent at the same time.
+            max_connections: for more, those that have asked nothing for longest are closed.
+            max_greetings: callers that have yet to prove themselves; for more, the first ones are closed.
+            max_sends: groups of blocks that are sent at the same time.
             greeting_s: a caller has to prove itself in this time. idle_s: between questions.
-            queue_s: wait for one of `max_sends`; then the caller is told to ask elsewhere.
+            queue_s: wait for one of `max_sends`, after which the caller is told to ask elsewhere; and for a place among
+                connections that are all being answered.
             send_s: a group of VIEWS_AT_ONCE blocks has to be taken in this time.
             wall_clock: seconds since the epoch, for headers.
 
@@ -113,12 +118,11 @@ class PeerServer:
         self._source, self._codec = source, codec
         self._key = FleetKey(secret)
         self._limits = _Limits(greeting_s, idle_s, queue_s, send_s)
-        self._max_connections = max_connections
+        self._callers = Callers(max_proven=max_connections, max_unproven=max_greetings, patience_s=queue_s)
         self._sends = threading.BoundedSemaphore(max_sends)
         self._wall_clock = wall_clock
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._serving: dict[Channel, threading.Thread] = {}
         self._refusal = ""
         self._is_open = True
         self._listener = _listen(host, port)
@@ -142,18 +146,18 @@ class PeerServer:
     def counts(self) -> dict[str, int]:
         """By kind since the start, those that occurred; and `open`, the connections now.
 
-        connections; turned_away: were too many; refused: no secret, or other blocks; how they ended: ended (by the
-        peer), idle, stalled (a reader that did not take its blocks in time), broken (not the protocol, or a fault of
-        ours); blocks and bytes sent; busy: readers that were told to ask elsewhere.
+        connections; turned_away: were too many, and nobody's place could be given to them; refused: no secret, or other
+        blocks; how they ended: ended (by the peer), idle, displaced (by others that came while they were silent),
+        stalled (a reader that did not take its blocks in time), broken (not the protocol, or a fault of ours); blocks
+        and bytes sent; busy: readers that were told to ask elsewhere.
         """
         with self._lock:
-            return {**self._counts, "open": len(self._serving)}
+            return {**self._counts, "open": len(self._callers)}
 
     def close(self) -> None:
         """Hang up on everybody and listen no more. Waits until no view is held."""
-        with self._lock:
-            self._is_open = False
-            serving = dict(self._serving)
+        self._is_open = False
+        serving = self._callers.close()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join()
@@ -182,10 +186,7 @@ class PeerServer:
     def _take(self, sock: socket.socket) -> None:
         channel = Channel(sock, time.monotonic() + self._limits.greeting_s)
         thread = threading.Thread(target=self._serve, args=(channel,), name="peer-serve", daemon=True)
-        with self._lock:
-            is_welcome = self._is_open and len(self._serving) < self._max_connections
-            if is_welcome:
-                self._serving[channel] = thread
+        is_welcome = self._callers.add(channel, thread)
         self._count("connections" if is_welcome else "turned_away")
         if not is_welcome:
             channel.close()
@@ -193,31 +194,40 @@ class PeerServer:
         try:
             thread.start()
         except RuntimeError:  # the machine has no thread left: this caller goes without
-            self._end(channel)
+            self._end(channel, "broken")
 
     def _serve(self, channel: Channel) -> None:
+        how = "broken"
         try:
-            self._key.admit(channel, self._codec)
-            while True:
-                channel.until = time.monotonic() + self._limits.idle_s
-                question = channel.receive_frame()
-                channel.until = time.monotonic() + self._limits.send_s
-                self._answer(channel, question)
+            how = self._converse(channel)
         except PeerRefusedError as error:
-            self._refused(str(error))
+            how = self._refused(str(error))
         except (HungUpError, ConnectionError):
-            self._count("ended")
+            how = "ended"
         except _StalledError:
-            self._count("stalled")
+            how = "stalled"
         except TimeoutError:
-            self._count("idle")
+            how = "idle"
         except (PeerProtocolError, OSError):
-            self._count("broken")
+            how = "broken"
         except Exception:  # a fault of ours must not take the worker's other callers with it
-            self._count("broken")
             log.exception("serving a peer failed")
         finally:
-            self._end(channel)
+            self._end(channel, how)
+
+    def _converse(self, channel: Channel) -> str:
+        """Answer it until it is silent for too long, or has no place; how it ended."""
+        self._key.admit(channel, self._codec)
+        if not self._callers.prove(channel):
+            return "turned_away"
+        while True:
+            channel.until = time.monotonic() + self._limits.idle_s
+            self._callers.wait(channel)
+            question = channel.receive_frame()
+            if not self._callers.wake(channel):
+                return "displaced"
+            channel.until = time.monotonic() + self._limits.send_s
+            self._answer(channel, question)
 
     def _answer(self, channel: Channel, question: list[object]) -> None:
         match question:
@@ -267,16 +277,16 @@ class PeerServer:
                 self._counts.update(blocks=len(sent), bytes=len(sent) * self._codec.value_nbytes)
         return len(sent) == len(names)
 
-    def _refused(self, problem: str) -> None:
+    def _refused(self, problem: str) -> str:
         with self._lock:
-            self._counts["refused"] += 1
             is_new, self._refusal = problem != self._refusal, problem
         if is_new:  # whoever knocks again and again must not fill the log
             log.warning("a peer was refused", extra={"problem": problem})
+        return "refused"
 
-    def _end(self, channel: Channel) -> None:
-        with self._lock:
-            del self._serving[channel]
+    def _end(self, channel: Channel, how: str) -> None:
+        self._count("displaced" if self._callers.is_displaced(channel) else how)
+        self._callers.remove(channel)
         channel.close()
 
     def _count(self, kind: str) -> None:

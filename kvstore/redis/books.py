@@ -21,6 +21,7 @@ from kvstore.tier import BlockMeta, Clock, Honours, TierStats, select
 
 MAX_BELIEFS = 1 << 16  # about 25 MB
 _MAX_HEARD = 1 << 14
+TOLD_S = 10.0
 
 
 class RedisBooks:
@@ -40,6 +41,8 @@ class RedisBooks:
         self._doubts: list[set[BlockHash]] = []
         self._heard: OrderedDict[BlockHash, None] = OrderedDict()  # said to be gone while not believed there
         self._doubtful: list[BlockHash] = []
+        self._told: OrderedDict[BlockHash, float] = OrderedDict()  # as gone, and not believed there since; when
+        self._flushes = 0
 
     def missed(self, reason: MissReason) -> None:
         """A block was not delivered."""
@@ -86,11 +89,17 @@ class RedisBooks:
             self._announce_removal(names, cause)
 
     def absent(self, names: Sequence[BlockHash]) -> None:
-        """These are not on the server; of those that were thought there, tell."""
+        """The server has said that these are not there: tell of those that were thought there, and of the first.
+
+        Whatever was thought of the first: somebody may count on what a worker wrote that has died since. It is where
+        the prefix ends, so nobody counts on those behind it either, and a cold prompt costs one block in one event, and
+        none if it was told in the last TOLD_S.
+        """
         with self._lock:
-            gone = [name for name in names if self._believed.pop(name, None) is not None]
+            gone = {name for name in names if self._believed.pop(name, None) is not None}
             self._removals.update({RemovalCause.ABSENT: len(gone)} if gone else {})
-            self._announce_removal(gone, RemovalCause.ABSENT)
+            gone.update(name for name in names[:1] if not self._was_told(name))
+            self._announce_removal([name for name in names if name in gone], RemovalCause.ABSENT)
 
     @contextmanager
     def doubting(self) -> Iterator[set[BlockHash]]:
@@ -137,12 +146,21 @@ class RedisBooks:
             doubtful, self._doubtful = self._doubtful, []
         return doubtful
 
-    def gone_all(self) -> bool:
-        """The server was emptied by somebody: tell so, unless blocks were seen there since (False)."""
+    @property
+    def flushes(self) -> int:
+        """How often `flushed` was called."""
+        return self._flushes
+
+    def flushed(self) -> None:
+        """Somebody emptied a server: tell that nothing is held. What is held nevertheless must be told again."""
         with self._lock:
-            if not self._believed:
-                self._events.append(AllBlocksCleared(TierName.REDIS))
-            return not self._believed
+            self._flushes += 1
+            self._events.append(AllBlocksCleared(TierName.REDIS))
+
+    def tell_again(self, names: Iterable[BlockHash]) -> None:
+        """Tell of those that are believed there, though it was told before: somebody may have been told otherwise."""
+        with self._lock:
+            self._announce([self._believed[name] for name in names if name in self._believed])
 
     def names(self) -> list[BlockHash]:
         """All that is believed there, the last seen at the end."""
@@ -153,6 +171,7 @@ class RedisBooks:
         """Nothing of ours is left on the server; that many blocks were cleared by us."""
         with self._lock:
             self._removals.update({RemovalCause.CLEARED: dropped} if dropped else {})
+            self._note_told(self._believed)
             self._believed.clear()
             self._events.append(AllBlocksCleared(TierName.REDIS))
 
@@ -189,14 +208,14 @@ class RedisBooks:
                 raise InvariantError("a belief is filed under another name")
 
     def _believe(self, metas: Sequence[BlockMeta]) -> None:
-        fresh: dict[float | None, list[BlockMeta]] = {}  # by the seconds that they have left
-        wall = self._wall_clock()
+        fresh: list[BlockMeta] = []
         for meta in metas:
             known = self._believed.get(meta.hash)
             if known is None or known.lifetime != meta.lifetime:
-                fresh.setdefault(meta.lifetime.left_s(wall), []).append(meta)
+                fresh.append(meta)
             self._believed[meta.hash] = meta
             self._believed.move_to_end(meta.hash)
+            self._told.pop(meta.hash, None)
             for seen in self._doubts:
                 seen.add(meta.hash)
             if meta.hash in self._heard:
@@ -204,17 +223,34 @@ class RedisBooks:
                 self._doubtful.append(meta.hash)
         while len(self._believed) > self._max_beliefs:
             self._believed.popitem(last=False)
-        for left_s, news in fresh.items():
-            runs = consecutive_runs(meta.link for meta in news)
-            self._events += stored_events(TierName.REDIS, runs, left_s)
+        self._announce(fresh)
 
     def _note_heard(self, names: Iterable[BlockHash]) -> None:
         self._heard.update(dict.fromkeys(names))
         while len(self._heard) > _MAX_HEARD:
             self._heard.popitem(last=False)
 
+    def _announce(self, metas: Iterable[BlockMeta]) -> None:
+        by_time: dict[float | None, list[BlockMeta]] = {}  # the seconds that they have left
+        wall = self._wall_clock()
+        for meta in metas:
+            by_time.setdefault(meta.lifetime.left_s(wall), []).append(meta)
+        for left_s, news in by_time.items():
+            runs = consecutive_runs(meta.link for meta in news)
+            self._events += stored_events(TierName.REDIS, runs, left_s)
+
+    def _note_told(self, names: Iterable[BlockHash]) -> None:
+        self._told.update(dict.fromkeys(names, self._wall_clock()))
+        while len(self._told) > _MAX_HEARD:
+            self._told.popitem(last=False)
+
+    def _was_told(self, name: BlockHash) -> bool:
+        told_at = self._told.get(name)
+        return told_at is not None and abs(self._wall_clock() - told_at) < TOLD_S
+
     def _announce_removal(self, names: Sequence[BlockHash], cause: RemovalCause) -> None:
         if names:
+            self._note_told(names)
             self._events.append(BlockRemoved(TierName.REDIS, tuple(short(name) for name in names), cause))
 
 
@@ -248,9 +284,10 @@ class FromBooks:
         return None
 
     def drain_events(self) -> list[KvEvent]:
-        """As `Tier.drain_events`. A removal is told of blocks only that this tier believed on the server.
+        """As `Tier.drain_events`. A removal is told of blocks that this tier believed on the server.
 
-        While it is watched, blocks that others wrote are told as removed, too.
+        And of the block at which a look-up or a read ended, because the server did not hold it. While it is watched,
+        all blocks that others wrote are told as removed, too.
         """
         return self._books.drain_events()
 

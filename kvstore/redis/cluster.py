@@ -127,7 +127,7 @@ class RedisClusterTier(FromBooks):
         def work(node: RedisNode, part: list[int]) -> Writing:
             return node.write([metas[i] for i in part], [flat[i] for i in part])
 
-        for part, answer in self._ask([meta.hash for meta in metas], work):
+        for part, answer in self._tell([meta.hash for meta in metas], work):
             writing = answer if isinstance(answer, Writing) else Writing(fault=answer)
             self._topology.heed(writing.fault)
             held |= writing.held
@@ -143,11 +143,11 @@ class RedisClusterTier(FromBooks):
         believed = self._books.believed(hashes)
         headers, _ = self._headers([name for name in hashes if name not in believed], Purpose.TOUCHES)
         metas = [*believed.values(), *(header.meta for header in headers.values() if header is not None)]
-        self._ask([meta.hash for meta in metas], lambda node, part: node.touch([metas[i] for i in part]))
+        self._tell([meta.hash for meta in metas], lambda node, part: node.touch([metas[i] for i in part]))
 
     def refresh(self, metas: Sequence[BlockMeta]) -> list[BlockHash] | None:
         """As `SharedTier.refresh`. What lies on a node that gives no answer, nobody can read: it counts as missing."""
-        answers = self._ask([meta.hash for meta in metas], lambda node, part: node.refresh([metas[i] for i in part]))
+        answers = self._tell([meta.hash for meta in metas], lambda node, part: node.refresh([metas[i] for i in part]))
         if answers and all(isinstance(answer, UnavailableError) for _, answer in answers):
             return None
         held: set[BlockHash] = set()
@@ -212,15 +212,18 @@ class RedisClusterTier(FromBooks):
     def _look_up(
         self, hashes: Sequence[BlockHash], ends_at: float
     ) -> tuple[int, list[BlockHash], UnavailableError | None]:
-        """How far the prefix reaches, which blocks are known to be absent, and the fault that ended it, if one did."""
+        """How far the prefix reaches, which blocks are known to be absent, in order, and the fault that ended it."""
         count, absent, ended_by = len(hashes), list[BlockHash](), None
-        for part, answer in self._ask(hashes, lambda node, part: node.look_up([hashes[i] for i in part], ends_at)):
+        for part, answer in self._ask(
+            hashes, lambda node, part: node.look_up([hashes[i] for i in part], ends_at), ends_at
+        ):
             fault = answer if isinstance(answer, UnavailableError) else None
             leading, gone = (0, []) if isinstance(answer, UnavailableError) else answer
             absent += gone
             if leading < len(part) and part[leading] < count:
                 count, ended_by = part[leading], fault
-        return count, absent, ended_by
+        place = {name: i for i, name in enumerate(hashes)}
+        return count, sorted(absent, key=place.__getitem__), ended_by
 
     def _receive(
         self, hashes: Sequence[BlockHash], into: Sequence[memoryview], ends_at: float
@@ -234,7 +237,7 @@ class RedisClusterTier(FromBooks):
         def work(node: RedisNode, part: list[int]) -> Reading:
             return node.read([hashes[i] for i in part], [flat[i] for i in part], ends_at, known)
 
-        for part, answer in self._ask(hashes, work):
+        for part, answer in self._ask(hashes, work, ends_at):
             reading = answer if isinstance(answer, Reading) else Reading(reason=answer.reason, fault=answer)
             self._topology.heed(reading.fault)
             if reading.dropped:
@@ -249,7 +252,7 @@ class RedisClusterTier(FromBooks):
         """Those that were dropped, and a fault that kept others."""
         dropped: list[BlockHash] = []
         fault: UnavailableError | None = None
-        for _, answer in self._ask(
+        for _, answer in self._tell(
             hashes, lambda node, part: node.drop([hashes[i] for i in part], self._write_timeout_s)
         ):
             names, ended_by = ([], answer) if isinstance(answer, UnavailableError) else answer
@@ -275,7 +278,7 @@ class RedisClusterTier(FromBooks):
         """The headers of these, None where there is none to read, and the fault of a node that gave no answer."""
         headers: dict[BlockHash, Header | None] = {}
         fault: UnavailableError | None = None
-        for _, answer in self._ask(names, lambda node, part: node.headers([names[i] for i in part], purpose)):
+        for _, answer in self._tell(names, lambda node, part: node.headers([names[i] for i in part], purpose)):
             if isinstance(answer, UnavailableError):
                 fault = answer
             else:
@@ -283,10 +286,16 @@ class RedisClusterTier(FromBooks):
         return headers, fault
 
     def _ask(
-        self, names: Sequence[BlockHash], work: Callable[[RedisNode, list[int]], T]
+        self, names: Sequence[BlockHash], work: Callable[[RedisNode, list[int]], T], ends_at: float
     ) -> list[tuple[list[int], T | UnavailableError]]:
         """As `Topology.ask`, by block."""
-        return self._topology.ask([self._slot(name) for name in names], work)
+        return self._topology.ask([self._slot(name) for name in names], work, ends_at)
+
+    def _tell(
+        self, names: Sequence[BlockHash], work: Callable[[RedisNode, list[int]], T]
+    ) -> list[tuple[list[int], T | UnavailableError]]:
+        """As `Topology.tell`, by block."""
+        return self._topology.tell([self._slot(name) for name in names], work)
 
     def _make_node(self, url: str, primary: Primary | None) -> RedisNode:
         watching = Watching.OFF if primary is None else self._watching

@@ -23,8 +23,8 @@ from kvstore.tier import Clock
 Reply = int | bytes | None | list[Any] | redis.ResponseError
 
 FLOW_NBYTES = 64 << 10
-_LOOK_S = 0.001  # how long a look takes for what has come, when the patience is up
-_MAX_LOOKS = 4  # in a row: the beginning of an answer, its value, its end
+LOOK_S = 0.001  # how long a look takes for what has come, when the patience is up
+MAX_LOOKS = 4  # in a row: the beginning of an answer, its value, its end
 _READ_AHEAD = 1 << 10  # in front of a value: its length and its header in one call, little of its payload
 _BUFFER_NBYTES = 64 << 10
 _MAX_LINE_NBYTES = 32 << 10
@@ -61,7 +61,7 @@ class Wire:
         self._low = self._high = 0  # unread bytes of the buffer
         self._until = float("inf")
         self._flowed = 0  # bytes since the last renewal
-        self._looks = _MAX_LOOKS  # after the patience was up, until the next renewal
+        self._looks = MAX_LOOKS  # after the patience was up, until the next renewal
         self._has_news = True  # since the last look
         self.patience_s = self.ends_at = float("inf")
         self.heard_at = float("-inf")
@@ -73,7 +73,7 @@ class Wire:
     def renew(self) -> None:
         """Grant the server its time anew, for one more answer."""
         self._until = min(self._clock() + self.patience_s, self.ends_at)
-        self._flowed, self._looks, self._has_news = 0, _MAX_LOOKS, True
+        self._flowed, self._looks, self._has_news = 0, MAX_LOOKS, True
 
     def close(self) -> None:
         """Close the connection. May be called twice."""
@@ -274,7 +274,7 @@ class Wire:
         if left <= 0:
             if not (self._has_news and self._looks and now < self.ends_at):
                 raise redis.TimeoutError("the server did not answer in time")
-            self._has_news, self._looks, left = False, self._looks - 1, min(_LOOK_S, self.ends_at - now)
+            self._has_news, self._looks, left = False, self._looks - 1, min(LOOK_S, self.ends_at - now)
         return left
 
 

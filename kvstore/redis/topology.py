@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import redis
@@ -17,7 +18,7 @@ import redis
 from kvstore.errors import MissReason
 from kvstore.redis.address import at_node, mask_url, parse_address
 from kvstore.redis.facts import remedy
-from kvstore.redis.link import UnavailableError
+from kvstore.redis.link import NEVER, UnavailableError
 from kvstore.redis.node import DOWN, MOVING, ElsewhereError, RedisNode
 from kvstore.redis.slots import Primary, SlotMap
 from kvstore.tier import Clock
@@ -26,7 +27,11 @@ log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 1.0  # between two questions for the map
 SHOWN = 3  # nodes whose problems are told
-THREADS = 16  # nodes that are asked at once
+# Nodes that are asked at once, by all callers together; threads are made when they are needed. A look-up has a deadline
+# and must not queue behind writes, which have none.
+QUESTION_THREADS, OTHER_THREADS = 64, 16
+
+QUEUED = "more questions to the Redis cluster wait than are asked at once; grant more time, or add workers"
 
 T = TypeVar("T")
 MakeNode = Callable[[str, Primary | None], RedisNode]
@@ -50,7 +55,8 @@ class Topology:
         self._first_seed = seeds[0]
         self._make = make
         self._clock = clock
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="redis-cluster")
+        self._questions = ThreadPoolExecutor(QUESTION_THREADS, thread_name_prefix="redis-cluster-ask")
+        self._others = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="redis-cluster")
         self._lock = threading.Lock()
         self._asking = threading.Lock()
         self._asked_at = float("-inf")
@@ -70,7 +76,7 @@ class Topology:
             if not self._is_open or self._clock() - self._asked_at < ASK_AGAIN_S:
                 return
             self._asked_at = self._clock()
-        self._start(self.learn)
+        self._start(self._others, self.learn)
 
     def learn(self) -> bool:
         """Ask one node after the other for the map, those that answered last first; whether one told it."""
@@ -111,26 +117,46 @@ class Topology:
             nodes = [*self._nodes.values(), *self._seeds.values()]
         for node in nodes:
             node.close()
-        self._threads.shutdown(wait=True)
+        self._questions.shutdown(wait=True)
+        self._others.shutdown(wait=True)
 
     def ask(
-        self, slots: Sequence[int], work: Callable[[RedisNode, list[int]], T]
+        self, slots: Sequence[int], work: Callable[[RedisNode, list[int]], T], ends_at: float
     ) -> list[tuple[list[int], T | UnavailableError]]:
         """Ask all nodes that serve some of these slots, at once; the last one on the caller's own thread.
 
-        For each: the positions of its slots, ascending, and what `work` returned for them, or why it could not.
+        For each: the positions of its slots, ascending, and what `work` returned for them, or why it could not. `work`
+        itself keeps to `ends_at` (`time.monotonic()`); what has not even begun by then is not asked at all.
         """
+        return self._split(self._questions, slots, work, ends_at)
+
+    def tell(
+        self, slots: Sequence[int], work: Callable[[RedisNode, list[int]], T]
+    ) -> list[tuple[list[int], T | UnavailableError]]:
+        """As `ask`, of what nobody waits for with a deadline: writes, touches, removals."""
+        return self._split(self._others, slots, work, NEVER)
+
+    def _split(
+        self,
+        threads: ThreadPoolExecutor,
+        slots: Sequence[int],
+        work: Callable[[RedisNode, list[int]], T],
+        ends_at: float,
+    ) -> list[tuple[list[int], T | UnavailableError]]:
         if not slots:
             return []
         *others, (primary, part) = self.slots.split(slots).items()
-        started = [(theirs, self._start(self._at, other, theirs, work)) for other, theirs in others]
+        started = [(theirs, self._start(threads, self._at, other, theirs, work)) for other, theirs in others]
         last = self._at(primary, part, work)
-        return [*((theirs, _result(job)) for theirs, job in started), (part, last)]
+        return [*((theirs, _result(job, ends_at)) for theirs, job in started), (part, last)]
 
     def ask_all(self, work: Callable[[RedisNode], T]) -> list[T | UnavailableError]:
         """Ask every node that serves slots, at once; what came of it."""
-        started = [self._start(self._at, primary, [], lambda node, part: work(node)) for primary in self.nodes()]
-        return [_result(job) for job in started]
+        threads = self._others
+        started = [
+            self._start(threads, self._at, primary, [], lambda node, part: work(node)) for primary in self.nodes()
+        ]
+        return [_result(job, NEVER) for job in started]
 
     def heed(self, fault: UnavailableError | None) -> None:
         """A slot may have moved, or a replica may have taken over: the map is asked for."""
@@ -155,9 +181,11 @@ class Topology:
         self._trouble = ""
         return answer
 
-    def _start(self, work: Callable[..., T], *args: object) -> Future[T] | UnavailableError:
+    def _start(
+        self, threads: ThreadPoolExecutor, work: Callable[..., T], *args: object
+    ) -> Future[T] | UnavailableError:
         try:
-            return self._threads.submit(work, *args)
+            return threads.submit(work, *args)
         except RuntimeError:  # they have been shut down
             return UnavailableError("the tier is closed; open another one", MissReason.ERROR)
 
@@ -185,5 +213,12 @@ class Topology:
         return said if isinstance(error, UnavailableError) else remedy(error, where, said)
 
 
-def _result(job: Future[T] | UnavailableError) -> T | UnavailableError:
-    return job.result() if isinstance(job, Future) else job
+def _result(job: Future[T] | UnavailableError, ends_at: float) -> T | UnavailableError:
+    """What has begun is waited for, as it may still fill the caller's buffers: it ends by itself, at its deadline."""
+    if not isinstance(job, Future):
+        return job
+    left_s = None if ends_at == NEVER else max(0.0, ends_at - time.monotonic())
+    wait([job], left_s)
+    if job.cancel():
+        return UnavailableError(QUEUED, MissReason.DEADLINE)
+    return job.result()

