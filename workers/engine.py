@@ -70,6 +70,7 @@ class TorchEngine:
         clock: Clock = time.monotonic,
         shared_tier_id: Callable[[], str] = str,
         peers: Peers | None = None,
+        times: StepTimes | None = None,
     ) -> None:
         """Take over a model and a store.
 
@@ -81,6 +82,7 @@ class TorchEngine:
             clock: of deadlines and all times, seconds.
             shared_tier_id: what `info` shall say of the shared tier now; its server may come late, or restart.
             peers: other workers, whose tier the store has; closed with the engine. None: without.
+            times: learns how long steps take; None: one that nobody else asks.
 
         Raises:
             ValueError: a limit is not positive.
@@ -93,7 +95,7 @@ class TorchEngine:
         self._block_size = info.scheme.block_size
         self._capacity = num_blocks * self._block_size
         self._default = Lifetime(default_ttl_s, is_default=True)
-        self._times = StepTimes(self._block_size)
+        self._times = times or StepTimes(self._block_size)
         self._scheduler = Scheduler(
             store,
             block_size=self._block_size,

@@ -29,6 +29,7 @@ from kvstore.disk.room import may_take, slots_that_fit
 from kvstore.disk.slab import Slab, slot_nbytes
 from kvstore.errors import CodecError, InvariantError, TierError
 from kvstore.events import RemovalCause
+from kvstore.eviction.tail import SpareBlocks
 from kvstore.tier import Clock
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class DiskSpace:
         wall_clock: Clock,
         eviction: str,
         shares: Mapping[BlockHash, int] | None,
+        spare_blocks: SpareBlocks,
         direct: bool,
         files: Files,
     ) -> None:
@@ -74,7 +76,7 @@ class DiskSpace:
         self._stamping = threading.Lock()
         self.folder = lock_folder(path)
         try:
-            self._open(path, capacity_bytes, eviction, shares, files, direct=direct)
+            self._open(path, capacity_bytes, eviction, shares, spare_blocks, files, direct=direct)
         except OSError as error:
             self.folder.release(closed=False)
             raise TierError(
@@ -189,6 +191,7 @@ class DiskSpace:
         capacity_bytes: int,
         eviction: str,
         shares: Mapping[BlockHash, int] | None,
+        spare_blocks: SpareBlocks,
         files: Files,
         *,
         direct: bool,
@@ -213,6 +216,7 @@ class DiskSpace:
             wall_clock=self._wall_clock,
             eviction=eviction,
             shares=None if shares is None else {r: slots * size // capacity_bytes for r, size in shares.items()},
+            spare_blocks=spare_blocks,
         )
         self.slab = Slab(path, slots, nbytes, files=files, direct=direct)
         try:
