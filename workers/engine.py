@@ -23,6 +23,7 @@ from kvstore.store import ReadTiers, TieredStore
 from kvstore.tier import BlockMeta, Clock
 from workers.attention.step import KVViews, Span
 from workers.chain_positions import positions
+from workers.conversations import Conversations
 from workers.detokenize import TextStream
 from workers.models import ModelRunner
 from workers.peers import Peers
@@ -105,6 +106,7 @@ class TorchEngine:
             lifetime=self._lifetime,
         )
         self._sequences: dict[JobId, Sequence] = {}
+        self._conversations = Conversations()
         self._outputs: list[Output] = []  # for the next report
         self._arrivals = self._steps = self._failed_steps = 0
         self._stalled = self._changed = False
@@ -118,10 +120,12 @@ class TorchEngine:
         if self._peers is not None:
             self._peers.learn(job)
         self._arrivals += 1
+        now = self._clock()
         sequence = Sequence(
             job=job,
             arrival=self._arrivals,
-            submitted_at=self._clock(),
+            submitted_at=now,
+            turn=self._conversations.arrived(job, now),
             token_ids=list(job.token_ids),
             hashes=list(job.block_hashes),
             text=TextStream(self._tokenizer, job.token_ids, job.sampling.stop),
@@ -380,6 +384,8 @@ class TorchEngine:
         if sequence.text.stopped and output.finish is FinishReason.LENGTH:
             output.finish = FinishReason.STOP
         output.fates = sequence.fates
+        if sequence.turn is not None and sequence.num_committed:
+            self._conversations.answered(sequence.turn, sequence.hashes[sequence.num_committed - 1])
         self._scheduler.remove(sequence)
         del self._sequences[sequence.job.job_id]
 

@@ -77,4 +77,12 @@ def make_eviction(
 
 def hint_of(meta: BlockMeta) -> Hint:
     """What policies are told of a block."""
-    return Hint(meta.hash, meta.before, meta.root, meta.priority, turn=meta.turn)
+    return Hint(
+        meta.hash,
+        meta.before,
+        meta.root,
+        meta.priority,
+        turn=meta.turn,
+        think_s=meta.think_s,
+        new_tokens=meta.new_tokens,
+    )

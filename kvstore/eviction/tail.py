@@ -12,7 +12,6 @@ Source: W. Zhang et al., "Tail-Optimized Caching for LLM Inference", arXiv 2510.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterator
-from dataclasses import replace
 from itertools import islice
 
 from kvstore.eviction.order import Hint, Key, Ranked, name_of
