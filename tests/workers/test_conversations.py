@@ -146,3 +146,13 @@ def test_only_so_many_turns_are_remembered_the_latest_ones(monkeypatch: pytest.M
     assert len(seen._latest) == 3
     assert told(seen.arrived(job_of([*chats[4], *range(30)], 2), 10.0)) == (6.0, 30)
     assert told(seen.arrived(job_of([*chats[0], *range(30)], 2), 10.0)) == (None, None)
+
+
+def test_a_chat_that_goes_on_within_one_block_is_as_late_as_its_last_turn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(conversations, "_REMEMBERED", 2)
+    seen = Conversations()
+    seen.arrived(job_of([1] * 17, 1), 0.0)
+    seen.arrived(job_of([2] * 17, 1), 1.0)
+    assert told(seen.arrived(job_of([1] * 20, 2), 2.0)) == (2.0, 3)
+    seen.arrived(job_of([3] * 17, 1), 3.0)
+    assert told(seen.arrived(job_of([1] * 40, 3), 4.0)) == (2.0, 20)
