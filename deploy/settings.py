@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from deploy.quantities import Duration, OptionalDuration, Size
+from kvstore.eviction.tail import DEFAULT_THRESHOLD_S
 from kvstore.patience import DEFAULT_SLACK_S
 from router.config import RouterConfig, TlsFiles
 from workers.config import WorkerConfig
@@ -141,6 +142,11 @@ class StoreSettings(_Section):
     )
     eviction: Literal["lru", "s3fifo", "lfu_da", "arc", "tail_optimized", "priority", "reuse"] = Field(
         default="lru", description="Which blocks host and disk drop first when they are full."
+    )
+    tail_threshold: Duration = Field(
+        default=DEFAULT_THRESHOLD_S,
+        gt=0,
+        description="Of tail_optimized: the time to first token that it keeps for the next turn of conversations.",
     )
     quotas: Shares = Field(
         default_factory=dict,
@@ -328,6 +334,7 @@ class Settings(BaseSettings):
             admission=self.store.admission,
             redis_admission=self.redis.admission,
             eviction=self.store.eviction,
+            tail_threshold_s=self.store.tail_threshold,
             quotas=self._quotas(fleet_secret),
             store_keys=_keys(self.store.keys_file),
             protection=self.store.protection,

@@ -33,6 +33,8 @@ class BlockMeta:
         priority: 0 to 100; eviction policies that look at it keep the higher ones longer.
         until: seconds since the epoch before which it does not expire, used or not; None: no such time.
         turn: of the conversation that it was made in, from 1; None: not known.
+        think_s, new_tokens: of that turn, as `eviction.order.Hint` has them. Known to the process that made the block,
+        never stored, and no part of equality.
     """
 
     hash: BlockHash
@@ -42,6 +44,8 @@ class BlockMeta:
     priority: int = 0
     until: float | None = None
     turn: int | None = None
+    think_s: float | None = field(default=None, compare=False)
+    new_tokens: int | None = field(default=None, compare=False)
 
     @property
     def lifetime(self) -> Lifetime:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from kvstore.crypto import Keyring, Protection
 from kvstore.device import DeviceTier
 from kvstore.disk.tier import DiskTier
 from kvstore.errors import FolderTakenError, LayoutError
+from kvstore.eviction.tail import Spare
 from kvstore.host.slab import CudaPinner
 from kvstore.host.tier import HostTier
 from kvstore.layout import DTYPE_BYTES, KVLayout
@@ -29,6 +31,7 @@ from workers.engine import TorchEngine
 from workers.models import ModelNotSupported, ModelRunner
 from workers.peers import open_peers
 from workers.protocol import EngineInfo
+from workers.step_times import StepTimes
 
 LOCK_WAIT_S = 10.0
 
@@ -49,9 +52,10 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     info = _info(config, runner, layout, scheme)
     device = DeviceTier(layout, config.device_bytes, clock=clock, device=runner.device)
     pinner = CudaPinner(runner.device) if runner.device.type == "cuda" else None
-    host = _host(config, layout, scheme, clock, pinner)
+    spare, times = _measured(config, layout.block_size, clock)
+    host = _host(config, layout, scheme, clock, spare, pinner)
     codec = _codec(config, layout, scheme)
-    disk = _disk(config, codec, scheme, clock)
+    disk = _disk(config, codec, scheme, clock, spare)
     shared = _shared(config, codec)
     rule = make_admission(config.admission)
     peers = open_peers(config, host, codec, clock)
@@ -80,7 +84,14 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         clock=clock,
         shared_tier_id=str if shared is None else shared.run_id,
         peers=peers,
+        times=times,
     )
+
+
+def _measured(config: WorkerConfig, block_size: int, clock: Clock) -> tuple[Spare, StepTimes]:
+    """What `tail_optimized` goes by, and what it learns that from."""
+    spare = Spare(config.tail_threshold_s, block_size, clock)
+    return spare, StepTimes(block_size, on_prefill=lambda cost: spare.learn(partial(cost.predict_ms, cached=0)))
 
 
 def _check(config: WorkerConfig) -> None:
@@ -129,12 +140,24 @@ def _shares(config: WorkerConfig, scheme: HashScheme, capacity: int) -> dict[Blo
 
 
 def _host(
-    config: WorkerConfig, layout: KVLayout, scheme: HashScheme, clock: Clock, pinner: CudaPinner | None
+    config: WorkerConfig,
+    layout: KVLayout,
+    scheme: HashScheme,
+    clock: Clock,
+    spare: Spare,
+    pinner: CudaPinner | None,
 ) -> HostTier | None:
     if not config.host_bytes:
         return None
-    shares = _shares(config, scheme, config.host_bytes)
-    return HostTier(layout, config.host_bytes, clock=clock, pinner=pinner, eviction=config.eviction, shares=shares)
+    return HostTier(
+        layout,
+        config.host_bytes,
+        clock=clock,
+        pinner=pinner,
+        eviction=config.eviction,
+        shares=_shares(config, scheme, config.host_bytes),
+        spare_blocks=spare,
+    )
 
 
 def _codec(config: WorkerConfig, layout: KVLayout, scheme: HashScheme) -> BlockCodec:
@@ -142,7 +165,7 @@ def _codec(config: WorkerConfig, layout: KVLayout, scheme: HashScheme) -> BlockC
     return BlockCodec(layout, scheme.digest(), keyring, Protection(config.protection))
 
 
-def _disk(config: WorkerConfig, codec: BlockCodec, scheme: HashScheme, clock: Clock) -> DiskTier | None:
+def _disk(config: WorkerConfig, codec: BlockCodec, scheme: HashScheme, clock: Clock, spare: Spare) -> DiskTier | None:
     """The worker's own folder; while an earlier process of that name is still ending, wait for it a little."""
     if not config.disk_bytes:
         return None
@@ -151,7 +174,15 @@ def _disk(config: WorkerConfig, codec: BlockCodec, scheme: HashScheme, clock: Cl
     give_up = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
-            return DiskTier(path, config.disk_bytes, codec=codec, clock=clock, eviction=config.eviction, shares=shares)
+            return DiskTier(
+                path,
+                config.disk_bytes,
+                codec=codec,
+                clock=clock,
+                eviction=config.eviction,
+                shares=shares,
+                spare_blocks=spare,
+            )
         except FolderTakenError:
             if time.monotonic() > give_up:
                 raise

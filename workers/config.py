@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvstore.eviction.tail import DEFAULT_THRESHOLD_S
 from kvstore.patience import DEFAULT_SLACK_S
 
 
@@ -22,6 +23,7 @@ class WorkerConfig:
         node's home.
         admission: one of `kvstore.admission.ADMISSIONS`, which blocks are written to disk and Redis. redis_admission:
         another one for Redis; None: the same. eviction: a policy of `kvstore.eviction.policies`, for host and disk.
+        tail_threshold_s: time to first token that `tail_optimized` keeps for a conversation's next turn.
         quotas: by the salt of a tenant's blocks in hex, the share of host and of disk that it may count on.
         store_keys: lines of a keyring (`kvstore.crypto.Keyring.parse`); empty: blocks are not protected. protection:
         `authenticate` or `encrypt`, what is done with it.
@@ -55,6 +57,7 @@ class WorkerConfig:
     admission: str = "always"
     redis_admission: str | None = None
     eviction: str = "lru"
+    tail_threshold_s: float = DEFAULT_THRESHOLD_S
     quotas: dict[str, float] = field(default_factory=dict, repr=False)
     store_keys: str = field(default="", repr=False)
     protection: str = "authenticate"

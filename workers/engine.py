@@ -21,6 +21,7 @@ from kvstore.lifetime import Lifetime
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta, Clock
 from workers.attention.step import KVViews, Span
+from workers.conversations import Conversations
 from workers.detokenize import TextStream
 from workers.engine_cache import EngineCache
 from workers.models import ModelRunner
@@ -67,6 +68,7 @@ class TorchEngine:
         clock: Clock = time.monotonic,
         shared_tier_id: Callable[[], str] = str,
         peers: Peers | None = None,
+        times: StepTimes | None = None,
     ) -> None:
         """Take over a model and a store.
 
@@ -78,6 +80,7 @@ class TorchEngine:
             clock: of deadlines and all times, seconds.
             shared_tier_id: what `info` shall say of the shared tier now; its server may come late, or restart.
             peers: other workers, whose tier the store has; closed with the engine. None: without.
+            times: learns how long steps take; None: one that nobody else asks.
 
         Raises:
             ValueError: a limit is not positive.
@@ -90,7 +93,7 @@ class TorchEngine:
         self._block_size = info.scheme.block_size
         self._capacity = num_blocks * self._block_size
         self._default = Lifetime(default_ttl_s, is_default=True)
-        self._times = StepTimes(self._block_size)
+        self._times = times or StepTimes(self._block_size)
         self._scheduler = Scheduler(
             store,
             block_size=self._block_size,
@@ -100,6 +103,7 @@ class TorchEngine:
             lifetime=self._lifetime,
         )
         self._sequences: dict[JobId, Sequence] = {}
+        self._conversations = Conversations()
         self._outputs: list[Output] = []  # for the next report
         self._arrivals = self._steps = 0
         self._failures = StepFailures()
@@ -114,10 +118,12 @@ class TorchEngine:
         if self._peers is not None:
             self._peers.learn(job)
         self._arrivals += 1
+        now = self._clock()
         sequence = Sequence(
             job=job,
             arrival=self._arrivals,
-            submitted_at=self._clock(),
+            submitted_at=now,
+            turn=self._conversations.arrived(job, now),
             token_ids=list(job.token_ids),
             hashes=list(job.block_hashes),
             text=TextStream(self._tokenizer, job.token_ids, job.sampling.stop),
@@ -303,6 +309,8 @@ class TorchEngine:
         if sequence.text.stopped and output.finish is FinishReason.LENGTH:
             output.finish = FinishReason.STOP
         output.fates = sequence.fates
+        if sequence.turn is not None and sequence.num_committed:
+            self._conversations.answered(sequence.turn, sequence.hashes[sequence.num_committed - 1])
         self._scheduler.remove(sequence)
         del self._sequences[sequence.job.job_id]
 

@@ -9,6 +9,7 @@ from kvstore.blocks import BlockHash, block_hashes
 from kvstore.events import TierName
 from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta
+from workers.conversations import Turn
 from workers.detokenize import TextStream
 from workers.protocol import Job
 
@@ -52,7 +53,7 @@ class Sequence:
     Attributes:
         job: as submitted. arrival: 1, 2, 3, ... submitted_at: on the engine's clock.
         token_ids: the prompt and what was generated. hashes: names of its leading full blocks, as far as known.
-        text: its answer's text.
+        text: its answer's text. turn: what it is in its conversation; None: nobody looked.
         acquisition: its cached prefix on the way; None before it was asked for and after it was taken over.
         awaited: a block that another sequence is making and that it waits for.
         block_table: device blocks that it holds a reference of, in order.
@@ -69,6 +70,7 @@ class Sequence:
     token_ids: list[int]
     hashes: list[BlockHash]
     text: TextStream
+    turn: Turn | None = None
     acquisition: Acquisition | None = None
     awaited: BlockHash | None = None
     block_table: list[int] = field(default_factory=list)
@@ -119,7 +121,10 @@ class Sequence:
         names = self.names(stop, block_size)
         parents = [self.job.root, *names]
         told = (self.job.root, lifetime.ttl_s, self.job.keep_priority, lifetime.until, self.job.turn)
-        return [BlockMeta(names[i], parents[i], *told) for i in range(start, stop)]
+        think_s, new_tokens = (None, None) if self.turn is None else (self.turn.think_s, self.turn.new_tokens)
+        return [
+            BlockMeta(names[i], parents[i], *told, think_s=think_s, new_tokens=new_tokens) for i in range(start, stop)
+        ]
 
     def take(self, acquired: Acquisition, block_size: int) -> None:
         """Take over the blocks that arrived. The first time this settles the fate of every prompt token."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from kvstore.estimate import PrefillCost, PrefillFit
 
@@ -17,8 +17,10 @@ class StepTimes:
     as many cached tokens as make up its attention work.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, *, on_prefill: Callable[[PrefillCost], None] | None = None) -> None:
+        """Of a model with blocks of so many tokens; `on_prefill` is told the fit after each prefill."""
         self._block_size = block_size
+        self._on_prefill = on_prefill
         self._prefill = PrefillFit()
         self.decode_step_ms = 0.0
 
@@ -37,6 +39,8 @@ class StepTimes:
             return
         pairs = sum(new * (cached + new / 2) for new, cached in chunks)
         self._prefill.observe(tokens, round(pairs / tokens - tokens / 2), ms)
+        if self._on_prefill is not None:
+            self._on_prefill(self.prefill)
 
     def compute_ms(self, first: int, count: int) -> float:
         """Time to compute `count` blocks after `first` ones, besides the step's own; infinite before it is known."""

@@ -25,6 +25,7 @@ from kvstore.errors import InvariantError, MissReason
 from kvstore.events import BlockRemoved, KvEvent, RemovalCause, TierName
 from kvstore.eviction.entries import EXPIRED_AT_ONCE
 from kvstore.eviction.policies import Eviction, hint_of, make_eviction
+from kvstore.eviction.tail import DEFAULT_SPARE_BLOCKS, SpareBlocks
 from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, prolonged
 
@@ -45,6 +46,7 @@ class DiskBooks:
         wall_clock: Clock,
         eviction: str,
         shares: Mapping[Hashable, int] | None = None,
+        spare_blocks: SpareBlocks = DEFAULT_SPARE_BLOCKS,
     ) -> None:
         """Books of empty slots; `shares` in slots.
 
@@ -63,7 +65,7 @@ class DiskBooks:
         self._wall_clock = wall_clock
         self._past: float | None = None  # the time that `_now` tells while a past is restored
         self._eviction: Eviction[BlockHash] = make_eviction(
-            eviction, self._now, num_slots, wall_clock=self._wall_now, shares=shares
+            eviction, self._now, num_slots, wall_clock=self._wall_now, shares=shares, spare_blocks=spare_blocks
         )
         self._writing: set[Entry] = set()
         self._zombies: set[Entry] = set()

@@ -30,6 +30,7 @@ from kvstore.disk.slab import Slab, slot_nbytes
 from kvstore.disk.stamps import Stamps
 from kvstore.errors import CodecError, InvariantError, TierError
 from kvstore.events import RemovalCause
+from kvstore.eviction.tail import SpareBlocks
 from kvstore.tier import Clock
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class DiskSpace:
         wall_clock: Clock,
         eviction: str,
         shares: Mapping[BlockHash, int] | None,
+        spare_blocks: SpareBlocks,
         direct: bool,
         files: Files,
     ) -> None:
@@ -73,7 +75,7 @@ class DiskSpace:
         self._audited = 0  # slots whose headers were looked at in this round
         self.folder = lock_folder(path)
         try:
-            self._open(path, capacity_bytes, eviction, shares, files, direct=direct)
+            self._open(path, capacity_bytes, eviction, shares, spare_blocks, files, direct=direct)
         except OSError as error:
             self.folder.release(closed=False)
             raise TierError(
@@ -187,6 +189,7 @@ class DiskSpace:
         capacity_bytes: int,
         eviction: str,
         shares: Mapping[BlockHash, int] | None,
+        spare_blocks: SpareBlocks,
         files: Files,
         *,
         direct: bool,
@@ -211,6 +214,7 @@ class DiskSpace:
             wall_clock=self._wall_clock,
             eviction=eviction,
             shares=None if shares is None else {r: slots * size // capacity_bytes for r, size in shares.items()},
+            spare_blocks=spare_blocks,
         )
         self.slab = Slab(path, slots, nbytes, files=files, direct=direct)
         try:

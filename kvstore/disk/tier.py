@@ -30,6 +30,7 @@ from kvstore.disk.space import DiskSpace
 from kvstore.disk.transfer import DiskTransfer
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, RemovalCause, TierName
+from kvstore.eviction.tail import DEFAULT_SPARE_BLOCKS, SpareBlocks
 from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, Delivery, Honours, TierStats
 
@@ -59,6 +60,7 @@ class DiskTier:
         wall_clock: Clock = time.time,
         eviction: str = "lru",
         shares: Mapping[BlockHash, int] | None = None,
+        spare_blocks: SpareBlocks = DEFAULT_SPARE_BLOCKS,
         direct: bool = True,
         files: Files | None = None,
     ) -> None:
@@ -74,6 +76,7 @@ class DiskTier:
             eviction: name of the policy. After a restart it knows the blocks' last uses, not the earlier ones.
             shares: bytes of the capacity that a root may count on; what it does not use, others may. Where blocks of
             other models leave less room, each has as much less. None: nobody has a share.
+            spare_blocks: for the policy `tail_optimized`; see `make_eviction`.
             direct: pass the page cache by where the file system can.
             files: the operating system; for tests.
 
@@ -91,6 +94,7 @@ class DiskTier:
             wall_clock=wall_clock,
             eviction=eviction,
             shares=shares,
+            spare_blocks=spare_blocks,
             direct=direct,
             files=files or Files(),
         )

@@ -32,8 +32,8 @@ class Hint:
             evicted while a held entry continues it.
         root: whose it is, for quotas.
         priority: 0 to 100, higher ones stay longer (policy `priority`).
-        position: how many entries its chain has before it (policy `tail_optimized`); zero: one more than its parent's,
-        if that is held.
+        position: how many blocks its chain has before the last one of this entry (policy `tail_optimized`); zero: not
+        told, and an entry with its parent is one block.
         turn: which turn of its conversation this is, from 1 (policy `reuse`). None: not known.
         think_s: seconds since the turn before (policy `reuse`). None: this is the first, or not known.
         new_tokens: what this turn adds to its conversation: of a first turn, all of it (policy `reuse`).
@@ -146,6 +146,10 @@ class Ranking(Generic[Key]):
         if top is None or (rising is not None and rising[0] <= top[0]):
             return None if rising is None else rising[1]
         return top[2]
+
+    def keys(self) -> list[Key]:
+        """A copy of all, those in rising order first. O(n)."""
+        return [*self._rising, *self._others]
 
     def last(self) -> Key | None:
         """The key that came last in rising order; None: there is none. O(1)."""

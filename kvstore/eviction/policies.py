@@ -20,10 +20,10 @@ from kvstore.eviction.priority import PriorityOrder
 from kvstore.eviction.quota import QuotaOrder
 from kvstore.eviction.reuse import ReuseOrder
 from kvstore.eviction.s3fifo import S3FifoOrder
-from kvstore.eviction.tail import DEFAULT_SPARE_BLOCKS, TailOrder
+from kvstore.eviction.tail import DEFAULT_SPARE_BLOCKS, SpareBlocks, TailOrder
 from kvstore.tier import BlockMeta, Clock
 
-_ORDERS: dict[str, Callable[[Clock, int, int], Order[Any]]] = {
+_ORDERS: dict[str, Callable[[Clock, int, SpareBlocks], Order[Any]]] = {
     "lru": lambda clock, capacity, spare: LruOrder(),
     "s3fifo": lambda clock, capacity, spare: S3FifoOrder(capacity),
     "lfu_da": lambda clock, capacity, spare: LfuDaOrder(),
@@ -48,7 +48,7 @@ def make_eviction(
     capacity: int,
     *,
     wall_clock: Clock = time.time,
-    spare_blocks: int = DEFAULT_SPARE_BLOCKS,
+    spare_blocks: SpareBlocks = DEFAULT_SPARE_BLOCKS,
     shares: Mapping[Hashable, int] | None = None,
 ) -> Eviction[Key]:
     """Eviction by the policy of that name for a tier of `capacity` entries.
@@ -58,7 +58,8 @@ def make_eviction(
         clock: what times to live, leases and `reuse` go by, in seconds.
         capacity: entries that fit.
         wall_clock: seconds since the epoch, for lifetimes with a fixed end.
-        spare_blocks: for `tail_optimized`: what a turn may compute again, from `evict_tail.spare_blocks`.
+        spare_blocks: for `tail_optimized`: what a turn may compute again, from `tail.spare_blocks`, or what
+            tells it at each eviction: a `tail.Spare`.
         shares: quotas, in entries by root; see `quota`. None: all share everything.
 
     Raises:
@@ -76,4 +77,12 @@ def make_eviction(
 
 def hint_of(meta: BlockMeta) -> Hint:
     """What policies are told of a block."""
-    return Hint(meta.hash, meta.before, meta.root, meta.priority, turn=meta.turn)
+    return Hint(
+        meta.hash,
+        meta.before,
+        meta.root,
+        meta.priority,
+        turn=meta.turn,
+        think_s=meta.think_s,
+        new_tokens=meta.new_tokens,
+    )

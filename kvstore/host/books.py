@@ -18,6 +18,7 @@ from kvstore.errors import InvariantError, MissReason
 from kvstore.events import BlockRemoved, KvEvent, RemovalCause, TierName
 from kvstore.eviction.entries import EXPIRED_AT_ONCE
 from kvstore.eviction.policies import Eviction, hint_of, make_eviction
+from kvstore.eviction.tail import SpareBlocks
 from kvstore.host.leaving import Leaving
 from kvstore.host.slab import Slab
 from kvstore.lifetime import Lifetime
@@ -61,6 +62,7 @@ class HostBooks:
         wall_clock: Clock,
         eviction: str,
         shares: Mapping[Hashable, int] | None,
+        spare_blocks: SpareBlocks,
     ) -> None:
         """Books of an empty slab; `shares` in slots.
 
@@ -78,7 +80,7 @@ class HostBooks:
         self._writing: set[Slot] = set()
         self._zombies: set[Slot] = set()
         self._eviction: Eviction[BlockHash] = make_eviction(
-            eviction, clock, slab.num_slots, wall_clock=wall_clock, shares=shares
+            eviction, clock, slab.num_slots, wall_clock=wall_clock, shares=shares, spare_blocks=spare_blocks
         )
         # Blocks that would have been evicted but for a view, and the end of a lease given since. An endless lease keeps
         # them from the policy, so that only one of many evictions meets each of them.

@@ -20,6 +20,7 @@ from kvstore.blocks import BlockHash
 from kvstore.chains import stored_events, tree_runs
 from kvstore.errors import TierError
 from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, RemovalCause, TierName
+from kvstore.eviction.tail import DEFAULT_SPARE_BLOCKS, SpareBlocks
 from kvstore.host.books import HostBooks, Slot
 from kvstore.host.leaving import Evicted
 from kvstore.host.memory import available_bytes
@@ -49,6 +50,7 @@ class HostTier:
         wall_clock: Clock = time.time,
         eviction: str = "lru",
         shares: Mapping[BlockHash, int] | None = None,
+        spare_blocks: SpareBlocks = DEFAULT_SPARE_BLOCKS,
         pinner: Pinner | None = None,
     ) -> None:
         """Reserve `capacity_bytes`, rounded down to whole blocks.
@@ -60,6 +62,7 @@ class HostTier:
                 ends of lifetimes go by.
             eviction: a name that `make_eviction` knows.
             shares: bytes that a root may count on; what it does not use, others may. None: nobody has a share.
+            spare_blocks: for the policy `tail_optimized`; see `make_eviction`.
             pinner: page-locks the slab, which a GPU then copies from and to at bus speed; None: no GPU.
 
         Raises:
@@ -83,6 +86,7 @@ class HostTier:
             wall_clock=wall_clock,
             eviction=eviction,
             shares=None if shares is None else {root: size // layout.block_nbytes for root, size in shares.items()},
+            spare_blocks=spare_blocks,
         )
         self._views = Views()
         self._wanted: Callable[[BlockHash], bool] = _by_nobody

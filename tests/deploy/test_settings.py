@@ -98,6 +98,13 @@ def test_every_setting_says_what_it_means() -> None:
     assert [row.key for row in load_settings(environ={}).rows() if not row.help] == []
 
 
+def test_the_threshold_of_tail_optimized_reaches_the_worker() -> None:
+    settings = load_settings(environ={}, flags={"store.tail_threshold": "2s"}).settings
+    assert settings.worker_config("w0", fleet_secret="").tail_threshold_s == 2.0
+    with pytest.raises(SettingsProblem, match=r"store\.tail_threshold"):
+        load_settings(environ={}, flags={"store.tail_threshold": 0})
+
+
 def test_rules_of_admission_reach_the_worker_each_for_its_tier() -> None:
     settings = load_settings(environ={}, flags={"store.admission": "on_eviction", "redis.admission": "always"}).settings
     worker = settings.worker_config("w0", fleet_secret="")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import redis
@@ -65,6 +66,28 @@ def test_a_tenant_with_a_quota_keeps_its_blocks_in_host_while_another_fills_it(t
     in_host = [meta.root for meta in engine.store.host.metas()]
     assert (in_host.count(roots["own"]), in_host.count(roots["other"])) == (2, 6)
     assert engine.store.disk.honours.quota
+    engine.close(flush_s=0)
+
+
+@pytest.mark.parametrize("name", [TierName.HOST, TierName.DISK])
+@pytest.mark.parametrize(("threshold_s", "left"), [(0.2, [3, 1, 2, 2]), (0.1, [3, 2, 1, 2])])
+def test_tail_optimized_keeps_by_the_threshold_and_the_measured_prefill_what_would_make_a_turn_late(
+    tmp_path: Path, name: TierName, threshold_s: float, left: list[int]
+):
+    nbytes = 64 * 2 * 2 * 32 * 4
+    sizes = {"host_bytes": 8 * nbytes} if name is TierName.HOST else {"host_bytes": 0, "disk_bytes": 8 * nbytes + 40960}
+    config = replace(CONFIG, eviction="tail_optimized", tail_threshold_s=threshold_s, disk_dir=str(tmp_path), **sizes)
+    engine = build_engine(config, clock=lambda: 1.0)  # at which the first prefill that is told settles the spare
+    engine._times.observe([(1000, 0)], 1500.0)  # 96 ms a block
+    tier = engine.store.host if name is TierName.HOST else engine.store.disk
+    assert tier.num_slots == 8
+    chats = [prompts(1, lengths=(64 * blocks + 1,), seed=blocks)[0] for blocks in (5, 3)]
+    chats += [prompts(1, lengths=(129,), seed=seed)[0] for seed in (10, 11)]
+    for chat in chats:
+        _run(engine, chat)
+        assert engine.store.flush(30)
+    root, held = engine.info.scheme.root(b""), {meta.hash for meta in tier.metas()}
+    assert [sum(block in held for block in block_hashes(chat, root, 64)) for chat in chats] == left
     engine.close(flush_s=0)
 
 

@@ -21,6 +21,16 @@ def test_prefill_cost_is_learnt_from_steps_of_one_and_of_several_chunks():
     assert times.compute_ms(10, 20) == pytest.approx(_ms(320, 160) - 3.0, rel=0.05)
 
 
+def test_each_prefill_is_told_and_no_decode_step() -> None:
+    told: list[float] = []
+    times = StepTimes(16, on_prefill=lambda cost: told.append(cost.predict_ms(100, 0)))
+    times.observe([(1, 50)], 4.0)
+    assert told == []
+    times.observe([(100, 0)], 30.0)
+    times.observe([(100, 0), (1, 50)], 30.3)
+    assert told == [pytest.approx(30.0, rel=0.05)] * 2
+
+
 def test_nothing_is_known_before_the_first_prefill():
     times = StepTimes(16)
     times.observe([(1, 50)], 4.0)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvstore.eviction.policies import POLICIES, Eviction, Hint, make_eviction
 from kvstore.eviction.reuse import _EDGES, _PRIOR, _PRIOR_REUSED, ReuseOrder, age_bucket, kind_of, worth
-from kvstore.eviction.tail import spare_blocks
+from kvstore.eviction.tail import DEFAULT_SPARE_BLOCKS, Spare, spare_blocks
 from tests.kvstore.blocks_for_tests import ManualClock
 
 CAPACITY = 5
@@ -276,6 +276,49 @@ def test_a_conversation_that_goes_on_from_a_shorter_prefix_can_spare_anew() -> N
         eviction.unpin(key)
     eviction.use(9)
     assert eviction.victim() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=90),
+    spares=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+)
+def test_tail_optimized_goes_by_the_spare_of_the_day_and_needs_no_positions(
+    lengths: list[int], spares: list[int]
+) -> None:
+    spare = 3
+    live: Eviction[tuple[int, int]] = make_eviction("tail_optimized", ManualClock(), 999, spare_blocks=lambda: spare)
+    for chat, length in enumerate(lengths):
+        for block in reversed(range(length)):
+            hint = Hint(name=(chat, block), parent=(chat, block - 1) if block else None)
+            live.add((chat, block), None, hint=hint)
+    for spare in spares:  # noqa: B007 - what `live` asks for
+        live.victim(), live.victim()  # two evictions look at 128 candidates
+    order = []
+    while (victim := live.victim()) is not None:
+        live.remove(victim)
+        order.append(victim)
+    chats = [[(chat, block) for block in reversed(range(length))] for chat, length in enumerate(lengths)]
+    assert order == [*concatenated(*(c[:spare] for c in chats)), *concatenated(*(c[spare:] for c in chats))]
+
+
+def test_the_spare_follows_what_prefills_cost_once_a_second_and_passes_over_noise() -> None:
+    clock = ManualClock()
+    spare = Spare(0.5, 16, clock)
+    assert spare() == DEFAULT_SPARE_BLOCKS
+    spare.learn(lambda tokens: tokens / 8.0)  # 8,000 a second: 4,000 tokens
+    assert spare() == 250
+    spare.learn(lambda tokens: tokens / 80.0)
+    assert spare() == 250, "not again within the second"
+    clock.now += 1.0
+    spare.learn(lambda tokens: tokens / 8.5)
+    assert spare() == 250, "too small a change"
+    clock.now += 1.0
+    spare.learn(lambda tokens: 100.0 + tokens / 0.8)  # 800 a second, and a tenth of one for each step
+    assert spare() == 20
+    clock.now += 1.0
+    spare.learn(lambda tokens: 600.0)
+    assert spare() == 0
 
 
 @given(
