@@ -85,7 +85,7 @@ def wrong_type(client: redis.Redis, metas: list[BlockMeta]) -> None:
 def of_another_version(metas: list[BlockMeta]) -> dict[bytes, bytes]:
     """The record is a msgpack list of 16, whose first element is the version."""
     fields = fields_of(metas[1])
-    at = fields[b"h"].index(b"\xdc\x00\x10") + 3
+    at = fields[b"h"].index(b"\xdc\x00\x12") + 3
     return {**fields, b"h": fields[b"h"][:at] + b"\x7e" + fields[b"h"][at + 1 :]}
 
 
