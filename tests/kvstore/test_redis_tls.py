@@ -58,7 +58,7 @@ def open_tier(url: str, watching: Watching = Watching.OFF) -> RedisTier | RedisC
 def assert_keeps(tier: RedisTier | RedisClusterTier, metas: Sequence[BlockMeta]) -> None:
     assert tier.write(metas, payloads(metas)) == len(metas) == tier.match(names(metas)), tier.stats().problem
     into = buffers(len(metas))
-    assert tier.read(names(metas), into) == len(metas)
+    assert tier.read(names(metas), into).count == len(metas)
     assert [bytes(b) for b in into] == [bytes(payload(name)) for name in names(metas)]
     assert tier.stats().problem == ""
 
