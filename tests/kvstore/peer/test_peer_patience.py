@@ -35,7 +35,7 @@ def test_an_answer_that_waits_for_us_is_taken_though_the_patience_is_up(ends: tu
     oversleep()
     for expected in (b"head", b"body"):
         channel.receive_into(target := memoryview(bytearray(4)))
-        assert target == expected
+        assert bytes(target) == expected
 
 
 def test_silence_is_silence(ends: tuple[Channel, socket.socket]) -> None:
