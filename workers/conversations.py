@@ -2,6 +2,8 @@
 
 The next turn of a conversation begins with the blocks of the turn before it, so a turn is remembered by the names of
 the last full blocks of its prompt and of its answer. Names are salted by tenant: nobody continues another's turn.
+The end of a prompt may be one that many conversations begin with, so it says who comes next only if the turns' numbers
+do, too; an answer is its conversation's own. Steps of an agent that all are of one turn are known by their answers.
 
 Covers: the seconds and tokens between two turns, for eviction policies. Does not cover: turns that another worker
 served, or this one before it started.
@@ -43,24 +45,24 @@ class Conversations:
 
     def __init__(self) -> None:
         # None: turns of several conversations ended with that block, for example with a prompt that they share.
-        self._latest: OrderedDict[BlockHash, Turn | None] = OrderedDict()
+        self._latest: OrderedDict[BlockHash, tuple[Turn, bool] | None] = OrderedDict()  # and if by its answer
 
     def arrived(self, job: Job, now: float) -> Turn:
         """The turn that this job is. O(its blocks), at most 2,048 of them."""
         tokens = len(job.token_ids)
-        name, before = (None, None) if job.turn == 1 else self._before(job)
+        name, before = self._before(job)
         if before is None:
             turn = Turn(now, tokens, job.turn, new_tokens=tokens if job.turn == 1 else None)
         else:
             turn = Turn(now, tokens, job.turn, now - before.arrived_at, tokens - before.tokens)
         if job.block_hashes:
-            self._end(job.block_hashes[-1], turn, continues=name == job.block_hashes[-1])
+            continues = name == job.block_hashes[-1]
+            self._end(job.block_hashes[-1], turn, is_answer=False, continues=continues)
         return turn
 
     def answered(self, turn: Turn, last: BlockHash) -> None:
-        """The turn's answer has ended; `last` is its last full block, or its prompt's if it filled none."""
-        if self._latest.get(last) is not turn:
-            self._end(last, turn, continues=False)
+        """The turn's answer has ended; `last` is its last full block, behind those of its prompt."""
+        self._end(last, turn, is_answer=True, continues=False)
 
     def _before(self, job: Job) -> tuple[BlockHash | None, Turn | None]:
         """The turn that it continues, and by which block that is known."""
@@ -68,17 +70,20 @@ class Conversations:
         for name in islice(reversed(names), _LOOKED_AT):
             if name in self._latest:
                 found = self._latest[name]
-                return (name, found) if found is not None and _may_follow(found, job) else (None, None)
+                return (name, found[0]) if found is not None and _may_follow(*found, job) else (None, None)
         return None, None
 
-    def _end(self, name: BlockHash, turn: Turn, *, continues: bool) -> None:
+    def _end(self, name: BlockHash, turn: Turn, *, is_answer: bool, continues: bool) -> None:
         is_known = name in self._latest
-        self._latest[name] = None if is_known and not continues else turn
+        self._latest[name] = None if is_known and not continues else (turn, is_answer)
         self._latest.move_to_end(name)
         if len(self._latest) > _REMEMBERED:
             self._latest.popitem(last=False)
 
 
-def _may_follow(before: Turn, job: Job) -> bool:
-    is_next = before.number is None or job.turn is None or before.number == job.turn - 1
-    return is_next and before.tokens < len(job.token_ids)
+def _may_follow(before: Turn, is_answer: bool, job: Job) -> bool:
+    if before.tokens >= len(job.token_ids):
+        return False
+    if before.number is None or job.turn is None:
+        return is_answer
+    return before.number == job.turn - 1 or (is_answer and before.number == job.turn)

@@ -309,7 +309,7 @@ class TorchEngine:
         if sequence.text.stopped and output.finish is FinishReason.LENGTH:
             output.finish = FinishReason.STOP
         output.fates = sequence.fates
-        if sequence.turn is not None and sequence.num_committed:
+        if sequence.turn is not None and sequence.num_committed > len(sequence.job.block_hashes):
             self._conversations.answered(sequence.turn, sequence.hashes[sequence.num_committed - 1])
         self._scheduler.remove(sequence)
         del self._sequences[sequence.job.job_id]

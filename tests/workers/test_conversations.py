@@ -74,6 +74,19 @@ def test_an_answer_tells_chats_apart_that_end_on_the_same_block_of_a_prompt():
     rig.close()
 
 
+def test_an_answer_too_short_for_a_block_leaves_a_prompt_what_it_is():
+    rig = make_rig(host_blocks=100)
+    rig.engine._clock = lambda: 5.0
+    rig.run(rig.job("a", [*SYSTEM, USER], max_tokens=2, turn=1))
+    other = rig.job("b", [*SYSTEM, *prompts(1, lengths=(40,))[0]], max_tokens=1, turn=1)
+    rig.run(other)
+    assert hints(rig, other, 2) == {(1, None, 72)}
+    goes_on = rig.job("c", [*SYSTEM, USER, *prompts(1, lengths=(40,), seed=3)[0]], max_tokens=1, turn=2)
+    rig.run(goes_on)
+    assert hints(rig, goes_on, 2) == {(2, 0.0, 40)}
+    rig.close()
+
+
 def test_what_is_not_stored_of_a_block_is_no_part_of_what_it_is():
     [name] = block_hashes(SYSTEM[:BLOCK_SIZE], ROOT, BLOCK_SIZE)
     meta = BlockMeta(name, ROOT, ROOT, 60.0, turn=2)
@@ -90,11 +103,14 @@ def test_a_first_turn_is_new_as_a_whole_and_an_unknown_one_is_not_guessed():
     assert told(seen.arrived(job_of([3], 1), 1.0)) == (None, 1)
 
 
-def test_prompts_without_turns_are_recognised_by_their_blocks():
+@pytest.mark.parametrize("number", [None, 1, 3])
+def test_steps_of_one_turn_are_known_by_the_answers_that_they_hold(number: int | None):
     seen = Conversations()
-    seen.arrived(job_of([*range(40)], None), 5.0)
-    assert told(seen.arrived(job_of([*range(90)], None), 7.5)) == (2.5, 50)
-    assert told(seen.arrived(job_of([*range(100)], None), 8.0)) == (0.5, 10)
+    first = seen.arrived(job_of([*range(40)], number), 5.0)
+    seen.answered(first, block_hashes([*range(64)], ROOT, BLOCK_SIZE)[-1])
+    assert told(seen.arrived(job_of([*range(90)], number), 7.5)) == (2.5, 50)
+    other = told(seen.arrived(job_of([*range(100)], number), 8.0))
+    assert other == (None, 100 if number == 1 else None), "it may be another one that begins alike"
 
 
 def test_a_turn_is_measured_from_the_one_before_it_and_from_no_other():
