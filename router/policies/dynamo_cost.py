@@ -26,10 +26,10 @@ class DynamoCost:
     help = "Dynamo's rule: fewest blocks to compute, less a credit for those that are held, plus blocks in use."
     weights: tuple[Weight, ...] = (
         Weight("prefill", 1.0, 0.0, 100, "", "Weight of blocks to compute against blocks in use."),
-        Weight("device_credit", 1.0, 0.0, 10, "blocks", "Credit for a block on the device,"),
-        Weight("host_credit", 0.75, 0.0, 10, "blocks", "in host RAM,"),
-        Weight("disk_credit", 0.25, 0.0, 10, "blocks", "on disk,"),
-        Weight("shared_credit", 0.5, 0.0, 10, "blocks", "in the shared tier."),
+        Weight("device_credit", 1.0, 0.0, 10, "blocks", "Taken off for each leading block on the device."),
+        Weight("host_credit", 0.75, 0.0, 10, "blocks", "Taken off for each further one in host RAM."),
+        Weight("disk_credit", 0.25, 0.0, 10, "blocks", "Taken off for each further one on disk."),
+        Weight("shared_credit", 0.5, 0.0, 10, "blocks", "Taken off for each further one in the shared tier."),
         Weight("requests", 0.0, 0.0, 10_000, "blocks", "Charged for each active request."),
     )
     predicts = False

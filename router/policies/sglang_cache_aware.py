@@ -28,8 +28,22 @@ class SglangCacheAware(Ranked):
     )
     weights: tuple[Weight, ...] = (
         Weight("cache_threshold", 0.3, 0.0, 1.0, "", "Share of the prompt that a match must exceed."),
-        Weight("balance_abs", 64, 0, 100_000, "requests", "Unbalanced: the busiest has more than this many more,"),
-        Weight("balance_rel", 1.5, 1.0, 1000, "", "and more than this many times the requests of the least busy."),
+        Weight(
+            "balance_abs",
+            64,
+            0,
+            100_000,
+            "requests",
+            "Unbalanced: the busiest has more than this many above the least busy; both must hold.",
+        ),
+        Weight(
+            "balance_rel",
+            1.5,
+            1.0,
+            1000,
+            "",
+            "Unbalanced: the busiest has more than this many times the requests of the least busy.",
+        ),
     )
 
     def choose(self, request: RouteRequest, candidates: Sequence[Candidate], w: Mapping[str, float]) -> Decision:

@@ -26,10 +26,17 @@ class Sticky(Ranked):
     )
     weights: tuple[Weight, ...] = (
         Weight(
-            "first_tokens", 1024, 1, 1 << 20, "tokens", "What names a session without a key; more than sessions share."
+            "first_tokens",
+            1024,
+            1,
+            1 << 20,
+            "tokens",
+            "How much of the prompt's beginning names a session that has no key; more than sessions share.",
         ),
-        Weight("spill_factor", 1.5, 1.0, 100, "", "Leave a worker with more than this many times the mean requests,"),
-        Weight("spill_requests", 4, 0, 10_000, "requests", "and more than this many above the mean."),
+        Weight(
+            "spill_factor", 1.5, 1.0, 100, "", "Spill: more than this many times the mean requests; both must hold."
+        ),
+        Weight("spill_requests", 4, 0, 10_000, "requests", "Spill: more than this many requests above the mean."),
     )
 
     def choose(self, request: RouteRequest, candidates: Sequence[Candidate], w: Mapping[str, float]) -> Decision:
