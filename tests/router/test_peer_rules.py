@@ -74,17 +74,16 @@ def naive_sglang(request: RouteRequest, workers: Sequence[Candidate]) -> set[str
     return {name for name, share in matches.items() if share == best} if best > 0.3 else calm
 
 
-def naive_dynamo(request: RouteRequest, workers: Sequence[Candidate]) -> set[str]:
-    def cost(c: Candidate) -> float:
-        credit = 0.0
-        for n in range(c.overlap.shared):  # block by block, each where it lies fastest
-            credit += (
-                1.0 if n < c.overlap.device else 0.75 if n < c.overlap.host else 0.25 if n < c.overlap.disk else 0.5
-            )
-        return max(0.0, c.blocks.pending + len(request.hashes) - credit) + c.blocks.active
+def dynamo_blocks(request: RouteRequest, c: Candidate) -> float:
+    """Block by block, each where it lies fastest."""
+    tiers = [n for n, depth in enumerate(c.overlap) for _ in range(depth - (c.overlap[n - 1] if n else 0))]
+    credit = sum((1.0, 0.75, 0.25, 0.5)[tier] for tier in tiers)
+    return max(0.0, c.blocks.pending + len(request.hashes) - credit) + c.blocks.active
 
-    least = min(map(cost, workers))
-    return {c.worker for c in workers if cost(c) == least}
+
+def naive_dynamo(request: RouteRequest, workers: Sequence[Candidate]) -> set[str]:
+    costs = {c.worker: dynamo_blocks(request, c) for c in workers}
+    return {name for name, cost in costs.items() if cost == min(costs.values())}
 
 
 def naive_lowest_ttft(_: RouteRequest, workers: Sequence[Candidate]) -> set[str]:
@@ -106,6 +105,12 @@ def test_a_rule_chooses_what_its_naive_restatement_allows_and_the_quietest_of_th
     if policy == "sglang_cache_aware" and chosen.active == min(c.active for c in workers):
         return  # among the least loaded, or matched: the scenarios tell them apart
     assert chosen.recent_work_ms == min(c.recent_work_ms for c in workers if c.worker in allowed)
+
+
+@given(candidates, requests)
+def test_the_costs_of_dynamo_are_the_blocks_counted_one_by_one(workers: list[Candidate], request: RouteRequest) -> None:
+    costs = choose("dynamo_cost", request, workers).costs
+    assert costs == pytest.approx([dynamo_blocks(request, c) for c in workers])
 
 
 @given(candidates, requests, st.sampled_from(["least_loaded", "power_of_two", "dynamo_cost", "lowest_ttft"]))
