@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from router.cost import DEFAULT_FIT, NO_LOAD, PrefillFit, Price, pool_fits, price, queue_ms
+from router.cost import DEFAULT_FIT, NO_LOAD, PrefillFit, Price, WorkerLoad, pool_fits, price, queue_ms
 from router.fleet import Fleet
 from router.index import NO_OVERLAP, Overlap, PrefixIndex
 from router.link import WorkerLink
 from router.peers import Holder, Holders, holders
-from router.policy import Candidate, Decision, Policy, RouteRequest, checked_weights, find_policy
+from router.policies.protocol import NO_BLOCK_LOAD, BlockLoad, Candidate, Decision, Policy, RouteRequest
+from router.policy import checked_weights, find_policy
 from router.traffic import Traffic
 
 
@@ -118,8 +119,17 @@ class Decider:
         """What is known of each of these workers with regard to the question."""
         fits = pool_fits({link.name: link.report.load.fit if link.report else None for link in links})
         shares = _Shares(question, [] if question.no_read else self._traffic.sharers(question.hashes))
+        blocks = find_policy(self._fleet.record.policy).counts_blocks
         return [
-            self._candidate(question, link, overlaps, fits.get(link.name, DEFAULT_FIT), shares, peers.depth(link.name))
+            self._candidate(
+                question,
+                link,
+                overlaps,
+                fits.get(link.name, DEFAULT_FIT),
+                shares,
+                peers.depth(link.name),
+                blocks=blocks,
+            )
             for link in links
         ]
 
@@ -131,15 +141,16 @@ class Decider:
         fit: PrefillFit,
         shares: _Shares,
         peers: int,
+        *,
+        blocks: bool,
     ) -> Candidate:
-        overlap = overlaps.get(link.name, NO_OVERLAP)
-        if not question.no_read:
-            overlap = _at_least(overlap, self._traffic.arriving_run(link.name, question.hashes))
+        held = overlaps.get(link.name, NO_OVERLAP)
+        arriving = 0 if question.no_read else self._traffic.arriving_run(link.name, question.hashes)
         report, load = link.report, link.report.load if link.report else NO_LOAD
         unreported_ms, unreported = self._traffic.unreported(link.name, report.at if report else 0.0)
         age_ms = (self._clock() - report.at) * 1000.0 if report else 0.0
         priced = price(
-            overlap,
+            _at_least(held, arriving),
             question.prompt_tokens,
             question.block_size,
             load,
@@ -154,7 +165,15 @@ class Decider:
             shares.of(priced.cached_tokens),
             load.running + load.waiting + unreported,
             self._traffic.recent_work_ms(link.name),
+            held,
+            arriving,
+            self._block_load(question, link.name, report.at if report else 0.0, load) if blocks else NO_BLOCK_LOAD,
         )
+
+    def _block_load(self, question: Question, worker: str, reported_at: float, load: WorkerLoad) -> BlockLoad:
+        reported = load.pending_tokens / question.block_size
+        unreported = self._traffic.unreported_blocks(worker, reported_at)
+        return BlockLoad(reported + unreported, self._traffic.active_blocks(worker, question.hashes))
 
     def _request(self, question: Question, workers: int) -> RouteRequest:
         return RouteRequest(
@@ -164,6 +183,7 @@ class Decider:
             question.affinity,
             self._turn,
             self._traffic.utilisation(workers),
+            question.prompt_tokens,
         )
 
     def _able(self, link: WorkerLink, question: Question) -> bool:

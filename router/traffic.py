@@ -1,7 +1,8 @@
 """What this router has sent lately, and what follows from it before any worker reports it.
 
 Covers: work given to each worker with a decaying memory, the fleet's utilisation, prompts on their way (their blocks
-will be there), and how many requests in flight share a block. Does not cover: prices (`cost`) or weights (`policy`).
+will be there), how many requests in flight share a block, and how many blocks they use. Does not cover: prices (`cost`)
+or weights (`policy`).
 Pure and synchronous, on an injected clock. Every question leaves the state as it is.
 """
 
@@ -11,6 +12,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from router.active_blocks import ActiveBlocks
 
 # How long placements and utilisation are remembered, in seconds: longer than a prefill, shorter than swings of load.
 MEMORY_S = 30.0
@@ -60,6 +63,7 @@ class Traffic:
         self._arriving: dict[str, Counter[bytes]] = {}
         self._sharing: Counter[bytes] = Counter()
         self._sent: dict[str, set[int]] = {}
+        self._active: dict[str, ActiveBlocks] = {}
         self._flights: dict[int, Sent] = {}
 
     def sent(self, key: int, worker: str, hashes: Sequence[bytes], *, work_ms: float, cached_blocks: int) -> None:
@@ -69,6 +73,7 @@ class Traffic:
         self._fleet.add(work_ms, now)
         self._flights[key] = Sent(worker, hashes, work_ms, now, cached_blocks)
         self._sent.setdefault(worker, set()).add(key)
+        self._active.setdefault(worker, ActiveBlocks()).add(hashes)
         self._arriving.setdefault(worker, Counter()).update(hashes)
         self._sharing.update(hashes[:cached_blocks])
 
@@ -87,6 +92,7 @@ class Traffic:
         if flight is None:
             return
         self._sent[flight.worker].discard(key)
+        self._active[flight.worker].remove(flight.hashes)
         self._arrived(flight)
         _take(self._sharing, flight.hashes[: flight.shared])
 
@@ -101,12 +107,17 @@ class Traffic:
 
     def unreported(self, worker: str, reported_at: float) -> tuple[float, int]:
         """(milliseconds of work, requests) sent to a worker that its report of that time cannot contain yet."""
-        sent = self._sent.get(worker)
-        if not sent:
-            return 0.0, 0
-        flights = [self._flights[key] for key in sent]
-        late = [f for f in flights if f.prefilling and f.at + _REFLECTED_AFTER_S > reported_at]
+        late = self._late(worker, reported_at)
         return sum(f.work_ms for f in late), len(late)
+
+    def unreported_blocks(self, worker: str, reported_at: float) -> int:
+        """Blocks to compute that were sent to a worker and that its report of that time cannot contain yet."""
+        return sum(len(f.hashes) - f.shared for f in self._late(worker, reported_at))
+
+    def active_blocks(self, worker: str, hashes: Sequence[bytes]) -> int:
+        """Different blocks that requests in flight on the worker use, if one with this chain were among them."""
+        active = self._active.get(worker)
+        return active.distinct + active.new(hashes) if active else len(hashes)
 
     def arriving_run(self, worker: str, hashes: Sequence[bytes]) -> int:
         """Leading blocks of a chain that prompts now in prefill on the worker will leave there. O(log blocks).
@@ -140,11 +151,17 @@ class Traffic:
         self._work.pop(worker, None)
         if not self._sent.get(worker):
             self._sent.pop(worker, None)
+            self._active.pop(worker, None)
 
     def check(self) -> bool:
         """Whether nothing is left over when nothing is in flight."""
         idle = not self._flights
-        return not idle or (not self._sharing and not any(self._arriving.values()))
+        left = self._sharing or any(self._arriving.values()) or any(a.distinct for a in self._active.values())
+        return not idle or not left
+
+    def _late(self, worker: str, reported_at: float) -> list[Sent]:
+        flights = (self._flights[key] for key in self._sent.get(worker, ()))
+        return [f for f in flights if f.prefilling and f.at + _REFLECTED_AFTER_S > reported_at]
 
     def _arrived(self, flight: Sent) -> None:
         if flight.prefilling:

@@ -12,6 +12,7 @@ import pytest
 
 from router import errors
 from router.core import Router
+from router.policy import POLICIES
 from router.protocol import Caller, Role, RouterApi
 from router.request import turn_of
 from tests.router.fake_worker import FakeWorker, breaks, refuses, says_one_token, stays_quiet
@@ -140,7 +141,7 @@ async def test_each_policy_can_be_set_and_decides() -> None:
                 assert len({a.route.worker for a in answers}) == 3
         assert reasons["round_robin"] == "order"
         assert reasons["least_loaded"] == "balance"
-        assert set(reasons) == {"round_robin", "least_loaded", "prefix_hash", "cache_aware"}
+        assert set(reasons) == set(POLICIES)
 
 
 @pytest.mark.asyncio
@@ -391,7 +392,7 @@ async def test_explain_says_what_generate_then_does_and_changes_nothing() -> Non
     async with rig(3) as fleet:
         router = await fleet.start_router()
         await all_ready(router, 3)
-        for policy in ("cache_aware", "round_robin", "prefix_hash", "least_loaded"):
+        for policy in POLICIES:
             router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name=policy)))
             for seed in range(4):
                 await asyncio.sleep(0.06)  # until reports are in
@@ -404,6 +405,40 @@ async def test_explain_says_what_generate_then_does_and_changes_nothing() -> Non
                 assert explained[0].candidates[0].worker == explained[0].worker
                 answer = await generate(router, request(tokens(seed, 64)))
                 assert (answer.route.worker, answer.route.reason) == (explained[0].worker, explained[0].reason)
+
+
+@pytest.mark.asyncio
+async def test_explain_of_policies_that_price_and_of_one_that_counts_blocks() -> None:
+    async with rig(2) as fleet:
+        router = await fleet.start_router()
+        await all_ready(router, 2)
+        worker = await warmed(router, tokens(1, 160))
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="lowest_ttft")))
+        explained = await explain(router, tokens(1, 160))
+        assert (explained.worker, explained.reason) == (worker, "prefix")
+        for candidate in explained.candidates:
+            assert [(t.name, t.weight) for t in candidate.terms] == [("queue", 1), ("load", 1), ("compute", 1)]
+            assert candidate.cost_ms == candidate.predicted_ttft_ms == pytest.approx(sum(t.ms for t in candidate.terms))
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="dynamo_cost")))
+        explained = await explain(router, tokens(1, 160))
+        assert (explained.worker, explained.reason) == (worker, "prefix")
+        assert [(c.cost_ms, list(c.terms)) for c in explained.candidates] == [(0, [])] * 2
+
+
+@pytest.mark.asyncio
+async def test_dynamo_cost_counts_the_blocks_of_requests_in_flight() -> None:
+    """The worker that was given most lately is idle, the other one decodes a prompt of 100 blocks."""
+    async with rig(2, timing=SLOW) as fleet:
+        router = await fleet.start_router()
+        await all_ready(router, 2)
+        long = (await generate(router, request(tokens(1, 3200), 1))).route.worker
+        stream = router.generate(request(tokens(2, 1600), 500), caller=ALICE, context=context())
+        async with aclosing(stream):
+            await anext(stream)
+            busy = router.stats(show_prompts=False).recent[0].worker
+            assert busy != long
+            router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="dynamo_cost")))
+            assert (await explain(router, tokens(3, 64))).worker == long
 
 
 @pytest.mark.asyncio

@@ -195,7 +195,10 @@ def test_reasons_name_the_only_worker_and_a_miss() -> None:
 
 
 def test_an_unknown_policy_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(InvalidRequest, match="cache_aware, least_loaded, prefix_hash, round_robin"):
+    with pytest.raises(
+        InvalidRequest,
+        match="cache_aware, dynamo_cost, least_loaded, lowest_ttft, power_of_two, prefix_hash, round_robin, sglang",
+    ):
         find_policy("magic")
 
 

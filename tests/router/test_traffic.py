@@ -114,3 +114,31 @@ def test_counts_match_a_naive_model_and_nothing_is_left_over(script: list[tuple[
     for key in list(naive):
         traffic.ended(key)
     assert traffic.check()
+
+
+def test_blocks_to_compute_are_unreported_until_a_report_can_contain_them(traffic: Traffic, clock: Clock) -> None:
+    traffic.sent(1, "a", chain(1, 2, 3, 4), work_ms=10, cached_blocks=1)
+    traffic.sent(2, "a", chain(5, 6), work_ms=10, cached_blocks=0)
+    traffic.sent(3, "b", chain(7), work_ms=10, cached_blocks=0)
+    assert traffic.unreported_blocks("a", clock.now) == 3 + 2
+    assert traffic.unreported_blocks("a", clock.now + 1) == 0
+    traffic.first_token(1)
+    assert traffic.unreported_blocks("a", clock.now) == 2
+    assert traffic.unreported_blocks("nobody", clock.now) == 0
+
+
+def test_blocks_in_use_are_counted_once_from_sending_to_the_end(traffic: Traffic) -> None:
+    assert traffic.active_blocks("a", chain(1, 2)) == 2
+    traffic.sent(1, "a", chain(1, 2, 3), work_ms=10, cached_blocks=0)
+    traffic.sent(2, "a", chain(1, 2, 4), work_ms=10, cached_blocks=2)
+    traffic.sent(3, "b", chain(9, 9, 9), work_ms=10, cached_blocks=0)
+    assert traffic.active_blocks("a", chain(1, 2)) == 4
+    assert traffic.active_blocks("a", chain(1, 5, 6)) == 6
+    traffic.first_token(1)
+    assert traffic.active_blocks("a", []) == 4
+    traffic.ended(1)
+    assert traffic.active_blocks("a", []) == 3
+    traffic.ended(2)
+    assert traffic.active_blocks("a", chain(1)) == 1
+    traffic.ended(3)
+    assert traffic.check()
