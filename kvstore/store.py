@@ -337,7 +337,8 @@ class TieredStore:
         """These blocks of one chain may be wrong: drop them and what was built on them. Waits for no slow tier.
 
         Nobody finds them from now on: what lies in a slow tier is removed there in the background, again until it
-        answers, and not read from there before. Of followers those are known that lie or move in this process.
+        answers, and not read from there before. Other workers may have read them from here: nothing is read of them
+        there for a while. Of followers those are known that lie or move in this process.
         """
         if not hashes:
             return
@@ -347,6 +348,8 @@ class TieredStore:
         for name, lane in self._lanes.items():
             self._promoter.sources[name].absent.barred.update(names)
             lane.disown(names)
+        if self._peers is not None:
+            self._peers.bar(names)
         for tier in (self.device, self.host):
             if tier is not None:
                 tier.remove(names, RemovalCause.INVALID)
