@@ -38,6 +38,7 @@ from workers.protocol import (
     StepReport,
     TokenLogprob,
 )
+from workers.proven import Proven
 from workers.sampler import Row, Sampled, sample
 from workers.scheduler import Chunk, Scheduler
 from workers.sequence import Sequence
@@ -107,6 +108,7 @@ class TorchEngine:
         self._arrivals = self._steps = self._failed_steps = 0
         self._stalled = self._changed = False
         self._shared_reads, self._shared_clears = True, 0
+        self._proven = Proven()
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
@@ -335,9 +337,12 @@ class TorchEngine:
     def _advance(self, sequence: Sequence, sampled: Sampled) -> None:
         """Append a token; the output that tells of it."""
         if sampled.token_id is None:
-            self._drop_own_blocks(sequence)
+            self._drop_doubtful_blocks(sequence)
             self._end(sequence, FinishReason.ERROR, _NOT_FINITE)
             return
+        if sequence.num_proven < sequence.num_committed:
+            self._proven.add(sequence.hashes[sequence.num_proven : sequence.num_committed])
+            sequence.num_proven = sequence.num_committed
         sequence.token_ids.append(sampled.token_id)
         ended = self._is_end(sequence, sampled.token_id)
         output = self._output(sequence, sampled.token_id, sampled.logprob)
@@ -414,13 +419,22 @@ class TorchEngine:
             message = f"the answer's tokens could not be decoded ({error}); check the model's tokenizer.json"
             output.finish, output.error = FinishReason.ERROR, JobError("DETOKENIZATION_FAILED", message)
 
-    def _drop_own_blocks(self, sequence: Sequence) -> None:
-        """Forget the blocks that a sequence computed, whose numbers may be wrong, and all that was built on them."""
-        first = sequence.num_cached_tokens // self._block_size
-        if sequence.job.no_store or sequence.num_committed <= first:
-            return
-        self._changed = True
-        self.store.disown(sequence.hashes[first : sequence.num_committed])
+    def _drop_doubtful_blocks(self, sequence: Sequence) -> None:
+        """Forget the blocks of a sequence whose numbers may be wrong, and all that was built on them.
+
+        These are what it computed, what came from outside of this process, and what nobody has computed finite numbers
+        over here; all of its blocks if it is the second one in a row over them that goes wrong. If it is the model that
+        is broken, a request drops no more than its own blocks, and the next one finds none of them.
+        """
+        names = sequence.hashes[: sequence.num_committed]
+        found = sequence.num_cached_tokens // self._block_size
+        first = min(found, self._proven.leading(names))
+        if sequence.first_outside is not None and sequence.first_outside >= sequence.num_proven:
+            first = min(first, sequence.first_outside)
+        self._proven.discard(names)
+        if first < len(names):
+            self._changed = True
+            self.store.disown(names[first:])
 
     def _fail(self, chunks: Items[Chunk], error: RuntimeError) -> None:
         """A step that cannot be computed ends its sequences; one of a broken device ends the worker.
