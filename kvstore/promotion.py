@@ -22,7 +22,7 @@ from kvstore.device import DeviceTier
 from kvstore.events import TierName
 from kvstore.host.tier import HostTier
 from kvstore.loading import FindMeta, Load, Loader
-from kvstore.patience import DEFAULT_SLACK_S, Limit, cap_s, limits, pieces
+from kvstore.patience import DEFAULT_SLACK_S, Limit, cap_s, limits, pieces, slack_of
 from kvstore.source import Source
 from kvstore.tier import BlockMeta, Clock, chain_metas
 
@@ -268,7 +268,9 @@ class Promoter:
         if source is None:
             return False
         metas = self._metas(wish, position, count, acquisition)
-        load = Load(source, metas, wish, position, acquisition, self._limits(source, wish, position, count))
+        acquisition.slack_s = self._slack_left(acquisition, source)
+        found = self._limits(source, wish, position, count, acquisition.slack_s)
+        load = Load(source, metas, wish, position, acquisition, found)
         self._load(load)
         acquisition.limits = [(limit.stop, load.started + limit.seconds) for limit in load.limits]
         return True
@@ -283,14 +285,22 @@ class Promoter:
         now, come = self._clock(), len(load.arrived)
         due = {limit.stop: 1e3 * (load.started + limit.healthy_s - now) for limit in load.limits if limit.stop > come}
         most = min(len(load.metas) - before, len(acquisition.rest))
+        acquisition.slack_s = self._slack_left(acquisition, load.source)
         found = limits(
             list(due) or [len(load.metas)],
             load_ms=lambda stop: due.get(stop, 0.0),
             compute_ms=lambda stop: wish.price(position, min(most, stop - before)) if stop > before else 0.0,
-            slack_s=self._slack_s,
+            slack_s=acquisition.slack_s,
         )
         acquisition.limits = [(limit.stop, now + limit.seconds) for limit in found]
         return True
+
+    def _slack_left(self, acquisition: Acquisition, source: Source) -> float:
+        """By how much this load may be late, so that all that the request tries cost one slack; see `patience`."""
+        tried, position, rest = acquisition.tried, acquisition.position, acquisition.rest[:1]
+        others = [other for other in self._slow if other is not source and acquisition.wish.reads.allows(other.name)]
+        later = [each for each in others if tried.get(each.name) != position and not each.stuck and each.reach(rest)]
+        return slack_of(self._slack_s, acquisition.late_s, len(later))
 
     def _prefetch(self, wish: Wish, first: int, budget: int) -> int:
         names = self._unheld(wish, wish.hashes[first : first + min(budget, self._most)])
@@ -298,7 +308,7 @@ class Promoter:
         if source is None:
             return 0
         most = cap_s(wish.price(first, count))  # nobody waits for it as yet
-        found = [replace(limit, seconds=most) for limit in self._limits(source, wish, first, count)]
+        found = [replace(limit, seconds=most) for limit in self._limits(source, wish, first, count, self._slack_s)]
         self._load(Load(source, self._metas(wish, first, count), wish, first, None, found, budget=budget - count))
         return count
 
@@ -396,6 +406,7 @@ class Promoter:
     def _resume(self, acquisition: Acquisition, load: Load, landed: list[BlockMeta]) -> None:
         acquisition.arrived.update((meta.hash, load.source.name) for meta in landed)
         if len(landed) < len(load.metas):
+            acquisition.came_short(len(load.arrived), self._clock())
             acquisition.tried[load.source.name] = self._position_after(acquisition)
         self._advance(acquisition)
 
@@ -465,12 +476,12 @@ class Promoter:
         """Device blocks that loads may take now."""
         return max(0, self._device.available - self._reserve)
 
-    def _limits(self, source: Source, wish: Wish, first: int, count: int) -> list[Limit]:
+    def _limits(self, source: Source, wish: Wish, first: int, count: int, slack_s: float) -> list[Limit]:
         return limits(
             pieces(count, self._device.block_nbytes),
             load_ms=source.predict_ms,
             compute_ms=lambda blocks: wish.price(first, blocks),
-            slack_s=self._slack_s,
+            slack_s=slack_s,
         )
 
     def _metas(self, wish: Wish, first: int, count: int, acquisition: Acquisition | None = None) -> list[BlockMeta]:
