@@ -58,7 +58,7 @@ def make_eviction(
         clock: what times to live, leases and `reuse` go by, in seconds.
         capacity: entries that fit.
         wall_clock: seconds since the epoch, for lifetimes with a fixed end.
-        spare_blocks: for `tail_optimized`: what a turn may compute again, from `evict_tail.spare_blocks`.
+        spare_blocks: for `tail_optimized`: what a turn may compute again, from `tail.spare_blocks`.
         shares: quotas, in entries by root; see `quota`. None: all share everything.
 
     Raises:
