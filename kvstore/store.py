@@ -410,10 +410,9 @@ class TieredStore:
             stats[name].loads, stats[name].bad_hits = score.loads, score.bad_hits
             stats[name].load_ms, stats[name].compute_ms = score.load_ms, score.compute_ms
         for name, lane in self._lanes.items():
-            lost = 0 if self.host is None or not self._is_written_back(lane) else self.host.lost_evicted
-            if lane.queue_full or lost:
-                failures = stats[name].store_failures
-                failures["queue_full"] = failures.get("queue_full", 0) + lane.queue_full + lost
+            _add_queue_full(stats[name], lane.queue_full)
+        if self.host is not None:  # its copies wait for all lanes: counted there, and once
+            _add_queue_full(stats[self.host.name], self.host.lost_evicted)
         return stats
 
     def read_ms(self) -> dict[TierName, tuple[float, float]]:
@@ -527,6 +526,11 @@ class TieredStore:
 
 def _believed(known: KnownLocal | KnownShared) -> Callable[[BlockHash], bool] | None:
     return known.holds if isinstance(known, KnownShared) else None
+
+
+def _add_queue_full(stats: TierStats, lost: int) -> None:
+    if lost:
+        stats.store_failures["queue_full"] = stats.store_failures.get("queue_full", 0) + lost
 
 
 def _no_price(first: int, count: int) -> float:
