@@ -260,6 +260,7 @@ class TieredStore:
         self.device.sweep()
         if self.host is not None:
             self.host.sweep()
+        self._inventory.sweep()
         self._leases.settle()
 
     def wait(self, timeout_s: float) -> None:
