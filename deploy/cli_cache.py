@@ -172,8 +172,8 @@ def cache_pin(
     """Keep blocks: neither eviction nor their time to live drops them. `clear` does.
 
     With a prompt: its own full blocks; with --tenant alone: all that the tenant has now. Blocks that come later are
-    not pinned, Redis promises nothing, and a worker that ends forgets its pins. To pin what nobody holds yet, run
-    `warmkv cache warm --compute` first.
+    not pinned, and Redis promises nothing. Pins on disk outlive a restart of their worker, those in host RAM do not. To
+    pin what nobody holds yet, run `warmkv cache warm --compute` first.
     """
     from deploy.render import message_json
     from deploy.render_cache import print_pinned

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from deploy.summary import FATES, Act
+from deploy.summary import Act, shown_fates
 from warmkv.v1 import admin_pb2
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -22,8 +22,15 @@ CELL_WIDTH = 8
 PREFIX_ROWS = 8
 DECISION_ROWS = 5
 # Okabe and Ito's palette: told apart with any colour vision; the glyphs differ too.
-FATE_STYLE = {"computed": "#D55E00", "device": "#009E73", "host": "#56B4E9", "redis": "#CC79A7"}
-FATE_GLYPH = {"computed": "░", "device": "█", "host": "▓", "redis": "▒"}
+FATE_STYLE = {
+    "computed": "#D55E00",
+    "device": "#009E73",
+    "host": "#56B4E9",
+    "disk": "#0072B2",
+    "redis": "#CC79A7",
+    "peer": "#E69F00",
+}
+FATE_GLYPH = {"computed": "░", "device": "█", "host": "▓", "disk": "▚", "redis": "▒", "peer": "▞"}
 
 
 @dataclass(slots=True)
@@ -64,7 +71,7 @@ class Screen:
         act = self.live or (self.acts[-1] if self.acts else Act("", (), 0.0))
         grid = Table.grid(padding=(0, 2))
         grid.add_row("hit rate", sparkline(self.hit_history), f"{act.hit_rate:.0%} of this act's prompt tokens")
-        shares = {fate: act.share(fate) for fate in FATES}
+        shares = {fate: act.share(fate) for fate in shown_fates([act])}
         legend = Text("  ").join(Text(f"{fate} {share:.0%}", FATE_STYLE[fate]) for fate, share in shares.items())
         grid.add_row("tokens", fate_bar(shares), legend)
         return grid

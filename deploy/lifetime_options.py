@@ -13,6 +13,8 @@ from deploy.failures import USAGE, Failure
 if TYPE_CHECKING:
     from warmkv.client import LifetimeOptions
 
+LAST_EPOCH_S = 253_402_300_799  # the end of the year 9999
+
 Ttl = Annotated[
     str | None,
     typer.Option("--ttl", metavar="DURATION", help="How long its blocks live after a use: 5m, 30m, 1h, 24h, ..."),
@@ -77,13 +79,18 @@ def epoch_seconds(option: str, time: str) -> int:
     """Seconds since the epoch of a time, rounded up; one without a time zone is this machine's.
 
     Raises:
-        Failure: it is no time.
+        Failure: it is no time, or out of range.
     """
-    if time.isascii() and time.isdigit():
-        return int(time)
     try:
-        return math.ceil(datetime.fromisoformat(time).timestamp())
+        seconds = int(time) if time.isascii() and time.isdigit() else datetime.fromisoformat(time).timestamp()
     except (ValueError, OverflowError):
         raise Failure(
             f"{option}: {time!r} is no time; write it like 2027-01-31T18:00Z, or in seconds since 1970", USAGE
         ) from None
+    if not 0 <= seconds <= LAST_EPOCH_S:
+        raise Failure(
+            f"{option}: {time} is not between the years 1970 and 9999; write it like 2027-01-31T18:00Z, or in seconds "
+            "since 1970",
+            USAGE,
+        )
+    return math.ceil(seconds)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-FATES = ("computed", "device", "host", "redis")
+FATES = ("computed", "device", "host", "disk", "redis", "peer")
+WHERE_USED = ("disk", "peer")  # not every fleet has them: shown where something came from there
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,11 @@ def percentile(samples: Sequence[float], quantile: float) -> float:
     return ordered[max(0, math.ceil(quantile * len(ordered)) - 1)] if ordered else 0.0
 
 
+def shown_fates(acts: Sequence[Act]) -> list[str]:
+    """The fates that a table of these acts has a row for; they add up to the prompt."""
+    return [fate for fate in FATES if fate not in WHERE_USED or any(act.tokens(fate) for act in acts)]
+
+
 def comparison(acts: Sequence[Act]) -> Table:
     """The table that the demo ends with: one column an act."""
     table = Table(title="what each act cost", title_justify="left")
@@ -113,7 +119,7 @@ def comparison(acts: Sequence[Act]) -> Table:
     for act in acts:
         table.add_column(act.name, justify="right")
     table.add_row("prompt tokens", *(f"{act.prompt_tokens:,}" for act in acts))
-    for fate in FATES:
+    for fate in shown_fates(acts):
         table.add_row(f"  {fate}", *(f"{act.tokens(fate):,} ({act.share(fate):.0%})" for act in acts))
     table.add_row("TTFT p50", *(f"{act.ttft_ms(0.5):.0f} ms" for act in acts))
     table.add_row("TTFT p95", *(f"{act.ttft_ms(0.95):.0f} ms" for act in acts))

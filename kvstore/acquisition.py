@@ -100,6 +100,8 @@ class Acquisition:
         self.cancelled = False
         self.looked = False  # one device miss is counted for an acquisition, where the first look-up ended
         self.limits: list[tuple[int, float]] = []  # of the load that it waits for: blocks of that, until when
+        self.slack_s = 0.0  # that is in these limits
+        self.late_s = 0.0  # slack that loads have cost it which came short
         self.is_paused = False  # host holds more of it, which the next steps copy
         self.is_cut = False  # what it waited for was cleared meanwhile: it takes no more from slow tiers
         self.tried: dict[TierName, int] = {}  # position at which a tier came up short
@@ -115,6 +117,10 @@ class Acquisition:
     def give_up_at(self, come: int) -> float:
         """When it has waited long enough, on the clock, for a load of which so many blocks have come."""
         return next((until for stop, until in self.limits if stop > come), float("inf"))
+
+    def came_short(self, come: int, now: float) -> None:
+        """The load that it waited for brought no more than so many blocks: what that cost is missing for the next."""
+        self.late_s += max(0.0, now - (self.give_up_at(come) - self.slack_s))
 
     @property
     def position(self) -> int:

@@ -77,6 +77,8 @@ class Clearing:
         for name, lane in self._lanes.items():
             self._promoter.sources[name].absent.barred.update(names)
             lane.disown(names)
+        if self._peers is not None:
+            self._peers.bar(names)
         for tier in (self._device, self._host):
             if tier is not None:
                 tier.remove(names, RemovalCause.INVALID)

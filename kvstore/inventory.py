@@ -119,6 +119,11 @@ class Inventory:
         self._last = None
         return blocks
 
+    def sweep(self) -> None:
+        """Forget the names of a listing that nobody goes on with. O(1)."""
+        if self._last is not None and self._clock() - self._last.taken_at >= LISTING_S:
+            self._last = None
+
     def _names(self, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None) -> tuple[_Names, float]:
         """The names, and when they were gathered: those of the last page, if this one goes on with it."""
         last, now = self._last, self._clock()

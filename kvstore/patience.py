@@ -19,6 +19,10 @@ from the start on, where `predicted` is the measured time of a healthy read, the
 - Of a tier that was never read nothing is predicted. The first try may take `FIRST_TRY_S`, once: connecting and a cold
   start are in it. It is measured then, whether it delivered or not.
 
+A request has one slack for all tiers that it tries: what a load that came short has cost of it is missing for the next
+one. While others may be asked after it, a load leaves a part of the slack to each: without any even a healthy one would
+be left too soon.
+
 The tier itself is told to end its read a little earlier (`told_s`), so that what it has by then is handed over in time.
 """
 
@@ -32,6 +36,7 @@ MIN_LIMIT_S = 0.02
 FIRST_TRY_S = 0.2
 MAX_LIMIT_S = 10.0  # while nobody knows what computing would take
 PIECE_NBYTES = 32 << 20  # some 10 ms at the speed of a local Redis: one round trip more for each costs a percent
+KEPT_SHARE = 4  # of the slack each tier that may be asked later is left one in so many
 _HAND_OVER_S = 0.01
 
 Ms = Callable[[int], float | None]  # of so many leading blocks; None: not known
@@ -54,6 +59,12 @@ class Limit:
 def cap_s(compute_ms: float | None) -> float:
     """Longest that a load is waited for in all: as long as computing takes (None: not measured)."""
     return MAX_LIMIT_S if compute_ms is None else min(MAX_LIMIT_S, max(MIN_LIMIT_S, compute_ms / 1e3))
+
+
+def slack_of(slack_s: float, late_s: float, later: int) -> float:
+    """What a load may have of a request's slack of which so much is spent, while so many tiers may be asked later."""
+    kept_s = slack_s / KEPT_SHARE
+    return max(kept_s, slack_s - late_s - later * kept_s)
 
 
 def limits(stops: list[int], *, load_ms: Ms, compute_ms: Ms, slack_s: float) -> list[Limit]:

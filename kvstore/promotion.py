@@ -241,7 +241,9 @@ class Promoter:
         if source is None:
             return False
         metas = self._reads.metas(wish, position, count, acquisition)
-        load = Load(source, metas, wish, position, acquisition, self._reads.limits(source, wish, position, count))
+        acquisition.slack_s = self._reads.slack_left(acquisition, source)
+        found = self._reads.limits(source, wish, position, count, acquisition.slack_s)
+        load = Load(source, metas, wish, position, acquisition, found)
         self._reads.start(load)
         acquisition.limits = [(limit.stop, load.started + limit.seconds) for limit in load.limits]
         return True
@@ -256,11 +258,12 @@ class Promoter:
         now, come = self._clock(), len(load.arrived)
         due = {limit.stop: 1e3 * (load.started + limit.healthy_s - now) for limit in load.limits if limit.stop > come}
         most = min(len(load.metas) - before, len(acquisition.rest))
+        acquisition.slack_s = self._reads.slack_left(acquisition, load.source)
         found = limits(
             list(due) or [len(load.metas)],
             load_ms=lambda stop: due.get(stop, 0.0),
             compute_ms=lambda stop: wish.price(position, min(most, stop - before)) if stop > before else 0.0,
-            slack_s=self._slack_s,
+            slack_s=acquisition.slack_s,
         )
         acquisition.limits = [(limit.stop, now + limit.seconds) for limit in found]
         return True
@@ -323,6 +326,7 @@ class Promoter:
     def _resume(self, acquisition: Acquisition, load: Load, landed: list[BlockMeta]) -> None:
         acquisition.arrived.update((meta.hash, load.source.name) for meta in landed)
         if len(landed) < len(load.metas):
+            acquisition.came_short(len(load.arrived), self._clock())
             acquisition.tried[load.source.name] = self._position_after(acquisition)
         self._advance(acquisition)
 

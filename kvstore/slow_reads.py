@@ -14,7 +14,7 @@ from kvstore.device import DeviceTier
 from kvstore.events import TierName
 from kvstore.host.tier import HostTier
 from kvstore.loading import FindMeta, Load, Loader
-from kvstore.patience import Limit, limits, pieces
+from kvstore.patience import Limit, limits, pieces, slack_of
 from kvstore.source import Source
 from kvstore.tier import BlockMeta, chain_metas
 
@@ -84,13 +84,20 @@ class SlowReads:
                     best = (rank, source, count)
         return (None, 0) if best is None else best[1:]
 
-    def limits(self, source: Source, wish: Wish, first: int, count: int) -> list[Limit]:
-        """How long each piece of such a read may take; see `patience`."""
+    def slack_left(self, acquisition: Acquisition, source: Source) -> float:
+        """By how much this load may be late, so that all that the request tries cost one slack; see `patience`."""
+        tried, position, rest = acquisition.tried, acquisition.position, acquisition.rest[:1]
+        others = [other for other in self._slow if other is not source and acquisition.wish.reads.allows(other.name)]
+        later = [each for each in others if tried.get(each.name) != position and not each.stuck and each.reach(rest)]
+        return slack_of(self._slack_s, acquisition.late_s, len(later))
+
+    def limits(self, source: Source, wish: Wish, first: int, count: int, slack_s: float | None = None) -> list[Limit]:
+        """How long each piece of such a read may take; see `patience`. Without a slack of its own: the whole one."""
         return limits(
             pieces(count, self._device.block_nbytes),
             load_ms=source.predict_ms,
             compute_ms=lambda blocks: wish.price(first, blocks),
-            slack_s=self._slack_s,
+            slack_s=self._slack_s if slack_s is None else slack_s,
         )
 
     def metas(self, wish: Wish, first: int, count: int, acquisition: Acquisition | None = None) -> list[BlockMeta]:

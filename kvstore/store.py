@@ -242,6 +242,7 @@ class TieredStore:
         self.device.sweep()
         if self.host is not None:
             self.host.sweep()
+        self._inventory.sweep()
         self._leases.settle()
 
     def wait(self, timeout_s: float) -> None:
@@ -299,7 +300,8 @@ class TieredStore:
         """These blocks of one chain may be wrong: drop them and what was built on them. Waits for no slow tier.
 
         Nobody finds them from now on: what lies in a slow tier is removed there in the background, again until it
-        answers, and not read from there before. Of followers those are known that lie or move in this process.
+        answers, and not read from there before. Other workers may have read them from here: nothing is read of them
+        there for a while. Of followers those are known that lie or move in this process.
         """
         self._clearing.disown(hashes)
 
@@ -359,10 +361,9 @@ class TieredStore:
             stats[name].loads, stats[name].bad_hits = score.loads, score.bad_hits
             stats[name].load_ms, stats[name].compute_ms = score.load_ms, score.compute_ms
         for name, lane in self._lanes.items():
-            lost = 0 if self.host is None or not self._is_written_back(lane) else self.host.lost_evicted
-            if lane.queue_full or lost:
-                failures = stats[name].store_failures
-                failures["queue_full"] = failures.get("queue_full", 0) + lane.queue_full + lost
+            _add_queue_full(stats[name], lane.queue_full)
+        if self.host is not None:  # its copies wait for all lanes: counted there, and once
+            _add_queue_full(stats[self.host.name], self.host.lost_evicted)
         return stats
 
     def read_ms(self) -> dict[TierName, tuple[float, float]]:
@@ -461,6 +462,11 @@ class TieredStore:
             source.absent.add(metas[count].hash)
         if (lane := self._lanes.get(source.name)) is not None:
             lane.read(metas, count, is_next_gone=is_next_gone)
+
+
+def _add_queue_full(stats: TierStats, lost: int) -> None:
+    if lost:
+        stats.store_failures["queue_full"] = stats.store_failures.get("queue_full", 0) + lost
 
 
 def _no_price(first: int, count: int) -> float:

@@ -280,6 +280,10 @@ class HintedTier(Tier, Protocol):
         """Believe nothing any more of what it was told."""
         ...
 
+    def bar(self, hashes: Sequence[BlockHash]) -> None:
+        """What lies there under these names may be wrong: `match` and `read` end before it, for a while."""
+        ...
+
 
 def prolonged(meta: BlockMeta, lifetime: Lifetime) -> BlockMeta:
     """The same block with the longer one of its lifetime and this one; itself, if that is its own."""

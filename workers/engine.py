@@ -37,6 +37,7 @@ from workers.protocol import (
     StepReport,
     TokenLogprob,
 )
+from workers.proven import Proven
 from workers.refusal import refusal
 from workers.sampler import Row, Sampled, sample
 from workers.scheduler import Chunk, Scheduler
@@ -109,6 +110,7 @@ class TorchEngine:
         self._failures = StepFailures()
         self._stalled = False
         self.cache = EngineCache(store, self._scheduler, peers, self._default)
+        self._proven = Proven()
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
@@ -266,9 +268,12 @@ class TorchEngine:
     def _advance(self, sequence: Sequence, sampled: Sampled) -> None:
         """Append a token; the output that tells of it."""
         if sampled.token_id is None:
-            self._drop_own_blocks(sequence)
+            self._drop_doubtful_blocks(sequence)
             self._end(sequence, FinishReason.ERROR, NOT_FINITE)
             return
+        if sequence.num_proven < sequence.num_committed:
+            self._proven.add(sequence.hashes[sequence.num_proven : sequence.num_committed])
+            sequence.num_proven = sequence.num_committed
         sequence.token_ids.append(sampled.token_id)
         ended = self._is_end(sequence, sampled.token_id)
         output = self._output(sequence, sampled.token_id, sampled.logprob)
@@ -340,13 +345,22 @@ class TorchEngine:
             message = f"the answer's tokens could not be decoded ({error}); check the model's tokenizer.json"
             output.finish, output.error = FinishReason.ERROR, JobError("DETOKENIZATION_FAILED", message)
 
-    def _drop_own_blocks(self, sequence: Sequence) -> None:
-        """Forget the blocks that a sequence computed, whose numbers may be wrong, and all that was built on them."""
-        first = sequence.num_cached_tokens // self._block_size
-        if sequence.job.no_store or sequence.num_committed <= first:
-            return
-        self.cache.changed = True
-        self.store.disown(sequence.hashes[first : sequence.num_committed])
+    def _drop_doubtful_blocks(self, sequence: Sequence) -> None:
+        """Forget the blocks of a sequence whose numbers may be wrong, and all that was built on them.
+
+        These are what it computed, what came from outside of this process, and what nobody has computed finite numbers
+        over here; all of its blocks if it is the second one in a row over them that goes wrong. If it is the model that
+        is broken, a request drops no more than its own blocks, and the next one finds none of them.
+        """
+        names = sequence.hashes[: sequence.num_committed]
+        found = sequence.num_cached_tokens // self._block_size
+        first = min(found, self._proven.leading(names))
+        if sequence.first_outside is not None and sequence.first_outside >= sequence.num_proven:
+            first = min(first, sequence.first_outside)
+        self._proven.discard(names)
+        if first < len(names):
+            self.cache.changed = True
+            self.store.disown(names[first:])
 
     def _lifetime(self, sequence: Sequence) -> Lifetime:
         return sequence.job.lifetime or self._default

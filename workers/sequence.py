@@ -14,6 +14,7 @@ from workers.detokenize import TextStream
 from workers.protocol import Job
 
 COMPUTED = "computed"
+_OUTSIDE = (TierName.DISK, TierName.REDIS, TierName.PEER)  # others may have written what lies there
 
 Rank = tuple[int, int]
 
@@ -59,6 +60,8 @@ class Sequence:
         block_table: device blocks that it holds a reference of, in order.
         num_computed: leading tokens whose K/V lie in those blocks. num_committed: leading blocks that need no commit.
         num_cached_tokens: of the prompt, found at first admission. fates: set at first admission, then never changed.
+        first_outside: the first block that came from outside of this process; None: none did.
+        num_proven: leading blocks over which finite logits were computed for it.
         expected_cached: tokens of the prompt that local tiers held when it came; what the load counts until admission.
         first_step_at: when it was first computed; None before. load_ms: how long its blocks took to come, the first
         time.
@@ -78,6 +81,8 @@ class Sequence:
     num_committed: int = 0
     num_cached_tokens: int = 0
     fates: dict[str, int] | None = None
+    first_outside: int | None = None
+    num_proven: int = 0
     expected_cached: int = 0
     first_step_at: float | None = None
     load_ms: float = 0.0
@@ -132,6 +137,7 @@ class Sequence:
         self.block_table = list(acquired.block_ids)
         self.num_committed = len(self.block_table)
         self.num_computed = self.num_committed * block_size
+        self.first_outside = next((place for place, tier in enumerate(acquired.fates) if tier in _OUTSIDE), None)
         if self.fates is None:
             self.load_ms = acquired.load_ms
             self.num_cached_tokens = self.num_computed
@@ -141,7 +147,7 @@ class Sequence:
         """Forget blocks and progress; the caller has given the blocks back."""
         self.acquisition = None
         self.block_table = []
-        self.num_computed = self.num_committed = 0
+        self.num_computed = self.num_committed = self.num_proven = 0
 
 
 def _fates(tiers: list[TierName], num_prompt: int, block_size: int) -> dict[str, int]:

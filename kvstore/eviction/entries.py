@@ -2,7 +2,7 @@
 
 Two questions are kept apart. *Which entries may go* is answered here, the same for all policies: none that is pinned
 (in use), none that is leased (promised), and none that a held entry continues, so that a suffix always goes before its
-prefix. *Which of them goes first* is the policy's (`evict_order.Order`): it is offered an entry when that may go, and
+prefix. *Which of them goes first* is the policy's (`order.Order`): it is offered an entry when that may go, and
 the entry is withdrawn when it may not. So the victim is what the policy names, O(1) or O(log n), with nothing to skip.
 
 Chains are known from the hints (`chain`). Entries without hints are no part of one: use a chain of those from its

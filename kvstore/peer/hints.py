@@ -2,6 +2,9 @@
 
 Pure, on an injected clock. One entry a block, in the order of their hints, so that the oldest stand first: whatever is
 too old or too much goes from there. O(1) a block.
+
+Blocks that turned out to be wrong are barred: peers may have read them from here, and nobody asks for them for a while,
+whatever the router says.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from kvstore.tier import Clock
 
 KEEP_S = 30.0
 MAX_BLOCKS = 1 << 16
+BAR_S = 3600.0  # peers drop what they hold by their own rules, of which we do not hear
 
 
 class Holder(NamedTuple):
@@ -43,6 +47,7 @@ class Hints:
         self._keep_s = keep_s
         self._max_blocks = max_blocks
         self._hints: OrderedDict[BlockHash, _Hint] = OrderedDict()
+        self._barred: OrderedDict[BlockHash, float] = OrderedDict()  # until when; all equally long
 
     def __len__(self) -> int:
         """Blocks of which something is known, perhaps too old."""
@@ -61,17 +66,26 @@ class Hints:
         while len(self._hints) > self._max_blocks:
             self._hints.popitem(last=False)
 
+    def bar(self, hashes: Sequence[BlockHash]) -> None:
+        """Ask nobody for these for `BAR_S`, whatever is hinted; at most `max_blocks`, those barred last."""
+        until = self._clock() + BAR_S
+        for name in hashes:
+            self._barred[name] = until
+            self._barred.move_to_end(name)
+        while len(self._barred) > self._max_blocks:
+            self._barred.popitem(last=False)
+
     def first(self, name: BlockHash) -> str | None:
-        """Whom to ask for a block; None: nobody is known."""
-        hint = self._hints.get(name)
-        return hint.addresses[0] if hint is not None and hint.until > self._clock() else None
+        """Whom to ask for a block; None: nobody is known, or it is barred."""
+        now, hint = self._clock(), self._hints.get(name)
+        return hint.addresses[0] if hint is not None and hint.until > now and not self._is_barred(name, now) else None
 
     def run(self, hashes: Sequence[BlockHash]) -> int:
         """How many leading blocks somebody seems to hold."""
         now, hints = self._clock(), self._hints
         for count, name in enumerate(hashes):
             hint = hints.get(name)
-            if hint is None or hint.until <= now:
+            if hint is None or hint.until <= now or self._is_barred(name, now):
                 return count
         return len(hashes)
 
@@ -91,7 +105,12 @@ class Hints:
         now = self._clock()
         for name in list(takewhile(lambda name: self._hints[name].until <= now, self._hints)):
             del self._hints[name]
+        for name in list(takewhile(lambda name: self._barred[name] <= now, self._barred)):
+            del self._barred[name]
 
     def forget(self) -> None:
-        """Know nothing any more."""
+        """Know nothing any more; what is barred stays so."""
         self._hints.clear()
+
+    def _is_barred(self, name: BlockHash, now: float) -> bool:
+        return self._barred.get(name, now) > now

@@ -90,6 +90,11 @@ class PeersTier:
         with self._lock:
             self._hints.forget()
 
+    def bar(self, hashes: Sequence[BlockHash]) -> None:
+        """Peers may hold wrong bytes under these names: nothing is read of them for a while; see `hints.BAR_S`."""
+        with self._lock:
+            self._hints.bar(hashes)
+
     def hold(self, key: Hashable, for_s: float) -> None:
         """Nothing is in reach until `release`, or for so long. Reads that run go on. Holds add up, by key."""
         with self._lock:

@@ -29,6 +29,13 @@ def test_what_is_no_time_is_refused_with_an_example(text: str) -> None:
         epoch_seconds("--expires-at", text)
 
 
+@pytest.mark.parametrize("text", ["1950-01-01T00:00Z", "99999999999999999999999", "253402300800", "9" * 5000])
+def test_a_time_that_no_message_can_hold_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(Failure, match="2027-01-31T18:00Z"):
+        epoch_seconds("--expires-at", text)
+    assert epoch_seconds("--expires-at", "9999-12-31T23:59:59Z") == 253_402_300_799
+
+
 def test_only_what_was_given_is_sent() -> None:
     assert lifetime_options(None, None, None, fixed_ttl=False) == {}
     assert lifetime_options("5m", None, 0, fixed_ttl=True) == {"ttl": 300, "fixed_ttl": True, "keep_priority": 0}

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from deploy.summary import Act, Result, comparison, percentile
+from deploy.summary import FATES, Act, Result, comparison, percentile, shown_fates
+from router.ledger import FATES as router_fates
 
 
 def result(**changes: object) -> Result:
@@ -34,7 +35,8 @@ def test_an_act_counts_only_what_was_answered_and_says_what_failed() -> None:
     assert act.hit_rate == pytest.approx(0.75)
     assert act.ttft_ms(0.95) == pytest.approx(100.0)
     assert act.requests_per_s == pytest.approx(0.5)
-    assert act.as_dict()["tokens_by_fate"] == {"computed": 25, "device": 75, "host": 0, "redis": 0}
+    nowhere = {"host": 0, "disk": 0, "redis": 0, "peer": 0}
+    assert act.as_dict()["tokens_by_fate"] == {"computed": 25, "device": 75, **nowhere}
 
 
 def test_an_act_without_requests_divides_by_nothing() -> None:
@@ -47,5 +49,16 @@ def test_the_table_has_a_column_an_act_and_every_fate() -> None:
     with console.file:
         console.print(comparison([Act("one", (result(),), 1.0), Act("two", (), 0.0)]))
         text = console.export_text()
+    assert "disk" not in text
+    assert "peer" not in text
     for word in ("one", "two", "computed", "device", "host", "redis", "75 (75%)", "1 of 1"):
         assert word in text
+
+
+def test_the_rows_of_a_table_add_up_to_the_prompt_whatever_tier_it_came_from() -> None:
+    acts = [Act("one", (result(fates={fate: 10 + place}),), 1.0) for place, fate in enumerate(FATES)]
+    assert set(FATES) == set(router_fates)
+    assert shown_fates(acts) == list(FATES)
+    for act in acts:
+        (shown,) = [fate for fate in shown_fates([act]) if act.tokens(fate)]
+        assert act.tokens(shown) == sum(act.results[0].fates.values())

@@ -122,6 +122,18 @@ def test_names_are_gathered_again_for_another_question_and_after_a_while() -> No
     assert told(inventory, both[7]) == [name for name in now if name > both[7]][:3]
 
 
+def test_names_that_nobody_goes_on_with_are_dropped_after_a_while() -> None:
+    tier, clock, inventory, hashes = rig()
+    told(inventory, None)
+    clock.now += LISTING_S - 1
+    inventory.sweep()
+    assert told(inventory, hashes[2]) == hashes[3:6]
+    assert tier.asked == 1
+    clock.now += 1
+    inventory.sweep()
+    assert inventory._last is None
+
+
 def test_of_several_copies_the_one_that_lives_longest_counts() -> None:
     a, b, c = (BlockHash(letter * 32) for letter in (b"a", b"b", b"c"))
     tiers = [{a: 5.0, b: 9.0, c: None}, {a: 7.0, c: 3.0}, {b: 2.0}]

@@ -15,9 +15,10 @@ from kvstore.blocks import BlockHash
 from kvstore.device import DeviceTier
 from kvstore.errors import MissReason
 from kvstore.events import TierName
-from kvstore.patience import DEFAULT_SLACK_S, FIRST_TRY_S, MIN_LIMIT_S, limits, pieces
+from kvstore.host.tier import HostTier
+from kvstore.patience import DEFAULT_SLACK_S, FIRST_TRY_S, KEPT_SHARE, MIN_LIMIT_S, limits, pieces, slack_of
 from kvstore.store import Acquisition, ReadTiers, TieredStore
-from kvstore.tier import Delivery
+from kvstore.tier import BlockMeta, Delivery
 from tests.kvstore.blocks_for_tests import LAYOUT, ROOT, ManualClock, chain, names, payload, payloads
 from tests.kvstore.fake_tier import FakeSharedTier
 
@@ -217,3 +218,88 @@ def test_limits_grow_piece_by_piece_and_end_at_computing(
     assert [limit.seconds for limit in found] == sorted(limit.seconds for limit in found)
     most = 10.0 if compute_ms is None else max(MIN_LIMIT_S, min(10.0, compute_ms * count / 1e3))
     assert all(0 < limit.told_s < limit.seconds <= most + EPSILON for limit in found)
+
+
+class PacedDisk(HostTier):
+    """Delivers nothing and keeps its deadline while it stalls."""
+
+    name = TierName.DISK
+    time: ManualClock
+    stalls = True
+
+    def read(
+        self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
+    ) -> Delivery:
+        if not self.stalls:
+            return super().read(hashes, into)
+        assert deadline_s is not None
+        self.time.now += deadline_s
+        return Delivery(0, MissReason.DEADLINE)
+
+
+def over_disk(rig: Rig, metas: list[BlockMeta]) -> tuple[PacedDisk, TieredStore]:
+    """A store over the rig's tier and a disk that is as fast and holds these, too; close it."""
+    nbytes = LAYOUT.block_nbytes
+    disk = PacedDisk(LAYOUT, 64 * nbytes, clock=rig.clock)
+    disk.time = rig.clock
+    for tier in (disk, rig.tier):
+        tier.write(metas, payloads(metas))
+    device = DeviceTier(LAYOUT, 64 * nbytes, clock=rig.clock)
+    store = TieredStore(LAYOUT, device, None, rig.tier, disk=disk, clock=rig.clock, default_ttl_s=None)
+    for source in store._promoter.sources.values():
+        for count in (1, 8, 32):
+            source.observe(count, (rig.measured_ms or 0.0) * count)
+    return disk, store
+
+
+def end(rig: Rig, store: TieredStore, count: int) -> tuple[list[TierName], float]:
+    """The fates of the blocks that came, and seconds that they took."""
+    started = rig.clock()
+    acquisition = store.acquire(
+        names(chain(count)), reads=ReadTiers(), compute_ms=lambda first, blocks: rig.compute_ms * blocks, root=ROOT
+    )
+    while not acquisition.done:
+        store.wait(0.02)
+        store.pump()
+    store.release(acquisition.block_ids)
+    return acquisition.fates, rig.clock() - started
+
+
+def test_two_tiers_that_stall_one_after_the_other_cost_one_slack() -> None:
+    rig = Rig(measured_ms=1.0, compute_ms=100.0)
+    _, store = over_disk(rig, chain(4))
+    rig.tier.stalls_at = 0
+    fates, took_s = end(rig, store, 4)
+    assert fates == []
+    assert rig.tier.deadlines, "the second one is tried, too"
+    assert took_s <= 2 * 4 * 0.001 + DEFAULT_SLACK_S + EPSILON
+    store.close()
+
+
+def test_behind_a_tier_that_stalls_a_healthy_one_has_time_to_deliver() -> None:
+    rig = Rig(measured_ms=4.0, compute_ms=100.0)
+    rig.tier.block_ms = 4.0
+    disk, store = over_disk(rig, chain(4))
+    assert end(rig, store, 4)[0] == [REDIS] * 4
+    assert rig.tier.deadlines[0] >= 4 * 0.004
+    assert disk.stalls
+    store.close()
+
+
+def test_a_tier_that_fails_at_once_costs_the_next_one_nothing() -> None:
+    rig = Rig(measured_ms=1.0, compute_ms=100.0)
+    disk, store = over_disk(rig, chain(4))
+    disk.read = lambda hashes, into, *, deadline_s=None: Delivery(0, MissReason.ERROR)  # type: ignore[method-assign]
+    assert end(rig, store, 4)[0] == [REDIS] * 4
+    assert rig.tier.deadlines[0] == pytest.approx(0.004 + DEFAULT_SLACK_S - 0.01)
+    store.close()
+
+
+@given(late_s=st.lists(st.floats(0, 1), min_size=1, max_size=3), slack_s=st.floats(0, 1))
+def test_what_all_tiers_are_granted_together_is_one_slack(late_s: list[float], slack_s: float) -> None:
+    spent_s = 0.0
+    for place, wanted_s in enumerate(late_s):
+        granted_s = slack_of(slack_s, spent_s, len(late_s) - place - 1)
+        assert granted_s >= slack_s / KEPT_SHARE
+        spent_s += min(wanted_s, granted_s)
+    assert spent_s <= slack_s + EPSILON

@@ -20,6 +20,7 @@ from kvstore.device import DeviceTier
 from kvstore.errors import MissReason
 from kvstore.events import BlockRemoved, RemovalCause, TierName
 from kvstore.host.tier import HostTier
+from kvstore.inventory import LISTING_S
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ManualClock, chain, names, payload, payloads
@@ -556,6 +557,16 @@ def test_a_list_shows_every_block_once_with_its_tiers_page_by_page(rig: Rig) -> 
     assert [block.meta.hash for block in blocks if block.leased] == names(mine[:1])
     assert {b.meta.hash for b in rig.store.list_blocks(prefix=mine[2].hash)} == set(names(mine[2:]))
     assert len(rig.store.list_blocks()) == 8
+
+
+def test_a_listing_that_nobody_goes_on_with_keeps_no_names(rig: Rig) -> None:
+    rig.cache(chain(5))
+    rig.store.list_blocks(limit=2)
+    rig.store.pump()
+    assert rig.store._inventory._last is not None
+    rig.clock.now += LISTING_S
+    rig.store.pump()
+    assert rig.store._inventory._last is None
 
 
 def test_clear_drops_from_disk_too_and_tells_how_many(rig: Rig) -> None:

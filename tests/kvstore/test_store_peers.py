@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from kvstore.events import BlockStored, RemovalCause, TierName
 from kvstore.host.tier import HostTier
 from kvstore.peer.hints import Holder
 from kvstore.peer.peers import PeersTier
+from kvstore.peer.server import PeerServer
 from kvstore.store import Acquisition, ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ROOT, chain, names, payload, payloads
 from tests.kvstore.fake_tier import FakeSharedTier
-from tests.kvstore.peer.peers_for_tests import CODEC, FLEET, PATIENT_S, Worker, stranger, worker
+from tests.kvstore.peer.peers_for_tests import CODEC, FLEET, PATIENT_S, Worker, reader, stranger, worker
 
 torch.set_num_threads(1)
 DEVICE, HOST, REDIS, PEER = TierName.DEVICE, TierName.HOST, TierName.REDIS, TierName.PEER
@@ -184,6 +186,25 @@ def test_a_clear_believes_no_hint_any_more(rig: Rig) -> None:
     rig.hint()
     rig.store.clear(root=OTHER_ROOT)
     assert rig.get() == []
+
+
+def test_disowned_blocks_come_back_from_no_peer_that_read_them_meanwhile_and_none_gets_them(rig: Rig) -> None:
+    rig.hint()
+    assert rig.get() == [PEER] * 6
+    assert rig.host is not None
+    server = PeerServer(rig.host, codec=CODEC, secret=FLEET)
+    with closing(server), reader(server.address) as neighbour:
+        assert neighbour.match(NAMES) == 6
+        rig.store.disown(NAMES[2:4])
+        assert rig.get() == [DEVICE] * 2
+        rig.hint()
+        assert rig.get() == [DEVICE] * 2, "whatever the router says with the next job"
+        buffers = [memoryview(bytearray(LAYOUT.block_nbytes)) for _ in NAMES]
+        assert neighbour.read(NAMES, buffers).count == 2
+        assert [neighbour.match([name]) for name in NAMES[2:]] == [0] * 4
+    rig.store.clear()
+    rig.hint()
+    assert rig.get() == [PEER] * 2
 
 
 def test_what_is_on_its_way_when_it_is_cleared_goes_nowhere(rig: Rig, other: Worker) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvstore.blocks import BlockHash
 from kvstore.errors import TierError
 from kvstore.events import RemovalCause
-from kvstore.peer.hints import Hints, Holder
+from kvstore.peer.hints import BAR_S, Hints, Holder
 from kvstore.peer.peers import PeersTier
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import ManualClock, buffers, chain, names, payload, payloads
@@ -103,6 +103,27 @@ def test_hints_are_those_of_a_plain_model(calls: list[tuple[Any, ...]]) -> None:
         firsts = [model[name][0][0] if name in model and model[name][1] > clock.now else None for name in NAMES]
         assert [hints.first(name) for name in NAMES] == firsts
         assert hints.run(NAMES) == [*firsts, None].index(None)
+
+
+def test_barred_blocks_are_asked_of_nobody_until_the_bar_ends_and_it_takes_no_more_than_its_room() -> None:
+    clock = ManualClock()
+    hints = Hints(clock, keep_s=10 * BAR_S, max_blocks=12)
+    hints.learn(NAMES, [Holder("a", 12)])
+    hints.bar(NAMES[4:6])
+    hints.forget()
+    hints.learn(NAMES, [Holder("b", 12)])
+    assert (hints.run(NAMES), hints.run(NAMES[6:])) == (4, 6)
+    assert [hints.first(name) for name in NAMES[3:7]] == ["b", None, None, "b"]
+    clock.now += BAR_S - 1
+    hints.sweep()
+    assert hints.run(NAMES) == 4
+    clock.now += 1
+    assert hints.run(NAMES) == 12
+    hints.bar(NAMES[:2])
+    hints.sweep()
+    assert list(hints._barred) == NAMES[:2]
+    hints.bar(NAMES[2:] + names(chain(1, first_token=99)))
+    assert (len(hints._barred), hints.run(NAMES[:2]), hints.run(NAMES)) == (12, 1, 1)
 
 
 def test_the_hints_of_longest_ago_give_way() -> None:
