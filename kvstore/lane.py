@@ -6,6 +6,7 @@ reads (`promotion`), admission (`store`). Owned by the engine's thread.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -93,6 +94,7 @@ class Lane:
         near: NearTiers,
         *,
         clock: Clock,
+        wall_clock: Clock = time.time,
         max_queued: int,
         entries: int,
         moment: Moment = Moment.USE,
@@ -102,7 +104,7 @@ class Lane:
 
         Args:
             tier: what is written to. known: what is known of it. near: where bytes are taken from.
-            clock: seconds.
+            clock: seconds. wall_clock: seconds since the epoch, for fixed ends.
             max_queued: blocks that may wait; beyond it they are dropped.
             entries: blocks whose last refresh is remembered.
             moment: when blocks are written that the tier lacks: also when they are used, or only when host evicts them.
@@ -114,7 +116,7 @@ class Lane:
         self._moment = moment
         self._on_queued = on_queued
         self._dropped = 0
-        self._schedule = RefreshSchedule(entries, clock=clock)
+        self._schedule = RefreshSchedule(entries, clock=clock, wall_clock=wall_clock)
         self._writer = WriteBehind(tier, max_blocks=max_queued, end_view=near.end_view)
 
     @property

@@ -124,6 +124,7 @@ class TieredStore:
                 known,
                 self._near,
                 clock=clock,
+                wall_clock=wall_clock,
                 max_queued=kept if rules[tier.name].moment is Moment.EVICTION else queued,
                 entries=directory_entries,
                 moment=rules[tier.name].moment,

@@ -165,7 +165,9 @@ def test_what_is_held_below_already_is_not_written_again(make: Callable[..., Rig
 
 
 @pytest.mark.parametrize("way", ["evicted", "closed"])
-def test_a_block_goes_down_with_its_whole_lifetime_and_a_hit_below_renews_it(make: Callable[..., Rig], way: str) -> None:
+def test_a_block_goes_down_with_its_whole_lifetime_and_a_hit_below_renews_it(
+    make: Callable[..., Rig], way: str
+) -> None:
     day = 864 * TTL
     rig, metas = make(), chain(2, ttl_s=day)
     rig.compute(metas)
