@@ -148,6 +148,7 @@ class TieredStore:
             on_read=self._on_read,
             slack_s=load_slack_s,
             host_step_nbytes=host_step_bytes,
+            wall_clock=wall_clock,
         )
 
     # --- for requests ---

@@ -60,10 +60,12 @@ class RedisBooks:
 
     def stored(self, metas: Sequence[BlockMeta], *, written: int, nbytes: int) -> None:
         """The server holds these, in chain order; `written` of them since now."""
+        wall = self._wall_clock()
         with self._lock:
             self._stores += written
             self._written_bytes += written * nbytes
-            self._believe(metas)
+            # What was written after its end is gone already, and what is there all the same is found by its next read.
+            self._believe([meta for meta in metas if not written or meta.lifetime.left_s(wall) != 0])
 
     def believed(self, names: Iterable[BlockHash]) -> dict[BlockHash, BlockMeta]:
         """What is remembered of them."""
@@ -194,7 +196,7 @@ class RedisBooks:
         for meta in metas:
             known = self._believed.get(meta.hash)
             if known is None or known.lifetime != meta.lifetime:
-                fresh.setdefault(meta.lifetime.left_s(wall), []).append(meta)
+                fresh.setdefault(meta.lifetime.told_s(wall), []).append(meta)
             self._believed[meta.hash] = meta
             self._believed.move_to_end(meta.hash)
             for seen in self._doubts:
