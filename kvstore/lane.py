@@ -151,11 +151,17 @@ class Lane:
             self._schedule.used(meta.hash, meta.lifetime)
 
     def read(self, metas: Sequence[BlockMeta], count: int, *, is_next_gone: bool) -> None:
-        """A read of the tier ended: the TTLs of what came began again there, and it lacks the next one, perhaps."""
+        """A read of the tier ended: the TTLs of what came began again there, and it lacks the next one, perhaps.
+
+        What a near tier has promised to keep for longer, because the reader asked for it, is to be kept here, too.
+        """
         arrived = [self.known.find(meta.hash) or meta for meta in metas[:count]]
         self.known.learn(arrived)
         for meta in arrived:
             self._schedule.renewed(meta.hash, meta.lifetime)
+            near = self._near.find(meta.hash)
+            if near is not None and near.lifetime.outlives(meta.lifetime):
+                self._schedule.used(meta.hash, near.lifetime)
         if is_next_gone:
             self.known.lost([meta.hash for meta in metas[count : count + 1]])
 

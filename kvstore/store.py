@@ -207,9 +207,18 @@ class TieredStore:
 
         How many blocks are on their way because of it. Without `compute_ms`: whatever it costs. Without a host tier:
         nothing. An `acquire` that comes meanwhile waits for what is on its way, and tells the tier that it came from.
+
+        At most a quarter of host is filled; what follows stays where it is. A `lifetime` that is named is promised to
+        what is near, and to what comes, in every tier that holds it.
         """
         price = compute_ms if compute_ms is not None else _no_price
-        return self._promoter.prefetch(self._wish(hashes, reads, price, root, lifetime))
+        wish = self._wish(hashes, reads, price, root, lifetime)
+        started = self._promoter.prefetch(wish)
+        if not wish.lifetime.is_default:
+            near = self._near_metas(hashes[: len(self.match(hashes, reads))])
+            for lane in self._lanes.values():
+                lane.used(near)
+        return started
 
     def allocate(self, count: int) -> list[int] | None:
         """That many empty device blocks, referenced for the caller, evicting unreferenced cached ones; None: no room.
@@ -509,8 +518,15 @@ class TieredStore:
             source.absent.discard(meta.hash)
         if is_next_gone:
             source.absent.add(metas[count].hash)
-        if (lane := self._lanes.get(source.name)) is not None:
-            lane.read(metas, count, is_next_gone=is_next_gone)
+        near = self._near_metas([meta.hash for meta in metas[:count]])
+        for name, lane in self._lanes.items():
+            if name == source.name:
+                lane.read(metas, count, is_next_gone=is_next_gone)
+            else:
+                lane.used([meta for meta in near if lane.known.holds(meta.hash)])
+
+    def _near_metas(self, names: Sequence[BlockHash]) -> list[BlockMeta]:
+        return [meta for name in names if (meta := self._near.find(name)) is not None]
 
     def _select(self, root: BlockHash | None, prefix: BlockHash | None) -> list[BlockHash]:
         """What `clear` drops of all that lies or moves in this process; an unknown root counts as any."""

@@ -70,6 +70,37 @@ def rig() -> Iterator[Rig]:
     made.store.close()
 
 
+@pytest.mark.parametrize("lies", ["device", "host", "below"])
+def test_a_lifetime_that_warming_names_reaches_every_tier(rig: Rig, lies: str) -> None:
+    metas = chain(3, ttl_s=TTL)
+    rig.cache(metas)
+    if lies != "device":
+        rig.device.clear()
+    if lies == "below":
+        rig.host.clear()
+    started = rig.store.prefetch(names(metas), root=ROOT, lifetime=Lifetime(DAY))
+    assert started == (3 if lies == "below" else 0)
+    while rig.store._promoter.metas():
+        rig.store.wait(60)
+        rig.store.pump()
+    rig.settle()
+    rig.device.clear()
+    rig.host.clear()
+    rig.pass_s(DAY - 1.0)
+    assert rig.disk.match(names(metas)) == 3
+    assert rig.shared.match(names(metas)) == 3
+
+
+def test_warming_that_names_no_lifetime_promises_nothing(rig: Rig) -> None:
+    metas = chain(3, ttl_s=10.0)
+    rig.cache(metas)
+    rig.pass_s(9.0)
+    rig.store.prefetch(names(metas), root=ROOT)
+    rig.settle()
+    rig.pass_s(2.0)
+    assert rig.disk.match(names(metas)) == rig.shared.match(names(metas)) == 0
+
+
 @pytest.mark.parametrize("leaves", ["lands", "gives up"])
 def test_who_waits_for_a_load_gets_what_ends_while_it_is_on_its_way(rig: Rig, leaves: str) -> None:
     fixed = Lifetime(0.0, rig.wall.now + 50.0)
