@@ -182,7 +182,8 @@ def _loads(tier: admin_pb2.TierCache) -> str:
 def _looking(blocks: int) -> str:
     if not blocks:
         return "nothing to look for: it is in RAM already, or no slower tier can have it (--compute computes it)"
-    return f"looks for {blocks} {'block' if blocks == 1 else 'blocks'} in slower tiers, and brings up what is there"
+    counted = f"{blocks} {'block' if blocks == 1 else 'blocks'}"
+    return f"looks for {counted} in slower tiers, and brings up what is there, as far as a quarter of host RAM holds it"
 
 
 def _state(cache: admin_pb2.WorkerCache) -> str:

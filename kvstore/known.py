@@ -122,7 +122,7 @@ class KnownShared:
         """As `Known.learn`."""
         self._hear()
         wall = self._wall_clock()
-        left = {meta.hash: meta.lifetime.left_s(wall) for meta in metas}
+        left = {meta.hash: meta.lifetime.told_s(wall) for meta in metas}
         for run in consecutive_runs(meta.link for meta in metas):
             for event in stored_events(self._tier.name, [run], shortest(left[BlockHash(name)] for name in run[1])):
                 self._directory.apply(event)

@@ -6,6 +6,7 @@ reads (`promotion`), admission (`store`). Owned by the engine's thread.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -93,6 +94,7 @@ class Lane:
         near: NearTiers,
         *,
         clock: Clock,
+        wall_clock: Clock = time.time,
         max_queued: int,
         entries: int,
         moment: Moment = Moment.USE,
@@ -102,7 +104,7 @@ class Lane:
 
         Args:
             tier: what is written to. known: what is known of it. near: where bytes are taken from.
-            clock: seconds.
+            clock: seconds. wall_clock: seconds since the epoch, for fixed ends.
             max_queued: blocks that may wait; beyond it they are dropped.
             entries: blocks whose last refresh is remembered.
             moment: when blocks are written that the tier lacks: also when they are used, or only when host evicts them.
@@ -114,7 +116,7 @@ class Lane:
         self._moment = moment
         self._on_queued = on_queued
         self._dropped = 0
-        self._schedule = RefreshSchedule(entries, clock=clock)
+        self._schedule = RefreshSchedule(entries, clock=clock, wall_clock=wall_clock)
         self._writer = WriteBehind(tier, max_blocks=max_queued, end_view=near.end_view)
 
     @property
@@ -149,11 +151,17 @@ class Lane:
             self._schedule.used(meta.hash, meta.lifetime)
 
     def read(self, metas: Sequence[BlockMeta], count: int, *, is_next_gone: bool) -> None:
-        """A read of the tier ended: the TTLs of what came began again there, and it lacks the next one, perhaps."""
+        """A read of the tier ended: the TTLs of what came began again there, and it lacks the next one, perhaps.
+
+        What a near tier has promised to keep for longer, because the reader asked for it, is to be kept here, too.
+        """
         arrived = [self.known.find(meta.hash) or meta for meta in metas[:count]]
         self.known.learn(arrived)
         for meta in arrived:
             self._schedule.renewed(meta.hash, meta.lifetime)
+            near = self._near.find(meta.hash)
+            if near is not None and near.lifetime.outlives(meta.lifetime):
+                self._schedule.used(meta.hash, near.lifetime)
         if is_next_gone:
             self.known.lost([meta.hash for meta in metas[count : count + 1]])
 

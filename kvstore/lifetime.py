@@ -47,6 +47,13 @@ class Lifetime(NamedTuple):
             return self.ttl_s
         return max(self.ttl_s, self.until - wall)
 
+    def told_s(self, wall: float) -> float | None:
+        """Seconds to tell others of a block that has just been seen: as `left_s`, but None where nothing is left.
+
+        Somebody else prolonged it then, and nobody here knows by how much.
+        """
+        return self.left_s(wall) or None
+
 
 FOR_EVER = Lifetime(None)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -21,7 +22,7 @@ from kvstore.errors import InvariantError, MissReason
 from kvstore.host.tier import HostTier
 from kvstore.patience import Limit
 from kvstore.source import Source
-from kvstore.tier import BlockMeta, Clock, Delivery, prolonged
+from kvstore.tier import BlockMeta, Clock, Delivery, arrived_as
 
 IDLE_BUFFERS = 64
 
@@ -98,11 +99,19 @@ class Loader:
     """
 
     def __init__(
-        self, sources: Sequence[Source], host: HostTier | None, block_nbytes: int, *, clock: Clock, io_threads: int
+        self,
+        sources: Sequence[Source],
+        host: HostTier | None,
+        block_nbytes: int,
+        *,
+        clock: Clock,
+        wall_clock: Clock = time.time,
+        io_threads: int,
     ) -> None:
         """Each source has `io_threads` threads of its own, made when they are needed."""
         self._host = host
         self._clock = clock
+        self._wall_clock = wall_clock
         self._buffers = Buffers(block_nbytes, keep=IDLE_BUFFERS)
         self._loading: dict[BlockHash, Load] = {}
         self._running: dict[Load, Future[None]] = {}  # in the order of their start
@@ -253,7 +262,8 @@ class Loader:
     def _keep(self, load: Load, first: int, count: int, find: FindMeta) -> None:
         """Copy what arrived to host, with the longer one of its own lifetime and the reader's."""
         wanted = load.metas[first : first + count]
-        arrived = [prolonged(find(meta.hash) or meta, load.wish.lifetime) for meta in wanted]
+        lifetime, wall = load.wish.lifetime, self._wall_clock()
+        arrived = [arrived_as(find(meta.hash) or meta, lifetime, wall) for meta in wanted]
         with load.lock:
             if self._host is not None and arrived and not load.discarded:
                 self._host.write(arrived, load.buffers[first : first + count])

@@ -15,6 +15,7 @@ the reads (`loading`), prefetches (`prefetching`), plans (`planning`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 from kvstore.acquisition import Acquisition, PlannedRun, Wish
@@ -55,6 +56,7 @@ class Promoter:
         on_read: OnRead,
         slack_s: float = DEFAULT_SLACK_S,
         host_step_nbytes: int = HOST_STEP_NBYTES,
+        wall_clock: Clock = time.time,
     ) -> None:
         """Take over the tiers.
 
@@ -67,6 +69,7 @@ class Promoter:
                 is known not to be there.
             slack_s: see `patience`.
             host_step_nbytes: copied from host between two calls of `pump`; at least one block is.
+            wall_clock: seconds since the epoch; what fixed ends of lifetimes go by.
         """
         self._device, self._host, self._clock, self._on_read = device, host, clock, on_read
         self._slack_s = slack_s
@@ -74,10 +77,16 @@ class Promoter:
         near = [] if host is None else [Source(host, device.block_nbytes, clock=clock, believed=None)]
         self.sources = {source.name: source for source in (*near, *(source for source, _ in slow))}
         self._loader = Loader(
-            [source for source, _ in slow], host, device.block_nbytes, clock=clock, io_threads=io_threads
+            [source for source, _ in slow],
+            host,
+            device.block_nbytes,
+            clock=clock,
+            wall_clock=wall_clock,
+            io_threads=io_threads,
         )
         self._reads = SlowReads(device, host, slow, self._loader, slack_s=slack_s)
         self._prefetcher = Prefetcher(device, host, self._reads)
+        self._kept_for_waiters: list[int] = []  # device blocks, referenced until those who wait have taken them
         self._copies_a_step = max(1, host_step_nbytes // device.block_nbytes)
         self._copies_left = self._copies_a_step
         self._paused: list[Acquisition] = []  # host holds more of them than one step may copy; longest ago first
@@ -111,6 +120,7 @@ class Promoter:
         for load, acquisition in self._loader.overdue():
             load.leave(acquisition)
             self._resume(acquisition, load, self._land_early(load, acquisition))
+            self._end_keeping()
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something arrived, or the timeout. Any thread may wait."""
@@ -137,6 +147,7 @@ class Promoter:
             for acquisition in load.interested:
                 load.leave(acquisition)
                 self._resume(acquisition, load, self._land_early(load, acquisition))
+                self._end_keeping()
         for acquisition in self._paused:
             acquisition.done = True
         self._paused.clear()
@@ -281,6 +292,7 @@ class Promoter:
         for acquisition in interested:
             acquisition.is_cut = load.discarded
             self._resume(acquisition, load, landed)
+        self._end_keeping()
         if load.owner is not None and load.owner.cancelled:
             load.owner.cancel()  # what landed for the others was registered under its name
         if load.budget and not (load.is_short or load.discarded or load.is_stuck):
@@ -306,7 +318,7 @@ class Promoter:
             self._register(load.owner, block_ids, metas, [load.source.name] * len(metas))
         else:
             self._device.commit(block_ids, metas)
-            self._device.release(block_ids)
+            self._kept_for_waiters += block_ids
         return metas
 
     def _land_early(self, load: Load, acquisition: Acquisition) -> list[BlockMeta]:
@@ -319,9 +331,13 @@ class Promoter:
         block_ids = self._device.allocate(len(metas)) or []
         self._device.inject(block_ids, load.buffers[first : first + len(block_ids)])
         self._device.commit(block_ids, metas[: len(block_ids)])
-        self._device.release(block_ids)
+        self._kept_for_waiters += block_ids  # let go now, what ends by now would expire before they have it
         load.landed += metas[: len(block_ids)]
         return load.landed
+
+    def _end_keeping(self) -> None:
+        block_ids, self._kept_for_waiters = self._kept_for_waiters, []
+        self._device.release(block_ids)
 
     def _resume(self, acquisition: Acquisition, load: Load, landed: list[BlockMeta]) -> None:
         acquisition.arrived.update((meta.hash, load.source.name) for meta in landed)

@@ -108,13 +108,15 @@ class TieredStore:
             wall_clock=wall_clock,
         )
         kept = max(1, queue_bytes // layout.block_nbytes)
+        self._near = NearTiers(device, host)
         self._lanes = lanes_of(
             slow,
             self._rules,
-            NearTiers(device, host),
+            self._near,
             kept=kept,
             entries=directory_entries,
             clock=clock,
+            wall_clock=wall_clock,
         )
         self._write_back = self._written_back(kept)
         self._promoter = Promoter(
@@ -126,6 +128,7 @@ class TieredStore:
             on_read=self._on_read,
             slack_s=load_slack_s,
             host_step_nbytes=host_step_bytes,
+            wall_clock=wall_clock,
         )
         self._clearing = Clearing(
             device, host, disk, shared, peers, lanes=self._lanes, promoter=self._promoter, leases=self._leases
@@ -187,9 +190,18 @@ class TieredStore:
 
         How many blocks are on their way because of it. Without `compute_ms`: whatever it costs. Without a host tier:
         nothing. An `acquire` that comes meanwhile waits for what is on its way, and tells the tier that it came from.
+
+        At most a quarter of host is filled; what follows stays where it is. A `lifetime` that is named is promised to
+        what is near, and to what comes, in every tier that holds it.
         """
         price = compute_ms if compute_ms is not None else _no_price
-        return self._promoter.prefetch(self._wish(hashes, reads, price, root, lifetime))
+        wish = self._wish(hashes, reads, price, root, lifetime)
+        started = self._promoter.prefetch(wish)
+        if not wish.lifetime.is_default:
+            near = self._near_metas(hashes[: len(self.match(hashes, reads))])
+            for lane in self._lanes.values():
+                lane.used(near)
+        return started
 
     def allocate(self, count: int) -> list[int] | None:
         """That many empty device blocks, referenced for the caller, evicting unreferenced cached ones; None: no room.
@@ -460,8 +472,15 @@ class TieredStore:
             source.absent.discard(meta.hash)
         if is_next_gone:
             source.absent.add(metas[count].hash)
-        if (lane := self._lanes.get(source.name)) is not None:
-            lane.read(metas, count, is_next_gone=is_next_gone)
+        near = self._near_metas([meta.hash for meta in metas[:count]])
+        for name, lane in self._lanes.items():
+            if name == source.name:
+                lane.read(metas, count, is_next_gone=is_next_gone)
+            else:
+                lane.used([meta for meta in near if lane.known.holds(meta.hash)])
+
+    def _near_metas(self, names: Sequence[BlockHash]) -> list[BlockMeta]:
+        return [meta for name in names if (meta := self._near.find(name)) is not None]
 
 
 def _add_queue_full(stats: TierStats, lost: int) -> None:

@@ -292,6 +292,15 @@ def prolonged(meta: BlockMeta, lifetime: Lifetime) -> BlockMeta:
     return meta if joined is own else replace(meta, ttl_s=joined.ttl_s, until=joined.until)
 
 
+def arrived_as(meta: BlockMeta, lifetime: Lifetime, wall: float) -> BlockMeta:
+    """A block that a tier delivered when the wall clock said `wall`, promised its reader's lifetime as well.
+
+    A fixed end in its metadata that has passed was prolonged there by somebody else, so it says nothing any more.
+    """
+    is_past = meta.until is not None and meta.until <= wall
+    return prolonged(replace(meta, until=None) if is_past else meta, lifetime)
+
+
 def chain_metas(
     hashes: Iterable[BlockHash], *, before: BlockHash, root: BlockHash, ttl_s: float | None, until: float | None = None
 ) -> list[BlockMeta]:

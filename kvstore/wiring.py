@@ -87,6 +87,7 @@ def lanes_of(
     kept: int,
     entries: int,
     clock: Clock,
+    wall_clock: Clock,
 ) -> dict[TierName, Lane]:
     """A lane down to each slow tier.
 
@@ -94,7 +95,8 @@ def lanes_of(
         slow: the tiers. rules: of each. near: where their blocks come from.
         kept: blocks that wait for each at most; of host's slots no more than half between them, unless they are written
             when host evicts them.
-        entries: last refreshes of each to remember. clock: seconds.
+        entries: last refreshes of each to remember.
+        clock: seconds. wall_clock: seconds since the epoch.
     """
     host = near.host
     queued = kept if host is None else min(kept, max(1, host.num_slots // (2 * max(1, len(slow)))))
@@ -104,6 +106,7 @@ def lanes_of(
             known,
             near,
             clock=clock,
+            wall_clock=wall_clock,
             max_queued=kept if rules[tier.name].moment is Moment.EVICTION else queued,
             entries=entries,
             moment=rules[tier.name].moment,

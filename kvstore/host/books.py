@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kvstore.blocks import BlockHash, short
 from kvstore.chains import consecutive_runs, stored_events
@@ -115,8 +115,8 @@ class HostBooks:
             self.leaving.add(evicted, payload)
 
     def latest_first(self) -> list[BlockMeta]:
-        """Blocks that can be read now, most recently used first, each with the time to live that is left."""
-        return [self._with_ttl_left(name) for name in self._eviction.latest_first() if self.live(name)]
+        """Blocks that can be read now, most recently used first."""
+        return [self.slots[name].meta for name in self._eviction.latest_first() if self.live(name)]
 
     def pins(self) -> int:
         """Readers, writers and views of all slots. O(blocks)."""
@@ -311,17 +311,13 @@ class HostBooks:
             if self.slots[victim].views > 0:
                 self._set_aside(victim)
                 continue
-            left, at = self._with_ttl_left(victim), self.slots[victim].index
+            slot = self.slots[victim]
             self._eviction.remove(victim)
             self._forget([victim], RemovalCause.EVICTED)
             index = self._slab.take()
-            evicted = left if index == at and self.leaving.limit > 0 else None
+            # With its whole lifetime: the place below knows of no other, and a hit there renews it.
+            evicted = slot.meta if index == slot.index and self.leaving.limit > 0 else None
         return None if index is None else Slot(index, meta, pins=1, evicted=evicted)
-
-    def _with_ttl_left(self, name: BlockHash) -> BlockMeta:
-        """What becomes of its metadata in a lower tier: a move is no use."""
-        meta, left_s = self.slots[name].meta, self._eviction.remaining_s(name)
-        return meta if meta.ttl_s is None or left_s is None else replace(meta, ttl_s=min(meta.ttl_s, left_s))
 
     def _set_aside(self, name: BlockHash) -> None:
         self._aside[name] = _ENDED  # a leased block is never a victim

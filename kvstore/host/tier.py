@@ -192,7 +192,7 @@ class HostTier:
             return self._books.gone()
 
     def latest_first(self) -> list[BlockMeta]:
-        """What can be read, most recently used first, each with the time to live that is left. O(n log n)."""
+        """What can be read, most recently used first. O(n log n)."""
         with self._lock:
             return self._books.latest_first()
 

@@ -63,10 +63,12 @@ class RedisBooks:
 
     def stored(self, metas: Sequence[BlockMeta], *, written: int, nbytes: int) -> None:
         """The server holds these, in chain order; `written` of them since now."""
+        wall = self._wall_clock()
         with self._lock:
             self._stores += written
             self._written_bytes += written * nbytes
-            self._believe(metas)
+            # What was written after its end is gone already, and what is there all the same is found by its next read.
+            self._believe([meta for meta in metas if not written or meta.lifetime.left_s(wall) != 0])
 
     def believed(self, names: Iterable[BlockHash]) -> dict[BlockHash, BlockMeta]:
         """What is remembered of them."""
@@ -234,7 +236,7 @@ class RedisBooks:
         by_time: dict[float | None, list[BlockMeta]] = {}  # the seconds that they have left
         wall = self._wall_clock()
         for meta in metas:
-            by_time.setdefault(meta.lifetime.left_s(wall), []).append(meta)
+            by_time.setdefault(meta.lifetime.told_s(wall), []).append(meta)
         for left_s, news in by_time.items():
             runs = consecutive_runs(meta.link for meta in news)
             self._events += stored_events(TierName.REDIS, runs, left_s)

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvstore.blocks import BlockHash
 from kvstore.host.tier import BlockView, HostTier
@@ -253,15 +255,69 @@ def test_blocks_without_ttl_are_refreshed_for_recency(clock: ManualClock) -> Non
 
 
 def test_what_ends_at_a_fixed_time_is_refreshed_for_recency_and_when_it_grows(clock: ManualClock) -> None:
-    schedule, fixed = RefreshSchedule(10, clock=clock), Lifetime(0.0, 5000.0)
+    schedule, fixed = RefreshSchedule(10, clock=clock, wall_clock=ManualClock(0.0)), Lifetime(0.0, 5000.0)
     schedule.renewed(NAME, fixed)
     schedule.used(NAME, fixed)
     clock.now += REFRESH_WITHOUT_TTL_S - 1
     assert schedule.pop_due() == []
     schedule.used(NAME, Lifetime(0.0, 4000.0))
     assert schedule.pop_due() == []
-    schedule.used(NAME, Lifetime(0.0, 6000.0))
+    schedule.used(NAME, Lifetime(0.0, 7000.0))
     assert schedule.pop_due() == [NAME]
+
+
+def test_a_fixed_end_that_each_use_puts_later_costs_no_more_than_one_that_stays(clock: ManualClock) -> None:
+    wall = ManualClock(1e9)
+    schedule = RefreshSchedule(10, clock=clock, wall_clock=wall)
+    schedule.renewed(NAME, Lifetime(0.0, wall.now + 3600.0))
+    due = []
+    for second in range(1, 3601):
+        clock.now += 1.0
+        wall.now += 1.0
+        schedule.used(NAME, Lifetime(0.0, wall.now + 3600.0))
+        due += [second for _ in schedule.pop_due()]
+    assert due == list(range(300, 3601, 300))
+
+
+def test_a_lifetime_that_grows_a_little_is_told_in_time(clock: ManualClock) -> None:
+    wall = ManualClock(1e9)
+    schedule = RefreshSchedule(10, clock=clock, wall_clock=wall)
+    schedule.renewed(NAME, Lifetime(0.0, wall.now + 60.0))
+    clock.now += 10.0
+    wall.now += 10.0
+    schedule.used(NAME, Lifetime(0.0, wall.now + 60.0))
+    assert schedule.pop_due() == []
+    clock.now += 5.0  # it would end in 45 s there
+    assert schedule.pop_due() == [NAME]
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.floats(0.1, 400.0), st.sampled_from([0.0, 50.0, 300.0]), st.none() | st.floats(1.0, 2000.0)),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_the_lower_tier_ends_at_most_a_quarter_too_early_and_hears_seldom(
+    steps: list[tuple[float, float, float | None]],
+) -> None:
+    clock, wall = ManualClock(0.0), ManualClock(1e9)
+    schedule = RefreshSchedule(10, clock=clock, wall_clock=wall)
+    near = there = Lifetime(100.0)
+    told = 0.0
+    schedule.renewed(NAME, near)
+    for pause_s, ttl_s, for_s in steps:
+        clock.now += pause_s
+        wall.now += pause_s
+        near = near.joined(Lifetime(ttl_s, None if for_s is None else wall.now + for_s))
+        schedule.used(NAME, near)
+        if schedule.pop_due():
+            there, told = near, clock.now
+        left_s = near.left_s(wall.now)
+        assert left_s is not None
+        assert there.ttl_s is not None
+        ends_s = max(told + there.ttl_s - clock.now, (there.until or 0.0) - wall.now)
+        assert left_s - ends_s <= left_s / 4 + 1e-3
 
 
 def test_the_schedule_is_bounded(clock: ManualClock) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import redis
@@ -13,7 +14,7 @@ import torch
 from deploy.redis_server import PrivateRedis
 from kvstore.blocks import BlockHash, short
 from kvstore.device import DeviceTier
-from kvstore.events import BlockRemoved, TierName
+from kvstore.events import BlockRemoved, BlockStored, TierName
 from kvstore.host.tier import HostTier
 from kvstore.lifetime import Lifetime
 from kvstore.store import ReadTiers, TieredStore
@@ -31,11 +32,19 @@ def server(request: pytest.FixtureRequest) -> Iterator[PrivateRedis]:
         yield running
 
 
-def open_store(server: PrivateRedis, clock: ManualClock) -> TieredStore:
+def open_store(server: PrivateRedis, clock: ManualClock, wall: Callable[[], float] = time.time) -> TieredStore:
     nbytes = 8 * LAYOUT.block_nbytes
-    device, host = DeviceTier(LAYOUT, nbytes, clock=clock), HostTier(LAYOUT, nbytes, clock=clock)
+    device = DeviceTier(LAYOUT, nbytes, clock=clock, wall_clock=wall)
+    host = HostTier(LAYOUT, nbytes, clock=clock, wall_clock=wall)
     return TieredStore(
-        LAYOUT, device, host, make_tier(server.url, clock=clock), clock=clock, default_ttl_s=TTL, load_slack_s=2.0
+        LAYOUT,
+        device,
+        host,
+        make_tier(server.url, clock=clock, wall_clock=wall),
+        clock=clock,
+        wall_clock=wall,
+        default_ttl_s=TTL,
+        load_slack_s=2.0,
     )
 
 
@@ -101,6 +110,37 @@ def test_a_longer_ttl_of_a_hit_reaches_the_server_and_a_reader_takes_it_from_the
     assert get(successor, metas, ttl_s=1.0) == [TierName.REDIS] * 2
     assert [meta.ttl_s for meta in successor.device.metas()] == [TTL] * 2
     successor.close()
+
+
+def test_a_fixed_end_that_was_prolonged_counts_no_more_where_the_block_is_read_after_it(server: PrivateRedis) -> None:
+    clock, metas = ManualClock(), chain(3, ttl_s=0.0, until=time.time() + 3600.0)
+    store = open_store(server, clock)
+    cache(store, metas)
+    with client_of(server) as client:
+        for name in names(metas):
+            client.pexpire(key(name), 10_000_000)  # somebody was promised more
+    store.close()
+    reader = open_store(server, clock, ManualClock(time.time() + 7200.0))
+    assert get(reader, metas) == [TierName.REDIS] * 3
+    assert get(reader, metas) == [TierName.DEVICE] * 3
+    reader.device.clear()
+    assert get(reader, metas) == [TierName.HOST] * 3
+    reader.pump()
+    assert reader.flush(30)
+    reader.pump()
+    told = [event for event in reader.drain_events() if isinstance(event, BlockStored)]
+    assert {event.ttl_s for event in told if event.tier is TierName.REDIS} == {None, TTL}
+    with client_of(server) as client:
+        assert all(client.pttl(key(name)) > 9_000_000 for name in names(metas))
+    reader.close()
+
+
+def test_what_is_written_after_its_end_is_not_told(server: PrivateRedis) -> None:
+    wall = ManualClock(time.time())
+    tier, metas = make_tier(server.url, wall_clock=wall), chain(2, ttl_s=0.0, until=wall.now - 1.0)
+    tier.write(metas, payloads(metas))
+    assert tier.drain_events() == []
+    tier.close()
 
 
 def test_a_server_that_is_gone_is_not_said_to_have_lost_a_block(server: PrivateRedis) -> None:

@@ -164,17 +164,27 @@ def test_what_is_held_below_already_is_not_written_again(make: Callable[..., Rig
     assert sorted(rig.disk.written) == sorted(names(one) + names(other))
 
 
-def test_a_block_lives_below_for_what_was_left_of_its_time(make: Callable[..., Rig]) -> None:
-    rig, metas = make(), chain(2)
+@pytest.mark.parametrize("way", ["evicted", "closed"])
+def test_a_block_goes_down_with_its_whole_lifetime_and_a_hit_below_renews_it(
+    make: Callable[..., Rig], way: str
+) -> None:
+    day = 864 * TTL
+    rig, metas = make(), chain(2, ttl_s=day)
     rig.compute(metas)
-    rig.clock.now += 0.75 * TTL
-    rig.compute(chain(HOST_SLOTS, first_token=50))
-    rig.settle()
+    rig.clock.now += day - 1.0
+    if way == "evicted":
+        rig.compute(chain(HOST_SLOTS, first_token=50))
+        rig.settle()
+        assert rig.load(metas) == [DISK] * 2
+        rig.clock.now += day - 1.0
+        rig.settle()
+    else:
+        assert rig.store._write_back is not None
+        rig.store._write_back.finish(time.monotonic() + 60)
+        rig.settle()
     assert rig.disk.match(names(metas)) == 2
-    rig.clock.now += 0.2 * TTL
-    assert rig.disk.match(names(metas)) == 2
-    rig.clock.now += 0.06 * TTL
-    assert rig.disk.match(names(metas)) == 0
+    assert {meta.ttl_s for meta in rig.disk.metas() if meta.hash in names(metas)} == {day}
+    assert set(rig.disk.ttl_left_s(names(metas)).values()) <= {1.0, day}
 
 
 def test_what_has_expired_does_not_come_back_by_being_evicted(make: Callable[..., Rig]) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from tests.kvstore.redis_for_tests import PrivateRedis
+from tests.kvstore.redis.redis_for_tests import PrivateRedis
 
 from kvstore.blocks import BlockHash
 from kvstore.events import RemovalCause
