@@ -44,12 +44,12 @@ def end(process: subprocess.Popen[str]) -> None:
 async def on_disk(router: Router) -> int:
     """How many blocks the worker has there."""
     request = admin_pb2.ListBlocksRequest(tier=common_pb2.TIER_DISK, page_size=1000)
-    return len((await router.list_blocks(request, caller=ADMIN)).blocks)
+    return len((await router.cache.list_blocks(request, caller=ADMIN)).blocks)
 
 
 async def reach(router: Router, blocks: int) -> None:
     async with asyncio.timeout(20):
-        while await on_disk(router) < blocks:
+        while await on_disk(router) < blocks:  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0.05)
 
 
