@@ -299,6 +299,7 @@ class Router:
             clock=self._clock,
             jitter=self._rng.random,
             on_worker_gone=self._traffic.forget,
+            wall_clock=self._wall_clock,
         )
 
     def _label(self, given: inference_pb2.Input) -> str:

@@ -111,7 +111,11 @@ class Decider:
 
     def peers(self, overlaps: Mapping[str, Overlap]) -> Holders:
         """Workers that others can read from: a drained one is as good as any, a silent one is not."""
-        return holders(filter(self._fleet.is_alive, self._fleet.links()), overlaps) if overlaps else Holders()
+        if not overlaps:
+            return Holders()
+        # What one that has yet to confirm a clear holds must not come back by others.
+        clean = (link for link in self._fleet.links() if self._fleet.is_alive(link) and not link.owes_clear)
+        return holders(clean, overlaps)
 
     def candidates(
         self, question: Question, links: Sequence[WorkerLink], overlaps: Mapping[str, Overlap], peers: Holders

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from kvstore.past_clears import PastClear, merged
 from router import fleet_record
 from router.errors import NoWorkerAvailable, RouterError, WorkerLost, WorkerNotFound
 from router.fleet_record import FleetRecord
@@ -22,6 +24,7 @@ from router.handshake import Expected, FleetIdentity, identity_of, misfit
 from router.index import PrefixIndex
 from router.link import Refused, WorkerLink
 from router.metrics import Metrics
+from router.owed_clears import OwedClears
 from router.policy import checked_weights, find_policy
 from router.protocol import Discovery, WorkerAddress
 from router.worker_stream import LinkSettings
@@ -66,13 +69,16 @@ class Fleet:
         clock: Callable[[], float],
         jitter: Callable[[], float],
         on_worker_gone: Callable[[str], None],
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.record = record
         self.identity: FleetIdentity | None = None
         self._context_length = 0
         self._vocab_size = 0
         self._holds = count(1)
+        self._owed = OwedClears(self._confirmed_late)
         self._shared_debts: list[worker_pb2.Clear] = []
+        self._wall_clock = wall_clock
         self._discovery = discovery
         self._index = index
         self._metrics = metrics
@@ -166,24 +172,22 @@ class Fleet:
             InvalidRequest: its policy or a weight is not allowed.
         """
         checked_weights(find_policy(record.policy), record.weights)
-        self.record = record
-        for link in self.links():
-            link.send_record(record.to_wire())
-        self._changed.set()
+        self._tell(record)
 
     async def clear(self, request: worker_pb2.Clear, *, shared_tier: bool) -> dict[str, worker_pb2.ClearDone]:
         """Drop blocks on every worker, and on one of them those of the shared tier; what each dropped.
 
-        A worker that did not confirm is cleared as soon as it is heard of again, unless it comes back empty; the shared
-        tier by the first worker that can.
+        The fleet remembers it: a worker that did not confirm, or that no router knows yet, is cleared before its first
+        job when it is heard of, whichever router that is; the shared tier by the first worker that can.
 
         Raises:
             NoWorkerAvailable: none is connected. WorkerLost: some did not confirm; names them. Clearing again is safe.
         """
         up = [link for link in self.links() if link.connected]
         away = [member for member in self._members.values() if member.link.was_up and not member.link.connected]
-        for member in away:
-            member.link.owe_clear(request)
+        clear = self._remember(request)
+        self._owed.leave(clear, [link.name for link in up])
+        self._ask(link for link in self.links() if not link.connected)
         if shared_tier:
             self._owe_shared(request)
         if not up:
@@ -192,12 +196,15 @@ class Fleet:
             )
         # Until the last worker is cleared its blocks could be read by those that were cleared before it.
         hold = next(self._holds) if any(link.hello and link.hello.peer_address for link in up) else 0
+        if hold:
+            self._owed.hold(hold, clear)
+        answers: dict[str, worker_pb2.ClearDone] = {}
         try:
             answers = await self._clear_all(up, request, shared_tier=shared_tier, hold=hold)
         finally:
-            for link in up if hold else ():
-                link.release_peers(hold)
-        # A worker that discovery no longer names was stopped, and its memory is gone.
+            self._owed.take(clear, [link.name for link in up])
+            self._confirmed(clear, [name for name, answer in answers.items() if not answer.error])
+        # One that discovery no longer names was stopped: nobody can say when it is back.
         problems = {member.link.name: "it is lost" for member in away if member.missing_since is None}
         problems |= {name: answer.error for name, answer in answers.items() if answer.error}
         if problems:
@@ -237,12 +244,12 @@ class Fleet:
         self.identity = identity_of(hello)
 
     def heard_record(self, link: WorkerLink, record: worker_pb2.FleetRecord) -> None:
-        """Apply a newer record and pass it on; answer an older one with ours."""
+        """Apply a newer record and pass it on, with the clears of both; answer an older one with ours."""
         theirs = fleet_record.from_wire(record)
-        if self.record.beats(theirs):
+        if not self.record.knows(theirs):
+            self._adopt(self.record.joined(theirs))
+        elif not theirs.knows(self.record):
             link.send_record(self.record.to_wire())
-        elif theirs.beats(self.record):
-            self._adopt(theirs)
 
     def changed(self, link: WorkerLink) -> None:
         """Wake those who wait for a worker; a worker that has just connected is told the record and what is owed."""
@@ -251,6 +258,7 @@ class Fleet:
             self._vocab_size = min(hello.vocab_size for hello in hellos)
         if link.connected and not link.synced:
             link.send_record(self.record.to_wire())
+            self._owed.ask(link, self.record.clears)
             if _has_shared_tier(link):
                 for debt in self._shared_debts:
                     self._pay(link, debt)
@@ -276,6 +284,45 @@ class Fleet:
             self.change(record)
         except RouterError as error:
             log.warning("a fleet record was not applied", extra={"author": record.author, "why": error.message})
+            self.record = self.record.with_clears(record.clears)
+            self._ask(self.links())
+
+    def _tell(self, record: FleetRecord) -> None:
+        """Put it in force, tell every worker, and ask each for the clears that it owes."""
+        self.record = record
+        for link in self.links():
+            link.send_record(record.to_wire())
+        self._ask(self.links())
+        self._release_peers()
+        self._changed.set()
+
+    def _ask(self, links: Iterable[WorkerLink]) -> None:
+        for link in links:
+            self._owed.ask(link, self.record.clears)
+
+    def _remember(self, request: worker_pb2.Clear) -> PastClear:
+        """Note a clear that begins; the others hear of it when this router knows who has carried it out."""
+        last = max((clear.number for clear in self.record.clears), default=0)
+        number = max(last + 1, int(self._wall_clock() * 1000))
+        clear = PastClear(number, self._settings.router, request.chain_root, request.prefix_hash)
+        self.record = self.record.with_clears(merged(self.record.clears, [clear]))
+        return clear
+
+    def _confirmed_late(self, clear: PastClear, worker: str) -> None:
+        log.info("a worker that was away is cleared", extra={"worker": worker, "author": clear.author})
+        self._confirmed(clear, [worker])
+
+    def _confirmed(self, clear: PastClear, workers: Iterable[str]) -> None:
+        """Tell the fleet who has carried out a clear, unless a younger one has taken its place."""
+        clears = [one.confirmed_by(workers) if one.key == clear.key else one for one in self.record.clears]
+        self._tell(self.record.with_clears(clears))
+
+    def _release_peers(self) -> None:
+        """End the holds of clears that all have confirmed who may be asked for blocks."""
+        listed = [m.link.name for m in self._members.values() if m.link.was_up and m.missing_since is None]
+        for hold in self._owed.settled_holds(self.record.clears, listed):
+            for link in self.links():
+                link.release_peers(hold)
 
     async def _clear_one(self, link: WorkerLink, request: worker_pb2.Clear) -> worker_pb2.ClearDone:
         """Its answer, with `error` set where it gave none in time."""
@@ -327,6 +374,7 @@ class Fleet:
         link = WorkerLink(worker, self._index, self, self._settings, clock=self._clock, jitter=self._jitter)
         task = asyncio.create_task(link.run(), name=f"link-{worker.name}")
         task.add_done_callback(_report_failure)
+        self._owed.ask(link, self.record.clears)
         return _Member(link, task)
 
     async def _tick(self) -> None:
@@ -349,6 +397,7 @@ class Fleet:
                 member.task.cancel()
                 del self._members[name]
                 self._index.drop(name)
+                self._owed.forget(name)
 
 
 def _add_dropped(total: worker_pb2.ClearDone, more: worker_pb2.ClearDone) -> None:

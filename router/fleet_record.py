@@ -1,15 +1,17 @@
-"""What all routers of a fleet agree on: policy, weights, drained workers, shared-tier reads. One versioned record.
+"""What all routers of a fleet agree on: policy, weights, drained workers, shared-tier reads, past clears.
 
 Covers: which of two records wins, changing one, and the wire form. Does not cover: carrying it (`fleet`). The greatest
 (version, author) wins, so routers that change it at the same moment end with the same record whatever the order of
-messages; the other change is lost, and its author sees that in the policy that it reads back.
+messages; the other change is lost, and its author sees that in the policy that it reads back. Clears must not be lost:
+of two records the clears of both hold, and a new one leaves the version as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from kvstore.past_clears import PastClear, merged
 from warmkv.v1 import worker_pb2
 
 
@@ -23,10 +25,23 @@ class FleetRecord:
     weights: Mapping[str, float] = field(default_factory=dict)
     drained: frozenset[str] = frozenset()
     shared_tier_reads: bool = True
+    clears: tuple[PastClear, ...] = ()
 
     def beats(self, other: FleetRecord) -> bool:
         """Whether this one is in force and the other one is history."""
         return (self.version, self.author) > (other.version, other.author)
+
+    def joined(self, other: FleetRecord) -> FleetRecord:
+        """The one of both that is in force, with the clears of both."""
+        return (other if other.beats(self) else self).with_clears(merged(self.clears, other.clears))
+
+    def knows(self, other: FleetRecord) -> bool:
+        """Whether the other one has nothing to tell."""
+        return not other.beats(self) and merged(self.clears, other.clears) == self.clears
+
+    def with_clears(self, clears: Iterable[PastClear]) -> FleetRecord:
+        """The same version, with these clears in place of its own."""
+        return replace(self, clears=tuple(clears))
 
     def with_policy(self, author: str, policy: str, weights: Mapping[str, float]) -> FleetRecord:
         """The next version, with that policy."""
@@ -53,6 +68,7 @@ class FleetRecord:
             weights=dict(self.weights),
             drained=sorted(self.drained),
             shared_tier_reads=self.shared_tier_reads,
+            clears=[_clear_to_wire(clear) for clear in self.clears],
         )
 
 
@@ -65,4 +81,18 @@ def from_wire(record: worker_pb2.FleetRecord) -> FleetRecord:
         weights=dict(record.weights),
         drained=frozenset(record.drained),
         shared_tier_reads=record.shared_tier_reads,
+        clears=tuple(
+            PastClear(each.number, each.author, each.chain_root, each.prefix_hash, frozenset(each.confirmed))
+            for each in record.clears
+        ),
+    )
+
+
+def _clear_to_wire(clear: PastClear) -> worker_pb2.PastClear:
+    return worker_pb2.PastClear(
+        number=clear.number,
+        author=clear.author,
+        chain_root=clear.root,
+        prefix_hash=clear.prefix,
+        confirmed=sorted(clear.confirmed),
     )

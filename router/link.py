@@ -130,6 +130,11 @@ class WorkerLink:
         """Jobs of this router that run or wait there."""
         return len(self._flights)
 
+    @property
+    def owes_clear(self) -> bool:
+        """Whether it may hold blocks of its own that were cleared."""
+        return any(not owed.request.shared_tier for owed in self._clears.values())
+
     # What the fleet asks for
 
     async def run(self) -> None:
@@ -174,16 +179,13 @@ class WorkerLink:
             self._send(worker_pb2.ConnectRequest(cancel=worker_pb2.Cancel(job_id=flight.job.job_id)))
 
     async def clear(self, request: worker_pb2.Clear) -> worker_pb2.ClearDone:
-        """Drop blocks; returns when the worker confirmed, or came back as a new incarnation that holds nothing.
-
-        It stays owed when the caller stops to wait.
-        """
-        return await self.owe_clear(request)
+        """Drop blocks; returns when the worker confirmed. It stays owed when the caller stops to wait."""
+        return await asyncio.shield(self.owe_clear(request))
 
     def owe_clear(self, request: worker_pb2.Clear) -> asyncio.Future[worker_pb2.ClearDone]:
-        """Send a clear now, or as soon as the worker is heard of again; its confirmation.
+        """Send a clear now, and to each incarnation that is heard of until one confirms; its confirmation.
 
-        A new incarnation has nothing to clear but the shared tier.
+        A new incarnation is sent it before any job: its disk tier holds what the one before wrote.
         """
         clearing = _Clearing(worker_pb2.Clear(), asyncio.get_running_loop().create_future())
         clearing.request.CopyFrom(request)
@@ -250,7 +252,6 @@ class WorkerLink:
         if not self._index.join(self.name, hello.incarnation, shared_id=hello.shared_tier_id):
             raise LinkBroken("an older incarnation answered; waiting for the newer one")
         if self.hello is not None and hello.incarnation != self.hello.incarnation:
-            self._clears_are_void()
             self.report = None
         self.hello = hello
         self._seq, self._skipping = first.seq, True  # until the snapshot begins
@@ -344,11 +345,6 @@ class WorkerLink:
             log.warning("a worker was lost", extra={"worker": self.name, "why": why})
             self._listener.lost(self, why)
         self._listener.changed(self)
-
-    def _clears_are_void(self) -> None:
-        """A new incarnation holds nothing that an old clear could mean, but the shared tier outlives workers."""
-        for clearing in [owed for owed in self._clears.values() if not owed.request.shared_tier]:
-            self._on_clear_done(worker_pb2.ClearDone(clear_id=clearing.request.clear_id))
 
     def _break(self, why: str) -> None:
         if self._stream is not None:

@@ -36,6 +36,7 @@ from workers.engine_thread import (
     Snapped,
     Stepped,
 )
+from workers.fleet_gossip import is_news, joined
 from workers.outbox import Outbox, OutboxLimits, WireEvents
 from workers.protocol import Engine, EngineInfo, FinishReason, JobError, Output
 from workers.router_stream import Context, ProtocolViolation, RouterStream, Status
@@ -279,14 +280,14 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         self._engine.order(Order(stream.number, message.command_id, command))
 
     def _offer_fleet(self, stream: RouterStream, record: worker_pb2.FleetRecord) -> None:
-        """Keep the greatest record, and tell those that do not have it."""
-        if self._fleet is None or _rank(record) > _rank(self._fleet):
-            self._fleet = record
-            reads = record.shared_tier_reads
+        """Keep the greatest record and all clears, and tell those that do not have them."""
+        before = self._fleet
+        self._fleet = record if before is None else joined(before, record)
+        behind = [stream] if is_news(self._fleet, record) else []
+        if before is None or is_news(self._fleet, before):
+            reads = self._fleet.shared_tier_reads
             self._engine.post(lambda engine: engine.cache.set_shared_reads(enabled=reads))
-            behind = [other for other in self._streams.values() if other is not stream]
-        else:
-            behind = [stream] if _rank(record) < _rank(self._fleet) else []
+            behind += [other for other in self._streams.values() if other is not stream]
         for each in behind:
             each.outbox.set_fleet(self._fleet)
             each.wake()
@@ -345,7 +346,3 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
 
 def _cancel_job(engine: Engine, *, job_id: tuple[int, int]) -> None:
     engine.cancel(job_id)
-
-
-def _rank(record: worker_pb2.FleetRecord) -> tuple[int, str]:
-    return (record.version, record.author)

@@ -5,6 +5,7 @@ from functools import reduce
 import hypothesis.strategies as st
 from hypothesis import given
 
+from kvstore.past_clears import PastClear, merged
 from router.fleet_record import FleetRecord, from_wire
 
 records = st.builds(
@@ -15,6 +16,15 @@ records = st.builds(
     weights=st.dictionaries(st.sampled_from(["queue", "load"]), st.floats(0, 1)),
     drained=st.frozensets(st.sampled_from(["w0", "w1"])),
     shared_tier_reads=st.booleans(),
+    clears=st.lists(
+        st.builds(
+            PastClear,
+            number=st.integers(1, 4),
+            author=st.sampled_from(["r1", "r2"]),
+            confirmed=st.frozensets(st.sampled_from(["w0", "w1"])),
+        ),
+        max_size=2,
+    ).map(lambda clears: merged(clears, ())),
 )
 
 
@@ -31,6 +41,16 @@ def test_routers_agree_whatever_the_order_of_messages(given_records: list[FleetR
     shuffled = list(given_records)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     assert newest(given_records) == newest(shuffled)
+
+
+@given(records, records)
+def test_two_routers_that_heard_of_one_another_have_nothing_more_to_tell(one: FleetRecord, other: FleetRecord) -> None:
+    ours, theirs = one.joined(other), other.joined(one)
+    assert all(ours.knows(heard) for heard in (one, other, theirs))
+    assert theirs.knows(ours)
+    assert ours.clears == theirs.clears
+    assert not ours.knows(ours.with_drained("r9", "w1"))
+    assert not ours.knows(one.with_clears([PastClear(9, "r9")]))
 
 
 def test_every_change_beats_what_it_changes_and_leaves_the_rest() -> None:

@@ -215,18 +215,43 @@ async def test_nobody_reads_from_others_from_its_clear_until_all_are_cleared() -
         again = asyncio.ensure_future(clear(router))
         await eventually(lambda: clears(late)[-1].peers_hold not in (0, hold))
         again.cancel()
-        await eventually(lambda: len(released(late)) == 2)
+        await asyncio.sleep(0.1)
+        assert len(released(late)) == 1, "who asked has gone, but both still have everything"
+        await eventually(lambda: confirm(quick, late) and len(released(late)) == 2)
 
 
 @pytest.mark.asyncio
-async def test_peers_are_released_when_a_worker_does_not_confirm(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_peers_are_released_when_a_worker_that_did_not_confirm_does_so_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("router.fleet._CLEAR_TIMEOUT_S", 0.2)
     mute = FakeWorker("w0", peer_address="w0:7")
     async with fakes(mute) as (_, router):
         await all_ready(router, 1)
         with pytest.raises(WorkerLost, match="no answer"):
             await clear(router)
+        assert router.fleet.link("w0").owes_clear
+        await eventually(lambda: len(clears(mute)) == 2)
+        assert released(mute) == []
+        for one in clears(mute):
+            mute.say(clear_done={"clear_id": one.clear_id})
         await eventually(lambda: released(mute) == [clears(mute)[0].peers_hold])
+        assert not router.fleet.link("w0").owes_clear
+
+
+@pytest.mark.asyncio
+async def test_nobody_is_sent_to_a_worker_that_owes_a_clear() -> None:
+    async with fleet_of(6, 0) as (router, (holder, reader)):
+        hashes = await names(router)
+        overlaps = router._index.match(hashes)
+        assert router._decider.peers(overlaps).hints("w1", 0)[0].worker == "w0"
+        owed = router.fleet.link("w0").owe_clear(worker_pb2.Clear())
+        assert router._decider.peers(overlaps).hints("w1", 0) == ()
+        await eventually(lambda: clears(holder))
+        holder.say(clear_done={"clear_id": clears(holder)[0].clear_id})
+        await owed
+        assert router._decider.peers(overlaps).hints("w1", 0)[0].worker == "w0"
+        assert clears(reader) == []
 
 
 @pytest.mark.asyncio

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from tests.kvstore.redis.redis_for_tests import PrivateRedis
 
 from kvstore.blocks import BlockHash
 from kvstore.events import RemovalCause
 from kvstore.tier import BlockMeta
+from tests.kvstore.redis.redis_for_tests import PrivateRedis
 from tests.workers.engine_rig import Rig, make_rig, prompts
 from workers.protocol import FinishReason
 from workers.proven import Proven

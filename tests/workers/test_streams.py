@@ -388,6 +388,28 @@ def test_the_greatest_version_and_author_wins_and_who_is_behind_is_told() -> Non
         one.wait_for(lambda: fleet_versions(one)[2:] == [(4, "c")])
 
 
+def test_clears_of_all_routers_are_carried_whatever_the_version_of_their_records() -> None:
+    def heard(router: StreamClient) -> list[tuple[int, dict[int, list[str]]]]:
+        records = [m.fleet for m in list(router.messages) if m.HasField("fleet")]
+        return [(r.version, {c.number: list(c.confirmed) for c in r.clears}) for r in records]
+
+    def with_clear(version: int, number: int, *confirmed: str) -> worker_pb2.FleetRecord:
+        clear = worker_pb2.PastClear(number=number, author="r", chain_root=bytes([number]) * 32, confirmed=confirmed)
+        whole = record(version, "a")
+        whole.clears.append(clear)
+        return whole
+
+    with serving() as (_, address), routers(address, 2) as (one, two):
+        one.send(fleet=with_clear(3, 1, "w0"))
+        two.wait_for(lambda: heard(two) == [(3, {1: ["w0"]})])
+        two.send(fleet=with_clear(2, 2))  # an older record, and a clear of its own
+        both = (3, {1: ["w0"], 2: []})
+        one.wait_for(lambda: heard(one) == [both])
+        two.wait_for(lambda: heard(two)[1:] == [both])
+        two.send(fleet=with_clear(3, 1, "w1"))
+        one.wait_for(lambda: heard(one)[1:] == [(3, {1: ["w0", "w1"], 2: []})])
+
+
 def test_the_fleet_record_decides_on_reads_of_the_shared_tier() -> None:
     engine = simulated()
     with serving(engine) as (_, address), routers(address) as (router,):

@@ -936,6 +936,7 @@ class FleetRecord(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
     SHARED_TIER_READS_FIELD_NUMBER: _builtins.int
+    CLEARS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Grows by one with every change."""
     author: _builtins.str
@@ -952,6 +953,12 @@ class FleetRecord(_message.Message):
     def drained(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of drained workers."""
 
+    @_builtins.property
+    def clears(self) -> _containers.RepeatedCompositeFieldContainer[Global___PastClear]:
+        """Clears that workers which were away have yet to carry out, the oldest first. They are no part of the version: who
+        hears of a record keeps its own clears and those of the record, and of one clear the confirmations of both.
+        """
+
     def __init__(
         self,
         *,
@@ -961,14 +968,55 @@ class FleetRecord(_message.Message):
         weights: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         drained: _abc.Iterable[_builtins.str] | None = ...,
         shared_tier_reads: _builtins.bool = ...,
+        clears: _abc.Iterable[Global___PastClear] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "drained", b"drained", "policy", b"policy", "shared_tier_reads", b"shared_tier_reads", "version", b"version", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "clears", b"clears", "drained", b"drained", "policy", b"policy", "shared_tier_reads", b"shared_tier_reads", "version", b"version", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FleetRecord: _TypeAlias = FleetRecord  # noqa: Y015
+
+@_typing.final
+class PastClear(_message.Message):
+    """A clear of the fleet, and who has carried it out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    CHAIN_ROOT_FIELD_NUMBER: _builtins.int
+    PREFIX_HASH_FIELD_NUMBER: _builtins.int
+    CONFIRMED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Milliseconds since the epoch, but greater than that of every clear that its author knew."""
+    author: _builtins.str
+    """The router that made it."""
+    chain_root: _builtins.bytes
+    """Clear.chain_root."""
+    prefix_hash: _builtins.bytes
+    """Clear.prefix_hash."""
+    @_builtins.property
+    def confirmed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the workers that confirmed it."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        author: _builtins.str = ...,
+        chain_root: _builtins.bytes = ...,
+        prefix_hash: _builtins.bytes = ...,
+        confirmed: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "chain_root", b"chain_root", "confirmed", b"confirmed", "number", b"number", "prefix_hash", b"prefix_hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PastClear: _TypeAlias = PastClear  # noqa: Y015
 
 @_typing.final
 class Snapshot(_message.Message):
