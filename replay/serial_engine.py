@@ -94,6 +94,7 @@ class SerialEngine:
         self._work = work
         self._timeline = timeline
         self._told = told
+        self._fit = profile.fit
         self._remember_s = remember_s + profile.report_s
         self._pool = Pool(profile.pool_tokens // work.block_size, work.lengths)
         self._queue: deque[tuple[int, float]] = deque()  # request, tokens that it was expected to compute
@@ -137,23 +138,25 @@ class SerialEngine:
         self._history = deque([_State(self._timeline.now, 0.0, 0, 0, None)])
         return lost
 
-    def reported(self, by: float) -> tuple[WorkerLoad, float]:
-        """The last report of its load that was sent by that time, and when it was sent."""
+    def report_time(self, by: float) -> float:
+        """When the last report was sent that was sent by that time."""
         tick = self._profile.report_s
-        sent = by // tick * tick if tick else by
+        return by // tick * tick if tick else by
+
+    def reported(self, sent: float) -> WorkerLoad:
+        """The load as it was at that time."""
         state = self._history[0]
         for later in self._history:
             if later.since > sent:
                 break
             state = later
-        load = WorkerLoad(
-            self._profile.fit,
+        return WorkerLoad(
+            self._fit,
             pending_tokens=round(state.queued_tokens + _left(state.running, sent)),
             waiting=state.waiting,
             running=state.decoding + (state.running is not None),
             decoding=state.decoding,
         )
-        return load, sent
 
     def _start_next(self) -> None:
         if self._running is not None or not self._queue:

@@ -58,11 +58,21 @@ class _Link:
         self._engine = engine
         self._timeline = timeline
         self._delay_s = delay_s
+        self._report: _Report | None = None
 
     @property
     def report(self) -> _Report:
         """The latest that has arrived."""
-        return _Report(*self._engine.reported(self._timeline.now - self._delay_s))
+        sent = self._engine.report_time(self._timeline.now - self._delay_s)
+        if self._report is None or self._report.at != sent:
+            self._report = _Report(self._engine.reported(sent), sent)
+        return self._report
+
+    def start_again(self) -> None:
+        """A new life of the worker: what the old one reported is void."""
+        self.incarnation += 1
+        self.connected = True
+        self._report = None
 
 
 class _Fleet:
@@ -107,7 +117,7 @@ class SimulatedRouter:
             self._greet(link)
         record = FleetRecord(0, "replay", settings.policy, dict(settings.weights))
         # The decider asks a fleet for nothing but links, their reports and the record; here they need no sockets.
-        fleet = cast(Fleet, _Fleet(record, self._links))
+        fleet = cast("Fleet", _Fleet(record, self._links))
         self._decider = Decider(fleet, self._index, self._traffic, timeline.clock)
 
     def choose(self, number: int) -> Choice | None:
@@ -154,8 +164,7 @@ class SimulatedRouter:
     def back(self, worker: str) -> None:
         """The worker was started again and holds nothing."""
         link = self._links[worker]
-        link.incarnation += 1
-        link.connected = True
+        link.start_again()
         self._greet(link)
 
     def _greet(self, link: _Link) -> None:

@@ -1,7 +1,7 @@
 """Replays a workload against routers and engines on a virtual clock: what a policy would have done, in seconds.
 
 Covers: arrivals, placing, closed loops, failures of workers, what became of every request. Does not cover: decisions
-(`simulated_router`), timing (`serial_engine`), figures (`outcome`). The same arguments give the same result, bit by bit.
+(`simulated_router`), timing (`serial_engine`), figures (`outcome`). Same arguments, same result, bit by bit.
 """
 
 from __future__ import annotations

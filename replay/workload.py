@@ -4,7 +4,7 @@ Covers: choosing a part of a trace, undoing a coarse clock, faster or slower arr
 Does not cover: the file format (`traces`) or what happens to the requests (`simulation`).
 
 A prompt of 100k tokens has thousands of blocks, and most of them are always requested together. So a chain is stored as
-segments (`traces.segments`) with the block at which each ends; everything that a replay does costs segments, not blocks.
+segments (`traces.segments`) with the block at which each ends; all that a replay does costs segments, not blocks.
 """
 
 from __future__ import annotations
