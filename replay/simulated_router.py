@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import cast
 
+from kvstore.errors import InvariantError
 from kvstore.events import BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
 from replay.pool import Change
 from replay.run_index import Partial, RunIndex, RunTraffic
@@ -110,6 +112,8 @@ class SimulatedRouter:
         self._work = work
         self._timeline = timeline
         self._seed = seed
+        self._keys: dict[int, int] = {}  # of each request's present attempt, in the memory of traffic
+        self._next_key = count()
         self._index = RunIndex(timeline.clock)
         self._traffic = RunTraffic(timeline.clock)
         self._links = {name: _Link(name, engines[name], timeline, settings.delay_s) for name in sorted(engines)}
@@ -127,8 +131,9 @@ class SimulatedRouter:
         if choice is None:
             return None
         self._decider.taken()
+        key = self._keys[number] = next(self._next_key)
         self._traffic.sent(
-            number,
+            key,
             choice.worker,
             question.hashes,
             work_ms=choice.price.load_ms + choice.price.compute_ms,
@@ -137,12 +142,18 @@ class SimulatedRouter:
         return choice
 
     def first_token(self, number: int) -> None:
-        """It arrived; so, from now on, have its blocks."""
-        self._timeline.after(self._settings.delay_s, lambda: self._traffic.first_token(number))
+        """A worker sent the first token."""
+        key = self._keys[number]
+        self._timeline.after(self._settings.delay_s, lambda: self._traffic.first_token(key))
 
     def ended(self, number: int) -> None:
-        """The last word of a request arrived."""
-        self._timeline.after(self._settings.delay_s, lambda: self._traffic.ended(number))
+        """A worker sent the last token."""
+        key = self._keys.pop(number)
+        self._timeline.after(self._settings.delay_s, lambda: self._traffic.ended(key))
+
+    def cut_off(self, number: int) -> None:
+        """The worker of a request was lost, which needs no word from it."""
+        self._traffic.ended(self._keys.pop(number))
 
     def pool_changed(self, worker: str, change: Change, partial: Partial | None) -> None:
         """The events of one step of a worker."""
@@ -155,7 +166,7 @@ class SimulatedRouter:
         self._timeline.after(self._settings.delay_s, apply)
 
     def lost(self, worker: str) -> None:
-        """The stream to a worker broke; its requests are settled by `ended`."""
+        """The stream to a worker broke; its requests are settled by `cut_off`."""
         self._links[worker].connected = False
         self._index.drop(worker)
         self._index.sweep(len(self._index))
@@ -166,6 +177,12 @@ class SimulatedRouter:
         link = self._links[worker]
         link.start_again()
         self._greet(link)
+
+    def check(self) -> None:
+        """Raises InvariantError when the books are wrong, or something is left of requests that have ended."""
+        self._index.check()
+        if not self._traffic.check():
+            raise InvariantError("a request that ended is still counted as being on its way; please report this")
 
     def _greet(self, link: _Link) -> None:
         self._index.join(link.name, link.incarnation)

@@ -59,11 +59,11 @@ def simulate(work: Workload, setup: Setup) -> Outcome:
         raise ValueError(f"{setup.workers} workers and {setup.routers} routers; give at least one of each")
     if any(not 0 <= failure.worker < setup.workers for failure in setup.failures):
         raise ValueError(f"a failure of a worker that there is not; number them from 0 to {setup.workers - 1}")
-    return _Simulation(work, setup).run()
+    return Simulation(work, setup).run()
 
 
-class _Simulation:
-    """One replay."""
+class Simulation:
+    """One replay; `simulate` checks its arguments and makes it."""
 
     def __init__(self, work: Workload, setup: Setup) -> None:
         self._work = work
@@ -100,6 +100,11 @@ class _Simulation:
         busy = {name: engine.busy_s for name, engine in self._engines.items()}
         return Outcome(self._fates, busy, self._timeline.now)
 
+    def check(self) -> None:
+        """Raises InvariantError when a router's books are wrong after the end. O(everything)."""
+        for router in self._routers:
+            router.check()
+
     # Requests
 
     def _arrival(self, number: int) -> Action:
@@ -128,7 +133,11 @@ class _Simulation:
         self._router_of[number].first_token(number)
 
     def _ended(self, number: int) -> None:
-        self._router_of.pop(number).ended(number)
+        self._router_of[number].ended(number)
+        self._go_on(number)
+
+    def _go_on(self, number: int) -> None:
+        """The client has its answer, or what there is of it."""
         now = self._timeline.now
         for later in self._next_turns.pop(number, ()):
             think_s = self._work.requests[later].think_s or 0.0
@@ -154,11 +163,11 @@ class _Simulation:
         unstarted, cut_off = self._engines[worker].fail()
         for router in self._routers:
             router.lost(worker)
+        for number in (*unstarted, *cut_off):
+            self._router_of[number].cut_off(number)
         for number in cut_off:
             self._fates[number].failed = True
-            self._ended(number)
-        for number in unstarted:
-            self._router_of[number].ended(number)
+            self._go_on(number)
         for number in unstarted:
             self._place(number)
 
