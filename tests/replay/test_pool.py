@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvstore.events import BlockRemoved, BlockStored, RemovalCause, TierName
@@ -77,6 +77,7 @@ def test_the_index_knows_from_events_what_the_pool_holds(prompts: list[list[int]
     prompts=PROMPTS,
     does=st.lists(st.tuples(st.sampled_from(["sent", "first", "ended"]), st.integers(0, 24), st.integers(0, 9))),
 )
+@example(prompts=[[0, 0, 0, 1, 1, 1], [0, 0, 0, 2, 2, 2]], does=[("sent", 0, 3), ("sent", 1, 4)])
 def test_traffic_of_segments_is_traffic_of_blocks(prompts: list[list[int]], does: list[tuple[str, int, int]]) -> None:
     known, _ = chains(prompts)
     runs, blocks = RunTraffic(lambda: 0.0), Traffic(lambda: 0.0)
