@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvstore.events import BlockRemoved, BlockStored, RemovalCause, TierName
+from kvstore.events import BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
 from replay.pool import Pool
 from replay.run_index import RunIndex, RunTraffic
 from replay.workload import Chain, segment_key
@@ -63,7 +63,7 @@ def test_the_index_knows_from_events_what_the_pool_holds(prompts: list[list[int]
         change = pool.take(chain.segments)
         stored = tuple(segment_key(segment) for segment in change.stored)
         removed = tuple(segment_key(segment) for segment in change.removed)
-        events = [
+        events: list[KvEvent] = [
             BlockStored(TierName.DEVICE, stored),
             BlockRemoved(TierName.DEVICE, removed, RemovalCause.EVICTED),
         ]
