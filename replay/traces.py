@@ -33,6 +33,7 @@ class Request:
         stop: why the answer ended: tool_use, end_turn, or not known.
         think_s: the client's time between the last answer and this request, for closed-loop replays.
         tenant: number of the client, where there are several.
+        parent: the session that started this one, a sub-agent's.
     """
 
     time_s: float
@@ -44,6 +45,7 @@ class Request:
     stop: str | None
     think_s: float | None
     tenant: int | None
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,4 +154,5 @@ def _request(fields: dict[str, Any]) -> Request:
         stop=fields.get("stop"),
         think_s=None if think_ms is None else think_ms / 1e3,
         tenant=None if tenant is None else int(tenant),
+        parent=fields.get("parent"),
     )

@@ -1,0 +1,210 @@
+"""One router on a virtual clock: the real decider, index and traffic memory, over engines that are only simulated.
+
+Covers: what a router knows of its workers and when it learns it. Does not cover: how it decides (`router.decide`), how
+long anything takes (`serial_engine`). Only the streams are replaced: what a worker says arrives `delay_s` later, in
+order, its events and its load alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import cast
+
+from kvstore.errors import InvariantError
+from kvstore.events import BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
+from replay.pool import Change
+from replay.run_index import Partial, RunIndex, RunTraffic
+from replay.serial_engine import SerialEngine
+from replay.timeline import Timeline
+from replay.workload import Workload, segment_key
+from router.cost import WorkerLoad
+from router.decide import Choice, Decider, Question
+from router.fleet import Fleet
+from router.fleet_record import FleetRecord
+from router.policy import checked_weights, find_policy
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """How a router is set.
+
+    Attributes:
+        policy, weights: as `warmkv policy set` takes them. delay_s: from a worker's word to the router.
+        tells_sessions: requests carry their session as the affinity key.
+    """
+
+    policy: str
+    weights: Mapping[str, float] = field(default_factory=dict)
+    delay_s: float = 0.0
+    tells_sessions: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    load: WorkerLoad
+    at: float
+
+
+class _Link:
+    """What the decider reads of a `router.link.WorkerLink`."""
+
+    hello = None  # serves no blocks to others
+
+    def __init__(self, name: str, engine: SerialEngine, timeline: Timeline, delay_s: float) -> None:
+        self.name = name
+        self.incarnation = 1
+        self.connected = True
+        self._engine = engine
+        self._timeline = timeline
+        self._delay_s = delay_s
+        self._report: _Report | None = None
+
+    @property
+    def report(self) -> _Report:
+        """The latest that has arrived."""
+        sent = self._engine.report_time(self._timeline.now - self._delay_s)
+        if self._report is None or self._report.at != sent:
+            self._report = _Report(self._engine.reported(sent), sent)
+        return self._report
+
+    def start_again(self) -> None:
+        """A new life of the worker: what the old one reported is void."""
+        self.incarnation += 1
+        self.connected = True
+        self._report = None
+
+
+class _Fleet:
+    """What the decider reads of a `router.fleet.Fleet`."""
+
+    def __init__(self, record: FleetRecord, links: Mapping[str, _Link]) -> None:
+        self.record = record
+        self._links = links
+
+    def links(self) -> list[_Link]:
+        return list(self._links.values())
+
+    def is_alive(self, link: _Link) -> bool:
+        return link.connected
+
+    def takes_requests(self, link: _Link) -> bool:
+        return link.connected
+
+
+class SimulatedRouter:
+    """Decides for the requests of a workload. `seed` breaks the ties that a policy leaves to a prompt's digest."""
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        work: Workload,
+        engines: Mapping[str, SerialEngine],
+        timeline: Timeline,
+        *,
+        seed: int = 0,
+    ) -> None:
+        """Raises InvalidRequest when the settings name an unknown policy or weight."""
+        checked_weights(find_policy(settings.policy), settings.weights)
+        self._settings = settings
+        self._work = work
+        self._timeline = timeline
+        self._seed = seed
+        self._keys: dict[int, int] = {}  # of each request's present attempt, in the memory of traffic
+        self._next_key = count()
+        self._index = RunIndex(timeline.clock)
+        self._traffic = RunTraffic(timeline.clock)
+        self._links = {name: _Link(name, engines[name], timeline, settings.delay_s) for name in sorted(engines)}
+        for link in self._links.values():
+            self._greet(link)
+        record = FleetRecord(0, "replay", settings.policy, dict(settings.weights))
+        # The decider asks a fleet for nothing but links, their reports and the record; here they need no sockets.
+        fleet = cast("Fleet", _Fleet(record, self._links))
+        self._decider = Decider(fleet, self._index, self._traffic, timeline.clock)
+
+    def choose(self, number: int) -> Choice | None:
+        """Where a request should go; None: no worker is known to be up. The decision counts as taken."""
+        question = self._question(number)
+        choice = self._decider.decide(question)
+        if choice is None:
+            return None
+        self._decider.taken()
+        key = self._keys[number] = next(self._next_key)
+        self._traffic.sent(
+            key,
+            choice.worker,
+            question.hashes,
+            work_ms=choice.price.load_ms + choice.price.compute_ms,
+            cached_blocks=min(choice.held, choice.price.cached_tokens // question.block_size),
+        )
+        return choice
+
+    def first_token(self, number: int) -> None:
+        """A worker sent the first token."""
+        key = self._keys[number]
+        self._timeline.after(self._settings.delay_s, lambda: self._traffic.first_token(key))
+
+    def ended(self, number: int) -> None:
+        """A worker sent the last token."""
+        key = self._keys.pop(number)
+        self._timeline.after(self._settings.delay_s, lambda: self._traffic.ended(key))
+
+    def cut_off(self, number: int) -> None:
+        """The worker of a request was lost, which needs no word from it."""
+        self._traffic.ended(self._keys.pop(number))
+
+    def pool_changed(self, worker: str, change: Change, partial: Partial | None) -> None:
+        """The events of one step of a worker."""
+        events, incarnation = _events(change), self._links[worker].incarnation
+
+        def apply() -> None:
+            if self._index.apply(worker, incarnation, events):
+                self._index.set_partial(worker, partial)
+
+        self._timeline.after(self._settings.delay_s, apply)
+
+    def lost(self, worker: str) -> None:
+        """The stream to a worker broke; its requests are settled by `cut_off`."""
+        self._links[worker].connected = False
+        self._index.drop(worker)
+        self._index.sweep(len(self._index))
+        self._traffic.forget(worker)
+
+    def back(self, worker: str) -> None:
+        """The worker was started again and holds nothing."""
+        link = self._links[worker]
+        link.start_again()
+        self._greet(link)
+
+    def check(self) -> None:
+        """Raises InvariantError when the books are wrong, or something is left of requests that have ended."""
+        self._index.check()
+        traffic, links = self._traffic, self._links
+        if any(traffic.sharers(c) or any(traffic.arriving_run(w, c) for w in links) for c in self._work.chains):
+            raise InvariantError("a request that ended is still counted as being on its way; please report this")
+
+    def _greet(self, link: _Link) -> None:
+        self._index.join(link.name, link.incarnation)
+        self._index.begin_snapshot(link.name, link.incarnation)
+        self._index.end_snapshot(link.name, link.incarnation)
+
+    def _question(self, number: int) -> Question:
+        request = self._work.requests[number]
+        digest = hashlib.blake2b(f"{self._seed}/{number}".encode(), digest_size=16).digest()
+        affinity = (request.session or "") if self._settings.tells_sessions else ""
+        return Question(self._work.chains[number], request.input_length, self._work.block_size, digest, affinity)
+
+
+def _events(change: Change) -> list[KvEvent]:
+    events: list[KvEvent] = []
+    if change.stored:
+        events.append(BlockStored(TierName.DEVICE, _keys(change.stored)))
+    if change.removed:
+        events.append(BlockRemoved(TierName.DEVICE, _keys(change.removed), RemovalCause.EVICTED))
+    return events
+
+
+def _keys(segments: list[int]) -> tuple[bytes, ...]:
+    return tuple(segment_key(segment) for segment in segments)

@@ -1,0 +1,179 @@
+"""Replays a workload against routers and engines on a virtual clock: what a policy would have done, in seconds.
+
+Covers: arrivals, placing, closed loops, failures of workers, what became of every request. Does not cover: decisions
+(`simulated_router`), timing (`serial_engine`), figures (`outcome`). Same arguments, same result, bit by bit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from replay.outcome import Fate, Outcome
+from replay.pool import Change
+from replay.serial_engine import Reuse, SerialEngine, SerialProfile, Told
+from replay.simulated_router import RouterSettings, SimulatedRouter
+from replay.timeline import Action, Timeline
+from replay.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A worker dies at a time, holding nothing when it is back.
+
+    Attributes:
+        worker: its number, from 0. at_s: when. down_s: until it takes requests again.
+    """
+
+    worker: int
+    at_s: float
+    down_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is simulated.
+
+    Attributes:
+        routers: each request goes to a random one; every one hears all workers.
+        seed: of that choice and of ties.
+    """
+
+    workers: int
+    router: RouterSettings
+    profile: SerialProfile = field(default_factory=SerialProfile)
+    routers: int = 1
+    failures: Sequence[Failure] = ()
+    seed: int = 1
+
+
+def simulate(work: Workload, setup: Setup) -> Outcome:
+    """Replay the workload.
+
+    Raises:
+        ValueError: there are no workers or no routers, or a failure names a worker that there is not.
+        InvalidRequest: the policy or a weight is unknown.
+    """
+    if setup.workers < 1 or setup.routers < 1:
+        raise ValueError(f"{setup.workers} workers and {setup.routers} routers; give at least one of each")
+    if any(not 0 <= failure.worker < setup.workers for failure in setup.failures):
+        raise ValueError(f"a failure of a worker that there is not; number them from 0 to {setup.workers - 1}")
+    return Simulation(work, setup).run()
+
+
+class Simulation:
+    """One replay; `simulate` checks its arguments and makes it."""
+
+    def __init__(self, work: Workload, setup: Setup) -> None:
+        self._work = work
+        self._setup = setup
+        self._timeline = Timeline()
+        self._rng = random.Random(setup.seed)
+        width = len(str(setup.workers - 1))
+        self._names = [f"worker-{n:0{width}}" for n in range(setup.workers)]
+        self._engines = {
+            name: SerialEngine(
+                setup.profile, work, self._timeline, self._told_by(name), remember_s=setup.router.delay_s
+            )
+            for name in self._names
+        }
+        self._routers = [
+            SimulatedRouter(setup.router, work, self._engines, self._timeline, seed=setup.seed + 1000 * n)
+            for n in range(setup.routers)
+        ]
+        self._router_of: dict[int, SimulatedRouter] = {}
+        self._fates = [Fate(arrived_s=at) for at in work.arrivals_s]
+        self._parked: list[int] = []  # requests that came while no worker was up
+        self._next_turns: dict[int, list[int]] = {}
+        for number, before in work.waits_for.items():
+            self._next_turns.setdefault(before, []).append(number)
+
+    def run(self) -> Outcome:
+        """From the first arrival until the last answer has ended."""
+        for number, at in enumerate(self._work.arrivals_s):
+            if number not in self._work.waits_for:
+                self._timeline.at(at, self._arrival(number))
+        for failure in self._setup.failures:
+            self._schedule(failure)
+        self._timeline.run()
+        busy = {name: engine.busy_s for name, engine in self._engines.items()}
+        return Outcome(self._fates, busy, self._timeline.now)
+
+    def check(self) -> None:
+        """Raises InvariantError when a router's books are wrong after the end. O(everything)."""
+        for router in self._routers:
+            router.check()
+
+    # Requests
+
+    def _arrival(self, number: int) -> Action:
+        return lambda: self._arrive(number)
+
+    def _arrive(self, number: int) -> None:
+        self._fates[number].arrived_s = self._timeline.now
+        routers = self._routers
+        self._router_of[number] = routers[0] if len(routers) == 1 else self._rng.choice(routers)
+        self._place(number)
+
+    def _place(self, number: int) -> None:
+        choice = self._router_of[number].choose(number)
+        if choice is None:
+            self._parked.append(number)
+            return
+        fate = self._fates[number]
+        fate.worker, fate.attempts = choice.worker, fate.attempts + 1
+        fate.predicted_ttft_s = choice.predicted_ttft_ms / 1e3
+        fate.predicted_tokens = choice.price.cached_tokens
+        self._engines[choice.worker].submit(number)
+
+    def _first_token(self, number: int, reuse: Reuse) -> None:
+        fate = self._fates[number]
+        fate.cached, fate.computed, fate.first_token_s = reuse.cached, reuse.computed, reuse.first_token_s
+        self._router_of[number].first_token(number)
+
+    def _ended(self, number: int) -> None:
+        self._router_of[number].ended(number)
+        self._go_on(number)
+
+    def _go_on(self, number: int) -> None:
+        """The client has its answer, or what there is of it."""
+        now = self._timeline.now
+        for later in self._next_turns.pop(number, ()):
+            think_s = self._work.requests[later].think_s or 0.0
+            self._timeline.at(now + think_s / self._work.speed, self._arrival(later))
+
+    def _told_by(self, worker: str) -> Told:
+        def pool_changed(change: Change) -> None:
+            partial = self._engines[worker].pool.partial()
+            for router in self._routers:
+                router.pool_changed(worker, change, partial)
+
+        return Told(self._first_token, self._ended, pool_changed)
+
+    # Failures
+
+    def _schedule(self, failure: Failure) -> None:
+        worker = self._names[failure.worker]
+        self._timeline.at(failure.at_s, lambda: self._fail(worker))
+        self._timeline.at(failure.at_s + failure.down_s, lambda: self._recover(worker))
+
+    def _fail(self, worker: str) -> None:
+        """Requests without a token go elsewhere, as the router sends them; those with one have failed."""
+        unstarted, cut_off = self._engines[worker].fail()
+        for router in self._routers:
+            router.lost(worker)
+        for number in (*unstarted, *cut_off):
+            self._router_of[number].cut_off(number)
+        for number in cut_off:
+            self._fates[number].failed = True
+            self._go_on(number)
+        for number in unstarted:
+            self._place(number)
+
+    def _recover(self, worker: str) -> None:
+        for router in self._routers:
+            router.back(worker)
+        parked, self._parked = self._parked, []
+        for number in parked:
+            self._place(number)
