@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from kvstore.blocks import BlockHash
 from kvstore.codec import BlockCodec
 from kvstore.errors import MissReason, TierError
-from kvstore.events import KvEvent, RemovalCause, TierName
 from kvstore.peer.hints import Hints, Holder
+from kvstore.peer.others import OfOthers
 from kvstore.peer.tier import DEFAULT_TIMEOUT_S, PeerTier
 from kvstore.peer.wire import MAX_HASHES, FleetKey
-from kvstore.tier import BlockMeta, Clock, Delivery, Honours, TierStats
+from kvstore.tier import BlockMeta, Clock, Delivery, TierStats
 
 MAX_PEERS = 16  # connected at once
 CANNOT_ASK = Delivery(0, MissReason.ERROR)
@@ -40,11 +40,8 @@ class _Peer:
     used: float
 
 
-class PeersTier:
+class PeersTier(OfOthers):
     """Thread-safe. Only `read` waits for anybody; `match` answers from hints. Keeps the reading side of `Tier`."""
-
-    name = TierName.PEER
-    honours = Honours(capacity=False, ttl=True, named_eviction=False, injected_clock=False)
 
     def __init__(
         self,
@@ -145,26 +142,6 @@ class PeersTier:
     def touch(self, hashes: Sequence[BlockHash]) -> None:
         """Nothing: a peer refreshes what is read from it, and the rest is its own business."""
 
-    def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
-        """None: other workers' tiers are their own."""
-        return 0
-
-    def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> int:
-        """As `Tier.lease`: peers evict as they like."""
-        return 0
-
-    def end_leases(self, hashes: Sequence[BlockHash]) -> int:
-        """As `Tier.end_leases`."""
-        return 0
-
-    def remove(self, hashes: Sequence[BlockHash], cause: RemovalCause) -> int:
-        """None: other workers' tiers are their own."""
-        return 0
-
-    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> int:
-        """None: other workers' tiers are their own."""
-        return 0
-
     def sweep(self) -> float | None:
         """Forget old hints and ended holds, and close peers that nobody needed for a while."""
         now = self._clock()
@@ -177,10 +154,6 @@ class PeersTier:
         for peer in closed:
             peer.close()
         return None
-
-    def drain_events(self) -> list[KvEvent]:
-        """None: each worker tells its own."""
-        return []
 
     def stats(self) -> TierStats:
         """Sums over all peers since the start. Healthy while one of those that are connected is, or none is."""

@@ -20,24 +20,21 @@ from contextlib import suppress
 from kvstore.blocks import BlockHash
 from kvstore.codec import HEADER_NBYTES, BlockCodec
 from kvstore.errors import CodecError, LayoutError, MissReason
-from kvstore.events import KvEvent, RemovalCause, TierName
 from kvstore.peer.link import PeerBusyError, PeerLink, PeerUnavailableError
+from kvstore.peer.others import OfOthers
 from kvstore.peer.wire import BUSY, END, MAX_HASHES, Channel, PeerProtocolError
-from kvstore.tier import NOTHING_ASKED, BlockMeta, Clock, Delivery, Honours, TierStats
+from kvstore.tier import NOTHING_ASKED, BlockMeta, Clock, Delivery, TierStats
 
 DEFAULT_TIMEOUT_S = 0.05
 MAX_SEEN = 1 << 14
 
 
-class PeerTier:
+class PeerTier(OfOthers):
     """Blocks of another worker. Thread-safe. Keeps the reading side of the contract of `kvstore.tier.Tier`.
 
     `match`, `read` and `touch` may wait for the peer, no other method does. A peer that does not answer costs a caller
     one timeout, connecting included; after three in a row the breaker answers for it in microseconds.
     """
-
-    name = TierName.PEER
-    honours = Honours(capacity=False, ttl=True, named_eviction=False, injected_clock=False)
 
     def __init__(
         self,
@@ -118,33 +115,9 @@ class PeerTier:
         with self._lock:
             return self._seen.get(name)
 
-    def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
-        """None: another worker's tier is its own."""
-        return 0
-
-    def lease(self, hashes: Sequence[BlockHash], for_s: float | None) -> int:
-        """As `Tier.lease`: the peer evicts as it likes."""
-        return 0
-
-    def end_leases(self, hashes: Sequence[BlockHash]) -> int:
-        """As `Tier.end_leases`."""
-        return 0
-
-    def remove(self, hashes: Sequence[BlockHash], cause: RemovalCause) -> int:
-        """None: another worker's tier is its own."""
-        return 0
-
-    def clear(self, *, root: BlockHash | None = None, prefix: BlockHash | None = None) -> int:
-        """None: another worker's tier is its own."""
-        return 0
-
     def sweep(self) -> float | None:
         """Nothing to do: the peer drops what has expired."""
         return None
-
-    def drain_events(self) -> list[KvEvent]:
-        """None: the peer tells its own."""
-        return []
 
     def stats(self) -> TierStats:
         """As `Tier.stats`, without asking; fill is the peer's business, so unknown."""
