@@ -44,7 +44,7 @@ def engines() -> Iterator[tuple[TorchEngine, TorchEngine, TorchEngine]]:
         ExitStack() as stack,
     ):
         make_model_folder(folder, SHAPE)
-        shared = {"redis_url": redis.url, "redis_timeout_s": 5.0}
+        shared = {"redis_url": redis.url, "redis_timeout_s": 5.0, "load_slack_s": 5.0}
         yield (
             stack.enter_context(_engine(folder, host_bytes=512 << 20, **shared)),
             stack.enter_context(

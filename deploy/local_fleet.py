@@ -234,6 +234,7 @@ class LocalFleet:
             f'[model]\ndir = "{self.model_dir}"\nname = "demo"\n\n'
             f'[workers]\ncount = {self.shape.workers}\ndevice = "cpu"\nthreads = 1\n\n'
             f"[store]\ndevice_bytes = {self.shape.device_bytes}\nhost_bytes = {self.shape.host_bytes}\n"
+            'load_slack = "1s"\n'  # with redis.timeout: who asks where blocks came from shall not depend on noise
             f"disk_bytes = {self.shape.disk_bytes}\ndisk_dir = {json.dumps(str(self.folder / 'blocks'))}\n"
             f"peers = {json.dumps(self.shape.peers)}\n{redis}\n"
             f"[router]\ngrpc_port = {grpc_port}\nhttp_port = {http_port}\n"

@@ -1,6 +1,8 @@
 """How long a request waits for a load: at any moment it may be behind by one slack (50 ms by default), and no more.
 
-A load is read in pieces of `PIECE_NBYTES`, so that one sees it come. The next piece is waited for until
+A load is read in pieces, so that one sees it come: of `FIRST_PIECE_NBYTES`, then each twice the one before, up to
+`PIECE_NBYTES`. So a large load that comes is known to come early, and not cut off for being late by a little of its own
+size. The next piece is waited for until
 
     min(compute(all), max(predicted(pieces so far and the next), compute(pieces so far)) + slack)
 
@@ -35,6 +37,7 @@ DEFAULT_SLACK_S = 0.05
 MIN_LIMIT_S = 0.02
 FIRST_TRY_S = 0.2
 MAX_LIMIT_S = 10.0  # while nobody knows what computing would take
+FIRST_PIECE_NBYTES = 4 << 20
 PIECE_NBYTES = 32 << 20  # some 10 ms at the speed of a local Redis: one round trip more for each costs a percent
 KEPT_SHARE = 4  # of the slack each tier that may be asked later is left one in so many
 _HAND_OVER_S = 0.01
@@ -86,5 +89,9 @@ def limits(stops: list[int], *, load_ms: Ms, compute_ms: Ms, slack_s: float) -> 
 
 def pieces(count: int, block_nbytes: int) -> list[int]:
     """Where the pieces of a load of `count` blocks end."""
-    step = max(1, PIECE_NBYTES // block_nbytes)
-    return [*range(step, count, step), count]
+    most = max(1, PIECE_NBYTES // block_nbytes)
+    step, stops = min(most, max(1, FIRST_PIECE_NBYTES // block_nbytes)), [0]
+    while stops[-1] < count:
+        stops.append(min(count, stops[-1] + step))
+        step = min(most, 2 * step)
+    return stops[1:]

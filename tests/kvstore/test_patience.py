@@ -303,3 +303,10 @@ def test_what_all_tiers_are_granted_together_is_one_slack(late_s: list[float], s
         assert granted_s >= slack_s / KEPT_SHARE
         spent_s += min(wanted_s, granted_s)
     assert spent_s <= slack_s + EPSILON
+
+
+def test_pieces_begin_small_and_double_up_to_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PIECE_NBYTES", 32 << 20)
+    assert pieces(100, 2 << 20) == [2, 6, 14, 30, 46, 62, 78, 94, 100]
+    assert pieces(2, 2 << 20) == [2]
+    assert pieces(3, 64 << 20) == [1, 2, 3]
