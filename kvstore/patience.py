@@ -41,6 +41,7 @@ FIRST_PIECE_NBYTES = 4 << 20
 PIECE_NBYTES = 32 << 20  # some 10 ms at the speed of a local Redis: one round trip more for each costs a percent
 KEPT_SHARE = 4  # of the slack each tier that may be asked later is left one in so many
 _HAND_OVER_S = 0.01
+_JITTER = 1.1  # a read that takes so much longer than predicted is a healthy one
 
 Ms = Callable[[int], float | None]  # of so many leading blocks; None: not known
 
@@ -55,8 +56,9 @@ class Limit:
 
     @property
     def told_s(self) -> float:
-        """When the tier is told to end its read, so that there is time to hand over what it has."""
-        return self.seconds - min(_HAND_OVER_S, self.seconds / 4)
+        """When the tier is told to end its read: time to hand over what it has is left, but not before it is due."""
+        left_s = self.seconds - min(_HAND_OVER_S, self.seconds / 4)
+        return max(left_s, min(self.seconds, _JITTER * self.healthy_s))
 
 
 def cap_s(compute_ms: float | None) -> float:

@@ -52,6 +52,7 @@ class _Link:
     """What the decider reads of a `router.link.WorkerLink`."""
 
     hello = None  # serves no blocks to others
+    owes_clear = False  # nobody clears anything
 
     def __init__(self, name: str, engine: SerialEngine, timeline: Timeline, delay_s: float) -> None:
         self.name = name

@@ -10,13 +10,15 @@ import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import redis
 from redis.connection import AbstractConnection, Connection, parse_url
 
 from kvstore.errors import TierError
 from kvstore.redis.sentinel import DEFAULT_SENTINEL_PORT, PrimaryOf
+
+_AFTER_SCHEME = re.compile(r"([^/?#]*)([^?#]*)(?:\?([^#]*))?(?:#.*)?", re.DOTALL)
 
 URL_FORMS = (
     "redis://[user:password@]host[:port][/db], rediss://... (TLS), unix://[user:password@]/path[?db=0], "
@@ -60,7 +62,7 @@ def mask_url(url: str) -> str:
 
 def is_cluster(url: str) -> bool:
     """Whether the URL names a cluster."""
-    return urlsplit(url).scheme in ("redis+cluster", "rediss+cluster")
+    return _split(url).scheme in ("redis+cluster", "rediss+cluster")
 
 
 def parse_address(url: str) -> Address:
@@ -70,7 +72,7 @@ def parse_address(url: str) -> Address:
         TierError: the URL cannot be used.
     """
     try:
-        if urlsplit(url).scheme in ("redis+sentinel", "rediss+sentinel"):
+        if _split(url).scheme in ("redis+sentinel", "rediss+sentinel"):
             return _sentinel(url)
         return _standalone(url)
     except (ValueError, TypeError, redis.RedisError):
@@ -143,9 +145,17 @@ def _sentinel(url: str) -> Address:
     return Address(PrimaryOf(service, hosts, kind=kind, login=login_of_sentinels), server)
 
 
+def _split(url: str) -> SplitResult:
+    """As `urlsplit`, which in some versions of Python refuses an address in brackets behind another host."""
+    scheme, found, rest = url.partition("://")
+    parts = _AFTER_SCHEME.fullmatch(rest if found else "")
+    netloc, path, query = parts.groups(default="") if parts else ("", "", "")
+    return SplitResult(scheme.lower() if found else "", netloc, path, query, "")
+
+
 def _pieces(url: str, default_port: int) -> tuple[str, str, list[tuple[str, int]], str, str]:
     """(scheme, `login@`, hosts with ports, path, `?query`)."""
-    parts = urlsplit(url)
+    parts = _split(url)
     login, at, hosts = parts.netloc.rpartition("@")
     found = [_host(text, default_port) for text in hosts.split(",")]
     return parts.scheme.partition("+")[0], login + at, found, parts.path, f"?{parts.query}" if parts.query else ""
