@@ -14,20 +14,18 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
+from deploy.doctor_template import check_template
+from deploy.finding import Check, Finding
 from deploy.quantities import format_size, size_text
 from deploy.settings import Settings
 from deploy.state import ClusterRecord, lives, read_record
 from kvstore.redis.address import is_cluster, mask_url, parse_address, server_urls
-
-Level = Literal["ok", "warn", "fail"]
 
 OWN_PACKAGES = ("kvstore", "workers", "router", "deploy", "warmkv")
 RAY_VERSION = "2.60.0"
@@ -35,23 +33,6 @@ _OLDEST_PYTHON = (3, 11)
 _LEAST_SHM = 200 << 20
 _CLOCK_TOLERANCE_S = 1.0
 _REDIS_TIMEOUT_S = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line.
-
-    Attributes:
-        check: what was looked at, one word. found: what is there. remedy: what to do; empty where nothing is.
-    """
-
-    level: Level
-    check: str
-    found: str
-    remedy: str = ""
-
-
-Check = Callable[[Settings, Path], Iterator[Finding]]
 
 
 def examine(settings: Settings, state_dir: Path) -> list[Finding]:
@@ -383,6 +364,7 @@ CHECKS: tuple[Check, ...] = (
     check_protobuf,
     check_torch,
     check_model,
+    check_template,
     check_ports,
     check_memory,
     check_disk,

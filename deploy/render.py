@@ -14,7 +14,7 @@ from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-    from deploy.doctor import Finding
+    from deploy.finding import Finding
     from warmkv.stream import Generation
 
 FATES = ("device", "host", "disk", "redis", "peer", "computed")

@@ -81,6 +81,7 @@ class Router:
         """
         checked_weights(find_policy(config.policy), config.weights)
         self._config = config
+        self._encoder = encoder
         self._clock, self._wall_clock = clock, wall_clock
         self._rng = rng or random.Random()
         self.metrics = Metrics(router=config.name, model=config.model_name, version=_package_version())
@@ -158,13 +159,14 @@ class Router:
         check_cache(request.cache, wall=self._wall_clock())
         prepared = await self._preparer.prepare(request.input, caller, request.cache, deadline=None)
         choice = self._decider.decide(prepared.question)
+        answers = await self._encoder.earlier_answers(request.input, prepared.prompt)
         return explained(
             prepared,
             choice,
             fleet=self.fleet,
             index=self._index,
             decider=self._decider,
-            retokenized_at=self._answers.retokenized_at(prepared.root, prepared.prompt, prepared.question.hashes),
+            changed=self._answers.changed_turn(prepared.root, prepared.prompt, answers, prepared.question.hashes),
         )
 
     async def tokenize(
@@ -249,7 +251,7 @@ class Router:
         response = inference_pb2.GenerateResponse(
             text=output.text, token_ids=output.token_ids, logprobs=output.logprobs, finish_reason=output.finish_reason
         )
-        if prepared.prompt.rendered:
+        if prepared.given.HasField("chat"):
             work.answer_ids.extend(output.token_ids)
             work.answer.append(output.text)
         if output.finish_reason:
@@ -274,8 +276,8 @@ class Router:
             work.record.reused_tokens = entry.reused
 
     def _remember_answer(self, work: Request, prepared: PreparedPrompt) -> None:
-        """So that a next turn whose text encodes to other ids can be told why it missed."""
-        if not prepared.prompt.rendered or len(work.answer_ids) < 2:
+        """So that a next turn under other names can be told why it missed."""
+        if len(work.answer_ids) < 2:
             return
         size = prepared.question.block_size
         full = len(prepared.names) * size
@@ -283,7 +285,9 @@ class Router:
         tail = [*prepared.prompt.token_ids[full:], *work.answer_ids[:-1]]
         parent = prepared.names[-1] if prepared.names else prepared.root
         names = [*prepared.question.hashes, *(short(name) for name in block_hashes(tail, parent, size))]
-        self._answers.remember(prepared.root, prepared.prompt.rendered, "".join(work.answer), names)
+        answer = "".join(work.answer)
+        said = self._encoder.said(prepared.given, answer)
+        self._answers.remember(prepared.root, said, prepared.prompt.rendered, answer, names)
 
     # Small things
 

@@ -12,7 +12,7 @@ from router.decide import Choice, Decider
 from router.fleet import Fleet
 from router.index import PrefixIndex
 from router.link import WorkerLink
-from router.misses import Missing, explain_miss
+from router.misses import ChangedTurn, Missing, explain_miss
 from router.policy import Candidate, checked_weights, find_policy
 from router.request import PreparedPrompt
 from warmkv.v1 import common_pb2, inference_pb2
@@ -25,12 +25,12 @@ def explained(
     fleet: Fleet,
     index: PrefixIndex,
     decider: Decider,
-    retokenized_at: int | None,
+    changed: ChangedTurn | None,
 ) -> inference_pb2.ExplainResponse:
     """The message. `choice` None: no worker is eligible."""
     record, question = fleet.record, prepared.question
     policy = find_policy(record.policy)
-    missing = explain_miss(index, question.hashes, retokenized_at)
+    missing = explain_miss(index, question.hashes, changed)
     return inference_pb2.ExplainResponse(
         prompt_tokens=question.prompt_tokens,
         block_size=question.block_size,

@@ -1,20 +1,23 @@
 """Why the first block that no tier holds is missing.
 
-Covers: the order in which reasons are considered, and the memory that recognises `retokenized`: a chat whose earlier
-answer was sent back as text, which often does not encode to the ids that were sampled, so that its blocks have other
-names. Does not cover: evictions and losses as such (`index.gone`).
+Covers: the order in which reasons are considered, and the memory that recognises a chat whose earlier turn has other
+blocks than when it was answered: `retokenized`, its answer was sent back as text, which often does not encode to the
+ids that were sampled; `template_break`, the chat template writes the turn otherwise once another one follows (it drops
+thoughts, moves the system prompt, tells the time). Does not cover: evictions and losses as such (`index.gone`).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
 
 from router.holders import Gone
 from router.index import PrefixIndex
-from router.protocol import Prompt
+from router.protocol import EarlierAnswer, Prompt
 
 _DETAIL = {
     Gone.EVICTED: "It was cached and was dropped to make room; give the tiers more memory, or add a shared tier.",
@@ -22,10 +25,25 @@ _DETAIL = {
     Gone.CLEARED: "It was cached and an operator cleared it; the next request caches it again.",
     Gone.WORKER_LOST: "It was cached on a worker that is gone; a shared tier would have kept it.",
 }
-_RETOKENIZED = (
-    "An earlier answer came back as text and encodes to other ids than were sampled; send the answer's token_ids with"
-    " the message."
-)
+
+
+class Changed(StrEnum):
+    """Why an earlier turn of a chat has other blocks than when it was answered."""
+
+    RETOKENIZED = "retokenized"
+    TEMPLATE_BREAK = "template_break"
+
+
+_CHANGED_DETAIL = {
+    Changed.RETOKENIZED: (
+        "An earlier answer came back as text and encodes to other ids than were sampled; send the answer's token_ids"
+        " with the message."
+    ),
+    Changed.TEMPLATE_BREAK: (
+        "The chat template writes an earlier turn otherwise than when it was answered; `warmkv doctor --model DIR` says"
+        " what it changes, and a template that only appends keeps the cache."
+    ),
+}
 _NEVER_SEEN = "No worker has computed it, or so long ago that this router forgot; the next request caches it."
 
 
@@ -38,47 +56,75 @@ class Missing:
     detail: str
 
 
+class ChangedTurn(NamedTuple):
+    """An earlier turn with other blocks than when it was answered, and the last block that differs."""
+
+    why: Changed
+    block: int
+
+
 @dataclass(frozen=True, slots=True)
-class _Conversation:
+class _Answered:
+    """The last block of a prompt and its answer, as sampled; digests of the text that they were."""
+
     last_block: bytes
     position: int
+    texts: frozenset[bytes]
 
 
 class AnswerMemory:
-    """Which blocks a conversation's text had when its answer was sampled. Bounded: the oldest are forgotten.
+    """Which blocks a conversation had when an answer of it was sampled. Bounded: the oldest are forgotten.
 
     Texts are kept as digests only.
     """
 
     def __init__(self, *, max_entries: int = 16_384) -> None:
-        self._seen: OrderedDict[bytes, _Conversation] = OrderedDict()
+        self._seen: OrderedDict[bytes, _Answered] = OrderedDict()
         self._max_entries = max_entries
 
-    def remember(self, root: bytes, rendered: str, answer: str, hashes: Sequence[bytes]) -> None:
-        """A prompt rendered to this text was answered with that one; `hashes` name the blocks of both, as sampled."""
+    def remember(self, root: bytes, said: bytes, rendered: str, answer: str, hashes: Sequence[bytes]) -> None:
+        """A prompt was answered.
+
+        Args:
+            said: digest of the conversation with the answer (`said_digests`). rendered: the prompt's text.
+            hashes: names of the blocks of prompt and answer, as sampled.
+        """
         if not hashes:
             return
-        entry = _Conversation(hashes[-1], len(hashes) - 1)
         # Templates strip what they splice in, or not.
-        for text in {rendered + answer, rendered + answer.strip()}:
-            key = _digest(root, text)
-            self._seen[key] = entry
-            self._seen.move_to_end(key)
-        while len(self._seen) > self._max_entries:
+        texts = _digests(rendered, {answer, answer.strip()})
+        key = root + said
+        self._seen[key] = _Answered(hashes[-1], len(hashes) - 1, texts)
+        self._seen.move_to_end(key)
+        if len(self._seen) > self._max_entries:
             self._seen.popitem(last=False)
 
-    def retokenized_at(self, root: bytes, prompt: Prompt, hashes: Sequence[bytes]) -> int | None:
-        """Last block of the longest earlier answer that this prompt repeats under other names; None: there is none."""
-        for end in reversed(prompt.answer_ends):
-            earlier = self._seen.get(_digest(root, prompt.rendered[:end]))
+    def changed_turn(
+        self, root: bytes, prompt: Prompt, answers: Sequence[EarlierAnswer], hashes: Sequence[bytes]
+    ) -> ChangedTurn | None:
+        """The last earlier turn that this prompt repeats under other names; None: there is none."""
+        for answer in reversed(answers):
+            earlier = self._seen.get(root + answer.said)
             if earlier is None:
                 continue
-            same = earlier.position < len(hashes) and hashes[earlier.position] == earlier.last_block
-            return None if same else earlier.position
+            if earlier.position < len(hashes) and hashes[earlier.position] == earlier.last_block:
+                return None
+            text = None if answer.end is None else _digest(prompt.rendered[: answer.end])
+            why = Changed.RETOKENIZED if text in earlier.texts else Changed.TEMPLATE_BREAK
+            return ChangedTurn(why, earlier.position)
         return None
 
 
-def explain_miss(index: PrefixIndex, hashes: Sequence[bytes], retokenized_at: int | None) -> Missing | None:
+def said_digests(messages: Iterable[tuple[str, str]]) -> Iterator[bytes]:
+    """After each message (role, content) a digest of the conversation so far; spaces around contents do not count."""
+    digest = hashlib.blake2b(digest_size=16)
+    for role, content in messages:
+        text = content.strip().encode("utf-8", "surrogatepass")
+        digest.update(f"{role}\0{len(text)}\0".encode() + text)
+        yield digest.digest()
+
+
+def explain_miss(index: PrefixIndex, hashes: Sequence[bytes], changed: ChangedTurn | None) -> Missing | None:
     """The first block that nobody holds; None when all are held."""
     position = next((n for n, block in enumerate(hashes) if not index.held(block)), None)
     if position is None:
@@ -86,10 +132,14 @@ def explain_miss(index: PrefixIndex, hashes: Sequence[bytes], retokenized_at: in
     cause = index.gone(hashes[position])
     if cause is not None:
         return Missing(str(cause), position, _DETAIL[cause])
-    if retokenized_at is not None and position <= retokenized_at:
-        return Missing("retokenized", position, _RETOKENIZED)
+    if changed is not None and position <= changed.block:
+        return Missing(str(changed.why), position, _CHANGED_DETAIL[changed.why])
     return Missing("never_seen", position, _NEVER_SEEN)
 
 
-def _digest(root: bytes, text: str) -> bytes:
-    return hashlib.sha256(root + text.rstrip().encode("utf-8", "surrogatepass")).digest()[:16]
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.rstrip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _digests(start: str, ends: Iterable[str]) -> frozenset[bytes]:
+    return frozenset(_digest(start + end) for end in ends)

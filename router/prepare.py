@@ -72,7 +72,7 @@ class Preparer:
         prompt = await self._encoder.encode(given)
         encoded = time.perf_counter()
         vocab_size = self._fleet.vocab_size() or self._encoder.vocab_size or 0
-        check_prompt(prompt.token_ids, vocab_size, self._fleet.context_length())
+        check_prompt(prompt.token_ids, vocab_size, self._fleet.context_length(), largest_id=prompt.largest_id)
         self._seen_groups[caller.tenant] = caller.trust_group
         salt = self._salt(caller.trust_group)
         root = identity.scheme.root(salt)
@@ -87,7 +87,7 @@ class Preparer:
         )
         self._encode_seconds.observe(encoded - started)
         self._hash_seconds.observe(time.perf_counter() - encoded)
-        return PreparedPrompt(prompt, salt, root, names.full, question)
+        return PreparedPrompt(given, prompt, salt, root, names.full, question)
 
     def root_of_tenant(self, tenant: str) -> tuple[BlockHash, int]:
         """(root of its chains, tokens a block). Raises NoWorkerAvailable."""

@@ -78,14 +78,27 @@ class Prompt:
 
     Attributes:
         token_ids: the prompt. rendered: the text that was encoded (after the chat template); empty for ready ids.
-        answer_ends: chats only: for every earlier assistant message that was encoded from its text (not spliced in by
-        its ids), the position in `rendered` just behind its content, ascending. From these the router tells a prompt
-        whose earlier answer was re-encoded to other ids (`retokenized`).
+        largest_id: of token_ids; None: not looked for.
     """
 
     token_ids: list[int]
     rendered: str = ""
-    answer_ends: tuple[int, ...] = ()
+    largest_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierAnswer:
+    """An assistant message of a chat. From these the router tells why blocks of earlier turns are not found.
+
+    Attributes:
+        said: digest of the conversation up to it (`router.misses.said_digests`).
+        end: position in the rendered text just behind its content; None: it did not come out whole.
+        spliced: it came with its token ids, which stand in the prompt as they are.
+    """
+
+    said: bytes
+    end: int | None
+    spliced: bool = False
 
 
 class Encoder(Protocol):
@@ -104,6 +117,14 @@ class Encoder(Protocol):
     @property
     def vocab_size(self) -> int | None:
         """See the class."""
+        ...
+
+    async def earlier_answers(self, input: inference_pb2.Input, prompt: Prompt) -> tuple[EarlierAnswer, ...]:
+        """The assistant messages of a chat, in order. `prompt`: what `encode` made of the input."""
+        ...
+
+    def said(self, input: inference_pb2.Input, answer: str) -> bytes:
+        """Digest of a chat and its answer; equal to that of an `EarlierAnswer` of the next turn."""
         ...
 
     async def encode(self, input: inference_pb2.Input) -> Prompt:

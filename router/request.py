@@ -25,9 +25,11 @@ class PreparedPrompt:
     """A prompt with its names.
 
     Attributes:
-        salt, root: of the caller's trust group. names: of its full blocks, 32 bytes. question: for the decider.
+        given: what was encoded. salt, root: of the caller's trust group. names: of its full blocks, 32 bytes.
+        question: for the decider.
     """
 
+    given: inference_pb2.Input
     prompt: Prompt
     salt: bytes
     root: BlockHash

@@ -86,15 +86,18 @@ def check_priority(priority: int) -> None:
         raise InvalidRequest(f"priority is {priority}; set it from -{_MAX_PRIORITY} to {_MAX_PRIORITY}.")
 
 
-def check_prompt(token_ids: Sequence[int], vocab_size: int, context_length: int) -> None:
+def check_prompt(
+    token_ids: Sequence[int], vocab_size: int, context_length: int, *, largest_id: int | None = None
+) -> None:
     """Raises InvalidRequest for an empty prompt or an id out of range, ContextLengthExceeded for one that is too long.
 
-    A limit of zero is not known yet and is not checked.
+    A limit of zero is not known yet and is not checked. `largest_id`: of the ids, where it is known already.
     """
     if not token_ids:
         raise InvalidRequest("The prompt is empty; send at least one token.")
-    if vocab_size and max(token_ids) >= vocab_size:
-        raise InvalidRequest(f"Token id {max(token_ids)} is out of range; ids must be below {vocab_size}.")
+    largest = max(token_ids) if largest_id is None else largest_id
+    if vocab_size and largest >= vocab_size:
+        raise InvalidRequest(f"Token id {largest} is out of range; ids must be below {vocab_size}.")
     if context_length and len(token_ids) >= context_length:
         raise ContextLengthExceeded(
             f"The prompt has {len(token_ids):,} tokens and the model takes {context_length:,}, with the answer; send at"

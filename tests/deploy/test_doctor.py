@@ -13,7 +13,8 @@ import pytest
 import redis
 
 from deploy import doctor
-from deploy.doctor import Finding, examine
+from deploy.doctor import examine
+from deploy.finding import Finding
 from deploy.kept_secret import FILE, keep_secret
 from deploy.layers import load_settings
 from deploy.redis_server import PrivateRedis
@@ -21,6 +22,7 @@ from deploy.settings import Settings
 from deploy.state import ClusterRecord, write_record
 from tests.kvstore.redis.redis_fleets_for_tests import guarded
 from tests.kvstore.redis.redis_for_tests import binary
+from workers.tiny import make_model_folder
 
 
 def _settings(**flags: object) -> Settings:
@@ -237,3 +239,19 @@ def test_the_fleet_secret_is_looked_at_and_not_made(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("damaged")
     assert check()[0] == "fail"
     assert check(auth__fleet_secret="mine") == ("ok", "auth.fleet_secret is set")
+
+
+def test_a_chat_template_that_rewrites_earlier_turns_or_tells_the_time_is_a_warning(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    (said,) = [f for f in examine(_settings(model__dir=str(folder)), tmp_path) if f.check == "template"]
+    assert said.level == "ok"
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(
+        "{{ strftime_now('%H:%M') }}"
+        + template.replace("message['content']", "message['content'].split('</think>')[-1]")
+    )
+    findings = [f for f in examine(_settings(model__dir=str(folder)), tmp_path) if f.check == "template"]
+    assert _levels(findings) == ["warn", "warn"]
+    assert "answers with thoughts: turn 2 finds" in findings[0].found
+    assert "each minute" in findings[1].found
+    assert all(f.remedy for f in findings)

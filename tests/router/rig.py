@@ -11,7 +11,8 @@ from kvstore.layout import KVLayout
 from router.config import RouterConfig
 from router.core import Router
 from router.discovery import StaticDiscovery
-from router.protocol import Caller, Prompt, RequestContext, Role, WorkerAddress
+from router.misses import said_digests
+from router.protocol import Caller, EarlierAnswer, Prompt, RequestContext, Role, WorkerAddress
 from warmkv.v1 import inference_pb2
 from workers.config import WorkerConfig
 from workers.server import WorkerServer
@@ -41,20 +42,27 @@ class CharEncoder:
                 return self._chat(input.chat)
         return Prompt([ord(c) % 1000 for c in input.text], input.text)
 
+    def said(self, input: inference_pb2.Input, answer: str) -> bytes:
+        said = [(message.role, message.content) for message in input.chat.messages]
+        return list(said_digests([*said, ("assistant", answer)]))[-1]
+
+    async def earlier_answers(self, input: inference_pb2.Input, prompt: Prompt) -> tuple[EarlierAnswer, ...]:
+        messages, answers, end = input.chat.messages, [], 0
+        for message, said in zip(messages, said_digests((m.role, m.content) for m in messages), strict=True):
+            end += len(f"<{message.role}>{message.content}")
+            if message.role == "assistant":
+                answers.append(EarlierAnswer(said, end, spliced=bool(message.token_ids)))
+        return tuple(answers)
+
     def _chat(self, chat: inference_pb2.Chat) -> Prompt:
-        text, ends, ids = "", [], []
+        text, ids = "", []
         for message in chat.messages:
             piece = f"<{message.role}>"
             ids += [ord(c) % 1000 for c in piece]
             text += piece + message.content
-            if message.token_ids:
-                ids += message.token_ids
-            else:
-                ids += [ord(c) % 1000 for c in message.content]
-                if message.role == "assistant":
-                    ends.append(len(text))
+            ids += message.token_ids or [ord(c) % 1000 for c in message.content]
         ids += [ord(c) for c in "<assistant>"]
-        return Prompt(ids, text + "<assistant>", tuple(ends))
+        return Prompt(ids, text + "<assistant>")
 
 
 def worker_server(

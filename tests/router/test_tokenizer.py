@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from router.errors import InvalidRequest
 from router.model_folder import ModelFolderError
 from router.protocol import Encoder, Prompt
+from router.segment_memo import Encoded
 from router.tokenizer import INLINE_BYTES, MAX_MESSAGES, PromptEncoder
 from tests.router.small_tokenizers import FAMILIES, write_model_folder
 from tests.router.test_chat_template import contents, conversations, oracle
@@ -103,8 +105,18 @@ def test_ids_that_do_not_reencode_are_spliced_and_their_text_alone_is_not(encode
     assert _contains(with_ids.token_ids, answer)
     assert not _contains(without.token_ids, answer)
     assert with_ids.rendered == without.rendered
-    assert (with_ids.answer_ends, len(without.answer_ends)) == ((), 1)
-    assert without.rendered[: without.answer_ends[0]].endswith("\n\nhello")
+
+
+def test_earlier_answers_are_found_in_the_text_and_recognised_by_what_was_said(encoder: PromptEncoder) -> None:
+    answer = [encoder._tokenizer.token_to_id(c) for c in "hello"]
+    first, text = chat(("user", "a")), encoder.decode(answer)
+    for message, spliced in ((("assistant", text), False), (("assistant", "", answer), True)):
+        second = chat(("user", "a"), message, ("user", "b"))
+        prompt = encode(encoder, second)
+        (found,) = asyncio.run(encoder.earlier_answers(second, prompt))
+        assert (found.said, found.spliced) == (encoder.said(first, text), spliced)
+        assert prompt.rendered[: found.end].endswith("\n\nhello")
+    assert asyncio.run(encoder.earlier_answers(ids(1, 2), Prompt([1, 2]))) == ()
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma"])
@@ -145,7 +157,8 @@ def test_the_cue_is_there_unless_it_is_refused(encoder: PromptEncoder) -> None:
 
 
 def test_ready_ids_come_back_as_they_are(encoder: PromptEncoder) -> None:
-    assert encode(encoder, ids(5, 0, encoder.vocab_size - 1)) == Prompt([5, 0, encoder.vocab_size - 1])
+    last = encoder.vocab_size - 1
+    assert encode(encoder, ids(5, 0, last)) == Prompt([5, 0, last], largest_id=last)
 
 
 @pytest.mark.parametrize(
@@ -200,13 +213,13 @@ async def test_long_inputs_leave_the_loop_alone_and_short_ones_start_no_thread(
     encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where: list[str] = []
-    encode_pieces = encoder._encode_pieces
+    encode_pieces = encoder._memo.encode
 
-    def watched(pieces: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+    def watched(pieces: Sequence[tuple[str, str]]) -> list[Encoded]:
         where.append(threading.current_thread().name)
-        return encode_pieces(pieces, add_special_tokens=add_special_tokens)
+        return encode_pieces(pieces)
 
-    monkeypatch.setattr(encoder, "_encode_pieces", watched)
+    monkeypatch.setattr(encoder._memo, "encode", watched)
     for size in (INLINE_BYTES, INLINE_BYTES + 1):
         await encoder.encode(inference_pb2.Input(text="a" * size))
     await encoder.encode(chat(("user", "a" * INLINE_BYTES)))
