@@ -120,19 +120,93 @@ def policy_set(
         bool | None,
         typer.Option("--shared-tier-reads/--no-shared-tier-reads", help="Whether workers read blocks from Redis."),
     ] = None,
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="Only score the live requests with it; see `warmkv policy shadow`.")
+    ] = False,
     *,
     connection: Connection,
     as_json: Json = False,
 ) -> None:
-    """Change the policy: from the next request on, on all routers within a second."""
+    """Change the policy: from the next request on, on all routers within a second.
+
+    `warmkv policy rollback` returns to what was in force before.
+    """
     from deploy.render import message_json, weights_text
 
     weights = dict(_weight(text) for text in weight or ())
+    if shadow:
+        _set_shadow(connection, name, weights, shared_tier_reads)
+        return
     with connection.client() as client:
         answer = client.set_policy(name, weights, shared_tier_reads=shared_tier_reads)
     typer.echo(
         message_json(answer) if as_json else f"{answer.policy.name} {weights_text(answer.policy.weights)}".strip()
     )
+
+
+@policy_app.command("shadow", epilog="Example: warmkv policy shadow")
+@reports_failures
+@asks_router
+def policy_shadow(
+    *,
+    stop: Annotated[bool, typer.Option("--stop", help="End the shadow.")] = False,
+    connection: Connection,
+    as_json: Json = False,
+) -> None:
+    """Show what the shadow policy would have done with the requests of this router, or end it."""
+    from deploy.render import message_json
+    from deploy.render_policy import shadow_text
+
+    with connection.client() as client:
+        if stop:
+            client.set_shadow_policy()
+        answer = client.get_policy()
+    if stop:
+        typer.echo("no policy scores beside the one in force")
+    elif as_json:
+        typer.echo(message_json(answer.shadow))
+    else:
+        typer.echo(shadow_text(answer))
+
+
+@policy_app.command("rollback", epilog="Example: warmkv policy rollback --to 7")
+@reports_failures
+@asks_router
+def policy_rollback(
+    *,
+    to: Annotated[
+        int, typer.Option("--to", metavar="VERSION", min=0, help="A version of `policy history`; 0: before the last.")
+    ] = 0,
+    connection: Connection,
+    as_json: Json = False,
+) -> None:
+    """Return to the policy before the last change; once more returns to where you were."""
+    from deploy.render import message_json, weights_text
+
+    with connection.client() as client:
+        answer = client.rollback_policy(to)
+    text = f"{answer.policy.name} {weights_text(answer.policy.weights)}".strip()
+    typer.echo(message_json(answer) if as_json else f"version {answer.version}: {text}")
+
+
+@policy_app.command("history", epilog="Example: warmkv policy history")
+@reports_failures
+@asks_router
+def policy_history(*, connection: Connection, as_json: Json = False) -> None:
+    """Show the last changes of the policy: when, by whom, from what to what."""
+    from deploy.render_policy import history_json, history_text
+
+    with connection.client() as client:
+        answer = client.get_policy()
+    typer.echo(history_json(answer) if as_json else history_text(answer))
+
+
+def _set_shadow(connection: Connection, name: str, weights: dict[str, float], shared_tier_reads: bool | None) -> None:
+    if shared_tier_reads is not None:
+        raise Failure("--shadow scores decisions only; leave --shared-tier-reads out", USAGE)
+    with connection.client() as client:
+        client.set_shadow_policy(name, weights)
+    typer.echo(f"{name} scores the live requests; `warmkv policy shadow` shows what it would have done")
 
 
 def _weight(text: str) -> tuple[str, float]:

@@ -7,6 +7,7 @@ ends, the next `up` finds them with their caches warm, and `down` ends them.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import signal
@@ -70,6 +71,8 @@ async def up(loaded: Loaded, state_dir: Path, *, ephemeral: bool, say: Say) -> N
             rollout = Rollout(loaded, discovery, say, started_at, state_dir=state_dir)
             secret = await _unless(stop, rollout.begin())
             config = settings.router_config(_router_name(settings), model_dir=str(folder), fleet_secret=secret)
+            if not ephemeral:
+                config = replace(config, record_file=str(_record_file(settings, state_dir)))
             await _serve(config, Borrowed(discovery), stop, say, meanwhile=rollout.finish)
         finally:
             if ephemeral:
@@ -263,6 +266,13 @@ async def _until_stopped(stop: Stop, watching: asyncio.Future[None] | None) -> N
             stopped.cancel()
             raise
     await stopped
+
+
+def _record_file(settings: Settings, state_dir: Path) -> Path:
+    """Where the fleet's policy is kept: one file for the own Ray, and one for each that was joined."""
+    address = settings.ray.address
+    name = "policy" if address is None else f"policy-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+    return state_dir / f"{name}.json"
 
 
 async def _learn(settings: Settings, discovery: RayDiscovery, card_dir: Path) -> RouterConfig:

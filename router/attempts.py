@@ -22,6 +22,7 @@ from router.flight import FlightEnd, FlightGap, FlightLost
 from router.metrics import Metrics
 from router.readiness import Readiness, time_left, too_late
 from router.request import PreparedPrompt, Request
+from router.shadow import Shadow
 from router.traffic import Traffic
 from warmkv.v1 import common_pb2, worker_pb2
 
@@ -38,8 +39,10 @@ class Attempts:
         traffic: Traffic,
         readiness: Readiness,
         recent: Recent,
+        shadow: Shadow,
         metrics: Metrics,
     ) -> None:
+        self._shadow = shadow
         self._fleet = fleet
         self._decider = decider
         self._traffic = traffic
@@ -133,6 +136,7 @@ class Attempts:
     def _note(self, work: Request, choice: Choice, prompt_tokens: int) -> None:
         work.choice = choice
         self._metrics.decisions.labels(choice.policy.name, choice.decision.reason).inc()
+        self._shadow.scored(choice, work.context.request_id)
         work.record = self._recent.decided(
             choice,
             request_id=work.context.request_id,

@@ -37,6 +37,7 @@ class RouterConfig:
         drain_grace_s: how long running requests may take after SIGTERM.
         show_prompts: hand out first words of prompts in statistics to admins that ask.
         reflection: serve gRPC reflection.
+        record_file: where the policy in force, its history and owed clears are kept; None: nowhere.
     """
 
     name: str
@@ -62,3 +63,4 @@ class RouterConfig:
     drain_grace_s: float = 30.0
     show_prompts: bool = False
     reflection: bool = True
+    record_file: str | None = None

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import grpc
 
@@ -37,7 +38,9 @@ from router.prefix_map import PrefixMap
 from router.prepare import Preparer
 from router.protocol import Caller, Discovery, Encoder, RequestContext
 from router.readiness import Readiness, time_left
+from router.record_file import keeper, restored
 from router.request import PreparedPrompt, Request, job_for
+from router.shadow import Shadow
 from router.traffic import Traffic
 from router.validation import check_cache, check_model, check_priority, filled_cache, filled_sampling
 from router.worker_stream import LinkSettings
@@ -96,10 +99,13 @@ class Router:
         readiness = Readiness(self.fleet, clock, patience_s=wait_for_worker_s)
         self._decider = Decider(self.fleet, self._index, self._traffic, clock)
         self._preparer = Preparer(config, encoder, self.fleet, readiness, self.metrics, trust_group_of=trust_group_of)
-        self._attempts = Attempts(self.fleet, self._decider, self._traffic, readiness, self._recent, self.metrics)
+        shadow = Shadow(wall_clock, self.metrics)
+        self._attempts = Attempts(
+            self.fleet, self._decider, self._traffic, readiness, self._recent, shadow, self.metrics
+        )
         self._board = Board(self.fleet, self._index, self._prefixes, self._recent)
         self.cache = CacheAdmin(self.fleet, self._index, self._preparer, self._decider, wall_clock=wall_clock)
-        self._operators = Operators(config.name, self.fleet, self._board, self._preparer)
+        self._operators = Operators(config.name, self.fleet, self._board, self._preparer, shadow, wall_clock=wall_clock)
         self.metrics.export_gauges(self._gauges)
 
     async def start(self) -> None:
@@ -203,9 +209,21 @@ class Router:
         """The policy in force and those available."""
         return self._operators.get_policy()
 
-    def set_policy(self, request: admin_pb2.SetPolicyRequest) -> admin_pb2.SetPolicyResponse:
+    def set_policy(self, request: admin_pb2.SetPolicyRequest, *, caller: Caller) -> admin_pb2.SetPolicyResponse:
         """From the next request on, on all routers within a second. Raises InvalidRequest; then nothing changed."""
-        return self._operators.set_policy(request)
+        return self._operators.set_policy(request, caller=caller)
+
+    def rollback_policy(
+        self, request: admin_pb2.RollbackPolicyRequest, *, caller: Caller
+    ) -> admin_pb2.RollbackPolicyResponse:
+        """Return to an earlier policy. Raises InvalidRequest; then nothing changed."""
+        return self._operators.rollback_policy(request, caller=caller)
+
+    def set_shadow_policy(
+        self, request: admin_pb2.SetShadowPolicyRequest, *, caller: Caller
+    ) -> admin_pb2.SetShadowPolicyResponse:
+        """Let a policy score without acting, or end that. Raises InvalidRequest; then nothing changed."""
+        return self._operators.set_shadow_policy(request, caller=caller)
 
     async def clear_cache(
         self, request: admin_pb2.ClearCacheRequest, *, caller: Caller
@@ -293,17 +311,20 @@ class Router:
 
     def _make_fleet(self, encoder: Encoder, discovery: Discovery, credentials: grpc.ChannelCredentials | None) -> Fleet:
         config = self._config
+        record = FleetRecord(0, config.name, config.policy, dict(config.weights), frozenset(), config.shared_tier_reads)
+        file = Path(config.record_file) if config.record_file else None
         return Fleet(
             discovery,
             self._index,
             self.metrics,
             LinkSettings(config.name, _package_version(), config.fleet_secret, credentials),
             Expected(config.model_name, encoder.tokenizer_sha256),
-            FleetRecord(0, config.name, config.policy, dict(config.weights), frozenset(), config.shared_tier_reads),
+            restored(file, record) if file else record,
             clock=self._clock,
             jitter=self._rng.random,
             on_worker_gone=self._traffic.forget,
             wall_clock=self._wall_clock,
+            keep_record=keeper(file, record.setting) if file else _kept_nowhere,
         )
 
     def _label(self, given: inference_pb2.Input) -> str:
@@ -338,6 +359,10 @@ def _code_of_leaving(context: RequestContext) -> grpc.StatusCode:
     if context.deadline is not None and time_left(context.deadline) <= _SAME_MOMENT_S:
         return grpc.StatusCode.DEADLINE_EXCEEDED
     return grpc.StatusCode.CANCELLED
+
+
+def _kept_nowhere(_record: FleetRecord) -> None:
+    return
 
 
 def _package_version() -> str:

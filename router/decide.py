@@ -16,6 +16,7 @@ from router.link import WorkerLink
 from router.peers import Holder, Holders, holders
 from router.policies.protocol import NO_BLOCK_LOAD, BlockLoad, Candidate, Decision, Policy, RouteRequest
 from router.policy import checked_weights, find_policy
+from router.policy_history import PolicySetting
 from router.traffic import Traffic
 
 
@@ -49,6 +50,8 @@ class Choice:
         candidates: the eligible ones. held: blocks that the chosen worker really has, those on their way not counted.
         peers: whom the chosen worker could read blocks from that it lacks.
         runner_up: empty when there was no other; runner_up_extra_ms: what it would have cost more.
+        shadow: what the policy that only scores would have chosen of the same candidates; None: there is no such.
+        shadowed_by: that policy.
     """
 
     policy: Policy
@@ -60,6 +63,8 @@ class Choice:
     peers: Sequence[Holder]
     runner_up: str
     runner_up_extra_ms: float
+    shadow: Decision | None = None
+    shadowed_by: PolicySetting | None = None
 
     @property
     def worker(self) -> str:
@@ -103,7 +108,14 @@ class Decider:
         chosen = decision.chosen.worker
         own = overlaps.get(chosen, NO_OVERLAP)
         hints = peers.hints(chosen, own.host)
-        return Choice(policy, weights, request, candidates, decision, own.disk, hints, runner_up, extra_ms)
+        choice = Choice(policy, weights, request, candidates, decision, own.disk, hints, runner_up, extra_ms)
+        shadow = self._fleet.record.shadow
+        return choice if shadow is None else replace(choice, shadow=_scored(choice, shadow), shadowed_by=shadow)
+
+    def _counts_blocks(self) -> bool:
+        record = self._fleet.record
+        names = (record.policy, record.shadow.name) if record.shadow else (record.policy,)
+        return any(find_policy(name).counts_blocks for name in names)
 
     def taken(self) -> None:
         """A decision was acted on: the next one is another turn."""
@@ -123,7 +135,7 @@ class Decider:
         """What is known of each of these workers with regard to the question."""
         fits = pool_fits({link.name: link.report.load.fit if link.report else None for link in links})
         shares = _Shares(question, [] if question.no_read else self._traffic.sharers(question.hashes))
-        blocks = find_policy(self._fleet.record.policy).counts_blocks
+        blocks = self._counts_blocks()
         return [
             self._candidate(
                 question,
@@ -192,6 +204,11 @@ class Decider:
 
     def _able(self, link: WorkerLink, question: Question) -> bool:
         return self._fleet.takes_requests(link) and link.name not in question.avoid
+
+
+def _scored(choice: Choice, shadow: PolicySetting) -> Decision:
+    policy = find_policy(shadow.name)
+    return policy.choose(choice.request, choice.candidates, checked_weights(policy, shadow.weights))
 
 
 class _Shares:

@@ -70,7 +70,10 @@ class Fleet:
         jitter: Callable[[], float],
         on_worker_gone: Callable[[str], None],
         wall_clock: Callable[[], float] = time.time,
+        keep_record: Callable[[FleetRecord], None] = lambda _record: None,
     ) -> None:
+        """`keep_record`: called with each record that is put in force, to be known after a restart."""
+        self._keep_record = keep_record
         self.record = record
         self.identity: FleetIdentity | None = None
         self._context_length = 0
@@ -169,9 +172,11 @@ class Fleet:
         """Put a newer record in force here, and tell the fleet.
 
         Raises:
-            InvalidRequest: its policy or a weight is not allowed.
+            InvalidRequest: its policy, that of its shadow or a weight is not allowed.
         """
         checked_weights(find_policy(record.policy), record.weights)
+        if record.shadow is not None:
+            checked_weights(find_policy(record.shadow.name), record.shadow.weights)
         self._tell(record)
 
     async def clear(self, request: worker_pb2.Clear, *, shared_tier: bool) -> dict[str, worker_pb2.ClearDone]:
@@ -290,6 +295,7 @@ class Fleet:
     def _tell(self, record: FleetRecord) -> None:
         """Put it in force, tell every worker, and ask each for the clears that it owes."""
         self.record = record
+        self._keep_record(record)
         for link in self.links():
             link.send_record(record.to_wire())
         self._ask(self.links())

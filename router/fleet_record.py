@@ -1,4 +1,4 @@
-"""What all routers of a fleet agree on: policy, weights, drained workers, shared-tier reads, past clears.
+"""What all routers of a fleet agree on: policy, weights, its shadow and history, drained workers, past clears.
 
 Covers: which of two records wins, changing one, and the wire form. Does not cover: carrying it (`fleet`). The greatest
 (version, author) wins, so routers that change it at the same moment end with the same record whatever the order of
@@ -12,12 +12,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from kvstore.past_clears import PastClear, merged
+from router.policy_history import (
+    MAX_CHANGES,
+    Order,
+    PolicyChange,
+    PolicySetting,
+    changes_from_wire,
+    setting_from_wire,
+)
 from warmkv.v1 import worker_pb2
 
 
 @dataclass(frozen=True, slots=True)
 class FleetRecord:
-    """See worker.proto. Weights are those that were set; others are at their defaults."""
+    """See worker.proto. Weights are those that were set; others are at their defaults. `changes`: the oldest first."""
 
     version: int
     author: str
@@ -26,6 +34,13 @@ class FleetRecord:
     drained: frozenset[str] = frozenset()
     shared_tier_reads: bool = True
     clears: tuple[PastClear, ...] = ()
+    shadow: PolicySetting | None = None
+    changes: tuple[PolicyChange, ...] = ()
+
+    @property
+    def setting(self) -> PolicySetting:
+        """What is in force."""
+        return PolicySetting(self.policy, self.weights, self.shared_tier_reads)
 
     def beats(self, other: FleetRecord) -> bool:
         """Whether this one is in force and the other one is history."""
@@ -43,13 +58,28 @@ class FleetRecord:
         """The same version, with these clears in place of its own."""
         return replace(self, clears=tuple(clears))
 
-    def with_policy(self, author: str, policy: str, weights: Mapping[str, float]) -> FleetRecord:
-        """The next version, with that policy."""
-        return replace(self, version=self.version + 1, author=author, policy=policy, weights=dict(weights))
+    def with_setting(self, author: str, order: Order, after: PolicySetting, *, by: str, time_ms: int) -> FleetRecord:
+        """The next version, with another policy in force; `order` is SET or ROLLBACK."""
+        changed = self._noted(author, order, self.setting, after, by=by, time_ms=time_ms)
+        return replace(
+            changed, policy=after.name, weights=dict(after.weights), shared_tier_reads=after.shared_tier_reads
+        )
 
-    def with_shared_tier_reads(self, author: str, *, enabled: bool) -> FleetRecord:
-        """The next version, with reads from the shared tier on or off."""
-        return replace(self, version=self.version + 1, author=author, shared_tier_reads=enabled)
+    def with_shadow(self, author: str, after: PolicySetting | None, *, by: str, time_ms: int) -> FleetRecord:
+        """The next version, with a policy that scores without acting; None: without one."""
+        order = Order.SHADOW if after else Order.UNSHADOW
+        none = PolicySetting()
+        changed = self._noted(author, order, self.shadow or none, after or none, by=by, time_ms=time_ms)
+        return replace(changed, shadow=after)
+
+    def _noted(
+        self, author: str, order: Order, before: PolicySetting, after: PolicySetting, *, by: str, time_ms: int
+    ) -> FleetRecord:
+        # After a restart with other settings the history is ahead of the record.
+        version = max(self.version, self.changes[-1].version if self.changes else 0) + 1
+        change = PolicyChange(version, time_ms, by, author, order, before, after)
+        kept = (*self.changes, change)[-MAX_CHANGES:]
+        return replace(self, version=version, author=author, changes=kept)
 
     def with_drained(self, author: str, worker: str) -> FleetRecord:
         """The next version, in which the worker gets nothing new."""
@@ -69,6 +99,8 @@ class FleetRecord:
             drained=sorted(self.drained),
             shared_tier_reads=self.shared_tier_reads,
             clears=[_clear_to_wire(clear) for clear in self.clears],
+            shadow=self.shadow.to_wire() if self.shadow else None,
+            changes=[change.to_wire() for change in self.changes],
         )
 
 
@@ -85,6 +117,8 @@ def from_wire(record: worker_pb2.FleetRecord) -> FleetRecord:
             PastClear(each.number, each.author, each.chain_root, each.prefix_hash, frozenset(each.confirmed))
             for each in record.clears
         ),
+        shadow=setting_from_wire(record.shadow) if record.shadow.name else None,
+        changes=changes_from_wire(record.changes),
     )
 
 

@@ -62,6 +62,17 @@ class Metrics:
             "request_retries", "Requests sent again because their worker was lost.", "worker"
         )
         self.decisions = declare.counter("route_decisions", "Routing decisions.", "policy", "reason")
+        self.shadow_decisions = declare.counter(
+            "shadow_decisions",
+            "Decisions that a shadow policy scored, by whether it would have agreed.",
+            "policy",
+            "same",
+        )
+        self.shadow_ttft_seconds = declare.counter(
+            "shadow_predicted_ttft_seconds",
+            "Predicted times to the first token of scored decisions, of the policy in force and of the shadow.",
+            "side",
+        )
         self.overlap = declare.counter(
             "route_overlap_tokens",
             "Prompt tokens expected to be reused (predicted), and reused; the gap is the index's error.",
@@ -111,6 +122,12 @@ class Metrics:
         if entry.fates:
             self.overlap.labels("predicted").inc(entry.predicted_cached)
             self.overlap.labels("reused").inc(entry.reused)
+
+    def count_shadow(self, policy: str, *, same: bool, ttft_ms: float, shadow_ttft_ms: float) -> None:
+        """A decision was scored by a shadow policy: whether it agreed, and what was predicted for either choice."""
+        self.shadow_decisions.labels(policy, "yes" if same else "no").inc()
+        self.shadow_ttft_seconds.labels("in_force").inc(ttft_ms / 1000.0)
+        self.shadow_ttft_seconds.labels("shadow").inc(shadow_ttft_ms / 1000.0)
 
     def observe_ttft(self, seconds: float, predicted_ms: float) -> None:
         """A first token came; `predicted_ms` zero: nothing was predicted."""

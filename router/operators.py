@@ -6,20 +6,36 @@ how the record travels (`fleet`), what else is asked of the cache (`cache_admin`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from kvstore.blocks import block_hashes
 from router.audit import audited
 from router.board import Board
 from router.errors import InvalidRequest
 from router.fleet import Fleet
+from router.policy_history import Order, PolicySetting, rollback_target
 from router.prepare import Preparer
 from router.protocol import Caller
+from router.shadow import Shadow
 from warmkv.v1 import admin_pb2, common_pb2, worker_pb2
 
 
 class Operators:
-    """`author`: this router's name, under which changes travel."""
+    """`author`: this router's name, under which changes travel. `wall_clock`: seconds since 1970."""
 
-    def __init__(self, author: str, fleet: Fleet, board: Board, preparer: Preparer) -> None:
+    def __init__(
+        self,
+        author: str,
+        fleet: Fleet,
+        board: Board,
+        preparer: Preparer,
+        shadow: Shadow,
+        *,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._shadow = shadow
+        self._wall_clock = wall_clock
         self._author = author
         self._fleet = fleet
         self._board = board
@@ -47,29 +63,68 @@ class Operators:
         return started, stopped
 
     def get_policy(self) -> admin_pb2.GetPolicyResponse:
-        """The policy in force and those available."""
+        """The policy in force, its shadow and its past, and those available."""
+        record = self._fleet.record
         return admin_pb2.GetPolicyResponse(
             policy=self._board.policy(),
-            version=self._fleet.record.version,
+            version=record.version,
             available=self._board.policies(),
-            shared_tier_reads=self._fleet.record.shared_tier_reads,
+            shared_tier_reads=record.shared_tier_reads,
+            shadow=self._shadow.report(record),
+            changes=[change.to_wire() for change in reversed(record.changes)],
         )
 
-    def set_policy(self, request: admin_pb2.SetPolicyRequest) -> admin_pb2.SetPolicyResponse:
+    def set_policy(self, request: admin_pb2.SetPolicyRequest, *, caller: Caller) -> admin_pb2.SetPolicyResponse:
         """From the next request on, on all routers within a second. Raises InvalidRequest; then nothing changed.
 
         A policy without weights gets its defaults; without a name, the given weights change in the policy in force.
         """
         record = self._fleet.record
+        after = record.setting
         if request.HasField("policy"):
             kept = {} if request.policy.name else record.weights
             weights = {**kept, **request.policy.weights}
-            record = record.with_policy(self._author, request.policy.name or record.policy, weights)
+            after = replace(after, name=request.policy.name or record.policy, weights=weights)
         if request.HasField("shared_tier_reads"):
-            record = record.with_shared_tier_reads(self._author, enabled=request.shared_tier_reads)
-        if record is not self._fleet.record:
-            self._fleet.change(record)
+            after = replace(after, shared_tier_reads=request.shared_tier_reads)
+        if after != record.setting:
+            self._put_in_force(Order.SET, after, caller)
         return admin_pb2.SetPolicyResponse(policy=self._board.policy(), version=self._fleet.record.version)
+
+    def rollback_policy(
+        self, request: admin_pb2.RollbackPolicyRequest, *, caller: Caller
+    ) -> admin_pb2.RollbackPolicyResponse:
+        """Return to an earlier policy. Raises InvalidRequest; then nothing changed."""
+        self._put_in_force(Order.ROLLBACK, rollback_target(self._fleet.record.changes, request.to_version), caller)
+        record = self._fleet.record
+        return admin_pb2.RollbackPolicyResponse(
+            policy=self._board.policy(), version=record.version, shared_tier_reads=record.shared_tier_reads
+        )
+
+    def set_shadow_policy(
+        self, request: admin_pb2.SetShadowPolicyRequest, *, caller: Caller
+    ) -> admin_pb2.SetShadowPolicyResponse:
+        """Let a policy score without acting, or end that. Raises InvalidRequest; then nothing changed."""
+        record = self._fleet.record
+        after = None
+        if request.HasField("policy"):
+            after = PolicySetting(request.policy.name, dict(request.policy.weights), record.shared_tier_reads)
+        if after != record.shadow:
+            changed = record.with_shadow(self._author, after, by=caller.tenant, time_ms=self._now_ms())
+            with audited("shadow", caller, policy=_told(after), was=_told(record.shadow), version=changed.version):
+                self._fleet.change(changed)
+        return admin_pb2.SetShadowPolicyResponse(version=self._fleet.record.version)
+
+    def _put_in_force(self, order: Order, after: PolicySetting, caller: Caller) -> None:
+        record = self._fleet.record
+        changed = record.with_setting(self._author, order, after, by=caller.tenant, time_ms=self._now_ms())
+        with audited(
+            f"policy {order}", caller, policy=_told(after), was=_told(record.setting), version=changed.version
+        ):
+            self._fleet.change(changed)
+
+    def _now_ms(self) -> int:
+        return int(self._wall_clock() * 1000)
 
     async def clear_cache(
         self, request: admin_pb2.ClearCacheRequest, *, caller: Caller
@@ -96,6 +151,15 @@ class Operators:
                     raise InvalidRequest(f"The prefix is shorter than a block; send at least {size} token ids.")
                 return worker_pb2.Clear(chain_root=root, prefix_hash=names[-1])
         raise InvalidRequest("The scope is missing; set all to true, or name a tenant, or give a prefix.")
+
+
+def _told(setting: PolicySetting | None) -> str:
+    """As the log says it."""
+    if setting is None:
+        return "none"
+    weights = " ".join(f"{name}={value:g}" for name, value in sorted(setting.weights.items()))
+    reads = "" if setting.shared_tier_reads else " without shared-tier reads"
+    return f"{setting.name} {weights}".rstrip() + reads
 
 
 def _tenant(request: admin_pb2.ClearCacheRequest) -> str:

@@ -217,8 +217,20 @@ class RouterApi(Protocol):
         """The policy in force and those available."""
         ...
 
-    def set_policy(self, request: admin_pb2.SetPolicyRequest) -> admin_pb2.SetPolicyResponse:
+    def set_policy(self, request: admin_pb2.SetPolicyRequest, *, caller: Caller) -> admin_pb2.SetPolicyResponse:
         """From the next request on, on all routers within a second. Raises InvalidRequest."""
+        ...
+
+    def rollback_policy(
+        self, request: admin_pb2.RollbackPolicyRequest, *, caller: Caller
+    ) -> admin_pb2.RollbackPolicyResponse:
+        """Return to an earlier policy. Raises InvalidRequest."""
+        ...
+
+    def set_shadow_policy(
+        self, request: admin_pb2.SetShadowPolicyRequest, *, caller: Caller
+    ) -> admin_pb2.SetShadowPolicyResponse:
+        """Let a policy score without acting, or end that. Raises InvalidRequest."""
         ...
 
     async def clear_cache(

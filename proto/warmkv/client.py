@@ -41,6 +41,7 @@ from warmkv.requests import (
     list_blocks_request,
     pin_request,
     set_policy_request,
+    set_shadow_policy_request,
     tokenize_request,
     unpin_request,
     warm_request,
@@ -132,6 +133,16 @@ class Client:
     ) -> admin_pb2.SetPolicyResponse:
         """Change the policy, from the next request on; what is left out stays as it is."""
         return self._ask(self._admin.SetPolicy, set_policy_request(name, weights, shared_tier_reads))
+
+    def set_shadow_policy(
+        self, name: str = "", weights: Mapping[str, float] | None = None
+    ) -> admin_pb2.SetShadowPolicyResponse:
+        """Let a policy score the live requests without acting; without a name: end that. See `get_policy().shadow`."""
+        return self._ask(self._admin.SetShadowPolicy, set_shadow_policy_request(name, weights))
+
+    def rollback_policy(self, to_version: int = 0) -> admin_pb2.RollbackPolicyResponse:
+        """Return to the policy before the last change, or to the one that a version put in force."""
+        return self._ask(self._admin.RollbackPolicy, admin_pb2.RollbackPolicyRequest(to_version=to_version))
 
     def clear_cache(self, scope: admin_pb2.ClearCacheRequest) -> admin_pb2.ClearCacheResponse:
         """Drop blocks; returns when every worker confirmed."""

@@ -269,6 +269,19 @@ def set_policy_request(
     return request
 
 
+def set_shadow_policy_request(name: str, weights: Mapping[str, float] | None) -> admin_pb2.SetShadowPolicyRequest:
+    """The request of `set_shadow_policy`; an empty name ends it.
+
+    Raises:
+        ValueError: weights without a name.
+    """
+    if not name:
+        if weights:
+            raise ValueError("weights were given and no policy; name the policy that shall score.")
+        return admin_pb2.SetShadowPolicyRequest()
+    return admin_pb2.SetShadowPolicyRequest(policy=admin_pb2.Policy(name=name, weights=weights or {}))
+
+
 def _message(message: ChatMessage | Mapping[str, Any]) -> inference_pb2.ChatMessage:
     if isinstance(message, Mapping):
         message = ChatMessage(**message)

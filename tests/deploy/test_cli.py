@@ -41,6 +41,9 @@ COMMANDS = [
     ["explain"],
     ["policy", "show"],
     ["policy", "set"],
+    ["policy", "shadow"],
+    ["policy", "rollback"],
+    ["policy", "history"],
     ["cache", "ls"],
     ["cache", "stats"],
     ["cache", "warm"],
@@ -244,6 +247,32 @@ def test_explain_shows_candidates_choice_and_miss_and_changes_nothing(fleet: Fle
     assert "w1" in first.stdout
     assert "first missing block: 0 (never_seen)" in second.stdout
     assert fleet.json("explain", text)["policy"] == "cache_aware"
+
+
+def test_a_policy_scores_in_the_shadow_and_is_rolled_back(fleet: Fleet) -> None:
+    assert "no policy scores" in fleet.run("policy", "shadow").stdout
+    assert fleet.run("policy", "set", "round_robin").returncode == 0
+    assert "scores the live requests" in fleet.run("policy", "set", "lowest_ttft", "--shadow").stdout
+    assert "in force: round_robin" in fleet.run("policy", "show").stdout
+    assert "scored no request" in fleet.run("policy", "shadow").stdout
+    assert fleet.run("generate", "--max-tokens", "1", "a prompt for the shadow").returncode == 0
+    assert "1 requests since" in fleet.run("policy", "shadow").stdout
+    assert fleet.json("policy", "shadow")["decisions"] == "1"
+    refused = fleet.run("policy", "set", "lowest_ttft", "--shadow", "--no-shared-tier-reads")
+    assert (refused.returncode, "leave --shared-tier-reads out" in refused.stderr) == (2, True)
+    fleet.run("policy", "shadow", "--stop")
+    assert "no policy scores" in fleet.run("policy", "shadow").stdout
+    assert "cache_aware" in fleet.run("policy", "rollback").stdout
+    header, newest, *_ = fleet.run("policy", "history").stdout.splitlines()
+    assert header.split() == ["version", "when", "(UTC)", "by", "router", "order", "from", "to"]
+    assert "rollback" in newest
+    assert [change["order"] for change in fleet.json("policy", "history")["changes"]][:4] == [
+        "rollback",
+        "unshadow",
+        "shadow",
+        "set",
+    ]
+    assert "choose one of" in fleet.run("policy", "rollback", "--to", "999").stderr
 
 
 def test_a_policy_is_set_and_shown_with_its_weights(fleet: Fleet) -> None:

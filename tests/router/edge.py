@@ -97,9 +97,19 @@ class WordRouter:
     def get_policy(self) -> admin_pb2.GetPolicyResponse:
         return admin_pb2.GetPolicyResponse(policy=self.policy, version=1)
 
-    def set_policy(self, request: admin_pb2.SetPolicyRequest) -> admin_pb2.SetPolicyResponse:
+    def set_policy(self, request: admin_pb2.SetPolicyRequest, *, caller: Caller) -> admin_pb2.SetPolicyResponse:
         self.policy.MergeFrom(request.policy)
         return admin_pb2.SetPolicyResponse(policy=self.policy, version=2)
+
+    def rollback_policy(
+        self, request: admin_pb2.RollbackPolicyRequest, *, caller: Caller
+    ) -> admin_pb2.RollbackPolicyResponse:
+        return admin_pb2.RollbackPolicyResponse(policy=self.policy, version=request.to_version)
+
+    def set_shadow_policy(
+        self, request: admin_pb2.SetShadowPolicyRequest, *, caller: Caller
+    ) -> admin_pb2.SetShadowPolicyResponse:
+        return admin_pb2.SetShadowPolicyResponse(version=3)
 
     async def clear_cache(
         self, request: admin_pb2.ClearCacheRequest, *, caller: Caller

@@ -184,7 +184,9 @@ class ScriptedRouter:
             shared_tier_reads=self.now.shared_tier_reads,
         )
 
-    def set_policy(self, request: admin_pb2.SetPolicyRequest) -> admin_pb2.SetPolicyResponse:
+    def set_policy(
+        self, request: admin_pb2.SetPolicyRequest, *, caller: Caller | None = None
+    ) -> admin_pb2.SetPolicyResponse:
         known = {info.name: info for info in self.get_policy().available}
         if request.HasField("policy"):
             name = request.policy.name
@@ -196,6 +198,12 @@ class ScriptedRouter:
         self.applied.append(request)
         self._version += 1
         return admin_pb2.SetPolicyResponse(policy=self.now.policy, version=self._version)
+
+    def rollback_policy(self, request: Any, *, caller: Caller) -> admin_pb2.RollbackPolicyResponse:
+        raise NotImplementedError
+
+    def set_shadow_policy(self, request: Any, *, caller: Caller) -> admin_pb2.SetShadowPolicyResponse:
+        raise NotImplementedError
 
     def list_workers(self) -> list[admin_pb2.WorkerInfo]:
         return list(self.now.workers)

@@ -16,7 +16,7 @@ from router.policy import POLICIES
 from router.protocol import Caller, Role, RouterApi
 from router.request import turn_of
 from tests.router.fake_worker import FakeWorker, breaks, refuses, says_one_token, stays_quiet
-from tests.router.rig import ALICE, all_ready, context, eventually, generate, request, rig, states, tokens
+from tests.router.rig import ADMIN, ALICE, all_ready, context, eventually, generate, request, rig, states, tokens
 from tests.router.test_fleet import explain, fakes
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 from workers.simulated_sequence import Timing
@@ -133,7 +133,7 @@ async def test_each_policy_can_be_set_and_decides() -> None:
         await all_ready(router, 3)
         reasons = {}
         for info in router.get_policy().available:
-            router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name=info.name)))
+            router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name=info.name)), caller=ADMIN)
             answers = [await generate(router, request(tokens(n, 40))) for n in range(3)]
             assert {a.route.policy for a in answers} == {info.name}
             reasons[info.name] = answers[0].route.reason
@@ -149,7 +149,7 @@ async def test_a_request_whose_worker_is_lost_before_it_spoke_is_answered_by_ano
     dying, good = FakeWorker("w0", breaks), FakeWorker("w1")
     async with fakes(dying, good) as (_, router):
         await all_ready(router, 2)
-        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")))
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")), caller=ADMIN)
         answer = await generate(router, request(tokens(1, 20)))
         assert (answer.route.worker, answer.route.retries) == ("w1", 1)
         stats = await settled(router, 1)
@@ -393,7 +393,7 @@ async def test_explain_says_what_generate_then_does_and_changes_nothing() -> Non
         router = await fleet.start_router()
         await all_ready(router, 3)
         for policy in POLICIES:
-            router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name=policy)))
+            router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name=policy)), caller=ADMIN)
             for seed in range(4):
                 await asyncio.sleep(0.06)  # until reports are in
                 before = router.stats(show_prompts=False)
@@ -413,13 +413,13 @@ async def test_explain_of_policies_that_price_and_of_one_that_counts_blocks() ->
         router = await fleet.start_router()
         await all_ready(router, 2)
         worker = await warmed(router, tokens(1, 160))
-        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="lowest_ttft")))
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="lowest_ttft")), caller=ADMIN)
         explained = await explain(router, tokens(1, 160))
         assert (explained.worker, explained.reason) == (worker, "prefix")
         for candidate in explained.candidates:
             assert [(t.name, t.weight) for t in candidate.terms] == [("queue", 1), ("load", 1), ("compute", 1)]
             assert candidate.cost_ms == candidate.predicted_ttft_ms == pytest.approx(sum(t.ms for t in candidate.terms))
-        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="dynamo_cost")))
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="dynamo_cost")), caller=ADMIN)
         explained = await explain(router, tokens(1, 160))
         assert (explained.worker, explained.reason) == (worker, "prefix")
         assert [(c.cost_ms, list(c.terms)) for c in explained.candidates] == [(0, [])] * 2
@@ -437,7 +437,7 @@ async def test_dynamo_cost_counts_the_blocks_of_requests_in_flight() -> None:
             await anext(stream)
             busy = router.stats(show_prompts=False).recent[0].worker
             assert busy != long
-            router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="dynamo_cost")))
+            router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="dynamo_cost")), caller=ADMIN)
             assert (await explain(router, tokens(3, 64))).worker == long
 
 
@@ -460,7 +460,7 @@ async def test_explain_shows_what_each_worker_holds_and_what_it_would_cost() -> 
             assert sum(t.ms for t in candidate.terms) == pytest.approx(candidate.predicted_ttft_ms)
             assert [t.name for t in candidate.terms] == ["queue", "load", "compute"]
         assert best.cost_ms < other.cost_ms
-        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(weights={"compute": 3.0})))
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(weights={"compute": 3.0})), caller=ADMIN)
         dearer = (await explain(router, [*tokens(1, 160), *tokens(2, 40)])).candidates[0]
         assert dearer.terms[2].weight == pytest.approx(3 * 1.5)
 
@@ -635,7 +635,7 @@ def gaps(worker: FakeWorker, job: object) -> None:
 async def test_gaps_in_the_streams_of_healthy_workers_are_no_losses_and_another_worker_is_preferred() -> None:
     async with fakes(*(FakeWorker(f"w{n}", gaps) for n in range(3)), FakeWorker("w3")) as (_, router):
         await all_ready(router, 4)
-        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")))
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")), caller=ADMIN)
         answer = await generate(router, request(tokens(1, 20)))
         assert (answer.route.worker, answer.route.retries) == ("w3", 3)
 

@@ -209,11 +209,11 @@ async def test_a_policy_set_on_one_router_is_applied_by_the_other_within_a_secon
         change = admin_pb2.SetPolicyRequest(
             policy=admin_pb2.Policy(name="cache_aware", weights={"queue": 0.5}), shared_tier_reads=False
         )
-        done = first.set_policy(change)
+        done = first.set_policy(change, caller=ADMIN)
         await eventually(lambda: second.get_policy().version == done.version, timeout_s=1.0)
         assert second.get_policy().policy.weights["queue"] == 0.5
         assert not second.get_policy().shared_tier_reads
-        second.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")))
+        second.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")), caller=ADMIN)
         await eventually(lambda: first.get_policy().policy.name == "round_robin", timeout_s=1.0)
 
 
@@ -222,7 +222,7 @@ async def test_a_router_that_joins_later_learns_the_record_from_the_workers() ->
     async with rig(1) as fleet:
         first = await fleet.start_router("r0")
         await all_ready(first, 1)
-        first.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")))
+        first.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")), caller=ADMIN)
         second = await fleet.start_router("r1")
         await eventually(lambda: second.get_policy().policy.name == "round_robin")
 
@@ -251,7 +251,7 @@ async def test_what_is_not_allowed_changes_nothing() -> None:
         before = router.get_policy()
         for policy in (admin_pb2.Policy(name="magic"), admin_pb2.Policy(name="cache_aware", weights={"queue": -1})):
             with pytest.raises(InvalidRequest):
-                router.set_policy(admin_pb2.SetPolicyRequest(policy=policy))
+                router.set_policy(admin_pb2.SetPolicyRequest(policy=policy), caller=ADMIN)
         assert router.get_policy() == before
         with pytest.raises(NotSupported, match="fixed worker addresses"):
             await router.scale_workers(3)

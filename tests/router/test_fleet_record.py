@@ -3,10 +3,13 @@ from __future__ import annotations
 from functools import reduce
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
 from kvstore.past_clears import PastClear, merged
+from router.errors import InvalidRequest
 from router.fleet_record import FleetRecord, from_wire
+from router.policy_history import MAX_CHANGES, Order, PolicyChange, PolicySetting, rollback_target
 
 records = st.builds(
     FleetRecord,
@@ -25,6 +28,20 @@ records = st.builds(
         ),
         max_size=2,
     ).map(lambda clears: merged(clears, ())),
+    shadow=st.none() | st.builds(PolicySetting, name=st.just("sticky"), weights=st.just({"spill_factor": 2.0})),
+    changes=st.lists(
+        st.builds(
+            PolicyChange,
+            version=st.integers(1, 9),
+            time_ms=st.integers(0, 1 << 50),
+            by=st.sampled_from(["ops", "é"]),
+            router=st.sampled_from(["r1", "r2"]),
+            order=st.sampled_from(Order),
+            before=st.builds(PolicySetting, name=st.sampled_from(["", "sticky"]), shared_tier_reads=st.booleans()),
+            after=st.builds(PolicySetting, name=st.sampled_from(["", "sticky"]), shared_tier_reads=st.booleans()),
+        ),
+        max_size=3,
+    ).map(tuple),
 )
 
 
@@ -56,10 +73,10 @@ def test_two_routers_that_heard_of_one_another_have_nothing_more_to_tell(one: Fl
 def test_every_change_beats_what_it_changes_and_leaves_the_rest() -> None:
     first = FleetRecord(4, "r9", "cache_aware", {"queue": 2.0}, frozenset({"w1"}), True)
     for changed in (
-        first.with_policy("r1", "round_robin", {}),
+        first.with_setting("r1", Order.SET, PolicySetting("round_robin"), by="ops", time_ms=7),
+        first.with_shadow("r1", PolicySetting("sticky"), by="ops", time_ms=7),
         first.with_drained("r1", "w0"),
         first.with_undrained("r1", "w1"),
-        first.with_shared_tier_reads("r1", enabled=False),
     ):
         assert changed.beats(first)
         assert not first.beats(changed)
@@ -67,3 +84,50 @@ def test_every_change_beats_what_it_changes_and_leaves_the_rest() -> None:
     assert first.with_drained("r1", "w0").drained == {"w0", "w1"}
     assert first.with_drained("r1", "w0").weights == {"queue": 2.0}
     assert first.with_undrained("r1", "w1").drained == frozenset()
+
+
+def changed(record: FleetRecord, name: str, order: Order = Order.SET, **weights: float) -> FleetRecord:
+    return record.with_setting("r1", order, PolicySetting(name, weights), by="ops", time_ms=1000 + record.version)
+
+
+def test_every_change_of_the_policy_is_noted_with_what_it_replaced() -> None:
+    first = FleetRecord(0, "r1", "cache_aware")
+    second = changed(first, "sticky", spill_factor=2.0)
+    third = second.with_shadow("r2", PolicySetting("lowest_ttft"), by="eve", time_ms=5)
+    assert [(c.version, c.by, c.router, str(c.order)) for c in third.changes] == [
+        (1, "ops", "r1", "set"),
+        (2, "eve", "r2", "shadow"),
+    ]
+    assert third.changes[0].before == PolicySetting("cache_aware")
+    assert third.changes[0].after == PolicySetting("sticky", {"spill_factor": 2.0})
+    assert (third.policy, third.shadow) == ("sticky", PolicySetting("lowest_ttft"))
+    fourth = third.with_shadow("r1", None, by="eve", time_ms=6)
+    assert (fourth.shadow, fourth.changes[-1].order, fourth.changes[-1].before.name) == (
+        None,
+        "unshadow",
+        "lowest_ttft",
+    )
+
+
+def test_history_is_bounded_and_its_versions_never_repeat() -> None:
+    record = FleetRecord(0, "r1", "cache_aware")
+    for n in range(MAX_CHANGES + 5):
+        record = changed(record, "sticky" if n % 2 else "cache_aware")
+    assert len(record.changes) == MAX_CHANGES
+    assert record.changes[-1].version == record.version == MAX_CHANGES + 5
+    behind = FleetRecord(0, "r1", "cache_aware", changes=record.changes)  # a router whose settings were changed
+    assert changed(behind, "sticky").version == MAX_CHANGES + 6
+
+
+def test_a_rollback_returns_to_what_was_before_and_again_to_where_it_came_from() -> None:
+    with pytest.raises(InvalidRequest, match="not changed yet"):
+        rollback_target((), 0)
+    one = changed(FleetRecord(0, "r1", "cache_aware"), "sticky")
+    two = changed(one, "round_robin").with_shadow("r1", PolicySetting("lowest_ttft"), by="ops", time_ms=1)
+    back = rollback_target(two.changes, 0)
+    assert back == PolicySetting("sticky")  # the shadow was no change of what is in force
+    three = changed(two, back.name, Order.ROLLBACK)
+    assert rollback_target(three.changes, 0).name == "round_robin"
+    assert rollback_target(three.changes, 1).name == "sticky"
+    with pytest.raises(InvalidRequest, match="choose one of 1, 2, 4"):
+        rollback_target(three.changes, 3)

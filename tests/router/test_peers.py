@@ -56,7 +56,7 @@ async def fleet_of(*depths: int, policy: str = "cache_aware") -> AsyncIterator[t
     workers = [HostWorker(f"w{n}", peer_address=f"10.0.0.{n}:7") for n in range(len(depths))]
     async with fakes(*workers) as (_, router):
         await all_ready(router, len(workers))
-        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name=policy)))
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name=policy)), caller=ADMIN)
         hashes = await names(router)
         for worker, depth in zip(workers, depths, strict=True):
             worker.holds_first(hashes, depth)

@@ -17,6 +17,8 @@ ADMIN_CALLS = {
     "ScaleWorkers": admin_pb2.ScaleWorkersRequest(workers=3),
     "GetPolicy": admin_pb2.GetPolicyRequest(),
     "SetPolicy": admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")),
+    "SetShadowPolicy": admin_pb2.SetShadowPolicyRequest(),
+    "RollbackPolicy": admin_pb2.RollbackPolicyRequest(to_version=4),
     "ClearCache": admin_pb2.ClearCacheRequest(all=True),
     "ListBlocks": admin_pb2.ListBlocksRequest(),
     "GetCacheStats": admin_pb2.GetCacheStatsRequest(),
@@ -62,6 +64,8 @@ async def test_admin_calls_reach_the_router() -> None:
         assert list((await stub.ScaleWorkers(ADMIN_CALLS["ScaleWorkers"])).started) == ["w2"]
         await stub.SetPolicy(ADMIN_CALLS["SetPolicy"])
         assert (await stub.GetPolicy(ADMIN_CALLS["GetPolicy"])).policy.name == "round_robin"
+        assert (await stub.RollbackPolicy(ADMIN_CALLS["RollbackPolicy"])).version == 4
+        assert (await stub.SetShadowPolicy(ADMIN_CALLS["SetShadowPolicy"])).version == 3
         assert [w.worker for w in (await stub.ClearCache(ADMIN_CALLS["ClearCache"])).workers] == ["w0"]
         assert [b.worker for b in (await stub.ListBlocks(ADMIN_CALLS["ListBlocks"])).blocks] == ["w0"]
         assert (await stub.Warm(ADMIN_CALLS["Warm"])).blocks == 3

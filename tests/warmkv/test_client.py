@@ -425,6 +425,8 @@ async def _ask(client: AsyncClient) -> list[object]:
         list((await client.scale(3)).started),
         (await client.set_policy("round_robin", {"load": 2.0})).policy.name,
         (await client.get_policy()).policy.weights["load"],
+        (await client.set_shadow_policy("sticky", {"spill_factor": 2.0})).version,
+        (await client.rollback_policy(4)).version,
         (await client.clear_cache(admin_pb2.ClearCacheRequest(all=True))).workers[0].worker,
         (await client.list_blocks(text="abc", tenant="t", worker="w0", tier="host", page_size=5, page_token="p"))
         .blocks[0]
@@ -449,6 +451,8 @@ def _ask_sync(client: Client) -> list[object]:
         list(client.scale(3).started),
         client.set_policy("round_robin", {"load": 2.0}).policy.name,
         client.get_policy().policy.weights["load"],
+        client.set_shadow_policy("sticky", {"spill_factor": 2.0}).version,
+        client.rollback_policy(4).version,
         client.clear_cache(admin_pb2.ClearCacheRequest(all=True)).workers[0].worker,
         client.list_blocks(text="abc", tenant="t", worker="w0", tier="host", page_size=5, page_token="p")
         .blocks[0]
@@ -463,7 +467,7 @@ def _ask_sync(client: Client) -> list[object]:
     ]
 
 
-ANSWERS = [["w0", "w1"], 5, None, ["w2"], "round_robin", 2.0, "w0", "w0", "w0", 3, "w0", "w0", "w0", 3, [97, 98]]
+ANSWERS = [["w0", "w1"], 5, None, ["w2"], "round_robin", 2.0, 3, 4, "w0", "w0", "w0", 3, "w0", "w0", "w0", 3, [97, 98]]
 CHAT = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="x")], add_generation_prompt=False)
 CACHE_REQUESTS = [
     admin_pb2.ListBlocksRequest(

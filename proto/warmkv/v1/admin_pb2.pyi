@@ -488,6 +488,8 @@ class GetPolicyResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     AVAILABLE_FIELD_NUMBER: _builtins.int
     SHARED_TIER_READS_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of the fleet record that it stands in."""
     shared_tier_reads: _builtins.bool
@@ -500,6 +502,14 @@ class GetPolicyResponse(_message.Message):
     def available(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyInfo]:
         """All policies that can be set."""
 
+    @_builtins.property
+    def shadow(self) -> Global___ShadowReport:
+        """What a shadow policy would have done; not set: there is none."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PolicyChange]:
+        """The last changes, the newest first."""
+
     def __init__(
         self,
         *,
@@ -507,10 +517,12 @@ class GetPolicyResponse(_message.Message):
         version: _builtins.int = ...,
         available: _abc.Iterable[Global___PolicyInfo] | None = ...,
         shared_tier_reads: _builtins.bool = ...,
+        shadow: Global___ShadowReport | None = ...,
+        changes: _abc.Iterable[_common_pb2.PolicyChange] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "policy", b"policy", "shared_tier_reads", b"shared_tier_reads", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "changes", b"changes", "policy", b"policy", "shadow", b"shadow", "shared_tier_reads", b"shared_tier_reads", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -573,6 +585,264 @@ class SetPolicyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetPolicyResponse: _TypeAlias = SetPolicyResponse  # noqa: Y015
+
+@_typing.final
+class SetShadowPolicyRequest(_message.Message):
+    """A policy to score live requests without acting."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___Policy:
+        """Not set: end it."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___Policy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetShadowPolicyRequest: _TypeAlias = SetShadowPolicyRequest  # noqa: Y015
+
+@_typing.final
+class SetShadowPolicyResponse(_message.Message):
+    """The shadow after the change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the fleet record that it stands in."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetShadowPolicyResponse: _TypeAlias = SetShadowPolicyResponse  # noqa: Y015
+
+@_typing.final
+class RollbackPolicyRequest(_message.Message):
+    """Which policy to return to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TO_VERSION_FIELD_NUMBER: _builtins.int
+    to_version: _builtins.int
+    """To that which this version put in force; zero: to that before the last change."""
+    def __init__(
+        self,
+        *,
+        to_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["to_version", b"to_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackPolicyRequest: _TypeAlias = RollbackPolicyRequest  # noqa: Y015
+
+@_typing.final
+class RollbackPolicyResponse(_message.Message):
+    """The policy after the rollback."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    SHARED_TIER_READS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the fleet record that it stands in."""
+    shared_tier_reads: _builtins.bool
+    """Whether workers read blocks from the shared tier."""
+    @_builtins.property
+    def policy(self) -> Global___Policy:
+        """With all weights."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___Policy | None = ...,
+        version: _builtins.int = ...,
+        shared_tier_reads: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "shared_tier_reads", b"shared_tier_reads", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackPolicyResponse: _TypeAlias = RollbackPolicyResponse  # noqa: Y015
+
+@_typing.final
+class ShadowReport(_message.Message):
+    """What a shadow policy would have done with the requests of this router, each on its own: caches are those that the
+    policy in force made.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Side(_message.Message):
+        """Predictions for the workers that a policy chose, by the one cost model."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        @_typing.final
+        class WorkersEntry(_message.Message):
+            DESCRIPTOR: _descriptor.Descriptor
+
+            KEY_FIELD_NUMBER: _builtins.int
+            VALUE_FIELD_NUMBER: _builtins.int
+            key: _builtins.str
+            value: _builtins.int
+            def __init__(
+                self,
+                *,
+                key: _builtins.str = ...,
+                value: _builtins.int = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+        PREDICTED_TTFT_MS_FIELD_NUMBER: _builtins.int
+        PREDICTED_TTFT_P99_MS_FIELD_NUMBER: _builtins.int
+        PREDICTED_HIT_FIELD_NUMBER: _builtins.int
+        WORKERS_FIELD_NUMBER: _builtins.int
+        predicted_ttft_ms: _builtins.float
+        """Mean predicted time to the first token, milliseconds."""
+        predicted_ttft_p99_ms: _builtins.float
+        """The 99th percentile of it, over the last few thousand requests."""
+        predicted_hit: _builtins.float
+        """Prompt tokens expected to be reused, as a share."""
+        @_builtins.property
+        def workers(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+            """Requests by worker."""
+
+        def __init__(
+            self,
+            *,
+            predicted_ttft_ms: _builtins.float = ...,
+            predicted_ttft_p99_ms: _builtins.float = ...,
+            predicted_hit: _builtins.float = ...,
+            workers: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["predicted_hit", b"predicted_hit", "predicted_ttft_ms", b"predicted_ttft_ms", "predicted_ttft_p99_ms", b"predicted_ttft_p99_ms", "workers", b"workers"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Moved(_message.Message):
+        """A request that the two would have sent to different workers."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TIME_MS_FIELD_NUMBER: _builtins.int
+        REQUEST_ID_FIELD_NUMBER: _builtins.int
+        WORKER_FIELD_NUMBER: _builtins.int
+        SHADOW_WORKER_FIELD_NUMBER: _builtins.int
+        SHADOW_REASON_FIELD_NUMBER: _builtins.int
+        PREDICTED_TTFT_MS_FIELD_NUMBER: _builtins.int
+        SHADOW_PREDICTED_TTFT_MS_FIELD_NUMBER: _builtins.int
+        PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+        time_ms: _builtins.int
+        """Milliseconds since 1970."""
+        request_id: _builtins.str
+        """The request's id."""
+        worker: _builtins.str
+        """Where it went."""
+        shadow_worker: _builtins.str
+        """Where the shadow would have sent it."""
+        shadow_reason: _builtins.str
+        """Why the shadow would have."""
+        predicted_ttft_ms: _builtins.float
+        """Predicted time to the first token where it went, milliseconds."""
+        shadow_predicted_ttft_ms: _builtins.float
+        """Likewise at the shadow's worker."""
+        prompt_tokens: _builtins.int
+        """Length of the prompt."""
+        def __init__(
+            self,
+            *,
+            time_ms: _builtins.int = ...,
+            request_id: _builtins.str = ...,
+            worker: _builtins.str = ...,
+            shadow_worker: _builtins.str = ...,
+            shadow_reason: _builtins.str = ...,
+            predicted_ttft_ms: _builtins.float = ...,
+            shadow_predicted_ttft_ms: _builtins.float = ...,
+            prompt_tokens: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["predicted_ttft_ms", b"predicted_ttft_ms", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "shadow_predicted_ttft_ms", b"shadow_predicted_ttft_ms", "shadow_reason", b"shadow_reason", "shadow_worker", b"shadow_worker", "time_ms", b"time_ms", "worker", b"worker"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    SINCE_MS_FIELD_NUMBER: _builtins.int
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    SAME_FIELD_NUMBER: _builtins.int
+    IN_FORCE_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
+    since_ms: _builtins.int
+    """Since when it scores here, milliseconds since 1970."""
+    decisions: _builtins.int
+    """Requests that were scored."""
+    same: _builtins.int
+    """Of those, the ones that would have gone to the same worker."""
+    @_builtins.property
+    def policy(self) -> Global___Policy:
+        """With all weights."""
+
+    @_builtins.property
+    def in_force(self) -> Global___ShadowReport.Side:
+        """The policy in force."""
+
+    @_builtins.property
+    def shadow(self) -> Global___ShadowReport.Side:
+        """The shadow."""
+
+    @_builtins.property
+    def moved(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShadowReport.Moved]:
+        """The last requests that it would have sent elsewhere, the newest first."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___Policy | None = ...,
+        since_ms: _builtins.int = ...,
+        decisions: _builtins.int = ...,
+        same: _builtins.int = ...,
+        in_force: Global___ShadowReport.Side | None = ...,
+        shadow: Global___ShadowReport.Side | None = ...,
+        moved: _abc.Iterable[Global___ShadowReport.Moved] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["in_force", b"in_force", "policy", b"policy", "shadow", b"shadow"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "in_force", b"in_force", "moved", b"moved", "policy", b"policy", "same", b"same", "shadow", b"shadow", "since_ms", b"since_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowReport: _TypeAlias = ShadowReport  # noqa: Y015
 
 @_typing.final
 class ClearCacheRequest(_message.Message):

@@ -65,6 +65,16 @@ class AdminServiceStub:
                 request_serializer=warmkv_dot_v1_dot_admin__pb2.SetPolicyRequest.SerializeToString,
                 response_deserializer=warmkv_dot_v1_dot_admin__pb2.SetPolicyResponse.FromString,
                 _registered_method=True)
+        self.SetShadowPolicy = channel.unary_unary(
+                '/warmkv.v1.AdminService/SetShadowPolicy',
+                request_serializer=warmkv_dot_v1_dot_admin__pb2.SetShadowPolicyRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_admin__pb2.SetShadowPolicyResponse.FromString,
+                _registered_method=True)
+        self.RollbackPolicy = channel.unary_unary(
+                '/warmkv.v1.AdminService/RollbackPolicy',
+                request_serializer=warmkv_dot_v1_dot_admin__pb2.RollbackPolicyRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_admin__pb2.RollbackPolicyResponse.FromString,
+                _registered_method=True)
         self.ClearCache = channel.unary_unary(
                 '/warmkv.v1.AdminService/ClearCache',
                 request_serializer=warmkv_dot_v1_dot_admin__pb2.ClearCacheRequest.SerializeToString,
@@ -148,6 +158,20 @@ class AdminServiceServicer:
 
     def SetPolicy(self, request, context):
         """Changes policy or weights: from the next request on, on all routers within a second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetShadowPolicy(self, request, context):
+        """Lets another policy score the live requests without acting, on all routers; or ends that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackPolicy(self, request, context):
+        """Puts an earlier policy in force again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -241,6 +265,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.SetPolicy,
                     request_deserializer=warmkv_dot_v1_dot_admin__pb2.SetPolicyRequest.FromString,
                     response_serializer=warmkv_dot_v1_dot_admin__pb2.SetPolicyResponse.SerializeToString,
+            ),
+            'SetShadowPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetShadowPolicy,
+                    request_deserializer=warmkv_dot_v1_dot_admin__pb2.SetShadowPolicyRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_admin__pb2.SetShadowPolicyResponse.SerializeToString,
+            ),
+            'RollbackPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackPolicy,
+                    request_deserializer=warmkv_dot_v1_dot_admin__pb2.RollbackPolicyRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_admin__pb2.RollbackPolicyResponse.SerializeToString,
             ),
             'ClearCache': grpc.unary_unary_rpc_method_handler(
                     servicer.ClearCache,
@@ -446,6 +480,60 @@ class AdminService:
             '/warmkv.v1.AdminService/SetPolicy',
             warmkv_dot_v1_dot_admin__pb2.SetPolicyRequest.SerializeToString,
             warmkv_dot_v1_dot_admin__pb2.SetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetShadowPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmkv.v1.AdminService/SetShadowPolicy',
+            warmkv_dot_v1_dot_admin__pb2.SetShadowPolicyRequest.SerializeToString,
+            warmkv_dot_v1_dot_admin__pb2.SetShadowPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmkv.v1.AdminService/RollbackPolicy',
+            warmkv_dot_v1_dot_admin__pb2.RollbackPolicyRequest.SerializeToString,
+            warmkv_dot_v1_dot_admin__pb2.RollbackPolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

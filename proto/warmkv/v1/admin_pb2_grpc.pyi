@@ -45,6 +45,10 @@ class AdminServiceStub:
     """The policy in force."""
     SetPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetPolicyRequest, _admin_pb2.SetPolicyResponse]
     """Changes policy or weights: from the next request on, on all routers within a second."""
+    SetShadowPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetShadowPolicyRequest, _admin_pb2.SetShadowPolicyResponse]
+    """Lets another policy score the live requests without acting, on all routers; or ends that."""
+    RollbackPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RollbackPolicyRequest, _admin_pb2.RollbackPolicyResponse]
+    """Puts an earlier policy in force again."""
     ClearCache: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ClearCacheRequest, _admin_pb2.ClearCacheResponse]
     """Drops blocks; answers when every worker confirmed."""
     ListBlocks: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListBlocksRequest, _admin_pb2.ListBlocksResponse]
@@ -79,6 +83,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """The policy in force."""
     SetPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetPolicyRequest, _admin_pb2.SetPolicyResponse]  # type: ignore[assignment]
     """Changes policy or weights: from the next request on, on all routers within a second."""
+    SetShadowPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetShadowPolicyRequest, _admin_pb2.SetShadowPolicyResponse]  # type: ignore[assignment]
+    """Lets another policy score the live requests without acting, on all routers; or ends that."""
+    RollbackPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.RollbackPolicyRequest, _admin_pb2.RollbackPolicyResponse]  # type: ignore[assignment]
+    """Puts an earlier policy in force again."""
     ClearCache: _aio.UnaryUnaryMultiCallable[_admin_pb2.ClearCacheRequest, _admin_pb2.ClearCacheResponse]  # type: ignore[assignment]
     """Drops blocks; answers when every worker confirmed."""
     ListBlocks: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListBlocksRequest, _admin_pb2.ListBlocksResponse]  # type: ignore[assignment]
@@ -146,6 +154,22 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.SetPolicyResponse, _abc.Awaitable[_admin_pb2.SetPolicyResponse]]:
         """Changes policy or weights: from the next request on, on all routers within a second."""
+
+    @_abc_1.abstractmethod
+    def SetShadowPolicy(
+        self,
+        request: _admin_pb2.SetShadowPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SetShadowPolicyResponse, _abc.Awaitable[_admin_pb2.SetShadowPolicyResponse]]:
+        """Lets another policy score the live requests without acting, on all routers; or ends that."""
+
+    @_abc_1.abstractmethod
+    def RollbackPolicy(
+        self,
+        request: _admin_pb2.RollbackPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RollbackPolicyResponse, _abc.Awaitable[_admin_pb2.RollbackPolicyResponse]]:
+        """Puts an earlier policy in force again."""
 
     @_abc_1.abstractmethod
     def ClearCache(

@@ -937,6 +937,8 @@ class FleetRecord(_message.Message):
     DRAINED_FIELD_NUMBER: _builtins.int
     SHARED_TIER_READS_FIELD_NUMBER: _builtins.int
     CLEARS_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Grows by one with every change."""
     author: _builtins.str
@@ -959,6 +961,14 @@ class FleetRecord(_message.Message):
         hears of a record keeps its own clears and those of the record, and of one clear the confirmations of both.
         """
 
+    @_builtins.property
+    def shadow(self) -> _common_pb2.PolicySetting:
+        """A policy that scores requests without acting; not set: none."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PolicyChange]:
+        """The last changes of the policy, the oldest first; at most 50."""
+
     def __init__(
         self,
         *,
@@ -969,10 +979,12 @@ class FleetRecord(_message.Message):
         drained: _abc.Iterable[_builtins.str] | None = ...,
         shared_tier_reads: _builtins.bool = ...,
         clears: _abc.Iterable[Global___PastClear] | None = ...,
+        shadow: _common_pb2.PolicySetting | None = ...,
+        changes: _abc.Iterable[_common_pb2.PolicyChange] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "clears", b"clears", "drained", b"drained", "policy", b"policy", "shared_tier_reads", b"shared_tier_reads", "version", b"version", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "changes", b"changes", "clears", b"clears", "drained", b"drained", "policy", b"policy", "shadow", b"shadow", "shared_tier_reads", b"shared_tier_reads", "version", b"version", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
