@@ -278,10 +278,10 @@ class Router:
         if not prepared.prompt.rendered or len(work.answer_ids) < 2:
             return
         size = prepared.question.block_size
-        full = len(prepared.names) * size
+        full = len(prepared.question.hashes) * size
         # Without the last token: an end token is the template's business.
         tail = [*prepared.prompt.token_ids[full:], *work.answer_ids[:-1]]
-        parent = prepared.names[-1] if prepared.names else prepared.root
+        parent = prepared.chain.last or prepared.root
         names = [*prepared.question.hashes, *(short(name) for name in block_hashes(tail, parent, size))]
         self._answers.remember(prepared.root, prepared.prompt.rendered, "".join(work.answer), names)
 
