@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from statistics import median
 from types import MappingProxyType
 from typing import NamedTuple
@@ -104,17 +105,14 @@ def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
     known = [fit for fit in fits.values() if fit is not None]
     if not known:
         return dict.fromkeys(fits, DEFAULT_FIT)
-    middle = PrefillFit(
-        median(f.fixed_ms for f in known), median(f.token_ms for f in known), median(f.pair_ms for f in known)
-    )
-    return {name: _pooled(fit, middle) for name, fit in fits.items()}
+    middle = PrefillFit(*map(median, zip(*known, strict=True)))
+    theirs = middle.ms(_REFERENCE_TOKENS)
 
+    def pooled(own: PrefillFit) -> PrefillFit:
+        mine = own.ms(_REFERENCE_TOKENS)
+        return middle if mine <= theirs * _SAME_MACHINE and theirs <= mine * _SAME_MACHINE else own
 
-def _pooled(own: PrefillFit | None, middle: PrefillFit) -> PrefillFit:
-    if own is None:
-        return middle
-    mine, theirs = own.ms(_REFERENCE_TOKENS), middle.ms(_REFERENCE_TOKENS)
-    return middle if mine <= theirs * _SAME_MACHINE and theirs <= mine * _SAME_MACHINE else own
+    return {name: middle if fit is None else pooled(fit) for name, fit in fits.items()}
 
 
 def queue_ms(load: WorkerLoad, fit: PrefillFit, *, age_ms: float, unreported_ms: float, keep: float = 0.2) -> float:
@@ -155,12 +153,18 @@ def price(
 
 def _best(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit) -> _Plan:
     """The cheapest plan that reads these spans up to some depth."""
-    best = _plan(spans[:1], prompt_tokens, block_size, load, fit)
+    best = _pool_plan(spans[0][2], prompt_tokens, block_size, fit)
     for reach in range(2, len(spans) + 1):
         plan = _plan(spans[:reach], prompt_tokens, block_size, load, fit)
         if _plan_ms(plan) < _plan_ms(best):
             best = plan
     return best
+
+
+@lru_cache(maxsize=256)  # the same for most workers of a fleet, in one decision
+def _pool_plan(blocks: int, prompt_tokens: int, block_size: int, fit: PrefillFit) -> _Plan:
+    """The plan that reads nothing: so many blocks lie in the pool."""
+    return _plan([(TierName.DEVICE, 0, blocks)], prompt_tokens, block_size, NO_LOAD, fit)
 
 
 def _plan_ms(plan: _Plan) -> float:

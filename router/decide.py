@@ -117,12 +117,11 @@ class Decider:
 
     def peers(self, overlaps: Mapping[str, Overlap]) -> Holders:
         """Workers that others can read from: a drained one is as good as any, a silent one is not."""
-        holding = {name for name, overlap in overlaps.items() if overlap.host}
-        if not holding:
-            return Holders()
-        links = (link for link in self._fleet.links() if link.name in holding)
+        depths = {name: overlap.host for name, overlap in overlaps.items() if overlap.host}
+        holding = [link for link in self._fleet.links() if link.name in depths] if depths else []
+        holding.sort(key=lambda link: -depths[link.name])
         # What one that has yet to confirm a clear holds must not come back by others.
-        clean = (link for link in links if self._fleet.is_alive(link) and not link.owes_clear)
+        clean = (link for link in holding if self._fleet.is_alive(link) and not link.owes_clear)
         return holders(clean, overlaps)
 
     def candidates(

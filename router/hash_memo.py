@@ -87,6 +87,10 @@ class HashMemo:
         data = packed.tobytes()
         end = len(data) - len(data) % width
         path, at = self._path(data, end, root, width)
+        if at < end:
+            parent = BlockHash(path[-1].joined[-_NAME_BYTES:]) if path else root
+            tail = _named(packed[at // _TOKEN_BYTES :], parent, block_size)
+            self._remember(path, (b"" if at else root) + data[at : at + width], data[at:end], tail)
         short: list[bytes] = []
         for node in path:
             short += node.short
@@ -94,11 +98,6 @@ class HashMemo:
         if at > end:  # the prompt ends within the last node
             del short[end // width :]
             joined = joined[: len(short) * _NAME_BYTES]
-        elif at < end:
-            tail = _named(packed[at // _TOKEN_BYTES :], BlockHash(joined[-_NAME_BYTES:]) or root, block_size)
-            self._remember(path, (b"" if at else root) + data[at : at + width], data[at:end], tail)
-            short += tail.short
-            joined += tail.joined
         self._used(path)
         return Names(short, joined)
 
@@ -122,10 +121,10 @@ class HashMemo:
         if path and not node.children:
             self.nbytes -= node.nbytes
             node.tokens += tokens
-            node.short = node.short + names.short
+            node.short += names.short
             node.joined += names.joined
         else:
-            parent, node = node, _Node(node, key, tokens, Names(names.short.copy(), names.joined))
+            parent, node = node, _Node(node, key, tokens, names)
             parent.children[key] = node
             path.append(node)
         self.nbytes += node.nbytes
@@ -165,7 +164,7 @@ class HashMemo:
         (child,) = node.children.values()
         self.nbytes -= _NODE_BYTES
         node.tokens += child.tokens
-        node.short = node.short + child.short
+        node.short += child.short
         node.joined += child.joined
         node.children = child.children
         for grandchild in node.children.values():

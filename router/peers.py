@@ -1,7 +1,7 @@
 """Who could give a worker blocks that it lacks: the workers that serve others, and how deep each holds a prompt.
 
 Covers: choosing them for one decision. Does not cover: the price of reading from them (`cost`), what workers hold
-(`index`). Pure; O(workers log workers), and nothing where nobody serves.
+(`index`). Pure; no more workers are asked than can be named.
 
 The index knows the host tier only together with the pool, and host RAM is what workers serve: as every block is written
 through, it is deep enough, and where it is not the reader finds that out.
@@ -10,9 +10,10 @@ through, it is deep enough, and where it is not the reader finds that out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
-from router.index import NO_OVERLAP, Overlap
+from router.index import Overlap
 from router.link import WorkerLink
 
 MAX_HINTS = 3  # the first does, unless it is gone
@@ -31,6 +32,8 @@ class Holders:
 
     def __init__(self, holders: Iterable[Holder] = ()) -> None:
         self._holders: Sequence[Holder] = sorted(holders, key=lambda holder: (-holder.blocks, holder.worker))
+        self._deepest = self._holders[0].worker if self._holders else ""
+        self._depths = [each.blocks for each in self._holders[:2]] + [0, 0]
 
     def hints(self, worker: str, own_blocks: int) -> tuple[Holder, ...]:
         """Whom this worker should ask, who has so many leading blocks at hand itself."""
@@ -39,13 +42,14 @@ class Holders:
 
     def depth(self, worker: str) -> int:
         """How many leading blocks some other worker holds."""
-        return next((each.blocks for each in self._holders if each.worker != worker), 0)
+        return self._depths[worker == self._deepest]
 
 
 def holders(links: Iterable[WorkerLink], overlaps: Mapping[str, Overlap]) -> Holders:
-    """Of those `links`, which must be alive, that serve blocks and hold some of the prompt."""
-    return Holders(
+    """Of those `links`, alive and the deepest first, that serve blocks: as many as any worker can be told of."""
+    serving = (
         Holder(link.name, link.hello.peer_address, overlaps[link.name].host)
         for link in links
-        if link.hello is not None and link.hello.peer_address and overlaps.get(link.name, NO_OVERLAP).host
+        if link.hello is not None and link.hello.peer_address
     )
+    return Holders(islice(serving, MAX_HINTS + 1))  # one of them may be the worker that is told

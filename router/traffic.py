@@ -119,7 +119,7 @@ class Traffic:
     def unreported(self, worker: str, reported_at: float) -> tuple[float, int]:
         """(milliseconds of work, requests) sent to a worker that its report of that time cannot contain yet."""
         late = self._late(worker, reported_at)
-        return sum(f.work_ms for f in late), len(late)
+        return (sum(f.work_ms for f in late), len(late)) if late else (0.0, 0)
 
     def unreported_blocks(self, worker: str, reported_at: float) -> int:
         """Blocks to compute that were sent to a worker and that its report of that time cannot contain yet."""
@@ -171,8 +171,10 @@ class Traffic:
         return len(hashes) - depth
 
     def _late(self, worker: str, reported_at: float) -> list[Sent]:
-        late = []
-        for flight in reversed(self._prefilling.get(worker, {}).values()):
+        flights, late = self._prefilling.get(worker), list[Sent]()
+        if not flights:
+            return late
+        for flight in reversed(flights.values()):
             if flight.at + _REFLECTED_AFTER_S <= reported_at:
                 break  # and so are all that were sent before it
             late.append(flight)
