@@ -134,6 +134,7 @@ class Decider:
         shares = _Shares(question, [] if question.no_read else traffic.sharers(question.hashes))
         fits = self._pooled({link.name: link.report.load.fit if link.report else None for link in links})
         shared_reads = self._fleet.record.shared_tier_reads
+        charged: dict[int, float] = {}  # shares by cached tokens, of which most workers have equally many
         candidates = []
         for link in links:
             name, report = link.name, link.report
@@ -142,7 +143,7 @@ class Decider:
             unreported_ms, unreported = traffic.unreported(name, at)
             age_ms = (now - at) * 1000.0 if report else 0.0
             priced = price(
-                _at_least(held, coming),
+                _at_least(held, coming) if coming else held,
                 question.prompt_tokens,
                 question.block_size,
                 load,
@@ -152,8 +153,9 @@ class Decider:
                 peers=peers.depth(name),
             )
             active = load.running + load.waiting + unreported
-            share = shares.of(priced.cached_tokens)
-            work_ms = traffic.recent_work_ms(name)
+            if priced.cached_tokens not in charged:
+                charged[priced.cached_tokens] = shares.of(priced.cached_tokens)
+            share, work_ms = charged[priced.cached_tokens], traffic.recent_work_ms(name)
             candidates.append(Candidate(name, priced, share, active, work_ms, held, coming))
         return self._with_blocks(question, links, candidates) if self._rule()[0].counts_blocks else candidates
 

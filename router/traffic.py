@@ -71,6 +71,9 @@ class Traffic:
         self._active_blocks: dict[str, int] = {}
         self._flights: dict[int, Sent] = {}
         self._prefilling: dict[str, dict[int, Sent]] = {}  # by worker, in the order of sending
+        # The last answer of each worker, with the time of the report that it was given for. Between two decisions one
+        # or two workers of a fleet say or are sent something: for the others it still holds.
+        self._unreported: dict[str, tuple[float, tuple[float, int]]] = {}
 
     def sent(self, key: int, worker: str, hashes: Sequence[bytes], *, work_ms: float, cached_blocks: int) -> None:
         """A request went to a worker, predicted to be `work_ms` of load and compute, its first blocks cached there.
@@ -82,6 +85,7 @@ class Traffic:
         self._fleet.add(work_ms, now)
         flight = self._flights[key] = Sent(worker, hashes, names, work_ms, now, self._depth(hashes, cached_blocks))
         self._prefilling.setdefault(worker, {})[key] = flight
+        self._unreported.pop(worker, None)
         before = self._active.add(worker, names, len(names))
         self._active_blocks[worker] = self._active_blocks.get(worker, 0) + self._rest(hashes, before)
         self._arriving.add(worker, names, len(names))
@@ -118,8 +122,11 @@ class Traffic:
 
     def unreported(self, worker: str, reported_at: float) -> tuple[float, int]:
         """(milliseconds of work, requests) sent to a worker that its report of that time cannot contain yet."""
-        late = self._late(worker, reported_at)
-        return (sum(f.work_ms for f in late), len(late)) if late else (0.0, 0)
+        known = self._unreported.get(worker)
+        if known is None or known[0] != reported_at:
+            late = self._late(worker, reported_at)
+            known = self._unreported[worker] = (reported_at, (sum(f.work_ms for f in late), len(late)))
+        return known[1]
 
     def unreported_blocks(self, worker: str, reported_at: float) -> int:
         """Blocks to compute that were sent to a worker and that its report of that time cannot contain yet."""
@@ -147,6 +154,7 @@ class Traffic:
     def forget(self, worker: str) -> None:
         """The worker is gone for good."""
         self._work.pop(worker, None)
+        self._unreported.pop(worker, None)
         if not self._active_blocks.get(worker):
             self._active_blocks.pop(worker, None)
             self._prefilling.pop(worker, None)
@@ -185,4 +193,5 @@ class Traffic:
         if flight.prefilling:
             flight.prefilling = False
             del self._prefilling[flight.worker][key]
+            self._unreported.pop(flight.worker, None)
             self._arriving.remove(flight.worker, flight.names, len(flight.names))
