@@ -2,7 +2,8 @@
 
 Every decision is asked with names that were just made (fresh objects have no remembered hash and share no identity with
 the index's keys), of prompts whose beginnings lie on several workers and tiers, while 64 requests are in flight that
-share parts of them, and after a new report of one worker.
+share parts of them, and after a new report of one worker. Times are those of the asking thread's processor: the code
+waits for nothing, and what else the machine does would be all that a clock on the wall adds.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import random
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any, cast
+from typing import cast
 
 from bench.report import Report, ratios
+from bench.router_peer import add_peer_row
+from bench.router_submit import submits
 from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.events import BlockStored, TierName
 from router.decide import Decider, Question
@@ -74,7 +76,7 @@ class World:
         self._keys = count()
         for number in range(IN_FLIGHT):
             session = self.sessions[number % sessions]
-            names = [short(h) for h in block_hashes(session[: self._rng.randint(SYSTEM, tokens)], ROOT, BLOCK)]
+            names = _names(session[: self._rng.randint(SYSTEM, tokens)])
             self.send(names, cached_blocks=len(names) // 2, prefilling=number % 4 == 0)
 
     def tokens(self, number: int) -> list[int]:
@@ -89,11 +91,12 @@ class World:
             self.traffic.first_token(key)
         return key
 
-    def report(self) -> None:
-        """A worker says how it is."""
+    def asked(self, session: Sequence[int], memo: HashMemo) -> float:
+        """Microseconds to hash, match and choose after a worker has reported."""
         self._rng.choice(self.links).report = self._report()
+        return seconds(lambda: self.ask(session, memo)) * 1e6
 
-    def ask(self, session: list[int], memo: HashMemo) -> None:
+    def ask(self, session: Sequence[int], memo: HashMemo) -> None:
         """Hash, match, choose."""
         names = memo.names(session, ROOT, BLOCK)
         if self.decider.decide(Question(names.short, len(session), BLOCK, names.last)) is None:
@@ -120,14 +123,13 @@ class World:
 
     def _hold(self, worker: str, tier: TierName, names: list[bytes]) -> None:
         """In runs of 64, as engines tell of them."""
-        events = []
-        for at in range(0, len(names), 64):
-            events.append(BlockStored(tier, tuple(names[at : at + 64]), names[at - 1] if at else None))
-        self.index.apply(worker, 1, events)
+        starts = range(0, len(names), 64)
+        pieces = [BlockStored(tier, tuple(names[at : at + 64]), names[at - 1] if at else None) for at in starts]
+        self.index.apply(worker, 1, pieces)
 
     def _place(self, session: list[int]) -> None:
         """Its beginning everywhere, ever more of it on some workers, all of it on one."""
-        names = [short(h) for h in block_hashes(session, ROOT, BLOCK)]
+        names = _names(session)
         for link in self.links:
             self._hold(link.name, TierName.DEVICE, names[: SYSTEM // BLOCK])
         holders = self._rng.sample(self.links, 4)
@@ -152,3 +154,90 @@ class World:
             tiers=tiers,
         )
         return LinkReport(load, time.monotonic())
+
+
+def add_decision_rows(report: Report, *, quick: bool) -> None:
+    """The rows of the decision and of what surrounds it; bars are for an idle core with SHA-256 at 350 MB/s."""
+    for workers, suffix, factor in ((8, "", 1), (64, "_64_workers", 2)):
+        world = World(workers, SHORT)
+        report.add(f"decision_2k{suffix}_us", decisions(world, 60 if quick else 400), "us", bar=f"<= {120 * factor}")
+    world = World(8, LONG)
+    report.add("decision_32k_us", decisions(world, 16 if quick else 60), "us", bar="<= 1500")
+    report.add("decision_32k_seen_us", decisions_of_seen(world, 24 if quick else 100), "us", bar="<= 350")
+    report.add("traffic_2048_us", in_and_out(world, 40 if quick else 200), "us", bar="<= 100")
+    world = World(64, LONG, sessions=8)
+    report.add("decision_32k_64_workers_us", decisions(world, 8 if quick else 40), "us", bar="<= 3000")
+    add_hash_rows(report, 12 if quick else 60)
+    report.add("submit_32k_seen_us", asyncio.run(submits(24 if quick else 100)), "us")
+    world = World(8, LONG, sessions=8)
+    add_peer_row(report, world.sessions, lambda session: world.ask(session, HashMemo()), 16 if quick else 64)
+
+
+def add_hash_rows(report: Report, rounds: int) -> None:
+    """Names of a prompt nobody has seen, beside the bare chain over the same tokens, and of one that has grown."""
+    rng, memo = random.Random(1), HashMemo()
+    cold, bare, seen = [], [], []
+    for _ in range(rounds):
+        tokens = [rng.randrange(128_000) for _ in range(LONG)]
+        bare.append(seconds(lambda tokens=tokens: bare_chain(tokens)))
+        cold.append(seconds(lambda tokens=tokens: memo.names(tokens, ROOT, BLOCK)))
+        grown = array("I", tokens + tokens[:TURN])
+        seen.append(seconds(lambda grown=grown: memo.names(grown, ROOT, BLOCK)))
+    report.add("hash_32k_ms", [s * 1e3 for s in cold], "ms", bar="<= 0.9")
+    report.add("hash_32k_vs_raw_ratio", ratios(cold, bare), "ratio", bar="<= 1.15")
+    report.add("hash_32k_seen_us", [s * 1e6 for s in seen], "us")
+    report.add("hash_32k_seen_vs_cold_ratio", ratios(seen, cold), "ratio", bar="<= 0.1")
+
+
+def bare_chain(tokens: list[int]) -> list[bytes]:
+    """What hashing takes at least: packing, two compressions a block, and cutting the names."""
+    data, name, names, sha256 = array("I", tokens).tobytes(), bytes(ROOT), [], hashlib.sha256
+    for at in range(0, len(data), 4 * BLOCK):
+        name = sha256(name + data[at : at + 4 * BLOCK]).digest()
+        names.append(name[:16])
+    return names
+
+
+def decisions(world: World, rounds: int) -> list[float]:
+    """Microseconds to hash, match and choose, of prompts that no memo has seen."""
+    return [world.asked(world.sessions[n % len(world.sessions)], HashMemo()) for n in range(rounds)]
+
+
+def decisions_of_seen(world: World, rounds: int) -> list[float]:
+    """The same of sessions that grow by a turn at a time; the packed tokens are what the tokenizer hands over."""
+    memo, sessions = HashMemo(), [array("I", session) for session in world.sessions]
+    for session in sessions:
+        memo.names(session, ROOT, BLOCK)
+    samples = []
+    for n in range(rounds):
+        session = sessions[n % len(sessions)]
+        session.extend(world.tokens(TURN))
+        samples.append(world.asked(session, memo))
+    return samples
+
+
+def in_and_out(world: World, rounds: int) -> list[float]:
+    """Microseconds to note that a request was sent, had its first token and ended."""
+
+    def walk(names: list[bytes]) -> None:
+        world.traffic.ended(world.send(names, cached_blocks=len(names) // 2, prefilling=False))
+
+    chains = [_names(world.sessions[n % len(world.sessions)]) for n in range(rounds)]
+    return [seconds(lambda names=names: walk(names)) * 1e6 for names in chains]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of this thread's processor: what else the machine does is not counted."""
+    start = time.thread_time()
+    work()
+    return time.thread_time() - start
+
+
+def _names(session: Sequence[int]) -> list[bytes]:
+    return [short(name) for name in block_hashes(session, ROOT, BLOCK)]
+
+
+if __name__ == "__main__":
+    r = Report("router_decision")
+    add_decision_rows(r, quick="--quick" in sys.argv)
+    r.print(as_json=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kvstore.blocks import SHORT_HASH_BYTES, BlockHash, block_hashes
@@ -74,10 +74,18 @@ class HashMemo:
         self._max_bytes = max_bytes
         self.nbytes = 0
 
-    def names(self, token_ids: Sequence[int], root: BlockHash, block_size: int) -> Names:
+    def names(
+        self,
+        token_ids: Sequence[int],
+        root: BlockHash,
+        block_size: int,
+        *,
+        check_new: Callable[[Sequence[int]], None] = lambda _: None,
+    ) -> Names:
         """The same as `block_hashes(token_ids, root, block_size)`, in both lengths.
 
-        An `array("I")` of token ids is read several times faster than a list.
+        An `array("I")` of token ids is read several times faster than a list. `check_new` is given the tokens behind
+        the remembered ones; what it raises, this raises, and nothing is remembered.
 
         Raises:
             OverflowError: a token id is negative or does not fit 32 bits.
@@ -87,6 +95,7 @@ class HashMemo:
         data = packed.tobytes()
         end = len(data) - len(data) % width
         path, at = self._path(data, end, root, width)
+        check_new(packed[min(at, end) // _TOKEN_BYTES :])
         if at < end:
             parent = BlockHash(path[-1].joined[-_NAME_BYTES:]) if path else root
             tail = _named(packed[at // _TOKEN_BYTES :], parent, block_size)
@@ -149,7 +158,9 @@ class HashMemo:
         """Cut a node in two, `at` so many bytes of its tokens; the upper one, which takes its place."""
         self.nbytes -= node.nbytes
         blocks, parent = at // width, node.parent
-        upper = _Node(parent, node.key, node.tokens[:at], Names(node.short[:blocks], node.joined[: blocks * _NAME_BYTES]))
+        upper = _Node(
+            parent, node.key, node.tokens[:at], Names(node.short[:blocks], node.joined[: blocks * _NAME_BYTES])
+        )
         if parent is not None:
             parent.children[node.key] = upper
         node.parent, node.key, node.tokens = upper, node.tokens[at : at + width], node.tokens[at:]

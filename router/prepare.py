@@ -22,7 +22,7 @@ from router.protocol import Caller, Encoder
 from router.readiness import Readiness
 from router.request import PreparedPrompt
 from router.salts import group_salt
-from router.validation import check_input, check_prompt
+from router.validation import check_input, check_prompt, check_range
 from warmkv.v1 import common_pb2, inference_pb2
 
 
@@ -72,11 +72,17 @@ class Preparer:
         prompt = await self._encoder.encode(given)
         encoded = time.perf_counter()
         vocab_size = self._fleet.vocab_size() or self._encoder.vocab_size or 0
-        check_prompt(prompt.token_ids, vocab_size, self._fleet.context_length())
+        check_prompt(prompt.token_ids, 0, self._fleet.context_length())
         self._seen_groups[caller.tenant] = caller.trust_group
         salt = self._salt(caller.trust_group)
         root = identity.scheme.root(salt)
-        names = self._memo.names(prompt.token_ids, root, identity.scheme.block_size)
+        names = self._memo.names(
+            prompt.token_ids,
+            root,
+            identity.scheme.block_size,
+            # What is remembered under this root, which stands for the model, was checked when it was new.
+            check_new=lambda new: check_range(new, vocab_size),
+        )
         question = Question(
             hashes=names.short,
             prompt_tokens=len(prompt.token_ids),

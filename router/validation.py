@@ -93,8 +93,7 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, context_length: int)
     """
     if not token_ids:
         raise InvalidRequest("The prompt is empty; send at least one token.")
-    if vocab_size and max(token_ids) >= vocab_size:
-        raise InvalidRequest(f"Token id {max(token_ids)} is out of range; ids must be below {vocab_size}.")
+    check_range(token_ids, vocab_size)
     if context_length and len(token_ids) >= context_length:
         raise ContextLengthExceeded(
             f"The prompt has {len(token_ids):,} tokens and the model takes {context_length:,}, with the answer; send at"
@@ -102,6 +101,12 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, context_length: int)
             prompt_tokens=str(len(token_ids)),
             context_length=str(context_length),
         )
+
+
+def check_range(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidRequest for an id that is no token's; a limit of zero is not known yet and is not checked."""
+    if vocab_size and token_ids and max(token_ids) >= vocab_size:
+        raise InvalidRequest(f"Token id {max(token_ids)} is out of range; ids must be below {vocab_size}.")
 
 
 def filled_sampling(

@@ -119,6 +119,25 @@ def test_tokens_may_come_packed() -> None:
     assert memo.names(array("I", base), ROOT, 2) == memo.names(base, ROOT, 2)
 
 
+def test_only_new_tokens_are_checked_and_what_fails_is_not_remembered() -> None:
+    checked: list[list[int]] = []
+
+    def refuse(new: array[int]) -> None:
+        checked.append(list(new))
+        raise ValueError("no")
+
+    memo = HashMemo()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            memo.names(base, ROOT, 2, check_new=refuse)
+    assert (checked, memo.nbytes) == ([base, base], 0)
+    memo.names(base[:51], ROOT, 2)
+    for asked, new in ((base[:51], base[50:51]), (base[:21], base[20:21]), (base, base[50:])):
+        with pytest.raises(ValueError, match="no"):
+            memo.names(asked, ROOT, 2, check_new=refuse)
+        assert checked[-1] == new
+
+
 def test_two_tenants_never_share_a_name() -> None:
     memo = HashMemo()
     assert not set(memo.names(base, ROOT, 2).full) & set(memo.names(base, OTHER, 2).full)
