@@ -3,9 +3,9 @@
 Covers: adding and removing beginnings of chains, how deep each owner knows a chain, how many share it to which depth.
 Does not cover: what a use means (`traffic`).
 
-A block's hash tells all blocks before it, so equal blocks at one depth mean equal beginnings: whether a chain has all of
-a node is one comparison, of the node's last block, and where the two part is found by halving. A node is a stretch that
-all its users have in common; it ends where one of them ends or where two part. Users are counted by owner.
+A block's hash tells all blocks before it, so equal blocks at one depth mean equal beginnings: whether a chain has all
+of a node is one comparison, of the node's last block, and where the two part is found by halving. A node is a stretch
+that all its users have in common; it ends where one of them ends or where two part. Users are counted by owner.
 
 Invariants: owners of a node are owners of its parent, with no more users there than here; a node has users; and no node
 has one single child with the same users, for then the two would be one, so that a path is no longer than the number of

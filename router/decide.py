@@ -7,9 +7,10 @@ how any of these works. A question changes nothing, so `explain` and `generate` 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from kvstore.events import TierName
 from router.chain_tree import Runs
 from router.cost import NO_LOAD, PrefillFit, Price, pool_fits, price, queue_ms
 from router.fleet import Fleet
@@ -108,7 +109,8 @@ class Decider:
         runner_up, extra_ms = _runner_up(candidates, decision, predicts=policy.predicts)
         chosen = decision.chosen.worker
         own = overlaps.get(chosen, NO_OVERLAP)
-        hints = peers.hints(chosen, own.host)
+        deepest = max((overlap.host for overlap in overlaps.values()), default=0)
+        hints = peers.hints(chosen, own.host) if deepest > own.host else ()
         return Choice(policy, weights, request, candidates, decision, own.disk, hints, runner_up, extra_ms)
 
     def taken(self) -> None:
@@ -117,8 +119,11 @@ class Decider:
 
     def peers(self, overlaps: Mapping[str, Overlap]) -> Holders:
         """Workers that others can read from: a drained one is as good as any, a silent one is not."""
+        return Holders(lambda: self._holders(overlaps)) if overlaps else Holders()
+
+    def _holders(self, overlaps: Mapping[str, Overlap]) -> Iterable[Holder]:
         depths = {name: overlap.host for name, overlap in overlaps.items() if overlap.host}
-        holding = [link for link in self._fleet.links() if link.name in depths] if depths else []
+        holding = [link for link in self._fleet.links() if link.name in depths]
         holding.sort(key=lambda link: -depths[link.name])
         # What one that has yet to confirm a clear holds must not come back by others.
         clean = (link for link in holding if self._fleet.is_alive(link) and not link.owes_clear)
@@ -127,7 +132,7 @@ class Decider:
     def candidates(
         self, question: Question, links: Sequence[WorkerLink], overlaps: Mapping[str, Overlap], peers: Holders
     ) -> list[Candidate]:
-        """What is known of each of these workers with regard to the question."""
+        """What is known of each of these workers with regard to the question, in their order."""
         now, traffic = self._clock(), self._traffic
         # Whatever is one question for all workers is asked once, and not of each.
         arriving = {} if question.no_read else traffic.arriving(question.hashes)
@@ -150,7 +155,7 @@ class Decider:
                 fit,
                 queue=queue_ms(load, fit, age_ms=age_ms, unreported_ms=unreported_ms),
                 shared_reads=shared_reads,
-                peers=peers.depth(name),
+                peers=peers.depth(name) if TierName.PEER in load.reads else 0,
             )
             active = load.running + load.waiting + unreported
             if priced.cached_tokens not in charged:
@@ -226,7 +231,7 @@ def _at_least(overlap: Overlap, device: int) -> Overlap:
     """Blocks on their way will be in the pool when this request's turn comes."""
     if device <= overlap.device:
         return overlap
-    return Overlap(*(max(device, depth) for depth in overlap))
+    return Overlap(device, max(device, overlap.host), max(device, overlap.disk), max(device, overlap.shared))
 
 
 def _runner_up(candidates: Sequence[Candidate], decision: Decision, *, predicts: bool) -> tuple[str, float]:

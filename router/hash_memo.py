@@ -3,12 +3,12 @@
 Covers: `kvstore.blocks.block_hashes` behind a bounded memory. Does not cover: the rule of the chain.
 
 The memory is a radix tree over the bytes of the tokens: a node is a stretch of whole blocks with their names, and its
-children are what followed it, by their first block. That a prompt goes through a node is one comparison of memory, so a
-session that comes again costs a few of them, however long it has grown, and the hashing of what is new. Keys and
-stretches are the exact tokens behind the root of the chain: there is nothing to collide, and what tenants with different
-roots ask for never meets. A leaf grows in place with its session; what one prompt left is cut in two where another one
-parts from it. Least recently used leaves go first, and a node that has one child left becomes one with it, so that a
-path is no longer than the number of prompts that part from it.
+children are what followed it, by their first block. That a prompt goes through a node is one comparison of memory, so
+a session that comes again costs a few of them, however long it has grown, and the hashing of what is new. Keys and
+stretches are the exact tokens behind the root of the chain: there is nothing to collide, and what tenants with
+different roots ask for never meets. A leaf grows in place with its session; what one prompt left is cut in two where
+another one parts from it. Least recently used leaves go first, and a node that has one child left becomes one with it,
+so that a path is no longer than the number of prompts that part from it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ through, it is deep enough, and where it is not the reader finds that out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -28,12 +29,16 @@ class Holder(NamedTuple):
 
 
 class Holders:
-    """Of one prompt, the deepest first."""
+    """Of one prompt, the deepest first. They are looked for when first asked about: most decisions go to the worker
+    that has the most, and where blocks never came from others their price is not asked for.
+    """
 
-    def __init__(self, holders: Iterable[Holder] = ()) -> None:
-        self._holders: Sequence[Holder] = sorted(holders, key=lambda holder: (-holder.blocks, holder.worker))
-        self._deepest = self._holders[0].worker if self._holders else ""
-        self._depths = [each.blocks for each in self._holders[:2]] + [0, 0]
+    def __init__(self, find: Callable[[], Iterable[Holder]] = tuple) -> None:
+        self._find = find
+
+    @cached_property
+    def _holders(self) -> Sequence[Holder]:
+        return sorted(self._find(), key=lambda holder: (-holder.blocks, holder.worker))
 
     def hints(self, worker: str, own_blocks: int) -> tuple[Holder, ...]:
         """Whom this worker should ask, who has so many leading blocks at hand itself."""
@@ -42,14 +47,14 @@ class Holders:
 
     def depth(self, worker: str) -> int:
         """How many leading blocks some other worker holds."""
-        return self._depths[worker == self._deepest]
+        return next((each.blocks for each in self._holders if each.worker != worker), 0)
 
 
-def holders(links: Iterable[WorkerLink], overlaps: Mapping[str, Overlap]) -> Holders:
+def holders(links: Iterable[WorkerLink], overlaps: Mapping[str, Overlap]) -> Iterable[Holder]:
     """Of those `links`, alive and the deepest first, that serve blocks: as many as any worker can be told of."""
     serving = (
         Holder(link.name, link.hello.peer_address, overlaps[link.name].host)
         for link in links
         if link.hello is not None and link.hello.peer_address
     )
-    return Holders(islice(serving, MAX_HINTS + 1))  # one of them may be the worker that is told
+    return islice(serving, MAX_HINTS + 1)  # one of them may be the worker that is told

@@ -23,7 +23,7 @@ IDS = tokens(1, 100)  # six full blocks
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 9)), st.sampled_from("abcdefg"), st.integers(0, 9))
 def test_those_that_hold_more_are_named_the_deepest_first(depths: dict[str, int], worker: str, own: int) -> None:
-    held = Holders(Holder(name, f"{name}:1", blocks) for name, blocks in depths.items())
+    held = Holders(lambda: (Holder(name, f"{name}:1", blocks) for name, blocks in depths.items()))
     hints = held.hints(worker, own)
     deeper = {name: blocks for name, blocks in depths.items() if blocks > own and name != worker}
     assert [each.blocks for each in hints] == sorted(deeper.values(), reverse=True)[:MAX_HINTS]
