@@ -52,6 +52,8 @@ class RunIndex(PrefixIndex):
 
     def _in_blocks(self, worker: str, chain: Chain, found: Overlap) -> Overlap:
         device = self._device_blocks(worker, chain, found.device)
+        if found.device == found.shared:  # most workers, and a worker is asked about for every request
+            return Overlap(device, device, device, device)
         return Overlap(device, *(max(device, chain.blocks(depth)) for depth in found[1:]))
 
     def _device_blocks(self, worker: str, chain: Chain, leading: int) -> int:

@@ -137,12 +137,12 @@ class Decider:
         # Whatever is one question for all workers is asked once, and not of each.
         arriving = {} if question.no_read else traffic.arriving(question.hashes)
         shares = _Shares(question, [] if question.no_read else traffic.sharers(question.hashes))
-        fits = self._pooled({link.name: link.report.load.fit if link.report else None for link in links})
+        reports = {link.name: link.report for link in links}
+        fits = self._pooled({name: report.load.fit if report else None for name, report in reports.items()})
         shared_reads = self._fleet.record.shared_tier_reads
         charged: dict[int, float] = {}  # shares by cached tokens, of which most workers have equally many
         candidates = []
-        for link in links:
-            name, report = link.name, link.report
+        for name, report in reports.items():
             load, at = (report.load, report.at) if report else (NO_LOAD, 0.0)
             fit, held, coming = fits[name], overlaps.get(name, NO_OVERLAP), arriving.get(name, 0)
             unreported_ms, unreported = traffic.unreported(name, at)

@@ -9,6 +9,7 @@ Pure and synchronous, on an injected clock. Every question leaves the state as i
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ class Traffic:
         self._active = ChainTree()
         self._active_blocks: dict[str, int] = {}
         self._flights: dict[int, Sent] = {}
+        self._in_flight: Counter[str] = Counter()
         self._prefilling: dict[str, dict[int, Sent]] = {}  # by worker, in the order of sending
         # The last answer of each worker, with the time of the report that it was given for. Between two decisions one
         # or two workers of a fleet say or are sent something: for the others it still holds.
@@ -84,6 +86,7 @@ class Traffic:
         self._work.setdefault(worker, Decayed()).add(work_ms, now)
         self._fleet.add(work_ms, now)
         flight = self._flights[key] = Sent(worker, hashes, names, work_ms, now, self._depth(hashes, cached_blocks))
+        self._in_flight[worker] += 1
         self._prefilling.setdefault(worker, {})[key] = flight
         self._unreported.pop(worker, None)
         before = self._active.add(worker, names, len(names))
@@ -106,6 +109,7 @@ class Traffic:
         flight = self._flights.pop(key, None)
         if flight is None:
             return
+        self._in_flight[flight.worker] -= 1
         self._arrived(key, flight)
         self._sharing.remove(_FLEET, flight.names, flight.shared)
         after = self._active.remove(flight.worker, flight.names, len(flight.names))
@@ -122,6 +126,8 @@ class Traffic:
 
     def unreported(self, worker: str, reported_at: float) -> tuple[float, int]:
         """(milliseconds of work, requests) sent to a worker that its report of that time cannot contain yet."""
+        if not self._prefilling.get(worker):
+            return 0.0, 0
         known = self._unreported.get(worker)
         if known is None or known[0] != reported_at:
             late = self._late(worker, reported_at)
@@ -155,7 +161,8 @@ class Traffic:
         """The worker is gone for good."""
         self._work.pop(worker, None)
         self._unreported.pop(worker, None)
-        if not self._active_blocks.get(worker):
+        if not self._in_flight[worker]:  # else what is left ends one by one
+            del self._in_flight[worker]
             self._active_blocks.pop(worker, None)
             self._prefilling.pop(worker, None)
 
@@ -179,10 +186,8 @@ class Traffic:
         return len(hashes) - depth
 
     def _late(self, worker: str, reported_at: float) -> list[Sent]:
-        flights, late = self._prefilling.get(worker), list[Sent]()
-        if not flights:
-            return late
-        for flight in reversed(flights.values()):
+        late = []
+        for flight in reversed(self._prefilling.get(worker, {}).values()):
             if flight.at + _REFLECTED_AFTER_S <= reported_at:
                 break  # and so are all that were sent before it
             late.append(flight)

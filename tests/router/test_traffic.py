@@ -173,6 +173,35 @@ def test_a_prompt_costs_its_forks_and_not_its_blocks_however_many_came_and_went(
     assert Read.reads < 300
 
 
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_a_worker_that_is_gone_may_have_requests_that_end_later(traffic: Traffic, blocks: int) -> None:
+    for key in (1, 2):
+        traffic.sent(key, "a", chain(*range(blocks)), work_ms=10, cached_blocks=0)
+    traffic.first_token(1)
+    traffic.forget("a")
+    assert traffic.recent_work_ms("a") == 0
+    traffic.sent(3, "a", chain(*range(blocks)), work_ms=10, cached_blocks=0)  # it is back
+    for key in (1, 2):
+        traffic.ended(key)
+    assert traffic.active_blocks([], ["a"]) == [blocks]
+    traffic.ended(3)
+    traffic.forget("a")
+    assert traffic.active_blocks([], ["a"]) == [0]
+    assert traffic.check()
+
+
+def test_what_was_answered_before_is_not_answered_after_a_change(traffic: Traffic, clock: Clock) -> None:
+    traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
+    assert traffic.unreported("a", clock.now) == (7, 1)
+    traffic.sent(2, "a", [], work_ms=5, cached_blocks=0)
+    assert traffic.unreported("a", clock.now) == (12, 2)
+    traffic.first_token(1)
+    assert traffic.unreported("a", clock.now) == (5, 1)
+    assert traffic.unreported("a", clock.now + 1) == (0, 0)
+    traffic.ended(2)
+    assert traffic.unreported("a", clock.now) == (0, 0)
+
+
 def test_blocks_to_compute_are_unreported_until_a_report_can_contain_them(traffic: Traffic, clock: Clock) -> None:
     traffic.sent(1, "a", chain(1, 2, 3, 4), work_ms=10, cached_blocks=1)
     traffic.sent(2, "a", chain(5, 6), work_ms=10, cached_blocks=0)
