@@ -15,6 +15,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import cast
 
@@ -202,7 +203,7 @@ def add_hash_rows(report: Report, rounds: int) -> None:
     report.add("hash_32k_seen_packed_ratio", ratios(samples["packed"], cold), "ratio", bar="<= 0.1")
 
 
-def bare_chain(tokens: list[int]) -> list[bytes]:
+def bare_chain(tokens: Sequence[int]) -> list[bytes]:
     """What hashing takes at least: packing, two compressions a block, and cutting the names."""
     data, name, names, sha256 = array("I", tokens).tobytes(), bytes(ROOT), [], hashlib.sha256
     for at in range(0, len(data), 4 * BLOCK):
@@ -236,7 +237,7 @@ def in_and_out(world: World, rounds: int) -> list[float]:
         world.traffic.ended(world.send(names, cached_blocks=len(names) // 2, prefilling=False))
 
     chains = [_names(world.sessions[n % len(world.sessions)]) for n in range(rounds)]
-    return [seconds(lambda names=names: walk(names)) * 1e6 for names in chains]
+    return [seconds(partial(walk, names)) * 1e6 for names in chains]
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -8,6 +8,7 @@ workers hold ever deeper beginnings of each prompt; every decision hashes all of
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.util
 import os
 import struct
@@ -46,9 +47,8 @@ async def _in_turns(
 ) -> tuple[list[float], list[float]]:
     """Seconds of each decision, ours and theirs."""
     os.environ.setdefault("DYN_LOG", "error")  # it tells of each decision on standard output
-    from dynamo._core import SelectionService
-
-    service, ours, theirs = SelectionService(indexer_threads=2), list[float](), list[float]()
+    service = importlib.import_module("dynamo._core").SelectionService(indexer_threads=2)
+    ours, theirs = list[float](), list[float]()
     try:
         await _feed(service, sessions)
         for n in range(rounds):
@@ -66,8 +66,7 @@ async def _in_turns(
 
 async def _feed(service: Any, sessions: Sequence[list[int]]) -> None:
     """Eight workers that hold 1/8, 2/8 ... of every session."""
-    import zmq
-
+    zmq = importlib.import_module("zmq")
     context, ids = zmq.Context(), count(1)
     try:
         for worker in range(1, _WORKERS + 1):

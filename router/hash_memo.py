@@ -24,7 +24,7 @@ DEFAULT_BYTES = 64 << 20  # about 6 million tokens at 16 a block
 _TOKEN_BYTES = 4
 _NAME_BYTES = 32
 _SHORT_NAME_BYTES = 64 + 8  # an object of 16 bytes, as CPython allocates it, and what points to it
-_NODE_BYTES = 900  # a node without its stretch: objects, its entries in the tree and in the order of use
+_NODE_BYTES = 600  # a node without its stretch: objects, its entries in the tree and in the order of use
 
 
 class Names(NamedTuple):

@@ -57,4 +57,4 @@ def holders(links: Iterable[WorkerLink], overlaps: Mapping[str, Overlap]) -> Ite
         for link in links
         if link.hello is not None and link.hello.peer_address
     )
-    return islice(serving, MAX_HINTS + 1)  # one of them may be the worker that is told
+    return islice(serving, MAX_HINTS)  # whoever is among them is told of those before it only

@@ -30,6 +30,7 @@ def test_a_block_that_others_in_flight_share_costs_its_part() -> None:
     assert shares.of(0) == pytest.approx((16 / 4 + 16 / 2 + 32) / 64)
     assert shares.of(16) == pytest.approx((16 / 2 + 32) / 48)
     assert shares.of(32) == 1.0
+    assert _Shares(question(80), [(3, 1), (1, 4)]).of(48) == pytest.approx((16 / 2 + 16) / 32)
 
 
 def test_a_private_prompt_is_charged_in_full() -> None:
