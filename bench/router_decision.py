@@ -20,7 +20,7 @@ from itertools import count
 from typing import cast
 
 from bench.report import Report, ratios
-from bench.router_peer import add_peer_row
+from bench.router_peer import add_peer_rows
 from bench.router_submit import submits
 from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.events import BlockStored, TierName
@@ -170,8 +170,11 @@ def add_decision_rows(report: Report, *, quick: bool) -> None:
     report.add("decision_32k_64_workers_us", decisions(world, 8 if quick else 40), "us", bar="<= 3000")
     add_hash_rows(report, 12 if quick else 60)
     report.add("submit_32k_seen_us", asyncio.run(submits(24 if quick else 100)), "us")
-    world = World(8, LONG, sessions=8)
-    add_peer_row(report, world.sessions, lambda session: world.ask(session, HashMemo()), 16 if quick else 64)
+    world, memo = World(8, LONG, sessions=8), HashMemo()
+    for session in world.sessions:
+        memo.names(session, ROOT, BLOCK)
+    asks = {"decision": lambda s: world.ask(s, HashMemo()), "decision_seen": lambda s: world.ask(s, memo)}
+    add_peer_rows(report, world.sessions, asks, 16 if quick else 64)
 
 
 def add_hash_rows(report: Report, rounds: int) -> None:

@@ -2,7 +2,7 @@
 
 Wants `ai-dynamo-runtime` and `pyzmq`, which nothing else here needs: without them there is no row. Its selection
 service is fed as its workers would feed it, by K/V events over ZeroMQ, and is asked with tokens; so are we. Eight
-workers hold ever deeper beginnings of each prompt; every decision hashes all of it.
+workers hold ever deeper beginnings of each prompt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -27,41 +27,43 @@ _WORKERS = 8
 _EVENT_TOKENS = 1024
 _MODEL = "bench"
 
+Ask = Callable[[Sequence[int]], None]
 
-def add_peer_row(
-    report: Report, sessions: Sequence[list[int]], ask: Callable[[Sequence[int]], None], rounds: int
-) -> None:
-    """`decision_vs_dynamo_ratio` over the sessions, which `ask` decides for on our side; else a line on stderr."""
+
+def add_peer_rows(report: Report, sessions: Sequence[list[int]], asks: Mapping[str, Ask], rounds: int) -> None:
+    """`<name>_vs_dynamo_ratio` for each of `asks`, ways to decide for a session on our side; else a line on stderr."""
     missing = [name for name in ("dynamo", "zmq") if importlib.util.find_spec(name) is None]
     if missing:
         left_out = f"decision_vs_dynamo_ratio left out: no {' and no '.join(missing)}"
         print(f"{left_out}; install ai-dynamo-runtime and pyzmq to have it", file=sys.stderr)
         return
-    ours, theirs = asyncio.run(_in_turns(sessions, ask, rounds))
+    theirs, ours = asyncio.run(_in_turns(sessions, asks, rounds))
     report.add("decision_dynamo_32k_us", [s * 1e6 for s in theirs], "us")
-    report.add("decision_vs_dynamo_ratio", ratios(ours, theirs), "ratio", bar="< 1")
+    for name, samples in ours.items():
+        report.add(f"{name}_vs_dynamo_ratio", ratios(samples, theirs), "ratio", bar="< 1")
 
 
 async def _in_turns(
-    sessions: Sequence[list[int]], ask: Callable[[Sequence[int]], None], rounds: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of each decision, ours and theirs."""
+    sessions: Sequence[list[int]], asks: Mapping[str, Ask], rounds: int
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Seconds of each decision on the wall, theirs and ours: theirs is made in threads of its own."""
     os.environ.setdefault("DYN_LOG", "error")  # it tells of each decision on standard output
     service = importlib.import_module("dynamo._core").SelectionService(indexer_threads=2)
-    ours, theirs = list[float](), list[float]()
+    theirs, ours = list[float](), {name: list[float]() for name in asks}
     try:
         await _feed(service, sessions)
         for n in range(rounds):
             session = sessions[n % len(sessions)]
             started = time.perf_counter()
             await service.select({"model_name": _MODEL, "token_ids": session})
-            between = time.perf_counter()
-            ask(session)
-            ours.append(time.perf_counter() - between)
-            theirs.append(between - started)
+            theirs.append(time.perf_counter() - started)
+            for name, ask in asks.items():
+                started = time.perf_counter()
+                ask(session)
+                ours[name].append(time.perf_counter() - started)
     finally:
         service.shutdown()
-    return ours, theirs
+    return theirs, ours
 
 
 async def _feed(service: Any, sessions: Sequence[list[int]]) -> None:
