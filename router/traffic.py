@@ -39,7 +39,7 @@ class Decayed:
 
     def value(self, now: float) -> float:
         """The sum now."""
-        return self._sum * math.exp(-max(0.0, now - self._at) / self._memory_s)
+        return self._sum * math.exp((self._at - now) / self._memory_s) if now > self._at else self._sum
 
 
 @dataclass(slots=True)
@@ -179,7 +179,7 @@ class Traffic:
 
     def _depth(self, hashes: Sequence[bytes], blocks: int) -> int:
         """Leading parts that lie within so many leading blocks."""
-        return blocks
+        return min(blocks, len(hashes))
 
     def _rest(self, hashes: Sequence[bytes], depth: int) -> int:
         """Blocks behind so many leading parts."""
