@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from replay.workload import Chain
+from router.chain_tree import Runs
 from router.index import Overlap, PrefixIndex
 from router.traffic import Traffic
 
@@ -51,6 +52,8 @@ class RunIndex(PrefixIndex):
 
     def _in_blocks(self, worker: str, chain: Chain, found: Overlap) -> Overlap:
         device = self._device_blocks(worker, chain, found.device)
+        if found.device == found.shared:  # most workers, and a worker is asked about for every request
+            return Overlap(device, device, device, device)
         return Overlap(device, *(max(device, chain.blocks(depth)) for depth in found[1:]))
 
     def _device_blocks(self, worker: str, chain: Chain, leading: int) -> int:
@@ -63,23 +66,22 @@ class RunIndex(PrefixIndex):
 class RunTraffic(Traffic):
     """A `Traffic` of segment keys that answers in blocks when it is asked about a `Chain`."""
 
-    def sent(self, key: int, worker: str, hashes: Sequence[bytes], *, work_ms: float, cached_blocks: int) -> None:
-        """As `Traffic.sent`; a segment that is cached in part is not counted as cached."""
-        if isinstance(hashes, Chain):
-            cached_blocks, hashes = hashes.whole_segments(cached_blocks), hashes.keys
-        super().sent(key, worker, hashes, work_ms=work_ms, cached_blocks=cached_blocks)
+    def arriving(self, hashes: Sequence[bytes]) -> dict[str, int]:
+        """Leading blocks on their way to each worker."""
+        depths = super().arriving(hashes)
+        return {w: hashes.blocks(n) for w, n in depths.items()} if isinstance(hashes, Chain) else depths
 
-    def arriving_run(self, worker: str, hashes: Sequence[bytes]) -> int:
-        """Leading blocks on their way to the worker."""
-        if not isinstance(hashes, Chain):
-            return super().arriving_run(worker, hashes)
-        return hashes.blocks(super().arriving_run(worker, hashes.keys))
+    def sharers(self, hashes: Sequence[bytes]) -> Runs:
+        """How many requests in flight share the leading blocks, as runs."""
+        runs = super().sharers(hashes)
+        return [(n, hashes.blocks(end)) for n, end in runs] if isinstance(hashes, Chain) else runs
 
-    def sharers(self, hashes: Sequence[bytes]) -> list[int]:
-        """For each leading block how many requests in flight share it."""
-        if not isinstance(hashes, Chain):
-            return super().sharers(hashes)
-        counts: list[int] = []
-        for sharing, end in zip(super().sharers(hashes.keys), hashes.ends, strict=False):
-            counts.extend([sharing] * (end - len(counts)))
-        return counts
+    def _names(self, hashes: Sequence[bytes]) -> Sequence[bytes]:
+        return hashes.keys if isinstance(hashes, Chain) else hashes
+
+    def _depth(self, hashes: Sequence[bytes], blocks: int) -> int:
+        """A segment that is cached in part is not counted as cached."""
+        return hashes.whole_segments(blocks) if isinstance(hashes, Chain) else blocks
+
+    def _rest(self, hashes: Sequence[bytes], depth: int) -> int:
+        return len(hashes) - (hashes.blocks(depth) if isinstance(hashes, Chain) else depth)

@@ -129,7 +129,7 @@ class Attempts:
                 self._metrics.fates_corrected.labels(choice.worker).inc()
 
         link = self._fleet.link(choice.worker)
-        sent = _with_deadline(job, work.context.deadline)
+        sent = _for_one_link(job, work.context.deadline)
         sent.peers.extend(worker_pb2.PeerHint(address=peer.address, blocks=peer.blocks) for peer in choice.peers)
         work.flight = link.submit(sent, on_tokens, on_end)
 
@@ -218,10 +218,16 @@ def _none_left(work: Request, error: NoWorkerAvailable) -> RouterError:
     )
 
 
-def _with_deadline(job: worker_pb2.Job, deadline: float | None) -> worker_pb2.Job:
-    """A copy for one link, which gives it an id of its own."""
-    sent = worker_pb2.Job()
-    sent.CopyFrom(job)
+def _for_one_link(job: worker_pb2.Job, deadline: float | None) -> worker_pb2.Job:
+    """The job itself for the first link, which gives it an id of its own; for those after it a copy.
+
+    To copy a long prompt takes longer than to decide where it goes.
+    """
+    sent = job
+    if job.job_id:
+        sent = worker_pb2.Job()
+        sent.CopyFrom(job)
+        del sent.peers[:]
     if deadline is not None:
         sent.deadline_ms = max(0, round(time_left(deadline) * 1000))
     return sent

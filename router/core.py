@@ -298,10 +298,10 @@ class Router:
         if len(work.answer_ids) < 2:
             return
         size = prepared.question.block_size
-        full = len(prepared.names) * size
+        full = len(prepared.question.hashes) * size
         # Without the last token: an end token is the template's business.
         tail = [*prepared.prompt.token_ids[full:], *work.answer_ids[:-1]]
-        parent = prepared.names[-1] if prepared.names else prepared.root
+        parent = prepared.chain.last or prepared.root
         names = [*prepared.question.hashes, *(short(name) for name in block_hashes(tail, parent, size))]
         answer = "".join(work.answer)
         said = self._encoder.said(prepared.given, answer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from statistics import median
 from types import MappingProxyType
 from typing import NamedTuple
@@ -104,17 +105,14 @@ def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
     known = [fit for fit in fits.values() if fit is not None]
     if not known:
         return dict.fromkeys(fits, DEFAULT_FIT)
-    middle = PrefillFit(
-        median(f.fixed_ms for f in known), median(f.token_ms for f in known), median(f.pair_ms for f in known)
-    )
-    return {name: _pooled(fit, middle) for name, fit in fits.items()}
+    middle = PrefillFit(*map(median, zip(*known, strict=True)))
+    theirs = middle.ms(_REFERENCE_TOKENS)
 
+    def pooled(own: PrefillFit) -> PrefillFit:
+        mine = own.ms(_REFERENCE_TOKENS)
+        return middle if mine <= theirs * _SAME_MACHINE and theirs <= mine * _SAME_MACHINE else own
 
-def _pooled(own: PrefillFit | None, middle: PrefillFit) -> PrefillFit:
-    if own is None:
-        return middle
-    mine, theirs = own.ms(_REFERENCE_TOKENS), middle.ms(_REFERENCE_TOKENS)
-    return middle if mine <= theirs * _SAME_MACHINE and theirs <= mine * _SAME_MACHINE else own
+    return {name: middle if fit is None else pooled(fit) for name, fit in fits.items()}
 
 
 def queue_ms(load: WorkerLoad, fit: PrefillFit, *, age_ms: float, unreported_ms: float, keep: float = 0.2) -> float:
@@ -145,7 +143,10 @@ def price(
 
     `queue` is its `queue_ms`; `peers`: leading blocks that one other worker holds in reach of this one.
     """
-    best = _best(_spans(overlap, shared_reads=shared_reads), prompt_tokens, block_size, load, fit)
+    if (overlap.shared if shared_reads else overlap.disk) == overlap.device:
+        best = _pool_plan(overlap.device, prompt_tokens, block_size, fit)
+    else:
+        best = _best(_spans(overlap, shared_reads=shared_reads), prompt_tokens, block_size, load, fit)
     if peers > overlap.host and TierName.PEER in load.reads:
         for spans in _spans_with_peer(overlap, peers, shared_reads=shared_reads):
             best = min(best, _best(spans, prompt_tokens, block_size, load, fit), key=_plan_ms)
@@ -155,12 +156,25 @@ def price(
 
 def _best(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit) -> _Plan:
     """The cheapest plan that reads these spans up to some depth."""
-    best = _plan(spans[:1], prompt_tokens, block_size, load, fit)
-    for reach in range(2, len(spans) + 1):
-        plan = _plan(spans[:reach], prompt_tokens, block_size, load, fit)
-        if _plan_ms(plan) < _plan_ms(best):
-            best = plan
-    return best
+    best, least = None, math.inf
+    load_ms, total, cached = 0.0, 0, dict[TierName, int]()
+    for tier, start, end in spans:
+        # One token is always computed: the forward that gives the first new token needs it.
+        cached[tier] = min(end * block_size, prompt_tokens - 1) - total
+        total += cached[tier]
+        if tier is not TierName.DEVICE:
+            read = load.reads.get(tier)
+            load_ms += math.inf if read is None else read.ms(end - start)
+        compute_ms = fit.ms(prompt_tokens - total, total)
+        if best is None or load_ms + compute_ms < least:
+            best, least = (load_ms, compute_ms, cached.copy(), total), load_ms + compute_ms
+    return best or (0.0, fit.ms(prompt_tokens), cached, 0)
+
+
+@lru_cache(maxsize=256)  # in one decision it is the same for most workers of a fleet
+def _pool_plan(blocks: int, prompt_tokens: int, block_size: int, fit: PrefillFit) -> _Plan:
+    """The plan that reads nothing: so many blocks lie in the pool."""
+    return _best([(TierName.DEVICE, 0, blocks)], prompt_tokens, block_size, NO_LOAD, fit)
 
 
 def _plan_ms(plan: _Plan) -> float:
@@ -170,8 +184,6 @@ def _plan_ms(plan: _Plan) -> float:
 def _spans(overlap: Overlap, *, shared_reads: bool) -> list[_Span]:
     """The part that each tier adds, fastest first; the pool always stands first."""
     deepest = overlap.shared if shared_reads else overlap.disk
-    if deepest == overlap.device:
-        return [(TierName.DEVICE, 0, deepest)]
     host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
     return _in_order(overlap.device, (host, disk, redis))
 
@@ -194,17 +206,3 @@ def _in_order(pool: int, ends: Sequence[tuple[TierName, int]]) -> list[_Span]:
             spans.append((tier, at, end))
             at = end
     return spans
-
-
-def _plan(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit) -> _Plan:
-    """What it takes when exactly these spans are reused."""
-    load_ms, cached, total = 0.0, {}, 0
-    for tier, start, end in spans:
-        # One token is always computed: the forward that gives the first new token needs it.
-        tokens = min(end * block_size, prompt_tokens - 1) - total
-        if tier is not TierName.DEVICE:
-            read = load.reads.get(tier)
-            load_ms += math.inf if read is None else read.ms(end - start)
-        cached[tier] = tokens
-        total += tokens
-    return load_ms, fit.ms(prompt_tokens - total, total), cached, total

@@ -6,15 +6,19 @@ how any of these works. A question changes nothing, so `explain` and `generate` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from router.cost import DEFAULT_FIT, NO_LOAD, PrefillFit, Price, WorkerLoad, pool_fits, price, queue_ms
+from kvstore.events import TierName
+from router.chain_tree import Runs
+from router.cost import NO_LOAD, PrefillFit, Price, pool_fits, price, queue_ms
 from router.fleet import Fleet
+from router.fleet_record import FleetRecord
 from router.index import NO_OVERLAP, Overlap, PrefixIndex
 from router.link import WorkerLink
 from router.peers import Holder, Holders, holders
-from router.policies.protocol import NO_BLOCK_LOAD, BlockLoad, Candidate, Decision, Policy, RouteRequest
+from router.policies.protocol import BlockLoad, Candidate, Decision, Policy, RouteRequest
 from router.policy import checked_weights, find_policy
 from router.policy_history import PolicySetting
 from router.traffic import Traffic
@@ -83,7 +87,9 @@ class Choice:
 
 
 class Decider:
-    """Asks. Holds no state but the number of decisions that were made."""
+    """Asks. Holds no state but the number of decisions that were made, and what it worked out of settings and reports
+    last time, for as long as those are the same: they change every few milliseconds at most, decisions may come faster.
+    """
 
     def __init__(self, fleet: Fleet, index: PrefixIndex, traffic: Traffic, clock: Callable[[], float]) -> None:
         self._fleet = fleet
@@ -91,14 +97,15 @@ class Decider:
         self._traffic = traffic
         self._clock = clock
         self._turn = 0
+        self._checked: tuple[FleetRecord | None, Policy, dict[str, float]] = (None, find_policy("cache_aware"), {})
+        self._fits: tuple[dict[str, PrefillFit | None], dict[str, PrefillFit]] = ({}, {})
 
     def decide(self, question: Question) -> Choice | None:
         """What the policy in force chooses now; None when no worker is eligible. Changes nothing."""
         able = [link for link in self._fleet.links() if self._able(link, question)]
         if not able:
             return None
-        policy = find_policy(self._fleet.record.policy)
-        weights = checked_weights(policy, self._fleet.record.weights)
+        policy, weights = self._rule()
         overlaps = {} if question.no_read else self._index.match(question.hashes)
         peers = self.peers(overlaps)
         candidates = self.candidates(question, able, overlaps, peers)
@@ -107,15 +114,11 @@ class Decider:
         runner_up, extra_ms = _runner_up(candidates, decision, predicts=policy.predicts)
         chosen = decision.chosen.worker
         own = overlaps.get(chosen, NO_OVERLAP)
-        hints = peers.hints(chosen, own.host)
+        deepest = max((overlap.host for overlap in overlaps.values()), default=0)
+        hints = peers.hints(chosen, own.host) if deepest > own.host else ()
         choice = Choice(policy, weights, request, candidates, decision, own.disk, hints, runner_up, extra_ms)
         shadow = self._fleet.record.shadow
         return choice if shadow is None else replace(choice, shadow=_scored(choice, shadow), shadowed_by=shadow)
-
-    def _counts_blocks(self) -> bool:
-        record = self._fleet.record
-        names = (record.policy, record.shadow.name) if record.shadow else (record.policy,)
-        return any(find_policy(name).counts_blocks for name in names)
 
     def taken(self) -> None:
         """A decision was acted on: the next one is another turn."""
@@ -123,73 +126,79 @@ class Decider:
 
     def peers(self, overlaps: Mapping[str, Overlap]) -> Holders:
         """Workers that others can read from: a drained one is as good as any, a silent one is not."""
-        if not overlaps:
-            return Holders()
+        return Holders(lambda: self._holders(overlaps)) if overlaps else Holders()
+
+    def _holders(self, overlaps: Mapping[str, Overlap]) -> Iterable[Holder]:
+        depths = {name: overlap.host for name, overlap in overlaps.items() if overlap.host}
+        holding = [link for link in self._fleet.links() if link.name in depths]
+        holding.sort(key=lambda link: -depths[link.name])
         # What one that has yet to confirm a clear holds must not come back by others.
-        clean = (link for link in self._fleet.links() if self._fleet.is_alive(link) and not link.owes_clear)
+        clean = (link for link in holding if self._fleet.is_alive(link) and not link.owes_clear)
         return holders(clean, overlaps)
 
     def candidates(
         self, question: Question, links: Sequence[WorkerLink], overlaps: Mapping[str, Overlap], peers: Holders
     ) -> list[Candidate]:
-        """What is known of each of these workers with regard to the question."""
-        fits = pool_fits({link.name: link.report.load.fit if link.report else None for link in links})
-        shares = _Shares(question, [] if question.no_read else self._traffic.sharers(question.hashes))
-        blocks = self._counts_blocks()
-        return [
-            self._candidate(
-                question,
-                link,
-                overlaps,
-                fits.get(link.name, DEFAULT_FIT),
-                shares,
-                peers.depth(link.name),
-                blocks=blocks,
+        """What is known of each of these workers with regard to the question, in their order."""
+        now, traffic = self._clock(), self._traffic
+        # Whatever is one question for all workers is asked once, and not of each.
+        arriving = {} if question.no_read else traffic.arriving(question.hashes)
+        shares = _Shares(question, [] if question.no_read else traffic.sharers(question.hashes))
+        reports = {link.name: link.report for link in links}
+        fits = self._pooled({name: report.load.fit if report else None for name, report in reports.items()})
+        shared_reads = self._fleet.record.shared_tier_reads
+        charged: dict[int, float] = {}  # shares by cached tokens, of which most workers have equally many
+        candidates = []
+        for name, report in reports.items():
+            load, at = (report.load, report.at) if report else (NO_LOAD, 0.0)
+            fit, held, coming = fits[name], overlaps.get(name, NO_OVERLAP), arriving.get(name, 0)
+            unreported_ms, unreported = traffic.unreported(name, at)
+            age_ms = (now - at) * 1000.0 if report else 0.0
+            priced = price(
+                _at_least(held, coming) if coming else held,
+                question.prompt_tokens,
+                question.block_size,
+                load,
+                fit,
+                queue=queue_ms(load, fit, age_ms=age_ms, unreported_ms=unreported_ms),
+                shared_reads=shared_reads,
+                peers=peers.depth(name) if TierName.PEER in load.reads else 0,
             )
-            for link in links
-        ]
+            active = load.running + load.waiting + unreported
+            if priced.cached_tokens not in charged:
+                charged[priced.cached_tokens] = shares.of(priced.cached_tokens)
+            share, work_ms = charged[priced.cached_tokens], traffic.recent_work_ms(name)
+            candidates.append(Candidate(name, priced, share, active, work_ms, held, coming))
+        return self._with_blocks(question, links, candidates) if self._counts_blocks() else candidates
 
-    def _candidate(
-        self,
-        question: Question,
-        link: WorkerLink,
-        overlaps: Mapping[str, Overlap],
-        fit: PrefillFit,
-        shares: _Shares,
-        peers: int,
-        *,
-        blocks: bool,
-    ) -> Candidate:
-        held = overlaps.get(link.name, NO_OVERLAP)
-        arriving = 0 if question.no_read else self._traffic.arriving_run(link.name, question.hashes)
-        report, load = link.report, link.report.load if link.report else NO_LOAD
-        unreported_ms, unreported = self._traffic.unreported(link.name, report.at if report else 0.0)
-        age_ms = (self._clock() - report.at) * 1000.0 if report else 0.0
-        priced = price(
-            _at_least(held, arriving),
-            question.prompt_tokens,
-            question.block_size,
-            load,
-            fit,
-            queue=queue_ms(load, fit, age_ms=age_ms, unreported_ms=unreported_ms),
-            shared_reads=self._fleet.record.shared_tier_reads,
-            peers=peers,
-        )
-        return Candidate(
-            link.name,
-            priced,
-            shares.of(priced.cached_tokens),
-            load.running + load.waiting + unreported,
-            self._traffic.recent_work_ms(link.name),
-            held,
-            arriving,
-            self._block_load(question, link.name, report.at if report else 0.0, load) if blocks else NO_BLOCK_LOAD,
-        )
+    def _with_blocks(
+        self, question: Question, links: Sequence[WorkerLink], candidates: Sequence[Candidate]
+    ) -> list[Candidate]:
+        """The candidates with their loads in blocks."""
+        active = self._traffic.active_blocks(question.hashes, [link.name for link in links])
+        counted = []
+        for link, candidate, blocks in zip(links, candidates, active, strict=True):
+            reported, at = (link.report.load.pending_tokens, link.report.at) if link.report else (0, 0.0)
+            pending = reported / question.block_size + self._traffic.unreported_blocks(link.name, at)
+            counted.append(candidate._replace(blocks=BlockLoad(pending, blocks)))
+        return counted
 
-    def _block_load(self, question: Question, worker: str, reported_at: float, load: WorkerLoad) -> BlockLoad:
-        reported = load.pending_tokens / question.block_size
-        unreported = self._traffic.unreported_blocks(worker, reported_at)
-        return BlockLoad(reported + unreported, self._traffic.active_blocks(worker, question.hashes))
+    def _counts_blocks(self) -> bool:
+        shadow = self._fleet.record.shadow
+        return self._rule()[0].counts_blocks or (shadow is not None and find_policy(shadow.name).counts_blocks)
+
+    def _rule(self) -> tuple[Policy, dict[str, float]]:
+        """The policy in force and all its weights."""
+        record = self._fleet.record
+        if self._checked[0] is not record:  # records are never changed, only replaced
+            policy = find_policy(record.policy)
+            self._checked = (record, policy, checked_weights(policy, record.weights))
+        return self._checked[1:]
+
+    def _pooled(self, fits: dict[str, PrefillFit | None]) -> dict[str, PrefillFit]:
+        if self._fits[0] != fits:
+            self._fits = (fits, pool_fits(fits))
+        return self._fits[1]
 
     def _request(self, question: Question, workers: int) -> RouteRequest:
         return RouteRequest(
@@ -214,27 +223,31 @@ def _scored(choice: Choice, shadow: PolicySetting) -> Decision:
 class _Shares:
     """Which part of the computing a request is charged: a block that k requests in flight share costs it 1/(1+k)."""
 
-    def __init__(self, question: Question, sharers: Sequence[int]) -> None:
-        self._question = question
-        self._sums = [0.0]
-        for k in sharers:
-            self._sums.append(self._sums[-1] + question.block_size / (1 + k))
+    def __init__(self, question: Question, sharers: Runs) -> None:
+        """`sharers`: see `Traffic.sharers`."""
+        self._size = question.block_size
+        self._prompt_tokens = question.prompt_tokens
+        self._ends = [end for _, end in sharers]
+        self._each = [question.block_size / (1 + uses) for uses, _ in sharers]  # tokens charged of a block in a run
+        self._sums = [0.0]  # tokens charged of all blocks up to the end of a run
+        for each, start, end in zip(self._each, [0, *self._ends], self._ends, strict=False):
+            self._sums.append(self._sums[-1] + (end - start) * each)
 
     def of(self, cached_tokens: int) -> float:
         """For a worker that has this many tokens; 1: everything."""
-        size, missing = self._question.block_size, self._question.prompt_tokens - cached_tokens
-        first, end = cached_tokens // size, len(self._sums) - 1
-        if first >= end or missing < size:
+        missing, first = self._prompt_tokens - cached_tokens, cached_tokens // self._size
+        if not self._ends or first >= self._ends[-1] or missing < self._size:
             return 1.0
-        discounted = self._sums[end] - self._sums[first]
-        return (discounted + missing - (end - first) * size) / missing
+        run = bisect_right(self._ends, first)
+        discounted = self._sums[-1] - self._sums[run + 1] + (self._ends[run] - first) * self._each[run]
+        return (discounted + missing - (self._ends[-1] - first) * self._size) / missing
 
 
 def _at_least(overlap: Overlap, device: int) -> Overlap:
     """Blocks on their way will be in the pool when this request's turn comes."""
     if device <= overlap.device:
         return overlap
-    return Overlap(*(max(device, depth) for depth in overlap))
+    return Overlap(device, max(device, overlap.host), max(device, overlap.disk), max(device, overlap.shared))
 
 
 def _runner_up(candidates: Sequence[Candidate], decision: Decision, *, predicts: bool) -> tuple[str, float]:

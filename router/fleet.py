@@ -114,7 +114,7 @@ class Fleet:
 
     def links(self) -> list[WorkerLink]:
         """All of them, sorted by name."""
-        return [self._members[name].link for name in sorted(self._members)]
+        return [member.link for member in self._members.values()]
 
     def link(self, worker: str) -> WorkerLink:
         """Of that worker. Raises WorkerNotFound."""
@@ -372,6 +372,7 @@ class Fleet:
                 self._members[name].link.moved(worker.address)
             else:
                 self._members[name] = self._member(worker)
+        self._members = dict(sorted(self._members.items()))  # here and not in `links`, which each decision asks for
         for name, member in self._members.items():
             if name not in listed and member.missing_since is None:
                 member.missing_since = now

@@ -133,7 +133,7 @@ class WorkerLink:
     @property
     def owes_clear(self) -> bool:
         """Whether it may hold blocks of its own that were cleared."""
-        return any(not owed.request.shared_tier for owed in self._clears.values())
+        return bool(self._clears) and any(not owed.request.shared_tier for owed in self._clears.values())
 
     # What the fleet asks for
 

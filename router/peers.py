@@ -1,7 +1,7 @@
 """Who could give a worker blocks that it lacks: the workers that serve others, and how deep each holds a prompt.
 
 Covers: choosing them for one decision. Does not cover: the price of reading from them (`cost`), what workers hold
-(`index`). Pure; O(workers log workers), and nothing where nobody serves.
+(`index`). Pure; no more workers are asked than can be named.
 
 The index knows the host tier only together with the pool, and host RAM is what workers serve: as every block is written
 through, it is deep enough, and where it is not the reader finds that out.
@@ -9,10 +9,12 @@ through, it is deep enough, and where it is not the reader finds that out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
-from router.index import NO_OVERLAP, Overlap
+from router.index import Overlap
 from router.link import WorkerLink
 
 MAX_HINTS = 3  # the first does, unless it is gone
@@ -27,10 +29,16 @@ class Holder(NamedTuple):
 
 
 class Holders:
-    """Of one prompt, the deepest first."""
+    """Of one prompt, the deepest first. They are looked for when first asked about: most decisions go to the worker
+    that has the most, and where blocks never came from others their price is not asked for.
+    """
 
-    def __init__(self, holders: Iterable[Holder] = ()) -> None:
-        self._holders: Sequence[Holder] = sorted(holders, key=lambda holder: (-holder.blocks, holder.worker))
+    def __init__(self, find: Callable[[], Iterable[Holder]] = tuple) -> None:
+        self._find = find
+
+    @cached_property
+    def _holders(self) -> Sequence[Holder]:
+        return sorted(self._find(), key=lambda holder: (-holder.blocks, holder.worker))
 
     def hints(self, worker: str, own_blocks: int) -> tuple[Holder, ...]:
         """Whom this worker should ask, who has so many leading blocks at hand itself."""
@@ -42,10 +50,11 @@ class Holders:
         return next((each.blocks for each in self._holders if each.worker != worker), 0)
 
 
-def holders(links: Iterable[WorkerLink], overlaps: Mapping[str, Overlap]) -> Holders:
-    """Of those `links`, which must be alive, that serve blocks and hold some of the prompt."""
-    return Holders(
+def holders(links: Iterable[WorkerLink], overlaps: Mapping[str, Overlap]) -> Iterable[Holder]:
+    """Of those `links`, alive and the deepest first, that serve blocks: as many as any worker can be told of."""
+    serving = (
         Holder(link.name, link.hello.peer_address, overlaps[link.name].host)
         for link in links
-        if link.hello is not None and link.hello.peer_address and overlaps.get(link.name, NO_OVERLAP).host
+        if link.hello is not None and link.hello.peer_address
     )
+    return islice(serving, MAX_HINTS)  # whoever is among them is told of those before it only

@@ -106,12 +106,14 @@ class PrefixMap:
 
 
 def _common(segment: list[bytes], blocks: list[bytes], at: int) -> int:
-    same = 0
-    for ours, theirs in zip(segment, blocks[at:], strict=False):
-        if ours != theirs:
-            break
-        same += 1
-    return same
+    """How many blocks from `at` on are the segment's; the first one is. A block's hash tells all before it."""
+    low, high = 1, min(len(segment), len(blocks) - at)
+    if segment[high - 1] == blocks[at + high - 1]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if segment[middle - 1] == blocks[at + middle - 1] else (low, middle - 1)
+    return low
 
 
 def _chain(node: _Node | None) -> list[bytes]:

@@ -81,13 +81,13 @@ class Preparer:
             hashes=names.short,
             prompt_tokens=len(prompt.token_ids),
             block_size=identity.scheme.block_size,
-            digest=names.full[-1] if names.full else _digest(root, prompt.token_ids),
+            digest=names.last or _digest(root, prompt.token_ids),
             affinity=f"{caller.trust_group}\0{cache.affinity_key}" if cache.affinity_key else "",
             no_read=cache.no_read,
         )
         self._encode_seconds.observe(encoded - started)
         self._hash_seconds.observe(time.perf_counter() - encoded)
-        return PreparedPrompt(given, prompt, salt, root, names.full, question)
+        return PreparedPrompt(given, prompt, salt, root, names, question)
 
     def root_of_tenant(self, tenant: str) -> tuple[BlockHash, int]:
         """(root of its chains, tokens a block). Raises NoWorkerAvailable."""

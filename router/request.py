@@ -15,6 +15,7 @@ from kvstore.blocks import BlockHash
 from router import kv_wire
 from router.decide import Choice, Question
 from router.flight import Flight, FlightEnd
+from router.hash_memo import Names
 from router.ledger import Entry, settled_fates
 from router.protocol import Caller, Prompt, RequestContext
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
@@ -25,7 +26,7 @@ class PreparedPrompt:
     """A prompt with its names.
 
     Attributes:
-        given: what was encoded. salt, root: of the caller's trust group. names: of its full blocks, 32 bytes.
+        given: what was encoded. salt, root: of the caller's trust group. chain: of its full blocks.
         question: for the decider.
     """
 
@@ -33,8 +34,13 @@ class PreparedPrompt:
     prompt: Prompt
     salt: bytes
     root: BlockHash
-    names: list[BlockHash]
+    chain: Names
     question: Question
+
+    @property
+    def names(self) -> list[BlockHash]:
+        """Of its full blocks, 32 bytes each; made anew at each call."""
+        return self.chain.full
 
 
 @dataclass(slots=True)

@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from router.active_blocks import ActiveBlocks
+from router.chain_tree import ChainTree, Runs
 
 # How long placements and utilisation are remembered, in seconds: longer than a prefill, shorter than swings of load.
 MEMORY_S = 30.0
 # A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
 _REFLECTED_AFTER_S = 0.04
+_FLEET = ""  # the owner of what is counted for all workers together
 
 
 class Decayed:
@@ -38,15 +39,16 @@ class Decayed:
 
     def value(self, now: float) -> float:
         """The sum now."""
-        return self._sum * math.exp(-max(0.0, now - self._at) / self._memory_s)
+        return self._sum * math.exp((self._at - now) / self._memory_s) if now > self._at else self._sum
 
 
 @dataclass(slots=True)
 class Sent:
-    """A request on a worker. `shared` leading blocks of its chain are counted as being shared by requests in flight."""
+    """A request on a worker. `shared` leading names of its chain are counted as being shared by requests in flight."""
 
     worker: str
     hashes: Sequence[bytes]
+    names: Sequence[bytes]
     work_ms: float
     at: float
     shared: int
@@ -54,47 +56,64 @@ class Sent:
 
 
 class Traffic:
-    """The memory of what was sent. One per router."""
+    """The memory of what was sent. One per router.
+
+    Every sum and count is kept up to date when something is sent or ends, so that a question costs what has changed
+    since the last reports and the nodes on a chain's path, however much is in flight.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._work: dict[str, Decayed] = {}
         self._fleet = Decayed()
-        self._arriving: dict[str, Counter[bytes]] = {}
-        self._sharing: Counter[bytes] = Counter()
-        self._sent: dict[str, set[int]] = {}
-        self._active: dict[str, ActiveBlocks] = {}
+        self._arriving = ChainTree()
+        self._sharing = ChainTree()
+        self._active = ChainTree()
+        self._active_blocks: dict[str, int] = {}
         self._flights: dict[int, Sent] = {}
+        self._in_flight: Counter[str] = Counter()
+        self._prefilling: dict[str, dict[int, Sent]] = {}  # by worker, in the order of sending
+        # The last answer of each worker, with the time of the report that it was given for. Between two decisions one
+        # or two workers of a fleet say or are sent something: for the others it still holds.
+        self._unreported: dict[str, tuple[float, tuple[float, int]]] = {}
 
     def sent(self, key: int, worker: str, hashes: Sequence[bytes], *, work_ms: float, cached_blocks: int) -> None:
-        """A request went to a worker, predicted to be `work_ms` of load and compute, its first blocks cached there."""
-        now = self._clock()
+        """A request went to a worker, predicted to be `work_ms` of load and compute, its first blocks cached there.
+
+        The hashes must not change until it has ended.
+        """
+        now, names = self._clock(), self._names(hashes)
         self._work.setdefault(worker, Decayed()).add(work_ms, now)
         self._fleet.add(work_ms, now)
-        self._flights[key] = Sent(worker, hashes, work_ms, now, cached_blocks)
-        self._sent.setdefault(worker, set()).add(key)
-        self._active.setdefault(worker, ActiveBlocks()).add(hashes)
-        self._arriving.setdefault(worker, Counter()).update(hashes)
-        self._sharing.update(hashes[:cached_blocks])
+        flight = self._flights[key] = Sent(worker, hashes, names, work_ms, now, self._depth(hashes, cached_blocks))
+        self._in_flight[worker] += 1
+        self._prefilling.setdefault(worker, {})[key] = flight
+        self._unreported.pop(worker, None)
+        before = self._active.add(worker, names, len(names))
+        self._active_blocks[worker] = self._active_blocks.get(worker, 0) + self._rest(hashes, before)
+        self._arriving.add(worker, names, len(names))
+        self._sharing.add(_FLEET, names, flight.shared)
 
     def first_token(self, key: int) -> None:
         """Its prefill is done: all its blocks are cached now, and others may share them."""
         flight = self._flights.get(key)
         if flight is None or not flight.prefilling:
             return
-        self._arrived(flight)
-        self._sharing.update(flight.hashes[flight.shared :])
-        flight.shared = len(flight.hashes)
+        self._arrived(key, flight)
+        self._sharing.remove(_FLEET, flight.names, flight.shared)
+        flight.shared = len(flight.names)
+        self._sharing.add(_FLEET, flight.names, flight.shared)
 
     def ended(self, key: int) -> None:
         """It finished, failed, was cancelled or lost its worker."""
         flight = self._flights.pop(key, None)
         if flight is None:
             return
-        self._sent[flight.worker].discard(key)
-        self._active[flight.worker].remove(flight.hashes)
-        self._arrived(flight)
-        _take(self._sharing, flight.hashes[: flight.shared])
+        self._in_flight[flight.worker] -= 1
+        self._arrived(key, flight)
+        self._sharing.remove(_FLEET, flight.names, flight.shared)
+        after = self._active.remove(flight.worker, flight.names, len(flight.names))
+        self._active_blocks[flight.worker] -= self._rest(flight.hashes, after)
 
     def recent_work_ms(self, worker: str) -> float:
         """Work given to the worker, with the memory of `MEMORY_S`."""
@@ -107,72 +126,77 @@ class Traffic:
 
     def unreported(self, worker: str, reported_at: float) -> tuple[float, int]:
         """(milliseconds of work, requests) sent to a worker that its report of that time cannot contain yet."""
-        late = self._late(worker, reported_at)
-        return sum(f.work_ms for f in late), len(late)
+        if not self._prefilling.get(worker):
+            return 0.0, 0
+        known = self._unreported.get(worker)
+        if known is None or known[0] != reported_at:
+            late = self._late(worker, reported_at)
+            known = self._unreported[worker] = (reported_at, (sum(f.work_ms for f in late), len(late)))
+        return known[1]
 
     def unreported_blocks(self, worker: str, reported_at: float) -> int:
         """Blocks to compute that were sent to a worker and that its report of that time cannot contain yet."""
-        return sum(len(f.hashes) - f.shared for f in self._late(worker, reported_at))
+        return sum(self._rest(f.hashes, f.shared) for f in self._late(worker, reported_at))
 
-    def active_blocks(self, worker: str, hashes: Sequence[bytes]) -> int:
-        """Different blocks that requests in flight on the worker use, if one with this chain were among them."""
-        active = self._active.get(worker)
-        return active.distinct + active.new(hashes) if active else len(hashes)
+    def active_blocks(self, hashes: Sequence[bytes], workers: Sequence[str]) -> list[int]:
+        """By worker the different blocks that requests in flight there use, if one with this chain were among them."""
+        known = self._active.depths(self._names(hashes))
+        return [self._active_blocks.get(w, 0) + self._rest(hashes, known.get(w, 0)) for w in workers]
+
+    def arriving(self, hashes: Sequence[bytes]) -> dict[str, int]:
+        """Leading blocks of a chain that prompts now in prefill will leave on each worker; those with none left out."""
+        return self._arriving.depths(self._names(hashes))
 
     def arriving_run(self, worker: str, hashes: Sequence[bytes]) -> int:
-        """Leading blocks of a chain that prompts now in prefill on the worker will leave there. O(log blocks).
+        """The same of one worker."""
+        return self.arriving(hashes).get(worker, 0)
 
-        Whole chains are registered, so what a worker expects of any chain is a leading part of it: bisect.
+    def sharers(self, hashes: Sequence[bytes]) -> Runs:
+        """How many requests in flight use the leading blocks of a chain where they are cached, as runs of equal number:
+        (requests, end of the run in blocks), until nobody does.
         """
-        expected = self._arriving.get(worker)
-        if not expected or not hashes or hashes[0] not in expected:
-            return 0
-        low, high = 1, len(hashes)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if hashes[middle - 1] in expected else (low, middle - 1)
-        return low
-
-    def sharers(self, hashes: Sequence[bytes]) -> list[int]:
-        """For each leading block of a chain how many requests in flight use it where it is cached; ends at the first 0.
-
-        Only leading runs are registered, so behind a zero there are only zeros.
-        """
-        counts = []
-        for block in hashes:
-            sharing = self._sharing.get(block, 0)
-            if not sharing:
-                break
-            counts.append(sharing)
-        return counts
+        return self._sharing.runs(self._names(hashes))
 
     def forget(self, worker: str) -> None:
         """The worker is gone for good."""
         self._work.pop(worker, None)
-        if not self._sent.get(worker):
-            self._sent.pop(worker, None)
-            self._active.pop(worker, None)
+        self._unreported.pop(worker, None)
+        if not self._in_flight[worker]:  # else what is left ends one by one
+            del self._in_flight[worker]
+            self._active_blocks.pop(worker, None)
+            self._prefilling.pop(worker, None)
 
     def check(self) -> bool:
         """Whether nothing is left over when nothing is in flight."""
         idle = not self._flights
-        left = self._sharing or any(self._arriving.values()) or any(a.distinct for a in self._active.values())
+        left = self._sharing or self._arriving or self._active or any(self._active_blocks.values())
         return not idle or not left
 
-    def _late(self, worker: str, reported_at: float) -> list[Sent]:
-        flights = (self._flights[key] for key in self._sent.get(worker, ()))
-        return [f for f in flights if f.prefilling and f.at + _REFLECTED_AFTER_S > reported_at]
+    # A chain by the names of its parts; here each block has one.
 
-    def _arrived(self, flight: Sent) -> None:
+    def _names(self, hashes: Sequence[bytes]) -> Sequence[bytes]:
+        return hashes
+
+    def _depth(self, hashes: Sequence[bytes], blocks: int) -> int:
+        """Leading parts that lie within so many leading blocks."""
+        return min(blocks, len(hashes))
+
+    def _rest(self, hashes: Sequence[bytes], depth: int) -> int:
+        """Blocks behind so many leading parts."""
+        return len(hashes) - depth
+
+    def _late(self, worker: str, reported_at: float) -> list[Sent]:
+        late = []
+        for flight in reversed(self._prefilling.get(worker, {}).values()):
+            if flight.at + _REFLECTED_AFTER_S <= reported_at:
+                break  # and so are all that were sent before it
+            late.append(flight)
+        late.reverse()  # sums are made in the order of sending, whatever was reported between
+        return late
+
+    def _arrived(self, key: int, flight: Sent) -> None:
         if flight.prefilling:
             flight.prefilling = False
-            _take(self._arriving[flight.worker], flight.hashes)
-
-
-def _take(counts: Counter[bytes], hashes: Sequence[bytes]) -> None:
-    for block in hashes:
-        left = counts[block] - 1
-        if left:
-            counts[block] = left
-        else:
-            del counts[block]
+            del self._prefilling[flight.worker][key]
+            self._unreported.pop(flight.worker, None)
+            self._arriving.remove(flight.worker, flight.names, len(flight.names))

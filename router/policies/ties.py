@@ -13,7 +13,11 @@ def quietest(request: RouteRequest, candidates: Iterable[Candidate]) -> Candidat
 
     Requests in flight do not tell workers apart where there is one at a time: the work of the last seconds does.
     """
-    return min(candidates, key=lambda c: (c.recent_work_ms, rendezvous(request.digest, c.worker)))
+    equals = list(candidates)
+    least = min(c.recent_work_ms for c in equals)
+    # Most often that is one worker: a hash of every near-tied one would cost more than the rest of the decision.
+    quiet = [c for c in equals if c.recent_work_ms == least]
+    return quiet[0] if len(quiet) == 1 else min(quiet, key=lambda c: rendezvous(request.digest, c.worker))
 
 
 def by_requests(request: RouteRequest, candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -11,6 +11,7 @@ import pytest
 from router.core import Router
 from router.errors import InvalidRequest, NotSupported, NoWorkerAvailable, WorkerLost, WorkerNotFound
 from router.link import LOST_AFTER_S, SUSPECT_AFTER_S
+from router.protocol import WorkerAddress
 from tests.router.fake_worker import FakeWorker
 from tests.router.rig import ADMIN, ALICE, Rig, all_ready, context, eventually, generate, request, rig, states, tokens
 from warmkv.v1 import admin_pb2, inference_pb2
@@ -424,3 +425,12 @@ async def test_a_drain_ends_with_its_worker(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(fleet.discoveries[0], "scale", scale)
         assert await router.scale_workers(1) == ([], ["w1"])
         assert router.fleet.record.drained == {"w0"}
+
+
+@pytest.mark.asyncio
+async def test_links_are_sorted_by_name_whenever_and_in_whatever_order_workers_come() -> None:
+    async with rig() as fleet:
+        router = await fleet.start_router()
+        for names in (["w2", "w0"], ["w2", "w3", "w0", "w1"]):
+            fleet.discoveries[0].set([WorkerAddress(name, "127.0.0.1:1") for name in names])
+            await eventually(lambda names=names: [link.name for link in router.fleet.links()] == sorted(names))

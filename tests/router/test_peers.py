@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.attempts import _for_one_link
 from router.core import Router
 from router.errors import WorkerLost
 from router.peers import MAX_HINTS, Holder, Holders
@@ -23,12 +24,23 @@ IDS = tokens(1, 100)  # six full blocks
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 9)), st.sampled_from("abcdefg"), st.integers(0, 9))
 def test_those_that_hold_more_are_named_the_deepest_first(depths: dict[str, int], worker: str, own: int) -> None:
-    held = Holders(Holder(name, f"{name}:1", blocks) for name, blocks in depths.items())
+    held = Holders(lambda: (Holder(name, f"{name}:1", blocks) for name, blocks in depths.items()))
     hints = held.hints(worker, own)
     deeper = {name: blocks for name, blocks in depths.items() if blocks > own and name != worker}
     assert [each.blocks for each in hints] == sorted(deeper.values(), reverse=True)[:MAX_HINTS]
     assert all(deeper[each.worker] == each.blocks for each in hints)
     assert held.depth(worker) == max([blocks for name, blocks in depths.items() if name != worker], default=0)
+
+
+def test_a_job_that_is_sent_again_is_another_message_without_the_first_ones_peers() -> None:
+    job = worker_pb2.Job(token_ids=[1, 2], peers=[])
+    first = _for_one_link(job, None)
+    assert first is job, "no copy of a long prompt for the one link that most jobs ever see"
+    first.job_id = 7
+    first.peers.add(address="10.0.0.1:7", blocks=3)
+    again = _for_one_link(job, None)
+    assert again is not first
+    assert (list(again.token_ids), list(again.peers)) == ([1, 2], [])
 
 
 class HostWorker(FakeWorker):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from itertools import takewhile
 
 import hypothesis.strategies as st
 import pytest
@@ -56,11 +58,11 @@ def test_a_prompt_on_its_way_counts_until_its_first_token(traffic: Traffic) -> N
 
 def test_only_cached_blocks_are_shared_and_computed_ones_once_they_are_there(traffic: Traffic) -> None:
     traffic.sent(1, "a", chain(1, 2, 3), work_ms=1, cached_blocks=1)
-    assert traffic.sharers(chain(1, 2, 3)) == [1]
+    assert traffic.sharers(chain(1, 2, 3)) == [(1, 1)]
     traffic.first_token(1)
-    assert traffic.sharers(chain(1, 2, 3, 4)) == [1, 1, 1]
+    assert traffic.sharers(chain(1, 2, 3, 4)) == [(1, 3)]
     traffic.sent(2, "b", chain(1, 2, 9), work_ms=1, cached_blocks=2)
-    assert traffic.sharers(chain(1, 2, 3)) == [2, 2, 1]
+    assert traffic.sharers(chain(1, 2, 3)) == [(2, 2), (1, 3)]
     traffic.ended(1)
     traffic.ended(2)
     assert traffic.sharers(chain(1, 2, 3)) == []
@@ -80,40 +82,124 @@ def test_a_request_that_has_its_first_token_waits_no_more(traffic: Traffic, cloc
     assert traffic.unreported("a", clock.now) == (0, 0)
 
 
+class Counted:
+    """The same memory with a counter of blocks for each question: what `Traffic` must answer."""
+
+    def __init__(self) -> None:
+        self.flights: dict[int, tuple[str, list[bytes], int, bool]] = {}
+
+    def sharers(self, hashes: list[bytes]) -> list[int]:
+        counts = Counter(block for _, c, shared, _ in self.flights.values() for block in c[:shared])
+        return [counts[block] for block in takewhile(counts.__getitem__, hashes)]
+
+    def arriving_run(self, worker: str, hashes: list[bytes]) -> int:
+        flights = self.flights.values()
+        expected = {block for w, c, _, prefilling in flights if w == worker and prefilling for block in c}
+        return sum(1 for _ in takewhile(expected.__contains__, hashes))
+
+    def active_blocks(self, worker: str, hashes: list[bytes]) -> int:
+        return len({block for w, c, _, _ in self.flights.values() if w == worker for block in c} | set(hashes))
+
+
+def by_block(runs: list[tuple[int, int]]) -> list[int]:
+    counts: list[int] = []
+    for uses, end in runs:
+        counts.extend([uses] * (end - len(counts)))
+    return counts
+
+
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["sent", "first_token", "ended"]), st.integers(0, 4), st.lists(st.integers(0, 2), max_size=6)
+        st.sampled_from(["sent", "sent", "first_token", "ended"]),
+        st.integers(0, 6),
+        st.lists(st.integers(0, 2), max_size=6),
     ),
     max_size=40,
 )
 
 
 @given(steps)
-def test_counts_match_a_naive_model_and_nothing_is_left_over(script: list[tuple[str, int, list[int]]]) -> None:
-    traffic = Traffic(Clock())
-    naive: dict[int, tuple[list[bytes], int, bool]] = {}
+def test_answers_are_those_of_counters_of_blocks_and_nothing_is_left_over(
+    script: list[tuple[str, int, list[int]]],
+) -> None:
+    traffic, naive = Traffic(Clock()), Counted()
     for what, key, path in script:
-        if what == "sent" and key not in naive:
+        if what == "sent" and key not in naive.flights:
             cached = len(path) // 2
-            naive[key] = (chain(*path), cached, True)
+            naive.flights[key] = (f"w{key % 2}", chain(*path), cached, True)
             traffic.sent(key, f"w{key % 2}", chain(*path), work_ms=1, cached_blocks=cached)
         elif what == "first_token":
             traffic.first_token(key)
-            if key in naive:
-                naive[key] = (naive[key][0], len(naive[key][0]), False)
+            if key in naive.flights:
+                worker, blocks, _, _ = naive.flights[key]
+                naive.flights[key] = (worker, blocks, len(blocks), False)
         elif what == "ended":
             traffic.ended(key)
-            naive.pop(key, None)
+            naive.flights.pop(key, None)
         for probe in (chain(0, 1, 2, 0, 1, 2), chain(*path)):
-            counts = [sum(h in c[:shared] for c, shared, _ in naive.values()) for h in probe]
-            assert traffic.sharers(probe) == [k for n, k in enumerate(counts) if all(counts[: n + 1])]
-            for w in (0, 1):
-                expected = {h for key, (c, _, prefilling) in naive.items() if prefilling and key % 2 == w for h in c}
-                run = next((n for n, h in enumerate(probe) if h not in expected), len(probe))
-                assert traffic.arriving_run(f"w{w}", probe) == run
-    for key in list(naive):
+            runs = traffic.sharers(probe)
+            assert by_block(runs) == naive.sharers(probe)
+            assert len({uses for uses, _ in runs}) == len(runs)  # each run differs from its neighbours
+            for w in ("w0", "w1"):
+                assert traffic.arriving_run(w, probe) == naive.arriving_run(w, probe)
+                assert traffic.active_blocks(probe, [w]) == [naive.active_blocks(w, probe)]
+    for key in list(naive.flights):
         traffic.ended(key)
     assert traffic.check()
+
+
+def test_a_prompt_costs_its_forks_and_not_its_blocks_however_many_came_and_went() -> None:
+    class Read(list[bytes]):
+        reads = 0
+
+        def __getitem__(self, at):  # type: ignore[no-untyped-def]
+            Read.reads += 1
+            return super().__getitem__(at)
+
+    long = [n.to_bytes(4, "big") for n in range(50_000)]
+    traffic = Traffic(Clock())
+    traffic.sent(0, "a", long, work_ms=1, cached_blocks=0)
+    for key in range(1, 300):  # each parts from the long one elsewhere
+        traffic.sent(key, "a", [*long[: key * 100], b"own"], work_ms=1, cached_blocks=key * 50)
+        traffic.first_token(key)
+    for key in range(1, 300):
+        traffic.ended(key)
+    Read.reads = 0
+    traffic.sent(300, "b", Read([*long, b"other"]), work_ms=1, cached_blocks=49_000)
+    traffic.first_token(300)
+    assert traffic.arriving(Read(long)) == {"a": 50_000}
+    assert traffic.sharers(Read(long)) == [(1, 50_000)]
+    traffic.ended(300)
+    assert Read.reads < 300
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_a_worker_that_is_gone_may_have_requests_that_end_later(traffic: Traffic, blocks: int) -> None:
+    for key in (1, 2):
+        traffic.sent(key, "a", chain(*range(blocks)), work_ms=10, cached_blocks=0)
+    traffic.first_token(1)
+    traffic.forget("a")
+    assert traffic.recent_work_ms("a") == 0
+    traffic.sent(3, "a", chain(*range(blocks)), work_ms=10, cached_blocks=0)  # it is back
+    for key in (1, 2):
+        traffic.ended(key)
+    assert traffic.active_blocks([], ["a"]) == [blocks]
+    traffic.ended(3)
+    traffic.forget("a")
+    assert traffic.active_blocks([], ["a"]) == [0]
+    assert traffic.check()
+
+
+def test_what_was_answered_before_is_not_answered_after_a_change(traffic: Traffic, clock: Clock) -> None:
+    traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
+    assert traffic.unreported("a", clock.now) == (7, 1)
+    traffic.sent(2, "a", [], work_ms=5, cached_blocks=0)
+    assert traffic.unreported("a", clock.now) == (12, 2)
+    traffic.first_token(1)
+    assert traffic.unreported("a", clock.now) == (5, 1)
+    assert traffic.unreported("a", clock.now + 1) == (0, 0)
+    traffic.ended(2)
+    assert traffic.unreported("a", clock.now) == (0, 0)
 
 
 def test_blocks_to_compute_are_unreported_until_a_report_can_contain_them(traffic: Traffic, clock: Clock) -> None:
@@ -128,17 +214,17 @@ def test_blocks_to_compute_are_unreported_until_a_report_can_contain_them(traffi
 
 
 def test_blocks_in_use_are_counted_once_from_sending_to_the_end(traffic: Traffic) -> None:
-    assert traffic.active_blocks("a", chain(1, 2)) == 2
+    assert traffic.active_blocks(chain(1, 2), ["a"]) == [2]
     traffic.sent(1, "a", chain(1, 2, 3), work_ms=10, cached_blocks=0)
     traffic.sent(2, "a", chain(1, 2, 4), work_ms=10, cached_blocks=2)
     traffic.sent(3, "b", chain(9, 9, 9), work_ms=10, cached_blocks=0)
-    assert traffic.active_blocks("a", chain(1, 2)) == 4
-    assert traffic.active_blocks("a", chain(1, 5, 6)) == 6
+    assert traffic.active_blocks(chain(1, 2), ["a", "b"]) == [4, 5]
+    assert traffic.active_blocks(chain(1, 5, 6), ["a"]) == [6]
     traffic.first_token(1)
-    assert traffic.active_blocks("a", []) == 4
+    assert traffic.active_blocks([], ["a"]) == [4]
     traffic.ended(1)
-    assert traffic.active_blocks("a", []) == 3
+    assert traffic.active_blocks([], ["a"]) == [3]
     traffic.ended(2)
-    assert traffic.active_blocks("a", chain(1)) == 1
+    assert traffic.active_blocks(chain(1), ["a"]) == [1]
     traffic.ended(3)
     assert traffic.check()
