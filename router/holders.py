@@ -29,6 +29,7 @@ _OWN_BITS = 0b111
 _GRID_BITS = 6  # a life is told in 64 to 128 steps
 _TIER_BIT = {TierName.DEVICE: 0, TierName.HOST: 1, TierName.DISK: 2}
 _FIRST_SLOTS = 8
+_RECOUNT_AT = 64
 
 
 class Gone(StrEnum):
@@ -61,6 +62,8 @@ class HolderSets:
 
     def __init__(self) -> None:
         self.slots = _FIRST_SLOTS
+        self.count = 0  # sets, those included that vanished since `recount`; at most twice those that there are
+        self._recount_at = _RECOUNT_AT
         self._lanes = _lanes(self.slots)
         self._interned: WeakValueDictionary[tuple[int, float], Holders] = WeakValueDictionary()
         self._all: WeakSet[Holders] = WeakSet()
@@ -69,8 +72,10 @@ class HolderSets:
     def __iter__(self) -> Iterator[Holders]:
         return iter(self._all)
 
-    def __len__(self) -> int:
-        return len(self._all)
+    def recount(self) -> None:
+        """Count the sets that are left."""
+        self.count = len(self._all)
+        self._recount_at = max(_RECOUNT_AT, 2 * self.count)
 
     def get(self, mask: int, until: float = NEVER) -> Holders:
         """The set of that mask; `until` matters where the mask has the shared tier."""
@@ -79,6 +84,9 @@ class HolderSets:
         if holders is None:
             holders = self._interned[key] = Holders(mask, until, self.reach(mask))
             self._all.add(holders)
+            self.count += 1
+            if self.count >= self._recount_at:
+                self.recount()
             self._next_end = min(self._next_end, until)
         return holders
 

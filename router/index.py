@@ -226,14 +226,14 @@ class PrefixIndex:
         """
         self._expire()
         runs, alive, seen = self._runs, self._counted, None
-        shards, numbered, agreed = runs.shards, runs.numbered, runs.agreed
+        rows, numbered, agreed = runs.rows, runs.numbered, runs.agreed
         ends: list[tuple[int, int]] = []  # bits of reach that are lost, after so many blocks
         at, total = 0, len(hashes)
         for _ in range(self._max_probes):
             if at >= total:
                 break
             block = hashes[at]
-            number = shards[block[0]].get(block)
+            number = rows[block[0]][block[1] & 15].get(block)
             if number is None:
                 break
             run = numbered[number]

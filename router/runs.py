@@ -3,9 +3,7 @@
 Covers: adding and taking holders, cutting and joining runs, following a chain, forgetting what was placed longest ago
 when memory ends. Does not cover: whose events count, or when a life ends (`index`), or what a holder set is (`holders`).
 
-The structure: 256 dicts, by a block's first byte, from block to the number of its run (one dict of ten million entries
-pauses for 0.4 s when it grows, 256 of them for 2 ms; a dict of bytes and ints is none of the garbage collector's
-business, so a full collection costs by the run and not by the block). A run is a stretch of blocks that have one set
+The structure: small dicts (`tables`) from block to the number of its run. A run is a stretch of blocks that have one set
 of holders, with their names joined, so that whole stretches are compared by one `memcmp`.
 
 Invariants, all of them audited by `check`:
@@ -25,25 +23,26 @@ every block; then a run is one block, costs about 0.5 KB, and a question one pro
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from operator import length_hint
 from struct import iter_unpack
 
 from kvstore.errors import InvariantError
 from router.holders import NEVER, Gone, Holders, HolderSets
+from router.tables import Tables
 from router.tombstones import Tombstones
 
 LONGEST_RUN = 512  # blocks; 64 to 2,048 measured the same, and cutting a run rewrites up to half of it
-_SHARDS = 256
 _ANCESTORS = 8  # runs above a new one that count as placed with it
 
 # Bytes, measured against the process's memory (CPython 3.11, 64 bits); the dicts are measured as they are.
-BLOCK_BYTES = 64 + 18  # the key object; its name in the run, with the slack of a growing array
+BLOCK_BYTES = 64 + 17  # the key object; its name in the run, with the slack of a growing array
 RUN_BYTES = 440  # the object, its array, number, last name, neighbours' names, and a place in the list
+_HOLES = 1.15  # dicts that grew leave some behind
 TOMBSTONE_BYTES = 230
-SET_BYTES = 800
+SET_BYTES = 640
 _HEADROOM = LONGEST_RUN * TOMBSTONE_BYTES + 8 * RUN_BYTES  # what one step of a call may add before it looks again
-LEAST_BYTES = 1 << 20
+LEAST_BYTES = 4 << 20
 
 Fuller = Callable[[Holders | None], Holders]
 Fewer = Callable[[Holders], Holders | None]
@@ -80,7 +79,8 @@ class Runs:
         self.blocks = 0
         self.evicted = 0
         self.limit = limit
-        self.shards: list[dict[bytes, int]] = [{} for _ in range(_SHARDS)]
+        self.tables = Tables()
+        self.rows = self.tables.rows
         self.numbered: list[Run] = []
         self._made = 0
         self._end = _sentinel()
@@ -89,10 +89,7 @@ class Runs:
         self._tombstones = tombstones
         self._width = name_bytes
         self._format = f"{name_bytes}s"
-        self._sizes = [sys.getsizeof(shard) for shard in self.shards]
-        self._tables = sum(self._sizes)
-        self._unmeasured = 0.0
-        self._next_measured = 0
+        self._used = 0  # by blocks and runs, without the tables
         self._swept: Run | None = None
 
     def __len__(self) -> int:
@@ -109,14 +106,13 @@ class Runs:
     @property
     def bytes(self) -> int:
         """What all of this takes."""
-        own = self._tables + self.blocks * BLOCK_BYTES + len(self) * RUN_BYTES
-        return own + len(self._tombstones) * TOMBSTONE_BYTES + len(self._sets) * SET_BYTES
+        return self._used + int(self.tables.bytes * _HOLES) + len(self._tombstones) * TOMBSTONE_BYTES + self._sets.count * SET_BYTES
 
     # Questions
 
     def find(self, block: bytes) -> Run | None:
         """The run of a block; None: nobody is known to hold it."""
-        number = self.shards[block[0]].get(block)
+        number = self.rows[block[0]][block[1] & 15].get(block)
         return None if number is None else self.numbered[number]
 
     def agreed(self, run: Run, hashes: Sequence[bytes], at: int) -> int:
@@ -135,13 +131,13 @@ class Runs:
     def store(self, hashes: Sequence[bytes], parent: bytes | None, fuller: Fuller) -> None:
         """Blocks got a holder, claimed to be consecutive after `parent`; `fuller` gives the set after theirs (or none).
 
-        `hashes` have `name_bytes` each. A list that names a block twice is no chain: its blocks are taken one by one.
+        Raises:
+            ValueError: a name is longer or shorter than `name_bytes`.
         """
-        if len(set(hashes)) == len(hashes):
-            self._store(hashes, parent, fuller)
-        else:
-            for block in dict.fromkeys(hashes):
-                self._store((block,), None, fuller)
+        joined = b"".join(hashes)
+        if len(joined) != len(hashes) * self._width:
+            raise ValueError(f"a block's name has other than {self._width} bytes; give the index short hashes")
+        self._store(hashes, joined, parent, fuller)
         self._keep_limit(0)
 
     def take(self, hashes: Sequence[bytes], bit: int, fewer: Fewer, cause: Gone) -> None:
@@ -197,7 +193,7 @@ class Runs:
 
     # Storing
 
-    def _store(self, hashes: Sequence[bytes], parent: bytes | None, fuller: Fuller) -> None:
+    def _store(self, hashes: Sequence[bytes], joined: bytes, parent: bytes | None, fuller: Fuller) -> None:
         path: list[Run] = []
         made = self._made
         before = None if parent is None else self.find(parent)
@@ -210,49 +206,58 @@ class Runs:
                 before = None
             run = self.find(hashes[at])
             if run is None:
-                run, count = self._add(before, hashes, at, fuller(None), parent)
+                run, count = self._add(before, hashes, joined, at, fuller(None), parent)
                 before = run
             else:
-                before, run, count = self._fill(before, run, hashes, at, fuller)
+                before, run, count = self._fill(before, run, hashes, joined, at, fuller)
             at += count
             if not path or path[-1] is not run:
                 path.append(run)
         self._touch_path(path, ancestors=_ANCESTORS if made != self._made else 0)
 
     def _add(
-        self, before: Run | None, hashes: Sequence[bytes], at: int, holders: Holders, parent: bytes | None
+        self,
+        before: Run | None,
+        hashes: Sequence[bytes],
+        joined: bytes,
+        at: int,
+        holders: Holders,
+        parent: bytes | None,
     ) -> tuple[Run, int]:
         """Blocks from `at` on that are not known yet, as many as fit one run: appended to `before`, or a new run."""
         if before is not None and before.holders is holders and before.length < LONGEST_RUN:
             run = before
         else:
             run = self._new(bytearray(), b"", holders, hashes[at - 1] if at else parent)
-        number, shards, end = run.number, self.shards, at
-        for block in hashes[at : at + LONGEST_RUN - run.length]:
-            shard = shards[block[0]]
-            if block in shard:
+            run.proved = 1
+        number, rows, width = run.number, self.rows, self._width
+        part = hashes[at : at + LONGEST_RUN - run.length]
+        left = iter(part)
+        for block in left:
+            table = rows[block[0]][block[1] & 15]
+            if block in table:  # known, or named twice
+                part = part[: len(part) - length_hint(left) - 1]
                 break
-            shard[block] = number
-            end += 1
-        part = hashes[at:end]
-        run.names += b"".join(part)
-        run.length += len(part)
+            table[block] = number
+        count = len(part)
+        run.names += joined[at * width : (at + count) * width]
+        run.length += count
         run.last = part[-1]
-        run.proved = run.proved or 1
         run.after = None
-        holders.blocks += len(part)
-        self.blocks += len(part)
+        holders.blocks += count
+        self.blocks += count
+        self._used += count * BLOCK_BYTES
         self._tombstones.forget(part)
-        self._measure(len(part))
-        return run, len(part)
+        self.tables.grown(count)
+        return run, count
 
     def _fill(
-        self, before: Run | None, run: Run, hashes: Sequence[bytes], at: int, fuller: Fuller
+        self, before: Run | None, run: Run, hashes: Sequence[bytes], joined: bytes, at: int, fuller: Fuller
     ) -> tuple[Run | None, Run, int]:
         """Known blocks from `at` on, as many as lie in one run: the run that ends with them, theirs, and how many."""
-        first = self._offset(run, hashes[at])
+        first, width = self._offset(run, hashes[at]), self._width
         most = min(run.length - first, len(hashes) - at)
-        count = _common(run.names, first * self._width, b"".join(hashes[at : at + most]), self._width)
+        count = _common(run.names, first * width, joined[at * width : (at + most) * width], width)
         holders = fuller(run.holders)
         if holders is run.holders:
             return (run if first + count == run.length else None), run, count
@@ -288,13 +293,14 @@ class Runs:
         """These blocks of a run have no holder any more."""
         if first and first + count < run.length:
             run, _ = self._cut(run, first + count)
-        width, shards = self._width, self.shards
+        width, rows = self._width, self.rows
         gone = run.names[first * width : (first + count) * width]
         blocks = [block for (block,) in iter_unpack(self._format, gone)]
         for block in blocks:
-            del shards[block[0]][block]
+            del rows[block[0]][block[1] & 15][block]
         self._tombstones.bury(blocks, cause)
         self.blocks -= count
+        self._used -= count * BLOCK_BYTES
         run.holders.blocks -= count
         if count == run.length:
             self._discard(run)
@@ -334,6 +340,7 @@ class Runs:
             self.numbered.append(run)
         _link(run, self._end)
         self._made += 1
+        self._used += RUN_BYTES
         return run
 
     def _cut(self, run: Run, at: int) -> tuple[Run, Run]:
@@ -361,9 +368,9 @@ class Runs:
         """The run's first blocks become the last of the run before it, which has the holders that they are to have."""
         width = self._width
         part = run.names[: count * width]
-        number, shards = before.number, self.shards
+        number, rows = before.number, self.rows
         for (block,) in iter_unpack(self._format, part):
-            shards[block[0]][block] = number
+            rows[block[0]][block[1] & 15][block] = number
         before.names += part
         before.length += count
         before.last = bytes(part[-width:])
@@ -381,9 +388,9 @@ class Runs:
         width = self._width
         part = run.names[at * width :]
         count = run.length - at
-        number, shards = following.number, self.shards
+        number, rows = following.number, self.rows
         for (block,) in iter_unpack(self._format, part):
-            shards[block[0]][block] = number
+            rows[block[0]][block[1] & 15][block] = number
         following.names[:0] = part
         following.length += count
         following.proved = min(count, max(1, run.proved - at))
@@ -410,13 +417,14 @@ class Runs:
         run.proved = max(1, run.proved - count)
 
     def _point(self, run: Run) -> None:
-        number, shards = run.number, self.shards
+        number, rows = run.number, self.rows
         for (block,) in iter_unpack(self._format, run.names):
-            shards[block[0]][block] = number
+            rows[block[0]][block[1] & 15][block] = number
 
     def _discard(self, run: Run) -> None:
         """The run has no blocks any more, or they are none of its own."""
         self._unlink(run)
+        self._used -= RUN_BYTES
         run.length = 0
         self.numbered[run.number] = self._end
         self._free.append(run.number)
@@ -483,32 +491,23 @@ class Runs:
 
     def _keep_limit(self, headroom: int) -> None:
         """Forget the runs placed longest ago until so many bytes are free."""
-        while self.bytes > self.limit - headroom and self._end.newer is not self._end:
-            self._evict(self._end.newer)
+        if self.bytes > self.limit - headroom:
+            self._sets.recount()
+            while self.bytes > self.limit - headroom and self._end.newer is not self._end:
+                self._evict(self._end.newer)
 
     def _evict(self, run: Run) -> None:
         if not run.holders.mask:
             self._drop(run, 0, run.length, run.holders.gone)
             return
-        shards = self.shards
+        rows = self.rows
         for (block,) in iter_unpack(self._format, run.names):
-            del shards[block[0]][block]
+            del rows[block[0]][block[1] & 15][block]
         self.blocks -= run.length
+        self._used -= run.length * BLOCK_BYTES
         self.evicted += run.length
         run.holders.blocks -= run.length
         self._discard(run)
-
-    def _measure(self, added: int) -> None:
-        """Look at one dict's size for every four blocks that were added."""
-        self._unmeasured += added
-        at, sizes = self._next_measured, self._sizes
-        while self._unmeasured >= 4:
-            self._unmeasured -= 4
-            size = sys.getsizeof(self.shards[at])
-            self._tables += size - sizes[at]
-            sizes[at] = size
-            at = (at + 1) % _SHARDS
-        self._next_measured = at
 
     def check(self) -> None:
         """Raises InvariantError when the books are wrong. O(everything)."""
@@ -527,8 +526,10 @@ class Runs:
             blocks += run.length
             counted[run.holders] += run.length
         _expect(len(runs) == len(self), "runs were lost or forgotten twice")
-        _expect(blocks == self.blocks == sum(map(len, self.shards)), "blocks are known that are in no run")
+        _expect(blocks == self.blocks == len(self.tables), "blocks are known that are in no run")
         _expect(all(holders.blocks == n for holders, n in counted.items()), "holder sets count other blocks")
+        used = blocks * BLOCK_BYTES + len(runs) * RUN_BYTES
+        _expect(used == self._used, f"{self._used} bytes were counted, {used} are used")
         _expect(self.bytes <= self.limit, "the index is larger than it may be")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from router.holders import Gone
 
@@ -25,7 +25,7 @@ class Tombstones:
         """Why it is gone; None: it is not remembered."""
         return self._causes.get(block)
 
-    def bury(self, blocks: Iterable[bytes], cause: Gone) -> None:
+    def bury(self, blocks: Sequence[bytes], cause: Gone) -> None:
         """These left, in this order. They must not be remembered already."""
         causes = self._causes
         for block in blocks:
@@ -33,8 +33,9 @@ class Tombstones:
         while len(causes) > self.limit:
             causes.popitem(last=False)
 
-    def forget(self, blocks: Iterable[bytes]) -> None:
+    def forget(self, blocks: Sequence[bytes]) -> None:
         """These are known again."""
-        if causes := self._causes:
+        causes = self._causes
+        if not causes.keys().isdisjoint(blocks):
             for block in blocks:
                 causes.pop(block, None)
