@@ -37,7 +37,7 @@ def add_index_rows(report: Report, *, quick: bool) -> None:
     """Add the index's rows. `quick`: 1 M blocks of background instead of 10 M, and a smaller bound."""
     _bound(report, prompts=24_000 if quick else 180_000, limit=(64 if quick else 256) << 20)
     blocks = 1_000_000 if quick else 10_000_000
-    index = _joined(PrefixIndex(time.monotonic, limit_bytes=_ROOM), 64 if not quick else 8)
+    index = _joined(PrefixIndex(time.monotonic, limit_bytes=_ROOM), 8 if quick else 64)
     _ingest(report, index, blocks)
     _other_events(report, index)
     _questions(report, index)
@@ -82,7 +82,7 @@ def _ingest(report: Report, index: PrefixIndex, blocks: int) -> None:
     for number in range(blocks // CHAIN_BLOCKS):
         took = 0.0
         for event in stored(new_chain(CHAIN_BLOCKS)):
-            pause = _seconds(lambda event=event: index.apply(f"w{number % workers}", 1, [event]))  # type: ignore[misc]
+            pause = _seconds(index.apply, f"w{number % workers}", 1, [event])
             worst = max(worst, pause)
             took += pause
         rates.append(CHAIN_BLOCKS / took / 1e6)
@@ -96,14 +96,15 @@ def _ingest(report: Report, index: PrefixIndex, blocks: int) -> None:
 
 def _other_events(report: Report, index: PrefixIndex) -> None:
     chains = [new_chain(CHAIN_BLOCKS) for _ in range(CHAINS)]
-    second, removed = [], []
+    second: list[float] = []
+    removed: list[float] = []
     for chain in chains:
         index.apply("w0", 1, stored(chain))
         again = stored(fresh(chain))
-        second.append(CHAIN_BLOCKS / _seconds(lambda again=again: index.apply("w1", 1, again)) / 1e6)  # type: ignore[misc]
+        second.append(CHAIN_BLOCKS / _seconds(index.apply, "w1", 1, again) / 1e6)
     for chain in chains:
         gone = [BlockRemoved(_DEVICE, event.hashes[::-1], RemovalCause.EVICTED) for event in stored(fresh(chain))[::-1]]
-        removed.append(CHAIN_BLOCKS / _seconds(lambda gone=gone: index.apply("w1", 1, gone)) / 1e6)  # type: ignore[misc]
+        removed.append(CHAIN_BLOCKS / _seconds(index.apply, "w1", 1, gone) / 1e6)
     report.add("ingest_second_holder_mblocks_s", second, "M blocks/s")
     report.add("ingest_removed_mblocks_s", removed, "M blocks/s")
 
@@ -165,7 +166,7 @@ def _asked(
 
 def _ask(index: PrefixIndex, chains: Sequence[Names]) -> list[float]:
     questions = [fresh(chain) for chain in chains]
-    return [_seconds(lambda asked=asked: index.match(asked)) * 1e6 for asked in questions]  # type: ignore[misc]
+    return [_seconds(index.match, asked) * 1e6 for asked in questions]
 
 
 def _many_workers(report: Report, index: PrefixIndex) -> None:
@@ -201,8 +202,8 @@ def _beside_dynamo(report: Report, index: PrefixIndex) -> None:
     for turn in range(4):
         for chain, tokens in pairs:
             asked = fresh(chain)
-            took = _seconds(lambda asked=asked: index.match(asked))  # type: ignore[misc]
-            other = _seconds(lambda tokens=tokens: tree.find_matches(tokens))  # type: ignore[misc]
+            took = _seconds(index.match, asked)
+            other = _seconds(tree.find_matches, tokens)
             if turn:
                 ours.append(took * 1e6)
                 theirs.append(other * 1e6)
@@ -254,9 +255,9 @@ def fill(prompts: int, limit: int) -> dict[str, float]:
     index = _joined(PrefixIndex(lambda: now, limit_bytes=limit), 8)
     counted, rss, took, worst = 0, 0, 0.0, 0.0
     for number in range(prompts):
-        now = number / 6000  # noqa: F841  (the index's clock)
+        now = number / 6000
         event = BlockStored(_DEVICE, new_chain(PROMPT_BLOCKS))
-        pause = _seconds(lambda event=event: index.apply(f"w{number % 8}", 1, [event]))  # type: ignore[misc]
+        pause = _seconds(index.apply, f"w{number % 8}", 1, [event])
         took, worst, counted = took + pause, max(worst, pause), max(counted, index.bytes)
         if number % 1000 == 0:
             rss = max(rss, _rss_bytes() - before)
@@ -274,10 +275,10 @@ def _rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[..., object], *args: object) -> float:
     """Of this thread on its processor."""
     began = time.thread_time()
-    call()
+    call(*args)
     return time.thread_time() - began
 
 

@@ -1,10 +1,10 @@
 """Blocks with their holders, as runs of consecutive blocks. The index's inner structure.
 
 Covers: adding and taking holders, cutting and joining runs, following a chain, forgetting what was placed longest ago
-when memory ends. Does not cover: whose events count, or when a life ends (`index`), or what a holder set is (`holders`).
+when memory ends. Does not cover: whose events count, when a life ends (`index`), what a holder set is (`holders`).
 
-The structure: small dicts (`tables`) from block to the number of its run. A run is a stretch of blocks that have one set
-of holders, with their names joined, so that whole stretches are compared by one `memcmp`.
+The structure: small dicts (`tables`) from block to the number of its run. A run is a stretch of blocks that have one
+set of holders, with their names joined, so that whole stretches are compared by one `memcmp`.
 
 Invariants, all of them audited by `check`:
 1. Every known block is in exactly one run, and all blocks of a run have the run's holder set. So `find(block).holders`
@@ -106,7 +106,12 @@ class Runs:
     @property
     def bytes(self) -> int:
         """What all of this takes."""
-        return self._used + int(self.tables.bytes * _HOLES) + len(self._tombstones) * TOMBSTONE_BYTES + self._sets.count * SET_BYTES
+        return (
+            self._used
+            + int(self.tables.bytes * _HOLES)
+            + len(self._tombstones) * TOMBSTONE_BYTES
+            + self._sets.count * SET_BYTES
+        )
 
     # Questions
 
@@ -263,7 +268,7 @@ class Runs:
             return (run if first + count == run.length else None), run, count
         if first:
             before, run = self._cut(run, first)
-        if before is not None and before.holders is holders and before.length + count <= LONGEST_RUN:
+        if before is not None and _takes(before, holders, count):
             self._move_down(run, count, before)
             return before, before, count
         if count < run.length:
@@ -311,14 +316,14 @@ class Runs:
 
     def _hand_over(self, run: Run, first: int, count: int, rest: Holders) -> None:
         """These blocks of a run have fewer holders now; they join a neighbour that has the same ones."""
-        if first + count == run.length and (following := self._following(run)) is not None:
-            if following.holders is rest and following.length + count <= LONGEST_RUN:
-                self._move_up(run, first, following)
-                return
-        if first == 0 and (previous := self._previous(run)) is not None:
-            if previous.holders is rest and previous.length + count <= LONGEST_RUN:
-                self._move_down(run, count, previous)
-                return
+        following = self._following(run) if first + count == run.length else None
+        if following is not None and _takes(following, rest, count):
+            self._move_up(run, first, following)
+            return
+        previous = None if first else self._previous(run)
+        if previous is not None and _takes(previous, rest, count):
+            self._move_down(run, count, previous)
+            return
         if first + count < run.length:
             run, _ = self._cut(run, first + count)
         if first:
@@ -384,7 +389,7 @@ class Runs:
             before.after = bytes(run.names[:width])
 
     def _move_up(self, run: Run, at: int, following: Run) -> None:
-        """The run's blocks from `at` on become the first of the run after it, which has the holders they are to have."""
+        """The run's blocks from `at` on become the first of the run after it, as `_move_down` does."""
         width = self._width
         part = run.names[at * width :]
         count = run.length - at
@@ -522,7 +527,9 @@ class Runs:
             for block in own:
                 _expect(self.find(block) is run, f"block {block.hex()} lies in another run")
                 _expect(block not in self._tombstones, f"block {block.hex()} is known and buried")
-            _expect(bool(run.holders.mask & 1) or run.holders.until == NEVER, f"run {run.number} ends and is not shared")
+            _expect(
+                bool(run.holders.mask & 1) or run.holders.until == NEVER, f"run {run.number} ends and is not shared"
+            )
             blocks += run.length
             counted[run.holders] += run.length
         _expect(len(runs) == len(self), "runs were lost or forgotten twice")
@@ -546,6 +553,11 @@ def _link(run: Run, newer: Run) -> None:
     run.older, run.newer = newer.older, newer
     newer.older.newer = run
     newer.older = run
+
+
+def _takes(run: Run, holders: Holders, count: int) -> bool:
+    """Whether so many blocks with these holders may join a run."""
+    return run.holders is holders and run.length + count <= LONGEST_RUN
 
 
 def _relabel(run: Run, holders: Holders) -> None:

@@ -78,13 +78,17 @@ class AgainstSets(RuleBasedStateMachine):
         else:
             self.holds[worker, tier] |= set(blocks)
 
-    def tell(self, worker: str, tier: TierName, told: tuple[tuple[bytes, ...], bytes | None], ttl: float | None) -> None:
+    def tell(
+        self, worker: str, tier: TierName, told: tuple[tuple[bytes, ...], bytes | None], ttl: float | None
+    ) -> None:
         blocks, parent = tuple(map(fresh, told[0])), told[1]
         assert self.index.apply(worker, 1, [BlockStored(tier, blocks, parent, ttl)])
         self.stored(worker, tier, blocks, ttl)
 
     @rule(worker=workers, tier=tiers, told=stretches, ttl=st.sampled_from([None, 5.0, 50.0]))
-    def store(self, worker: str, tier: TierName, told: tuple[tuple[bytes, ...], bytes | None], ttl: float | None) -> None:
+    def store(
+        self, worker: str, tier: TierName, told: tuple[tuple[bytes, ...], bytes | None], ttl: float | None
+    ) -> None:
         self.tell(worker, tier, told, ttl)
 
     @rule(worker=workers, tier=tiers, told=lies, ttl=st.sampled_from([None, 5.0]))
