@@ -91,7 +91,7 @@ def _ingest(report: Report, index: PrefixIndex, blocks: int) -> None:
     report.add("worst_pause_ms", [worst * 1e3], "ms", bar=f"<= 10 ({len(index) / 1e6:.0f} M blocks)")
     report.add("full_collection_ms", [_seconds(gc.collect) * 1e3], "ms")
     report.add("bytes_per_block", [grown / len(index)], "B")
-    report.add("bytes_counted_per_block", [index.bytes / len(index)], "B")
+    report.add("bytes_counted_per_block", [index.nbytes / len(index)], "B")
 
 
 def _other_events(report: Report, index: PrefixIndex) -> None:
@@ -258,7 +258,7 @@ def fill(prompts: int, limit: int) -> dict[str, float]:
         now = number / 6000
         event = BlockStored(_DEVICE, new_chain(PROMPT_BLOCKS))
         pause = _seconds(index.apply, f"w{number % 8}", 1, [event])
-        took, worst, counted = took + pause, max(worst, pause), max(counted, index.bytes)
+        took, worst, counted = took + pause, max(worst, pause), max(counted, index.nbytes)
         if number % 1000 == 0:
             rss = max(rss, _rss_bytes() - before)
     return {

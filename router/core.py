@@ -318,7 +318,7 @@ class Router:
             in_flight=self._admission.in_flight,
             index_blocks=len(self._index),
             index_runs=self._index.runs,
-            index_bytes=self._index.bytes,
+            index_bytes=self._index.nbytes,
             index_limit_bytes=self._index.limit_bytes,
             index_evicted_blocks=self._index.evicted_blocks,
             fleet_version=self.fleet.record.version,

@@ -117,9 +117,9 @@ class PrefixIndex:
         return self._runs.blocks
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Memory taken, by measured sizes; at most `limit_bytes`."""
-        return self._runs.bytes
+        return self._runs.nbytes
 
     @property
     def limit_bytes(self) -> int:

@@ -15,7 +15,7 @@ Invariants, all of them audited by `check`:
    agrees on all of it: one probe and one compare a run. A list that was no chain is thus compared in full for ever,
    and ends where it differs. The notes hold for questions that are chains; they are dropped when a run changes.
 3. `before` and `after` are claims, too: they decide which runs are joined and kept together, never what is answered.
-4. `bytes` is at most `limit` when a call returns, and never above it by more than the tables that a call made grow.
+4. `nbytes` is at most `limit` when a call returns, and never above it by more than the tables that a call made grow.
 
 Why runs: a cold dict probe costs 0.3 to 0.7 us, so who touches fewer blocks wins. Worst case: another holder set at
 every block; then a run is one block, costs about 0.5 KB, and a question one probe a block.
@@ -104,7 +104,7 @@ class Runs:
             run = run.newer
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """What all of this takes."""
         return (
             self._used
@@ -496,9 +496,9 @@ class Runs:
 
     def _keep_limit(self, headroom: int) -> None:
         """Forget the runs placed longest ago until so many bytes are free."""
-        if self.bytes > self.limit - headroom:
+        if self.nbytes > self.limit - headroom:
             self._sets.recount()
-            while self.bytes > self.limit - headroom and self._end.newer is not self._end:
+            while self.nbytes > self.limit - headroom and self._end.newer is not self._end:
                 self._evict(self._end.newer)
 
     def _evict(self, run: Run) -> None:
@@ -537,7 +537,7 @@ class Runs:
         _expect(all(holders.blocks == n for holders, n in counted.items()), "holder sets count other blocks")
         used = blocks * BLOCK_BYTES + len(runs) * RUN_BYTES
         _expect(used == self._used, f"{self._used} bytes were counted, {used} are used")
-        _expect(self.bytes <= self.limit, "the index is larger than it may be")
+        _expect(self.nbytes <= self.limit, "the index is larger than it may be")
 
 
 def _sentinel() -> Run:

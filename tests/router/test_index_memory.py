@@ -45,10 +45,10 @@ def test_unique_prompts_stay_within_the_bound_after_every_event(index: PrefixInd
     for number in range(1000):
         chain = new_chain(rng, 62)
         index.apply("ab"[number % 2], 1, [BlockStored(DEVICE, chain)])
-        assert index.bytes <= index.limit_bytes
+        assert index.nbytes <= index.limit_bytes
         assert index.match(chain)["ab"[number % 2]].device == 62
         kept.append(chain)
-    assert index.bytes > 0.9 * index.limit_bytes
+    assert index.nbytes > 0.9 * index.limit_bytes
     assert index.evicted_blocks == 1000 * 62 - len(index)
     assert index.gone(kept[0][0]) is None, "it was forgotten; whether it is gone is not known"
     index.check()
@@ -91,7 +91,7 @@ def test_an_index_that_forgets_only_underestimates(index: PrefixIndex, seed: int
         else:
             index.apply(worker, 1, [BlockRemoved(tier, part, RemovalCause.EVICTED)])
             holds[worker, tier] -= set(part)
-        assert index.bytes <= index.limit_bytes
+        assert index.nbytes <= index.limit_bytes
         for name, found in index.match(chain).items():
             device, host = holds[name, DEVICE], holds[name, HOST]
             assert all(block in device for block in chain[: found.device])
@@ -102,12 +102,12 @@ def test_an_index_that_forgets_only_underestimates(index: PrefixIndex, seed: int
 
 def test_tombstones_count_into_the_bound(index: PrefixIndex) -> None:
     rng = random.Random(5)
-    empty = index.bytes
+    empty = index.nbytes
     for _ in range(200):
         chain = new_chain(rng, 50)
         index.apply("a", 1, [BlockStored(DEVICE, chain), BlockRemoved(DEVICE, chain, RemovalCause.EVICTED)])
     assert len(index) == 0
-    assert 0.04 * index.limit_bytes < index.bytes - empty < 0.08 * index.limit_bytes
+    assert 0.04 * index.limit_bytes < index.nbytes - empty < 0.08 * index.limit_bytes
     index.check()
 
 
@@ -117,12 +117,12 @@ def test_lives_take_memory_by_the_set_and_not_by_the_block() -> None:
     joined(index, "a")
     rng = random.Random(6)
     plain, mortal = (new_chain(rng, 20_000) for _ in range(2))
-    sizes = [index.bytes]
+    sizes = [index.nbytes]
     for chain, ttl in ((plain, None), (mortal, 3600.0)):
         for at in range(0, 20_000, 50):
             clock.now += 0.01
             index.apply("a", 1, [BlockStored(REDIS, chain[at : at + 50], chain[at - 1] if at else None, ttl)])
-        sizes.append(index.bytes)
+        sizes.append(index.nbytes)
     without, within = (after - before for before, after in pairwise(sizes))
     assert within < 1.3 * without
     assert index.match(mortal)["a"] == Overlap(0, 0, 0, 20_000)
