@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from replay.workload import KEY_BYTES, Chain
+from replay.workload import Chain
 from router.index import Overlap, PrefixIndex
 from router.traffic import Traffic
 
@@ -28,7 +28,7 @@ class RunIndex(PrefixIndex):
     """A `PrefixIndex` of segment keys that answers in blocks when it is asked about a `Chain`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        super().__init__(clock, hash_bytes=KEY_BYTES)
+        super().__init__(clock)
         self._partial: dict[str, Partial] = {}
 
     def set_partial(self, worker: str, partial: Partial | None) -> None:

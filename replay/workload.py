@@ -18,12 +18,12 @@ from typing import overload
 
 from replay.traces import Request, Trace, segments
 
-KEY_BYTES = 8
+_KEY_BYTES = 8
 
 
 def segment_key(number: int) -> bytes:
     """The name of a segment in an index."""
-    return number.to_bytes(KEY_BYTES, "little")
+    return number.to_bytes(_KEY_BYTES, "little")
 
 
 class Chain(Sequence[bytes]):
@@ -67,7 +67,7 @@ class Chain(Sequence[bytes]):
         return bisect_right(self.ends, blocks)
 
     def _name(self, block: int) -> bytes:
-        return self.keys[bisect_right(self.ends, block)] + block.to_bytes(KEY_BYTES, "little")
+        return self.keys[bisect_right(self.ends, block)] + block.to_bytes(_KEY_BYTES, "little")
 
 
 @dataclass(frozen=True, slots=True)

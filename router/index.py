@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from kvstore.blocks import SHORT_HASH_BYTES
 from kvstore.chains import consecutive_runs
 from kvstore.errors import InvariantError
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
@@ -86,13 +85,12 @@ class PrefixIndex:
         limit_bytes: int = DEFAULT_BYTES,
         max_tombstones: int = 65_536,
         max_probes: int = 512,
-        hash_bytes: int = SHORT_HASH_BYTES,
     ) -> None:
         """Nothing is known.
 
         Args:
             limit_bytes: what blocks, runs, holder sets and tombstones may take together. max_tombstones: causes kept
-            of blocks that are gone. max_probes: runs that a question looks at. hash_bytes: of every hash.
+            of blocks that are gone. max_probes: runs that a question looks at.
 
         Raises:
             ValueError: the memory is too small to work with.
@@ -102,7 +100,7 @@ class PrefixIndex:
         self._clock = clock
         self._sets = HolderSets()
         self._tombstones = Tombstones(min(max_tombstones, limit_bytes // _TOMBSTONES_SHARE // TOMBSTONE_BYTES))
-        self._runs = Runs(self._sets, self._tombstones, name_bytes=hash_bytes, limit=limit_bytes)
+        self._runs = Runs(self._sets, self._tombstones, limit=limit_bytes)
         self._workers: dict[str, _Worker] = {}
         self._names: dict[int, str] = {}  # of the workers, by slot
         self._counted = 0  # what of every holder set's reach counts
@@ -233,7 +231,7 @@ class PrefixIndex:
             if at >= total:
                 break
             block = hashes[at]
-            number = rows[block[0]][block[1] & 15].get(block)
+            number = rows[block[0]][block[-1] & 15].get(block)
             if number is None:
                 break
             run = numbered[number]

@@ -75,7 +75,7 @@ class Run:
 class Runs:
     """All runs. `blocks`, `evicted`: blocks known, and blocks forgotten for want of memory."""
 
-    def __init__(self, sets: HolderSets, tombstones: Tombstones, *, name_bytes: int, limit: int) -> None:
+    def __init__(self, sets: HolderSets, tombstones: Tombstones, *, limit: int) -> None:
         self.blocks = 0
         self.evicted = 0
         self.limit = limit
@@ -87,8 +87,8 @@ class Runs:
         self._free: list[int] = []
         self._sets = sets
         self._tombstones = tombstones
-        self._width = name_bytes
-        self._format = f"{name_bytes}s"
+        self._width = 0  # bytes of every name, learnt from the first
+        self._format = ""
         self._used = 0  # by blocks and runs, without the tables
         self._swept: Run | None = None
 
@@ -117,7 +117,7 @@ class Runs:
 
     def find(self, block: bytes) -> Run | None:
         """The run of a block; None: nobody is known to hold it."""
-        number = self.rows[block[0]][block[1] & 15].get(block)
+        number = self.rows[block[0]][block[-1] & 15].get(block)
         return None if number is None else self.numbered[number]
 
     def agreed(self, run: Run, hashes: Sequence[bytes], at: int) -> int:
@@ -137,8 +137,12 @@ class Runs:
         """Blocks got a holder, claimed to be consecutive after `parent`; `fuller` gives the set after theirs (or none).
 
         Raises:
-            ValueError: a name is longer or shorter than `name_bytes`.
+            ValueError: a name is longer or shorter than the first one ever stored.
         """
+        if not hashes:
+            return
+        if not self._width:
+            self._width, self._format = len(hashes[0]), f"{len(hashes[0])}s"
         joined = b"".join(hashes)
         if len(joined) != len(hashes) * self._width:
             raise ValueError(f"a block's name has other than {self._width} bytes; give the index short hashes")
@@ -239,7 +243,7 @@ class Runs:
         part = hashes[at : at + LONGEST_RUN - run.length]
         left = iter(part)
         for block in left:
-            table = rows[block[0]][block[1] & 15]
+            table = rows[block[0]][block[-1] & 15]
             if block in table:  # known, or named twice
                 part = part[: len(part) - length_hint(left) - 1]
                 break
@@ -302,7 +306,7 @@ class Runs:
         gone = run.names[first * width : (first + count) * width]
         blocks = [block for (block,) in iter_unpack(self._format, gone)]
         for block in blocks:
-            del rows[block[0]][block[1] & 15][block]
+            del rows[block[0]][block[-1] & 15][block]
         self._tombstones.bury(blocks, cause)
         self.blocks -= count
         self._used -= count * BLOCK_BYTES
@@ -375,7 +379,7 @@ class Runs:
         part = run.names[: count * width]
         number, rows = before.number, self.rows
         for (block,) in iter_unpack(self._format, part):
-            rows[block[0]][block[1] & 15][block] = number
+            rows[block[0]][block[-1] & 15][block] = number
         before.names += part
         before.length += count
         before.last = bytes(part[-width:])
@@ -395,7 +399,7 @@ class Runs:
         count = run.length - at
         number, rows = following.number, self.rows
         for (block,) in iter_unpack(self._format, part):
-            rows[block[0]][block[1] & 15][block] = number
+            rows[block[0]][block[-1] & 15][block] = number
         following.names[:0] = part
         following.length += count
         following.proved = min(count, max(1, run.proved - at))
@@ -424,7 +428,7 @@ class Runs:
     def _point(self, run: Run) -> None:
         number, rows = run.number, self.rows
         for (block,) in iter_unpack(self._format, run.names):
-            rows[block[0]][block[1] & 15][block] = number
+            rows[block[0]][block[-1] & 15][block] = number
 
     def _discard(self, run: Run) -> None:
         """The run has no blocks any more, or they are none of its own."""
@@ -507,7 +511,7 @@ class Runs:
             return
         rows = self.rows
         for (block,) in iter_unpack(self._format, run.names):
-            del rows[block[0]][block[1] & 15][block]
+            del rows[block[0]][block[-1] & 15][block]
         self.blocks -= run.length
         self._used -= run.length * BLOCK_BYTES
         self.evicted += run.length
