@@ -1,7 +1,7 @@
 """From a block's name to a number, in many dicts of uneven shares, so that memory grows smoothly. Pure.
 
 One dict of ten million entries pauses for 0.4 s when it grows, and doubles its memory at once. So names, which are
-digests, are spread by their first and last bytes over `_TABLES` dicts. Equal shares would all double at the same moment;
+digests, are spread by their first and last bytes over `_TABLES` dicts. Equal shares would all double at once;
 the largest share is twice the smallest, with equal ratios between, so that the dicts double one after the other, and
 what one leaves behind is filled by the next. A dict of bytes and ints is none of the garbage collector's business, so
 a full collection does not look at the blocks.
