@@ -41,7 +41,7 @@ proto: setup  ## regenerate the Python stubs from proto/*.proto
 	$(PY) -m deploy.protos
 
 bench: setup  ## the benchmarks, quickly (python -m bench.NAME for one of them in full)
-	for name in reuse overhead e2e store faults eviction policies; do $(PY) -m bench.$$name --quick || exit 1; done
+	for name in reuse overhead e2e store faults eviction policies router; do $(PY) -m bench.$$name --quick || exit 1; done
 
 lock: setup  ## write requirements.lock from what is installed
 	$(PY) -m pip freeze --exclude-editable > requirements.lock

@@ -17,7 +17,7 @@ from router.core import Router
 from router.discovery import StaticDiscovery
 from router.flight import Flight, FlightEnd
 from router.link import WorkerLink
-from router.protocol import Caller, Prompt, RequestContext, Role, WorkerAddress
+from router.protocol import Caller, EarlierAnswer, Prompt, RequestContext, Role, WorkerAddress
 from warmkv.v1 import common_pb2, inference_pb2, worker_pb2
 from workers.config import WorkerConfig
 from workers.server import WorkerServer
@@ -41,6 +41,12 @@ class _Ready:
 
     async def encode(self, input: inference_pb2.Input) -> Prompt:
         return self.prompt
+
+    async def earlier_answers(self, input: inference_pb2.Input, prompt: Prompt) -> tuple[EarlierAnswer, ...]:
+        return ()
+
+    def said(self, input: inference_pb2.Input, answer: str) -> bytes:
+        return b""
 
 
 async def submits(rounds: int, *, workers: int = 8, tokens: int = 32_768, turn: int = 256) -> list[float]:

@@ -18,17 +18,20 @@ from pydantic import (
     Field,
     PlainSerializer,
     SecretStr,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from deploy.quantities import Duration, OptionalDuration, Size
+from deploy.quantities import Duration, OptionalDuration, Size, format_size
 from kvstore.eviction.tail import DEFAULT_THRESHOLD_S
 from kvstore.patience import DEFAULT_SLACK_S
 from router.config import RouterConfig, TlsFiles
+from router.index import DEFAULT_BYTES
 from workers.config import WorkerConfig
 
 LOOPBACK = "127.0.0.1"
+_LEAST_INDEX_BYTES = 16 << 20
 _REDIS_KINDS = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster", "unix")
 _REDIS_SCHEMES = tuple(f"{kind}://" for kind in _REDIS_KINDS)
 
@@ -211,6 +214,11 @@ class RouterSettings(_Section):
     )
     shared_tier_reads: bool = Field(default=True, description="Whether workers read blocks from the shared tier.")
     max_prompt_bytes: Size = Field(default=16 << 20, ge=1, description="Larger prompts are refused.")
+    index_bytes: Size = Field(
+        default=DEFAULT_BYTES,
+        description="Memory of the prefix index; when it ends, the blocks of the least recently placed run are "
+        "forgotten.",
+    )
     max_in_flight: int = Field(default=1024, ge=1, description="Requests at once.")
     max_in_flight_per_tenant: int = Field(default=512, ge=1, description="Requests at once of one tenant.")
     default_deadline: OptionalDuration = Field(default=600.0, description="For callers that set none, or never.")
@@ -223,6 +231,16 @@ class RouterSettings(_Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least level that is logged."
     )
+
+    @field_validator("index_bytes")
+    @classmethod
+    def _index_can_work(cls, value: int) -> int:
+        if value < _LEAST_INDEX_BYTES:
+            raise ValueError(
+                f"{format_size(value)} is too small for an index; give it at least {format_size(_LEAST_INDEX_BYTES)}, "
+                "and about 140 MiB for every million blocks that the fleet's tiers hold"
+            )
+        return value
 
 
 class AuthSettings(_Section):
@@ -381,6 +399,7 @@ class Settings(BaseSettings):
             weights=dict(router.weights),
             shared_tier_reads=router.shared_tier_reads,
             max_prompt_bytes=router.max_prompt_bytes,
+            index_bytes=router.index_bytes,
             max_in_flight=router.max_in_flight,
             max_in_flight_per_tenant=router.max_in_flight_per_tenant,
             default_deadline_s=router.default_deadline,

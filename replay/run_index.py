@@ -44,6 +44,10 @@ class RunIndex(PrefixIndex):
         self._partial.pop(worker, None)
         super().drop(worker)
 
+    def placed(self, hashes: Sequence[bytes]) -> None:
+        """As the index does."""
+        super().placed(hashes.keys if isinstance(hashes, Chain) else hashes)
+
     def match(self, hashes: Sequence[bytes]) -> dict[str, Overlap]:
         """Leading blocks on every worker."""
         if not isinstance(hashes, Chain):

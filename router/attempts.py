@@ -19,6 +19,7 @@ from router.decide import Choice, Decider
 from router.errors import InternalError, NoWorkerAvailable, PoisonRequest, RouterError, WorkerLost
 from router.fleet import Fleet
 from router.flight import FlightEnd, FlightGap, FlightLost
+from router.index import PrefixIndex
 from router.metrics import Metrics
 from router.readiness import Readiness, time_left, too_late
 from router.request import PreparedPrompt, Request
@@ -37,6 +38,7 @@ class Attempts:
         fleet: Fleet,
         decider: Decider,
         traffic: Traffic,
+        index: PrefixIndex,
         readiness: Readiness,
         recent: Recent,
         shadow: Shadow,
@@ -46,6 +48,7 @@ class Attempts:
         self._fleet = fleet
         self._decider = decider
         self._traffic = traffic
+        self._index = index
         self._readiness = readiness
         self._recent = recent
         self._metrics = metrics
@@ -117,6 +120,7 @@ class Attempts:
             work_ms=choice.price.load_ms + choice.price.compute_ms,
             cached_blocks=min(choice.held, choice.price.cached_tokens // question.block_size),
         )
+        self._index.placed(question.hashes)
         self._note(work, choice, question.prompt_tokens)
 
         def on_tokens(tokens: int) -> None:

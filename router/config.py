@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from router.index import DEFAULT_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
@@ -32,6 +34,7 @@ class RouterConfig:
         fleet_secret: presented to workers; tenant salts are derived from it, so all routers of a fleet share it.
         policy, weights: in force until the fleet record says otherwise. shared_tier_reads: likewise.
         max_prompt_bytes: larger prompts are refused before they are encoded.
+        index_bytes: memory of the index; when it ends, the least recently placed run of blocks is forgotten.
         max_in_flight: requests at once; more are refused. max_in_flight_per_tenant: likewise for one tenant.
         default_deadline_s: for callers that set none; None: unlimited.
         drain_grace_s: how long running requests may take after SIGTERM.
@@ -57,6 +60,7 @@ class RouterConfig:
     weights: dict[str, float] = field(default_factory=dict)
     shared_tier_reads: bool = True
     max_prompt_bytes: int = 16 << 20
+    index_bytes: int = DEFAULT_BYTES
     max_in_flight: int = 1024
     max_in_flight_per_tenant: int = 512
     default_deadline_s: float | None = 600.0

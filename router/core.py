@@ -89,7 +89,7 @@ class Router:
         self._rng = rng or random.Random()
         self.metrics = Metrics(router=config.name, model=config.model_name, version=_package_version())
         self._admission = Admission(config.max_in_flight, config.max_in_flight_per_tenant)
-        self._index = PrefixIndex(clock)
+        self._index = PrefixIndex(clock, limit_bytes=config.index_bytes)
         self._traffic = Traffic(clock)
         self._ledger = Ledger()
         self._answers = AnswerMemory()
@@ -101,7 +101,7 @@ class Router:
         self._preparer = Preparer(config, encoder, self.fleet, readiness, self.metrics, trust_group_of=trust_group_of)
         shadow = Shadow(wall_clock, self.metrics)
         self._attempts = Attempts(
-            self.fleet, self._decider, self._traffic, readiness, self._recent, shadow, self.metrics
+            self.fleet, self._decider, self._traffic, self._index, readiness, self._recent, shadow, self.metrics
         )
         self._board = Board(self.fleet, self._index, self._prefixes, self._recent)
         self.cache = CacheAdmin(self.fleet, self._index, self._preparer, self._decider, wall_clock=wall_clock)
@@ -340,6 +340,10 @@ class Router:
         return RouterGauges(
             in_flight=self._admission.in_flight,
             index_blocks=len(self._index),
+            index_runs=self._index.runs,
+            index_bytes=self._index.nbytes,
+            index_limit_bytes=self._index.limit_bytes,
+            index_evicted_blocks=self._index.evicted_blocks,
             fleet_version=self.fleet.record.version,
             utilisation=self._traffic.utilisation(ready),
             workers=[

@@ -1,27 +1,35 @@
-"""Sets of block holders: who, at which tier, as interned bit masks. The index's inner structure.
+"""Sets of block holders: who, at which tier, until when, as interned bit masks. The index's inner structure.
 
-Covers: the layout of masks, one object a set, taking an owner out of all sets at once. Does not cover: which block has
-which holders (`index`). Pure.
+Covers: the layout of masks, one object a set, taking an owner out of all sets at once, the end of a shared life. Does
+not cover: which block has which holders (`runs`). Pure.
 
-A mask has bit 0 for the shared tier and three bits a worker slot (device, host, disk). `reach` is the same set seen by
-`match`: four bits a slot, cumulative over tiers (device | +host | +disk | +shared), in which a shared block is within
-everybody's reach. Sets are weakly held: one that no block points to any more is gone.
+A mask is made of lanes of four bits. Lane 0 has the shared tier's bit; lane n + 1 has slot n's device, host and disk.
+`reach` is the same set as `match` asks for it: lane n for slot n, cumulative over tiers (device | +host | +disk |
++shared), in which a shared block is within everybody's reach.
+
+How long a shared block lives is part of its set (`until`), so the end of a life edits a few sets, as the loss of a
+worker does, and costs no memory a block. Ends are rounded down to a grid of 1/64 to 1/128 of the life, a power of two
+of seconds, so that neighbours written within moments share a set: a block may be given up that much too early, never
+too late. Sets are weakly held: one that no run points to any more is gone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
+from math import floor, frexp, inf, ldexp
 from weakref import WeakSet, WeakValueDictionary
 
 from kvstore.events import TierName
 
 SHARED = 1
-LEVELS = 4  # bits a slot in `reach`
-_RAW_BITS = 3  # bits a slot in a mask
+LEVELS = 4  # bits a lane
+NEVER = inf
+_OWN_BITS = 0b111
+_GRID_BITS = 6  # a life is told in 64 to 128 steps
 _TIER_BIT = {TierName.DEVICE: 0, TierName.HOST: 1, TierName.DISK: 2}
-# What a slot's raw bits reach.
-_OWN_REACH = {raw: (raw & 1) | bool(raw & 3) << 1 | 0b1100 for raw in range(1, 8)}
+_FIRST_SLOTS = 8
+_RECOUNT_AT = 64
 
 
 class Gone(StrEnum):
@@ -34,35 +42,52 @@ class Gone(StrEnum):
 
 
 class Holders:
-    """One set. `blocks`: how many point here. `gone`: why it is empty, read only while `mask` is zero."""
+    """One set. `blocks`: how many have it. `until`: when the shared tier's bit ends, in the clock's seconds.
 
-    __slots__ = ("__weakref__", "blocks", "gone", "mask", "reach")
+    `gone`: why the set is empty, read only while `mask` is zero.
+    """
 
-    def __init__(self, mask: int, reach: int) -> None:
+    __slots__ = ("__weakref__", "blocks", "gone", "mask", "reach", "until")
+
+    def __init__(self, mask: int, until: float, reach: int) -> None:
         self.mask = mask
+        self.until = until
         self.reach = reach
         self.blocks = 0
         self.gone = Gone.EVICTED
 
 
 class HolderSets:
-    """All sets that some block has, for up to `slots` workers; `grow` makes room for more."""
+    """All sets that some run has, for up to `slots` workers; `grow` makes room for more."""
 
     def __init__(self) -> None:
-        self.slots = 8
-        self._interned: WeakValueDictionary[int, Holders] = WeakValueDictionary()
+        self.slots = _FIRST_SLOTS
+        self.count = 0  # sets, those included that vanished since `recount`; at most twice those that there are
+        self._recount_at = _RECOUNT_AT
+        self._lanes = _lanes(self.slots)
+        self._interned: WeakValueDictionary[tuple[int, float], Holders] = WeakValueDictionary()
         self._all: WeakSet[Holders] = WeakSet()
-        self._everyone = _everyone(self.slots)
+        self._next_end = NEVER  # no set ends earlier; it may be too early, as sets vanish
 
     def __iter__(self) -> Iterator[Holders]:
         return iter(self._all)
 
-    def get(self, mask: int) -> Holders:
-        """The set of that mask."""
-        holders = self._interned.get(mask)
+    def recount(self) -> None:
+        """Count the sets that are left."""
+        self.count = len(self._all)
+        self._recount_at = max(_RECOUNT_AT, 2 * self.count)
+
+    def get(self, mask: int, until: float = NEVER) -> Holders:
+        """The set of that mask; `until` matters where the mask has the shared tier."""
+        key = (mask, until)
+        holders = self._interned.get(key)
         if holders is None:
-            holders = self._interned[mask] = Holders(mask, self.reach(mask))
+            holders = self._interned[key] = Holders(mask, until, self.reach(mask))
             self._all.add(holders)
+            self.count += 1
+            if self.count >= self._recount_at:
+                self.recount()
+            self._next_end = min(self._next_end, until)
         return holders
 
     def take_out(self, bits: int, cause: Gone) -> bool:
@@ -71,44 +96,64 @@ class HolderSets:
         Two sets may become equal: both stay, and only one is handed out again. Empty ones are not handed out, for each
         remembers its own cause.
         """
-        touched = [holders for holders in self._all if holders.mask & bits]
-        for holders in touched:
-            holders.mask &= ~bits
-            holders.reach = self.reach(holders.mask)
-            if not holders.mask:
-                holders.gone = cause
-        if touched:
-            self._interned = WeakValueDictionary({h.mask: h for h in self._all if h.mask})
-        return bool(touched)
+        return self._edit([holders for holders in self._all if holders.mask & bits], bits, cause)
+
+    def expire(self, now: float) -> bool:
+        """End the shared lives whose time has come; whether any did. O(1) until then, else O(different sets)."""
+        if now < self._next_end:
+            return False
+        ended = self._edit([holders for holders in self._all if holders.until <= now], SHARED, Gone.EXPIRED)
+        self._next_end = min((holders.until for holders in self._all), default=NEVER)
+        return ended
 
     def grow(self) -> None:
         """Twice as many slots."""
         self.slots *= 2
-        self._everyone = _everyone(self.slots)
+        self._lanes = _lanes(self.slots)
         for holders in self._all:
             holders.reach = self.reach(holders.mask)
 
     def reach(self, mask: int) -> int:
-        """A mask as `match` sees it."""
-        reach = self._everyone if mask & SHARED else 0
-        rest, slot = mask >> 1, 0
-        while rest:
-            if own := rest & 0b111:
-                reach |= _OWN_REACH[own] << (slot * LEVELS)
-            rest >>= _RAW_BITS
-            slot += 1
-        return reach
+        """A mask as `match` sees it: all slots at once, lane by lane."""
+        own, lanes = mask >> LEVELS, self._lanes
+        device = own & lanes
+        host = device | own >> 1 & lanes
+        disk = host | own >> 2 & lanes
+        return device | host << 1 | disk << 2 | (lanes if mask & SHARED else disk) << 3
+
+    def _edit(self, touched: list[Holders], bits: int, cause: Gone) -> bool:
+        for holders in touched:
+            holders.mask &= ~bits
+            holders.reach = self.reach(holders.mask)
+            if not holders.mask & SHARED:
+                holders.until = NEVER
+            if not holders.mask:
+                holders.gone = cause
+        if touched:
+            self._interned = WeakValueDictionary({(h.mask, h.until): h for h in self._all if h.mask})
+        return bool(touched)
 
 
 def slot_mask(slot: int) -> int:
     """All tiers of a worker."""
-    return 0b111 << (1 + slot * _RAW_BITS)
+    return _OWN_BITS << LEVELS * (slot + 1)
 
 
 def tier_mask(slot: int, tier: TierName) -> int:
     """One tier of a worker; the shared tier's bit belongs to no worker."""
-    return SHARED if tier is TierName.REDIS else 1 << (1 + slot * _RAW_BITS + _TIER_BIT[tier])
+    return SHARED if tier is TierName.REDIS else 1 << LEVELS * (slot + 1) + _TIER_BIT[tier]
 
 
-def _everyone(slots: int) -> int:
-    return sum(0b1000 << (slot * LEVELS) for slot in range(slots))
+def end_of_life(now: float, ttl_s: float | None) -> float:
+    """When a shared block that lives `ttl_s` from now on is given up, on the grid. `NEVER` for None."""
+    if ttl_s is None:
+        return NEVER
+    if ttl_s <= 0:
+        return now
+    grid = ldexp(1.0, frexp(ttl_s)[1] - 1 - _GRID_BITS)
+    return floor((now + ttl_s) / grid) * grid
+
+
+def _lanes(slots: int) -> int:
+    """The lowest bit of every lane."""
+    return sum(1 << LEVELS * slot for slot in range(slots))

@@ -4,11 +4,15 @@ Covers: applying workers' K/V events, snapshots, fencing by incarnation, the sha
 leading run of a prompt on every worker. Does not cover: choosing (`policy`), pricing (`cost`), the stream (`link`).
 Pure and synchronous; time comes from the injected clock.
 
-The structure is one dict from short hash to an interned holder set (`holders`): all blocks with the same holders point
-to one object. Neighbours in a chain mostly share it, so `match` costs one probe and one identity test a block, and mask
-arithmetic only where the holders change. Losing a worker edits the few holder sets instead of its millions of blocks:
-its credit is gone at once, and blocks that nobody holds any more are swept out later in slices. Worst case: another
-holder set at every block costs one mask operation a block. An entry costs about 110 bytes.
+A block's holders are kept by the run (`runs`): a stretch of consecutive blocks with one interned set of holders
+(`holders`). `match` costs one probe and one compare a run, and mask arithmetic only where the holders change. Losing a
+worker, or the end of shared blocks' lives, edits the few sets instead of millions of blocks: the credit is gone at
+once, and blocks that nobody holds any more are swept out later in slices. Worst case: another holder set at every
+block costs one probe a block, so a question ends after `max_probes` runs, and its answer is then a lower bound.
+
+Memory is bounded at every moment. When it ends, the blocks of the least recently placed run are forgotten (placed: a
+request was sent along it, or blocks were stored into it). What was forgotten is held and not credited: an
+underestimate, never a wrong claim.
 
 Invariant: a worker's bits are counted only between the end of a complete snapshot and the next gap, loss or restart.
 What the index says is a prediction: the worker checks what it holds, so a wrong entry costs time and never a token.
@@ -16,17 +20,21 @@ What the index says is a prediction: the worker checks what it holds, so a wrong
 
 from __future__ import annotations
 
-import heapq
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
 from typing import NamedTuple
 
+from kvstore.chains import consecutive_runs
 from kvstore.errors import InvariantError
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
-from router.holders import LEVELS, SHARED, Gone, Holders, HolderSets, slot_mask, tier_mask
+from router.holders import LEVELS, NEVER, SHARED, Gone, Holders, HolderSets, end_of_life, slot_mask, tier_mask
+from router.runs import LEAST_BYTES, TOMBSTONE_BYTES, Fewer, Fuller, Runs
+from router.tombstones import Tombstones
 
 Clock = Callable[[], float]
+
+DEFAULT_BYTES = 2 << 30
+_TOMBSTONES_SHARE = 16  # at most this part of the memory
+_REMEMBERED_MASKS = 4096
 
 _GONE = {
     RemovalCause.EVICTED: Gone.EVICTED,
@@ -70,24 +78,61 @@ class _Worker:
 class PrefixIndex:
     """Block holders of a whole fleet. All methods are synchronous; none blocks."""
 
-    def __init__(self, clock: Clock, *, max_tombstones: int = 65_536) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        limit_bytes: int = DEFAULT_BYTES,
+        max_tombstones: int = 65_536,
+        max_probes: int = 512,
+    ) -> None:
+        """Nothing is known.
+
+        Args:
+            limit_bytes: what blocks, runs, holder sets and tombstones may take together. max_tombstones: causes kept
+            of blocks that are gone. max_probes: runs that a question looks at.
+
+        Raises:
+            ValueError: the memory is too small to work with.
+        """
+        if limit_bytes < LEAST_BYTES:
+            raise ValueError(f"the index was given {limit_bytes} bytes; give it at least {LEAST_BYTES}")
         self._clock = clock
-        self._blocks: dict[bytes, Holders] = {}
         self._sets = HolderSets()
+        self._tombstones = Tombstones(min(max_tombstones, limit_bytes // _TOMBSTONES_SHARE // TOMBSTONE_BYTES))
+        self._runs = Runs(self._sets, self._tombstones, limit=limit_bytes)
         self._workers: dict[str, _Worker] = {}
+        self._names: dict[int, str] = {}  # of the workers, by slot
+        self._counted = 0  # what of every holder set's reach counts
         self._incarnations: dict[str, int] = {}
         self._free: list[int] = []
         self._shared_id = ""
-        self._expiry: dict[bytes, float] = {}
-        self._due: list[tuple[float, int, tuple[bytes, ...]]] = []
-        self._order = count()
-        self._tombstones: OrderedDict[bytes, Gone] = OrderedDict()
-        self._max_tombstones = max_tombstones
-        self._sweeping: list[bytes] = []
+        self._max_probes = max_probes
+        self._levels: dict[int, tuple[int, ...]] = {}  # mask of reach -> numbers of its bits
 
     def __len__(self) -> int:
         """Blocks known, those that still wait for the sweep included."""
-        return len(self._blocks)
+        return self._runs.blocks
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken, by measured sizes; at most `limit_bytes`."""
+        return self._runs.nbytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """Memory that may be taken."""
+        return self._runs.limit
+
+    @property
+    def runs(self) -> int:
+        """Stretches of blocks with the same holders: the fewer, the faster."""
+        return len(self._runs)
+
+    @property
+    def evicted_blocks(self) -> int:
+        """Blocks that were forgotten for want of memory, since the start."""
+        return self._runs.evicted
 
     # Workers
 
@@ -102,10 +147,12 @@ class PrefixIndex:
             return False
         self.drop(worker)
         self._incarnations[worker] = incarnation
-        self._workers[worker] = _Worker(self._take_slot(), incarnation, shares=bool(shared_id))
+        slot = self._take_slot()
+        self._workers[worker] = _Worker(slot, incarnation, shares=bool(shared_id))
+        self._names[slot] = worker
         if shared_id and shared_id != self._shared_id:
             if self._shared_id:
-                self._clear_shared()
+                self._take_out(SHARED, Gone.CLEARED)
             self._shared_id = shared_id
         return True
 
@@ -115,12 +162,15 @@ class PrefixIndex:
         if known is None:
             return
         self._take_out(slot_mask(known.slot), Gone.WORKER_LOST)
+        del self._names[known.slot]
         self._free.append(known.slot)
+        self._count_bits()
 
     def distrust(self, worker: str) -> None:
         """Events were missed: no credit until a new snapshot is complete."""
         if known := self._workers.get(worker):
             known.counted = False
+            self._count_bits()
 
     def begin_snapshot(self, worker: str, incarnation: int) -> None:
         """Forget the worker's blocks; `apply` fills them in, and they count from `end_snapshot` on."""
@@ -130,6 +180,7 @@ class PrefixIndex:
         self._take_out(slot_mask(known.slot), Gone.EVICTED)
         known.counted = False
         known.removed = set()
+        self._count_bits()
 
     def snapshot(self, worker: str, incarnation: int, blocks: Iterable[BlockStored]) -> None:
         """A piece of a snapshot. Blocks whose removal was reported since it began stay removed."""
@@ -137,11 +188,8 @@ class PrefixIndex:
         if known is None:
             return
         for event in blocks:
-            gone = known.removed
-            if gone:
-                kept = tuple(h for h in event.hashes if (event.tier, h) not in gone)
-                event = BlockStored(event.tier, kept, event.parent, event.ttl_s)
-            self._store(known, event)
+            for kept in _without(event, known.removed or set()):
+                self._store(known, kept)
 
     def end_snapshot(self, worker: str, incarnation: int) -> None:
         """The snapshot is complete: the worker's blocks count."""
@@ -149,6 +197,7 @@ class PrefixIndex:
         if known is not None:
             known.counted = True
             known.removed = None
+            self._count_bits()
 
     def apply(self, worker: str, incarnation: int, events: Iterable[KvEvent]) -> bool:
         """Apply a worker's events in order. False, and nothing happened, when it is not that incarnation's turn."""
@@ -169,48 +218,62 @@ class PrefixIndex:
     # Questions
 
     def match(self, hashes: Sequence[bytes]) -> dict[str, Overlap]:
-        """For every known worker the leading blocks of a chain of short hashes. O(blocks + workers + changes)."""
+        """For every known worker the leading blocks of a chain of short hashes. O(runs + workers).
+
+        A lower bound when the chain lies in more than `max_probes` runs.
+        """
         self._expire()
-        alive = self._counted_bits()
-        runs = [0] * (self._sets.slots * LEVELS)
-        depth = 0
-        seen: Holders | None = None
-        for holders in map(self._blocks.get, hashes):
-            if holders is None:
+        runs, alive, seen = self._runs, self._counted, None
+        rows, numbered, agreed = runs.rows, runs.numbered, runs.agreed
+        ends: list[tuple[int, int]] = []  # bits of reach that are lost, after so many blocks
+        at, total = 0, len(hashes)
+        for _ in range(self._max_probes):
+            if at >= total:
                 break
-            if holders is not seen:
-                if lost := alive & ~holders.reach:
-                    _record(runs, lost, depth)
-                    alive ^= lost
+            block = hashes[at]
+            number = rows[block[0]][block[-1] & 15].get(block)
+            if number is None:
+                break
+            run = numbered[number]
+            if run.holders is not seen:
+                seen = run.holders
+                still = alive & seen.reach
+                if still != alive:
+                    ends.append((alive ^ still, at))
+                    alive = still
                     if not alive:
                         break
-                seen = holders
-            depth += 1
-        _record(runs, alive, depth)
-        return {name: _overlap(runs, known) for name, known in self._workers.items()}
+            end = at + run.length
+            if run.proved == run.length and end <= total and hashes[end - 1] == run.last:
+                at = end
+            else:
+                at += agreed(run, hashes, at)
+        ends.append((alive, at))
+        return self._overlaps(ends)
 
     def shared_run(self, hashes: Sequence[bytes]) -> int:
         """Leading blocks that the shared tier alone holds."""
         self._expire()
         depth = 0
-        for holders in map(self._blocks.get, hashes):
-            if holders is None or not holders.mask & SHARED:
+        while depth < len(hashes):
+            run = self._runs.find(hashes[depth])
+            if run is None or not run.holders.mask & SHARED:
                 break
-            depth += 1
+            depth += self._runs.agreed(run, hashes, depth)
         return depth
 
     def held(self, block: bytes) -> bool:
         """Whether anybody is known to hold the block."""
         self._expire()
-        holders = self._blocks.get(block)
-        return holders is not None and holders.mask != 0
+        run = self._runs.find(block)
+        return run is not None and run.holders.mask != 0
 
     def gone(self, block: bytes) -> Gone | None:
         """Why nobody holds a block that was known; None: it was never seen, or that is forgotten."""
         self._expire()
-        holders = self._blocks.get(block)
-        if holders is not None:
-            return None if holders.mask else holders.gone
+        run = self._runs.find(block)
+        if run is not None:
+            return None if run.holders.mask else run.holders.gone
         return self._tombstones.get(block)
 
     def shared_blocks(self) -> int:
@@ -220,34 +283,27 @@ class PrefixIndex:
 
     # Upkeep
 
+    def placed(self, hashes: Sequence[bytes]) -> None:
+        """A request was sent along this chain: what is known of it is the last to be forgotten. O(runs)."""
+        self._runs.placed(hashes, self._max_probes)
+
     def sweep(self, limit: int) -> bool:
         """Throw out up to `limit` blocks that nobody holds since a worker was lost; whether more may wait."""
-        for _ in range(min(limit, len(self._sweeping))):
-            block = self._sweeping.pop()
-            holders = self._blocks.get(block)
-            if holders is not None and not holders.mask:
-                del self._blocks[block]
-                holders.blocks -= 1
-                self._bury(block, holders.gone)
-        return bool(self._sweeping)
+        return self._runs.sweep(limit)
 
     def check(self) -> None:
         """Raises InvariantError when the books are wrong. O(everything): for tests and diagnosis."""
-        _expect(sum(h.blocks for h in self._sets) == len(self._blocks), "holder sets count other blocks than there are")
+        self._runs.check()
         taken = SHARED
         for known in self._workers.values():
             taken |= slot_mask(known.slot)
-        for block, holders in self._blocks.items():
-            _expect(not holders.mask & ~taken, f"block {block.hex()} is held by a worker that is gone")
-            _expect(holders.reach == self._sets.reach(holders.mask), f"block {block.hex()} has a stale reach")
-            _expect(block not in self._tombstones, f"block {block.hex()} is known and buried")
-        scheduled = {h for _, _, hashes in self._due for h in hashes}
-        for block in self._expiry:
-            _expect(bool(self._blocks[block].mask & SHARED), f"block {block.hex()} expires and is not shared")
-            _expect(block in scheduled, f"block {block.hex()} would never expire")
-        _expect(len(self._tombstones) <= self._max_tombstones, "more tombstones than allowed")
+        for holders in self._sets:
+            _expect(not holders.mask & ~taken, "a block is held by a worker that is gone")
+            _expect(holders.reach == self._sets.reach(holders.mask), "a holder set has a stale reach")
+        _expect(len(self._tombstones) <= self._tombstones.limit, "more tombstones than allowed")
         slots = [known.slot for known in self._workers.values()] + self._free
         _expect(len(slots) == len(set(slots)), "a slot has two owners")
+        _expect(self._names == {known.slot: name for name, known in self._workers.items()}, "a slot has another's name")
 
     # Events
 
@@ -261,85 +317,80 @@ class PrefixIndex:
 
     def _store(self, known: _Worker, event: BlockStored) -> None:
         if event.tier is TierName.REDIS:
-            self._schedule(event)
-        bit = tier_mask(known.slot, event.tier)
-        blocks = self._blocks
-        moved: dict[Holders | None, Holders] = {}  # neighbours mostly change alike
-        for block in event.hashes:
-            old = blocks.get(block)
+            fuller = self._with_shared(end_of_life(self._clock(), event.ttl_s))
+        else:
+            fuller = self._with_bit(tier_mask(known.slot, event.tier))
+        self._runs.store(event.hashes, event.parent, fuller)
+
+    def _with_bit(self, bit: int) -> Fuller:
+        sets, moved = self._sets, dict[Holders | None, Holders]()  # neighbours mostly change alike
+
+        def fuller(old: Holders | None) -> Holders:
             new = moved.get(old)
             if new is None:
-                new = moved[old] = self._sets.get((old.mask if old else 0) | bit)
-            if new is not old:
-                blocks[block] = new
-                new.blocks += 1
-                if old is None:
-                    self._tombstones.pop(block, None)
-                else:
-                    old.blocks -= 1
+                new = moved[old] = sets.get(bit) if old is None else sets.get(old.mask | bit, old.until)
+            return new
+
+        return fuller
+
+    def _with_shared(self, until: float) -> Fuller:
+        return lambda old: self._sets.get((old.mask if old else 0) | SHARED, until)
 
     def _remove(self, known: _Worker, event: BlockRemoved) -> None:
         if known.removed is not None:
             known.removed.update((event.tier, h) for h in event.hashes)
-        if event.tier is TierName.REDIS:
-            for block in event.hashes:
-                self._expiry.pop(block, None)
-        self._take(event.hashes, tier_mask(known.slot, event.tier), _GONE[event.cause])
+        bit = tier_mask(known.slot, event.tier)
+        self._runs.take(event.hashes, bit, self._without_bit(bit), _GONE[event.cause])
 
-    def _take(self, hashes: Iterable[bytes], bit: int, cause: Gone) -> None:
-        for block in hashes:
-            holders = self._blocks.get(block)
-            if holders is None or not holders.mask & bit:
-                continue
-            holders.blocks -= 1
-            if rest := holders.mask & ~bit:
-                fewer = self._blocks[block] = self._sets.get(rest)
-                fewer.blocks += 1
-            else:
-                del self._blocks[block]
-                self._bury(block, cause)
+    def _without_bit(self, bit: int) -> Fewer:
+        def fewer(old: Holders) -> Holders | None:
+            rest = old.mask & ~bit
+            return self._sets.get(rest, old.until if rest & SHARED else NEVER) if rest else None
+
+        return fewer
 
     def _clear(self, known: _Worker, tier: TierName) -> None:
-        if tier is TierName.REDIS:
-            self._clear_shared()
-        else:
-            self._take_out(tier_mask(known.slot, tier), Gone.CLEARED)
-
-    def _clear_shared(self) -> None:
-        self._expiry.clear()
-        self._due.clear()
-        self._take_out(SHARED, Gone.CLEARED)
-
-    def _schedule(self, event: BlockStored) -> None:
-        if event.ttl_s is None:
-            for block in event.hashes:
-                self._expiry.pop(block, None)
-            return
-        at = self._clock() + event.ttl_s
-        self._expiry.update(dict.fromkeys(event.hashes, at))
-        heapq.heappush(self._due, (at, next(self._order), event.hashes))
+        self._take_out(tier_mask(known.slot, tier), Gone.CLEARED)
 
     def _expire(self) -> None:
-        """Drop shared blocks whose time has come. A refreshed block stands in a later entry, so this one skips it."""
-        now = self._clock()
-        while self._due and self._due[0][0] <= now:
-            at, _, hashes = heapq.heappop(self._due)
-            for block in hashes:
-                if self._expiry.get(block) == at:
-                    del self._expiry[block]
-                    self._take((block,), SHARED, Gone.EXPIRED)
+        """Drop shared blocks whose time has come."""
+        if self._sets.expire(self._clock()):
+            self._runs.begin_sweep()
 
     # Upkeep, inside
 
     def _take_out(self, bits: int, cause: Gone) -> None:
         if self._sets.take_out(bits, cause):
-            self._sweeping = list(self._blocks)
+            self._runs.begin_sweep()
 
-    def _bury(self, block: bytes, cause: Gone) -> None:
-        self._tombstones[block] = cause
-        self._tombstones.move_to_end(block)
-        if len(self._tombstones) > self._max_tombstones:
-            self._tombstones.popitem(last=False)
+    # Answers
+
+    def _overlaps(self, ends: list[tuple[int, int]]) -> dict[str, Overlap]:
+        depths: dict[int, list[int]] = {}  # of the slots that have any, by level
+        for bits, depth in ends:
+            if not depth:
+                continue
+            for level in self._levels.get(bits) or self._levels_of(bits):
+                slot = level // LEVELS
+                if slot not in depths:
+                    depths[slot] = [0] * LEVELS
+                depths[slot][level % LEVELS] = depth
+        found = dict.fromkeys(self._workers, NO_OVERLAP)
+        for slot, (device, host, disk, shared) in depths.items():
+            found[self._names[slot]] = Overlap(device, host, disk, max(disk, shared))
+        return found
+
+    def _levels_of(self, bits: int) -> tuple[int, ...]:
+        """The numbers of the bits that are set, remembered."""
+        if len(self._levels) >= _REMEMBERED_MASKS:
+            self._levels.clear()
+        levels, rest = [], bits
+        while rest:
+            lowest = rest & -rest
+            levels.append(lowest.bit_length() - 1)
+            rest ^= lowest
+        self._levels[bits] = tuple(levels)
+        return self._levels[bits]
 
     # Slots
 
@@ -351,26 +402,20 @@ class PrefixIndex:
             self._sets.grow()
         return slot
 
-    def _counted_bits(self) -> int:
-        bits = 0
+    def _count_bits(self) -> None:
+        self._counted = 0
         for known in self._workers.values():
             if known.counted:
-                bits |= (0b1111 if known.shares else 0b0111) << (known.slot * LEVELS)
-        return bits
+                self._counted |= (0b1111 if known.shares else 0b0111) << (known.slot * LEVELS)
 
 
-def _record(runs: list[int], lost: int, depth: int) -> None:
-    """The lowest set bits of `lost` end their run at `depth`."""
-    while lost:
-        lowest = lost & -lost
-        runs[lowest.bit_length() - 1] = depth
-        lost ^= lowest
-
-
-def _overlap(runs: list[int], known: _Worker) -> Overlap:
-    at = known.slot * LEVELS
-    device, host, disk, shared = runs[at : at + LEVELS]
-    return Overlap(device, host, disk, max(disk, shared))
+def _without(event: BlockStored, gone: set[tuple[TierName, bytes]]) -> Iterable[BlockStored]:
+    """What is left of an event, as stretches of consecutive blocks."""
+    if not gone:
+        return (event,)
+    links = zip(event.hashes, (event.parent, *event.hashes), strict=False)
+    kept = consecutive_runs(link for link in links if (event.tier, link[0]) not in gone)
+    return [BlockStored(event.tier, tuple(names), parent, event.ttl_s) for parent, names in kept]
 
 
 def _expect(holds: bool, message: str) -> None:

@@ -85,4 +85,6 @@ def fates(wire: common_pb2.TokensByFate) -> dict[str, int]:
 
 
 def _split(hashes: bytes) -> tuple[bytes, ...]:
-    return tuple(hashes[at : at + SHORT_HASH_BYTES] for at in range(0, len(hashes), SHORT_HASH_BYTES))
+    """What is left at the end and is no whole name names nothing."""
+    whole = len(hashes) - len(hashes) % SHORT_HASH_BYTES
+    return tuple(hashes[at : at + SHORT_HASH_BYTES] for at in range(0, whole, SHORT_HASH_BYTES))

@@ -40,6 +40,10 @@ class RouterGauges:
     fleet_version: int
     utilisation: float
     workers: list[WorkerGauges]
+    index_runs: int = 0
+    index_bytes: int = 0
+    index_limit_bytes: int = 0
+    index_evicted_blocks: int = 0
 
 
 class Metrics:
@@ -213,6 +217,14 @@ class _Gauges(Collector):
         now = self._read()
         yield _gauge("warmkv_requests_in_flight", "Requests in flight on this router.", now.in_flight)
         yield _gauge("warmkv_index_blocks", "Blocks in the prefix index.", now.index_blocks)
+        yield _gauge("warmkv_index_runs", "Stretches of blocks with the same holders.", now.index_runs)
+        yield _gauge("warmkv_index_bytes", "Memory that the prefix index takes.", now.index_bytes)
+        yield _gauge("warmkv_index_limit_bytes", "Memory that the prefix index may take.", now.index_limit_bytes)
+        yield CounterMetricFamily(
+            "warmkv_index_evicted_blocks",
+            "Blocks that the prefix index forgot for want of memory, those of the least recently placed run first.",
+            value=now.index_evicted_blocks,
+        )
         yield _gauge("warmkv_fleet_version", "Version of the fleet record in force.", now.fleet_version)
         yield _gauge(
             "warmkv_fleet_utilisation_ratio",

@@ -24,6 +24,12 @@ def test_defaults_are_those_of_the_parts() -> None:
     assert router == RouterConfig(name="r", model_dir="m", model_name=router.model_name)
 
 
+def test_an_index_too_small_to_work_is_refused_with_what_to_give() -> None:
+    with pytest.raises(SettingsProblem, match=r"1MiB is too small for an index; give it at least 16MiB"):
+        load_settings(environ={"WARMKV_ROUTER__INDEX_BYTES": "1MiB"})
+    assert load_settings(environ={"WARMKV_ROUTER__INDEX_BYTES": "16MiB"}).settings.router.index_bytes == 16 << 20
+
+
 def test_every_value_reaches_its_part() -> None:
     settings = load_settings(
         environ={},

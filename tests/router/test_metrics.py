@@ -57,6 +57,17 @@ def test_fates_are_exported_and_sum_to_the_prompt() -> None:
     assert value(metrics, "warmkv_generation_tokens_total", model="m", worker="w") == 5
 
 
+def test_the_index_shows_its_memory_and_what_it_forgot() -> None:
+    metrics = Metrics(router="r", model="m", version="1")
+    metrics.export_gauges(
+        lambda: RouterGauges(
+            0, 7, 3, 0.5, [], index_runs=2, index_bytes=900, index_limit_bytes=1000, index_evicted_blocks=5
+        )
+    )
+    names = ("blocks", "runs", "bytes", "limit_bytes", "evicted_blocks_total")
+    assert [value(metrics, f"warmkv_index_{name}") for name in names] == [7, 2, 900, 1000, 5]
+
+
 def test_workers_reports_are_exported_while_there_is_a_worker() -> None:
     metrics = busy()
     assert value(metrics, "warmkv_kv_hits_total", worker="w", tier="host") == 7

@@ -1,0 +1,90 @@
+"""From a block's name to a number, in many dicts of uneven shares, so that memory grows smoothly. Pure.
+
+One dict of ten million entries pauses for 0.4 s when it grows, and doubles its memory at once. So names, which are
+digests, are spread by their first and last bytes over `_TABLES` dicts. Equal shares would all double at once;
+the largest share is twice the smallest, with equal ratios between, so that the dicts double one after the other, and
+what one leaves behind is filled by the next. A dict of bytes and ints is none of the garbage collector's business, so
+a full collection does not look at the blocks.
+
+Where names come and go, a dict grows once the places of those that went are used up, to three times what it holds.
+`grown` looks at one dict for every `_LOOK_EVERY` names that came, copies one that is that wasteful, and reads its size;
+so `bytes` lags behind by less than a hundredth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+_TABLES = 512
+_ROWS = 256
+_COLUMNS = 16
+_LOOK_EVERY = 8
+_FULL = 0.75  # a copy that is fuller would soon grow again
+_ENTRY_BYTES = 24
+
+Table = dict[bytes, int]
+
+
+class Tables:
+    """The dicts. `rows[name[0]][name[-1] & 15]` is the one for a name. `bytes`: what they take."""
+
+    def __init__(self) -> None:
+        self._tables: list[Table] = [{} for _ in range(_TABLES)]
+        self._owners = _shares()
+        self.rows: list[list[Table]] = []
+        for row in range(_ROWS):
+            self.rows.append([self._tables[n] for n in self._owners[row * _COLUMNS : (row + 1) * _COLUMNS]])
+        self._sizes = [table.__sizeof__() for table in self._tables]
+        self.bytes = sum(self._sizes) + sum(row.__sizeof__() for row in self.rows)
+        self._unseen = 0
+        self._next = 0
+
+    def __len__(self) -> int:
+        """Names. O(dicts)."""
+        return sum(map(len, self._tables))
+
+    def __iter__(self) -> Iterator[Table]:
+        """The dicts."""
+        return iter(self._tables)
+
+    def grown(self, names: int) -> None:
+        """So many names came: look at some dicts. None of them may be in use."""
+        self._unseen += names
+        while self._unseen >= _LOOK_EVERY:
+            self._unseen -= _LOOK_EVERY
+            at = self._next
+            self._next = (at + 1) % _TABLES
+            size = self._tables[at].__sizeof__()
+            if size != self._sizes[at]:
+                self._resized(at, size)
+
+    def _resized(self, at: int, size: int) -> None:
+        table = self._tables[at]
+        if size > self._sizes[at] and _is_wasteful(len(table), size):
+            copy: Table = {}
+            copy.update(table)
+            self._replace(at, copy)
+            size = copy.__sizeof__()
+        self.bytes += size - self._sizes[at]
+        self._sizes[at] = size
+
+    def _replace(self, at: int, table: Table) -> None:
+        first = self._owners.index(at)
+        for place in range(first, first + self._owners.count(at)):
+            self.rows[place // _COLUMNS][place % _COLUMNS] = table
+        self._tables[at] = table
+
+
+def _shares() -> list[int]:
+    """For each place, row by row, the number of its dict; shares grow from 1 to 2 with equal ratios."""
+    ends = [round(_ROWS * _COLUMNS * (2 ** ((n + 1) / _TABLES) - 1)) for n in range(_TABLES)]
+    owners: list[int] = []
+    for number, end in enumerate(ends):
+        owners += [number] * (end - len(owners))
+    return owners
+
+
+def _is_wasteful(names: int, size: int) -> bool:
+    """Whether a copy would take about half of the memory, or less, and have room."""
+    places = 1 << (names * 3 // 2).bit_length()
+    return names < _FULL * places * 2 / 3 and size > 1.5 * _ENTRY_BYTES * places * 2 / 3
