@@ -311,12 +311,12 @@ class Router:
 
     def _gauges(self) -> RouterGauges:
         links = self.fleet.links()
-        ready = sum(self.fleet.takes_requests(link) for link in links)
+        ready = [link for link in links if self.fleet.takes_requests(link)]
         return RouterGauges(
             in_flight=self._admission.in_flight,
             index_blocks=len(self._index),
             fleet_version=self.fleet.record.version,
-            utilisation=self._traffic.utilisation(ready),
+            utilisation=self._decider.utilisation(ready),
             workers=[
                 WorkerGauges(
                     link.name,

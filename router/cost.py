@@ -56,6 +56,8 @@ class WorkerLoad(NamedTuple):
         reads: by tier; a tier that is missing or unhealthy cannot be read.
         pending_tokens: prompt tokens still to be computed, of all routers. waiting: sequences not yet started.
         running: in the batch. decoding: of those, past their prefill. decode_step_ms: one step of theirs.
+        prefill_share: of its time lately (memory: 30 s) that it prefilled, for all routers; None: it does not tell.
+        pool_blocks: blocks that its device tier has room for; 0: not known.
     """
 
     fit: PrefillFit | None = None
@@ -65,6 +67,8 @@ class WorkerLoad(NamedTuple):
     running: int = 0
     decoding: int = 0
     decode_step_ms: float = 0.0
+    prefill_share: float | None = None
+    pool_blocks: int = 0
 
 
 NO_LOAD = WorkerLoad()

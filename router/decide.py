@@ -18,6 +18,9 @@ from router.policies.protocol import NO_BLOCK_LOAD, BlockLoad, Candidate, Decisi
 from router.policy import checked_weights, find_policy
 from router.traffic import Traffic
 
+# Where both agree, the greater of two noisy numbers would be too great.
+_REPORTED = 0.9
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -97,7 +100,7 @@ class Decider:
         overlaps = {} if question.no_read else self._index.match(question.hashes)
         peers = self.peers(overlaps)
         candidates = self.candidates(question, able, overlaps, peers)
-        request = self._request(question, len(able))
+        request = self._request(question, able)
         decision = policy.choose(request, candidates, weights)
         runner_up, extra_ms = _runner_up(candidates, decision, predicts=policy.predicts)
         chosen = decision.chosen.worker
@@ -149,8 +152,10 @@ class Decider:
         blocks: bool,
     ) -> Candidate:
         held = overlaps.get(link.name, NO_OVERLAP)
-        arriving = 0 if question.no_read else self._traffic.arriving_run(link.name, question.hashes)
         report, load = link.report, link.report.load if link.report else NO_LOAD
+        arriving = 0 if question.no_read else self._traffic.arriving_run(link.name, question.hashes)
+        if load.pool_blocks:
+            arriving = min(arriving, load.pool_blocks)  # of a longer prompt the rest cannot stay
         unreported_ms, unreported = self._traffic.unreported(link.name, report.at if report else 0.0)
         age_ms = (self._clock() - report.at) * 1000.0 if report else 0.0
         priced = price(
@@ -168,10 +173,11 @@ class Decider:
             priced,
             shares.of(priced.cached_tokens),
             load.running + load.waiting + unreported,
-            self._traffic.recent_work_ms(link.name),
+            self._traffic.recent_work_ms(link.name, joined_at=link.joined_at),
             held,
             arriving,
             self._block_load(question, link.name, report.at if report else 0.0, load) if blocks else NO_BLOCK_LOAD,
+            load.decoding,
         )
 
     def _block_load(self, question: Question, worker: str, reported_at: float, load: WorkerLoad) -> BlockLoad:
@@ -179,16 +185,26 @@ class Decider:
         unreported = self._traffic.unreported_blocks(worker, reported_at)
         return BlockLoad(reported + unreported, self._traffic.active_blocks(worker, question.hashes))
 
-    def _request(self, question: Question, workers: int) -> RouteRequest:
+    def _request(self, question: Question, able: Sequence[WorkerLink]) -> RouteRequest:
         return RouteRequest(
             question.hashes,
             question.block_size,
             question.digest,
             question.affinity,
             self._turn,
-            self._traffic.utilisation(workers),
+            self.utilisation(able),
             question.prompt_tokens,
         )
+
+    def utilisation(self, links: Sequence[WorkerLink]) -> float:
+        """Share of these workers' time that prefills take: what this router sent, or what they report if it is more.
+
+        Reports know what other routers send, and how long it really took, but come after the fact: they count less.
+        """
+        shares = [link.report.load.prefill_share for link in links if link.report]
+        told = [share for share in shares if share is not None]
+        reported = _REPORTED * sum(told) / len(told) if told else 0.0
+        return max(self._traffic.utilisation(len(links)), reported)
 
     def _able(self, link: WorkerLink, question: Question) -> bool:
         return self._fleet.takes_requests(link) and link.name not in question.avoid

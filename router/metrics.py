@@ -199,7 +199,7 @@ class _Gauges(Collector):
         yield _gauge("warmkv_fleet_version", "Version of the fleet record in force.", now.fleet_version)
         yield _gauge(
             "warmkv_fleet_utilisation_ratio",
-            "Share of the fleet's time that this router's prefills take.",
+            "Share of the ready workers' time that prefills take, as `cache_aware` prices with.",
             now.utilisation,
         )
         yield _states(now.workers)

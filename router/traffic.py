@@ -17,6 +17,8 @@ from router.active_blocks import ActiveBlocks
 
 # How long placements and utilisation are remembered, in seconds: longer than a prefill, shorter than swings of load.
 MEMORY_S = 30.0
+# A worker counts as having been there for so long at least, in seconds: what it was given in less says little.
+_LEAST_THERE_S = 1.0
 # A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
 _REFLECTED_AFTER_S = 0.04
 
@@ -96,10 +98,15 @@ class Traffic:
         self._arrived(flight)
         _take(self._sharing, flight.hashes[: flight.shared])
 
-    def recent_work_ms(self, worker: str) -> float:
-        """Work given to the worker, with the memory of `MEMORY_S`."""
-        work = self._work.get(worker)
-        return work.value(self._clock()) if work else 0.0
+    def recent_work_ms(self, worker: str, *, joined_at: float = -math.inf) -> float:
+        """Work given to the worker, with the memory of `MEMORY_S`.
+
+        For one that joined since, what it would be had it always been given as much: a worker that is new is not a
+        quiet one, and every tie would go to it until it has caught up with the memory of the others.
+        """
+        work, now = self._work.get(worker), self._clock()
+        there_s = max(now - joined_at, _LEAST_THERE_S)
+        return work.value(now) / (1.0 - math.exp(-there_s / MEMORY_S)) if work else 0.0
 
     def utilisation(self, workers: int) -> float:
         """Share of the fleet's time that the work of this router takes; may exceed 1."""

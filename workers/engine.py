@@ -43,7 +43,7 @@ from workers.sampler import Row, Sampled, sample
 from workers.scheduler import Chunk, Scheduler
 from workers.sequence import Sequence
 from workers.step_failures import NOT_FINITE, StepFailures
-from workers.step_times import StepTimes
+from workers.step_times import BusyShare, StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class TorchEngine:
         self._block_size = info.scheme.block_size
         self._capacity = num_blocks * self._block_size
         self._default = Lifetime(default_ttl_s, is_default=True)
-        self._times = times or StepTimes(self._block_size)
+        self._times, self._prefilling = times or StepTimes(self._block_size), BusyShare()
         self._scheduler = Scheduler(
             store,
             block_size=self._block_size,
@@ -183,6 +183,8 @@ class TorchEngine:
             decode_step_ms=self._times.decode_step_ms,
             steps=self._steps,
             preemptions=self._scheduler.preemptions,
+            prefill_share=self._prefilling.value(self._clock()),
+            prefill_error=self._times.prefill_error,
             tiers={
                 name: (stats, *_one_block(*read_ms.get(name, (0, 0)))) for name, stats in self.store.stats().items()
             },
@@ -219,7 +221,10 @@ class TorchEngine:
         for sequence, token in sampled.items():
             self._advance(sequence, token)
         self._steps += 1
-        self._times.observe(sizes, (self._clock() - started) * 1000)
+        ended = self._clock()
+        self._times.observe(sizes, (ended - started) * 1000)
+        if any(length > 1 for length, _ in sizes):
+            self._prefilling.add(ended - started, ended)
 
     def _forward(self, chunks: list[Chunk]) -> dict[Sequence, Sampled]:
         """Compute the chunks; the next token of each sequence that is up to date now."""

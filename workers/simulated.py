@@ -37,6 +37,7 @@ from workers.simulated_cache import SimulatedCache
 from workers.simulated_info import info_for
 from workers.simulated_sequence import Sequence, Timing, pseudo_token
 from workers.simulated_store import EventLog, SimulatedTier
+from workers.step_times import BusyShare
 
 Sleep = Callable[[float], None]  # seconds
 
@@ -87,6 +88,7 @@ class SimulatedEngine:
         self._orders = 0
         self._steps = 0
         self._preemptions = 0
+        self._prefilling = BusyShare()
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
@@ -122,7 +124,10 @@ class SimulatedEngine:
         self._admit()
         chunks = self._schedule()
         if chunks:
-            self._sleep(self._duration_ms(chunks) / 1000)
+            seconds = self._duration_ms(chunks) / 1000
+            self._sleep(seconds)
+            if any(sequence.missing > 1 for sequence, _ in chunks):
+                self._prefilling.add(seconds, self._clock())
             self._steps += 1
         outputs = [output for sequence, count in chunks if (output := self._advance(sequence, count)) is not None]
         ended, self._ended = self._ended, []
@@ -147,6 +152,7 @@ class SimulatedEngine:
             decode_step_ms=timing.decode_step_ms,
             steps=self._steps,
             preemptions=self._preemptions,
+            prefill_share=self._prefilling.value(self._clock()),
             tiers={tier.name: (tier.stats(), *self._read_ms(tier)) for tier in self._tiers},
         )
 
