@@ -262,7 +262,8 @@ class Router:
 
     def _first_token(self, work: Request, now: float) -> None:
         self._recent.first_token(work.ttft_ms)
-        self.metrics.observe_ttft(now - work.started, work.choice.predicted_ttft_ms if work.choice else 0.0)
+        predicted_ms, worker = (work.choice.predicted_ttft_ms, work.choice.worker) if work.choice else (0.0, "")
+        self.metrics.observe_ttft(now - work.started, predicted_ms, worker)
         if work.record is not None:
             work.record.ttft_ms = work.ttft_ms
 

@@ -16,6 +16,7 @@ from functools import partial
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from kvstore.blocks import shared_blocks
 from kvstore.events import BlockStored
 from kvstore.lifetime import Lifetime
 from kvstore.store import TieredStore
@@ -130,8 +131,7 @@ class TorchEngine:
             hashes=list(job.block_hashes),
             text=TextStream(self._tokenizer, job.token_ids, job.sampling.stop),
         )
-        names = sequence.readable(self._block_size)
-        sequence.expected_cached = len(self.store.match(names, self._scheduler.reads)) * self._block_size
+        sequence.expected_cached = self._expected_blocks(sequence) * self._block_size
         self._sequences[job.job_id] = sequence
         self._scheduler.add(sequence)
 
@@ -202,6 +202,13 @@ class TorchEngine:
             self._peers.close()  # before the host tier, whose blocks it sends
         self.store.close(flush_s=flush_s)
         self._kv = ()
+
+    def _expected_blocks(self, sequence: Sequence) -> int:
+        """Leading blocks in reach when those before it are prefilled: a burst over one document computes it once."""
+        names = sequence.readable(self._block_size)
+        prefilling = (other for other in self._scheduler if other.remaining > 1 and not other.job.no_store)
+        made = [shared_blocks(names, other.hashes) for other in prefilling]
+        return max(len(self.store.match(names, self._scheduler.reads)), *made, 0)
 
     def _run(self, chunks: list[Chunk]) -> None:
         started = self._clock()

@@ -34,10 +34,10 @@ class CacheAware:
         Weight("price_floor", 1.5, 1.0, 100.0, "", "Price of compute in an idle fleet; higher keeps sessions warm."),
         Weight("price_cap", 10.0, 1.0, 1000.0, "", "Price of compute in a saturated fleet."),
         Weight(
-            "sharing", 1.0, 0.0, 1.0, "", "How much of a hot block's copy is charged to the others that use it; 0: none."
+            "sharing", 1.0, 0.0, 1.0, "", "Part of a hot block's copy that is charged to all who use it; 0: to the one."
         ),
         Weight(
-            "decode", 0.002, 0.0, 1.0, "", "What a millisecond by which compute makes one decoding request late is worth."
+            "decode", 0.0005, 0.0, 1.0, "", "Price of a millisecond by which computing delays one request that decodes."
         ),
         Weight(
             "tie_ms", 20.0, 0.0, 10_000.0, "ms", "Costs closer than this go to the quietest worker, but see tie_share."
@@ -49,6 +49,7 @@ class CacheAware:
     )
     predicts = True
     counts_blocks = False
+    cost_unit = "ms"
 
     def choose(self, request: RouteRequest, candidates: Sequence[Candidate], w: Mapping[str, float]) -> Decision:
         """The cheapest, or the quietest of those that are nearly as cheap."""

@@ -111,6 +111,7 @@ class Policy(Protocol):
 
     Attributes:
         predicts: whether its costs are milliseconds. counts_blocks: whether it reads `Candidate.blocks`.
+        cost_unit: of its costs: ms, blocks, or rank (a place in an order, from 0).
     """
 
     name: str
@@ -118,6 +119,7 @@ class Policy(Protocol):
     weights: tuple[Weight, ...]
     predicts: bool
     counts_blocks: bool
+    cost_unit: str
 
     def choose(self, request: RouteRequest, candidates: Sequence[Candidate], w: Mapping[str, float]) -> Decision:
         """Choose among at least one candidate; `w` has every weight. Changes nothing."""
