@@ -216,7 +216,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
     parser.add_argument("--traces", type=Path, metavar="FOLDER", help="more traces, before the shipped ones")
     parser.add_argument("--cases", metavar="NAME,...", help=f"some of {', '.join(CASES)}")
-    parser.add_argument("--policies", metavar="NAME,...", help=f"default: all; NAME:WEIGHT=VALUE,..., {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--policies", metavar="NAME,...", help=f"default: all; NAME:WEIGHT=VALUE,..., {', '.join(VARIANTS)}"
+    )
     parser.add_argument("--workers", metavar="N,...", default="4,8,16", help="default: 4,8,16")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
     return parser.parse_args()

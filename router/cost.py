@@ -121,17 +121,27 @@ def _pooled(own: PrefillFit | None, middle: PrefillFit) -> PrefillFit:
     return middle if mine <= theirs * _SAME_MACHINE and theirs <= mine * _SAME_MACHINE else own
 
 
-def queue_ms(load: WorkerLoad, fit: PrefillFit, *, age_ms: float, unreported_ms: float, keep: float = 0.2) -> float:
+def queue_ms(
+    load: WorkerLoad,
+    fit: PrefillFit,
+    *,
+    age_ms: float,
+    unreported_ms: float,
+    doubtful_ms: float = 0.0,
+    keep: float = 0.2,
+) -> float:
     """Milliseconds until a prefill that is sent now could start.
 
     The reported backlog shrinks while one looks at it, so the age of the report is taken off; `keep` of it stays,
     because a believed rate above the true one would otherwise empty queues too soon. `unreported_ms` is work that this
-    router sent and the report cannot contain yet.
+    router sent and the report cannot contain yet; `doubtful_ms` what it sent so shortly before the report that it may or
+    may not be in it: counted in full where the backlog is smaller, and never twice. Counted twice, a long prompt would
+    send a second one like it to another worker, which computes it all again.
     """
     backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
     backlog = max(backlog - age_ms, keep * backlog)
     step = load.decode_step_ms if load.decoding else 0.0
-    return backlog + unreported_ms + step
+    return max(backlog, doubtful_ms) + unreported_ms + step
 
 
 def price(

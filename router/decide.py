@@ -157,6 +157,7 @@ class Decider:
         if load.pool_blocks:
             arriving = min(arriving, load.pool_blocks)  # of a longer prompt the rest cannot stay
         unreported_ms, unreported = self._traffic.unreported(link.name, report.at if report else 0.0)
+        doubtful_ms = self._traffic.doubtful_ms(link.name, report.at) if report else 0.0
         age_ms = (self._clock() - report.at) * 1000.0 if report else 0.0
         priced = price(
             _at_least(held, arriving),
@@ -164,7 +165,9 @@ class Decider:
             question.block_size,
             load,
             fit,
-            queue=queue_ms(load, fit, age_ms=age_ms, unreported_ms=unreported_ms),
+            queue=queue_ms(
+                load, fit, age_ms=age_ms, unreported_ms=unreported_ms - doubtful_ms, doubtful_ms=doubtful_ms
+            ),
             shared_reads=self._fleet.record.shared_tier_reads,
             peers=peers,
         )

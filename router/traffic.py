@@ -117,6 +117,10 @@ class Traffic:
         late = self._late(worker, reported_at)
         return sum(f.work_ms for f in late), len(late)
 
+    def doubtful_ms(self, worker: str, reported_at: float) -> float:
+        """The part of the unreported work that was sent before the report came, and may be in it after all."""
+        return sum(f.work_ms for f in self._late(worker, reported_at) if f.at <= reported_at)
+
     def unreported_blocks(self, worker: str, reported_at: float) -> int:
         """Blocks to compute that were sent to a worker and that its report of that time cannot contain yet."""
         return sum(len(f.hashes) - f.shared for f in self._late(worker, reported_at))

@@ -76,8 +76,9 @@ class CacheAware:
             Term("queue", price.queue_ms, w["queue"]),
             Term("load", price.load_ms, w["load"]),
             Term("compute", price.compute_ms, _price_of_compute(request, w) * _own_share(candidate, w)),
-            Term("decode", price.compute_ms * candidate.decoding, w["decode"]),
         )
+        if candidate.decoding:
+            terms = (*terms, Term("decode", price.compute_ms * candidate.decoding, w["decode"]))
         home = _home(request, candidates)
         away = 0.0 if home == candidate.worker else 1.0
         return terms if home is None else (*terms, Term("affinity", w["affinity_ms"], away))

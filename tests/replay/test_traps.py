@@ -60,7 +60,7 @@ def computed_copies(outcome: Outcome, tokens: int) -> int:
 
 def test_a_hot_prompt_is_replicated_once_a_worker_at_most_and_shared_evenly() -> None:
     """At 120 requests a second its load is three times what one worker can do."""
-    outcome = played(work_of(hot_prompt(120.0, seconds=20)), 8)
+    outcome = played(work_of(hot_prompt(120.0, seconds=10)), 8)
     figures = outcome.figures()
     assert computed_copies(outcome, 4096) <= 8
     assert max(figures.split.values()) < 0.2 * figures.requests
@@ -100,7 +100,7 @@ def test_long_sessions_stay_where_they_are() -> None:
         for turn in range(6):
             requests.append(request(30.0 * number + 40.0 * turn, list(runs), output=400, session=f"s{number}"))
             runs.append(text.fresh(rng.randint(5, 30)))
-    requests += [request(rng.uniform(0, 500), [text.fresh(rng.randint(5, 60))], output=400) for _ in range(2000)]
+    requests += [request(rng.uniform(0, 500), [text.fresh(rng.randint(5, 60))], output=400) for _ in range(600)]
     work = work_of(requests)
     outcome = played(work, 8, profile=replace(PROFILE, pool_tokens=800_000))
     where: dict[str, Counter[str]] = {}
@@ -122,7 +122,7 @@ def chats(seconds: float, sessions_per_s: float) -> list[Request]:
 
 def test_overload_keeps_the_hits_that_greedy_routing_gives_up() -> None:
     """Half as much again as the fleet can compute without any hit; with all of them it could do with a good half."""
-    work = work_of(chats(120, 14.0))
+    work = work_of(chats(60, 5.0))
     ours, greedy = played(work, 4).figures(), played(work, 4, policy="lowest_ttft").figures()
     assert ours.hit > greedy.hit + 0.02
     assert ours.ttft_mean_s < greedy.ttft_mean_s
@@ -148,7 +148,7 @@ def test_a_prompt_longer_than_the_pool_is_not_expected_to_stay() -> None:
 
 @pytest.mark.parametrize("fit_error", [0.5, 2.0])
 def test_a_wrong_rate_costs_little_when_workers_say_how_busy_they_are(fit_error: float) -> None:
-    work = work_of(chats(120, 9.0))
+    work = work_of(chats(60, 4.0))
     right = played(work, 4).figures()
     wrong = played(work, 4, profile=replace(PROFILE, fit_error=fit_error)).figures()
     assert wrong.ttft_mean_s < 1.25 * right.ttft_mean_s
