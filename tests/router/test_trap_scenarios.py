@@ -73,7 +73,7 @@ class Scene:
         self.now, self.sent = 0.0, 0
         self.index, self.traffic = PrefixIndex(self.clock), Traffic(self.clock)
         self.workers = Workers(FleetRecord(0, "test", policy, numbers))
-        self.decider = Decider(cast(Fleet, self.workers), self.index, self.traffic, self.clock)
+        self.decider = Decider(cast("Fleet", self.workers), self.index, self.traffic, self.clock)
         self.events = [line.split() for line in lines if line[0].isdigit()]
         for line in lines:
             if not line[0].isdigit():
