@@ -7,7 +7,7 @@ noise, too. Engine model: `replay.serial_engine`; the first tenth of each trace 
 With more or fewer workers than eight, open-loop chat arrives faster or slower, so that the load of a worker stays what
 it is.
 
-A policy may have weights: `--policies cache_aware,cache_aware:price_floor=2,tie_ms=5,sticky`; its rows carry them. `sgl5`
+A policy may have weights: `--policies cache_aware,cache_aware:price_floor=2,tie_ms=5,sticky`; its rows tell. `sgl5`
 and `mix25` are names for such (`VARIANTS`): rules of the literature that a policy with other weights expresses.
 
 `--quick` runs the `cache_aware` rows of eight workers with one seed. Traces come from `replay/data`, or from the folder
@@ -42,7 +42,7 @@ RATE_ERRORS = (1.0, 0.98, 1.02)  # by seed, in turn
 TOLD_SESSIONS = frozenset({"sticky"})  # policies that are nothing without them
 
 
-# Comparisons that are a policy with other weights: SGLang's rule with the threshold that its users set most, and the sum
+# Comparisons that are a policy with other weights: SGLang's rule with the threshold of its Rust router, and the sum
 # of a quarter of the queue and the own prefill.
 VARIANTS = {
     "sgl5": "sglang_cache_aware:cache_threshold=0.5",

@@ -72,7 +72,7 @@ class CacheAware:
     ) -> tuple[Term, ...]:
         """queue, load, compute, decode, affinity; compute's weight holds its price and the share that others pay."""
         price = candidate.price
-        terms = (
+        terms: tuple[Term, ...] = (
             Term("queue", price.queue_ms, w["queue"]),
             Term("load", price.load_ms, w["load"]),
             Term("compute", price.compute_ms, _price_of_compute(request, w) * _own_share(candidate, w)),
