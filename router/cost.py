@@ -134,9 +134,9 @@ def queue_ms(
 
     The reported backlog shrinks while one looks at it, so the age of the report is taken off; `keep` of it stays,
     because a believed rate above the true one would otherwise empty queues too soon. `unreported_ms` is work that this
-    router sent and the report cannot contain yet; `doubtful_ms` what it sent so shortly before the report that it may be
-    in it: counted in full where the backlog is smaller, and never twice. Counted twice, a long prompt would send a second
-    one like it to another worker, which computes it all again.
+    router sent and the report cannot contain yet; `doubtful_ms` what it sent so shortly before the report that it may
+    be in it: counted in full where the backlog is smaller, and never twice. Counted twice, a long prompt would send a
+    second one like it to another worker, which computes it all again.
     """
     backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
     backlog = max(backlog - age_ms, keep * backlog)
