@@ -7,6 +7,9 @@ noise, too. Engine model: `replay.serial_engine`; the first tenth of each trace 
 With more or fewer workers than eight, open-loop chat arrives faster or slower, so that the load of a worker stays what
 it is.
 
+A policy may have weights: `--policies cache_aware,cache_aware:price_floor=2,tie_ms=5,sticky`; its rows tell. `sgl5`
+and `mix25` are names for such (`VARIANTS`): rules of the literature that a policy with other weights expresses.
+
 `--quick` runs the `cache_aware` rows of eight workers with one seed. Traces come from `replay/data`, or from the folder
 that `--traces` names; cases whose trace is in neither are left out, and standard error says so.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -30,11 +34,21 @@ from replay.simulated_router import RouterSettings
 from replay.simulation import Setup, simulate
 from replay.traces import load, shipped
 from replay.workload import Workload, part, workload
-from router.policy import POLICIES
+from router.errors import InvalidRequest
+from router.policy import POLICIES, checked_weights, find_policy
 
 BASE_WORKERS = 8
 RATE_ERRORS = (1.0, 0.98, 1.02)  # by seed, in turn
 TOLD_SESSIONS = frozenset({"sticky"})  # policies that are nothing without them
+
+
+# Comparisons that are a policy with other weights: SGLang's rule with the threshold of its Rust router, and the sum
+# of a quarter of the queue and the own prefill.
+VARIANTS = {
+    "sgl5": "sglang_cache_aware:cache_threshold=0.5",
+    "mix25": "cache_aware:price_floor=4,price_cap=4,sharing=0,tie_ms=0",
+}
+_BETWEEN_SPECS = re.compile(r",(?![a-z_]+=)")  # a comma before `weight=` belongs to the policy before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +125,10 @@ class Replayed:
 def replay(run: Run) -> Replayed:
     """Make it."""
     work = prepared(run.case, run.path, run.workers)
+    policy, weights = parsed(run.policy)
     setup = Setup(
         run.workers,
-        RouterSettings(run.policy, tells_sessions=run.policy in TOLD_SESSIONS),
+        RouterSettings(policy, weights, tells_sessions=policy in TOLD_SESSIONS),
         SerialProfile(
             pool_tokens=CASES[run.case].pool_tokens, fit_error=RATE_ERRORS[(run.seed - 1) % len(RATE_ERRORS)]
         ),
@@ -143,7 +158,7 @@ def runs(given: argparse.Namespace) -> Iterator[Run]:
             print(f"{name} left out: no trace {CASES[name].trace}; give --traces FOLDER with it", file=sys.stderr)
             continue
         for workers in [BASE_WORKERS] if given.quick else map(int, given.workers.split(",")):
-            for policy in ["cache_aware"] if given.quick else chosen(given.policies, sorted(POLICIES), "policy"):
+            for policy in ["cache_aware"] if given.quick else chosen_policies(given.policies):
                 for seed in range(1, (1 if given.quick else given.seeds) + 1):
                     yield Run(name, path, workers, policy, seed)
 
@@ -154,6 +169,28 @@ def chosen(text: str | None, known: list[str], kind: str) -> list[str]:
     if unknown := sorted(set(names) - set(known)):
         raise SystemExit(f"there is no {kind} {', '.join(unknown)}; choose some of {', '.join(known)}")
     return names
+
+
+def chosen_policies(text: str | None) -> list[str]:
+    """The policies in a comma-separated list, each with weights or without, or all without."""
+    specs = sorted(POLICIES) if text is None else _BETWEEN_SPECS.split(text)
+    for spec in specs:
+        try:
+            parsed(spec)
+        except (InvalidRequest, ValueError) as error:
+            raise SystemExit(f"{spec}: {error}; also known: {', '.join(VARIANTS)}") from error
+    return specs
+
+
+def parsed(spec: str) -> tuple[str, dict[str, float]]:
+    """(policy, weights) of `name`, `name:weight=value,...` or a variant's name.
+
+    Raises InvalidRequest when the policy or a weight is unknown, ValueError when a value is no number.
+    """
+    name, _, pairs = VARIANTS.get(spec, spec).partition(":")
+    weights = {key: float(value) for key, _, value in (pair.partition("=") for pair in pairs.split(",") if pair)}
+    checked_weights(find_policy(name), weights)
+    return name, weights
 
 
 def add_rows(report: Report, run: Run, replayed: list[Replayed]) -> None:
@@ -179,7 +216,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
     parser.add_argument("--traces", type=Path, metavar="FOLDER", help="more traces, before the shipped ones")
     parser.add_argument("--cases", metavar="NAME,...", help=f"some of {', '.join(CASES)}")
-    parser.add_argument("--policies", metavar="NAME,...", help="default: all")
+    parser.add_argument(
+        "--policies", metavar="NAME,...", help=f"default: all; NAME:WEIGHT=VALUE,..., {', '.join(VARIANTS)}"
+    )
     parser.add_argument("--workers", metavar="N,...", default="4,8,16", help="default: 4,8,16")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
     return parser.parse_args()

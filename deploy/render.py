@@ -156,7 +156,7 @@ def explain_text(answer: inference_pb2.ExplainResponse) -> str:
     lines.append(f"policy {answer.policy} {weights_text(answer.weights)}".rstrip())
     chosen = f"{answer.worker}, because {answer.reason}" if answer.worker else "nobody: no worker takes requests"
     lines += [f"would go to {chosen}", ""]
-    header = ("worker", "cached", "cost ms", "TTFT ms", "terms", "")
+    header = ("worker", "cached", f"cost {answer.cost_unit}".rstrip(), "TTFT ms", "terms", "")
     lines.append(table(header, (_candidate_row(candidate) for candidate in answer.candidates)))
     if answer.HasField("miss"):
         lines += ["", f"first missing block: {answer.miss.block} ({answer.miss.reason}) {answer.miss.detail}".rstrip()]
@@ -190,4 +190,4 @@ def _candidate_row(candidate: inference_pb2.Candidate) -> tuple[str, ...]:
     )
     terms = " + ".join(f"{term.name} {term.ms:.1f}*{term.weight:.3g}" for term in candidate.terms)
     why = "" if candidate.eligible else candidate.excluded_because
-    return candidate.worker, cached or "-", f"{candidate.cost_ms:.1f}", f"{candidate.predicted_ttft_ms:.1f}", terms, why
+    return candidate.worker, cached or "-", f"{candidate.cost:.1f}", f"{candidate.predicted_ttft_ms:.1f}", terms, why

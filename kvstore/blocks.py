@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -96,6 +97,11 @@ def block_hashes(token_ids: Sequence[int], root: BlockHash, block_size: int) -> 
         parent = context.digest()
         names.append(parent)
     return cast("list[BlockHash]", names)  # one cast for all: a call a block would show
+
+
+def shared_blocks(left: Sequence[BlockHash], right: Sequence[BlockHash]) -> int:
+    """Leading blocks that two chains have in common. O(log blocks): a name covers all blocks before it."""
+    return bisect_left(range(min(len(left), len(right))), True, key=lambda place: left[place] != right[place])
 
 
 def short(name: BlockHash) -> bytes:

@@ -7,6 +7,7 @@ not batched, decode has no queue and no limit of memory, blocks in use are not p
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from replay.pool import Change, Pool
 from replay.timeline import Timeline
 from replay.workload import Chain, Workload
 from router.cost import PrefillFit, WorkerLoad
+
+SHARE_MEMORY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,12 @@ class _State(NamedTuple):
     waiting: int
     decoding: int
     running: _Prefill | None
+    share: float  # of the time until then that was spent in prefill
+
+    def share_at(self, now: float) -> float:
+        """The same later, when nothing has changed meanwhile."""
+        kept = math.exp((self.since - now) / SHARE_MEMORY_S)
+        return self.share * kept + (1.0 - kept) * (self.running is not None)
 
 
 class SerialEngine:
@@ -103,7 +112,7 @@ class SerialEngine:
         self._running: _Prefill | None = None
         self._decoding: set[int] = set()
         self._life = 0
-        self._history = deque([_State(timeline.now, 0.0, 0, 0, None)])
+        self._history = deque([_State(timeline.now, 0.0, 0, 0, None, 0.0)])
         self.busy_s = 0.0
 
     @property
@@ -135,7 +144,7 @@ class SerialEngine:
         self._decoding.clear()
         self._pool.clear()
         self._queued_tokens = 0.0
-        self._history = deque([_State(self._timeline.now, 0.0, 0, 0, None)])
+        self._history = deque([_State(self._timeline.now, 0.0, 0, 0, None, 0.0)])
         return lost
 
     def report_time(self, by: float) -> float:
@@ -156,6 +165,8 @@ class SerialEngine:
             waiting=state.waiting,
             running=state.decoding + (state.running is not None),
             decoding=state.decoding,
+            prefill_share=state.share_at(sent),
+            pool_blocks=self._profile.pool_tokens // self._work.block_size,
         )
 
     def _start_next(self) -> None:
@@ -214,9 +225,10 @@ class SerialEngine:
     def _note(self) -> None:
         """Remember the state for the reports to come; of several at the same moment only the last was ever true."""
         now, history = self._timeline.now, self._history
+        share = history[-1].share_at(now)
         if history[-1].since == now:
             history.pop()
-        history.append(_State(now, self._queued_tokens, len(self._queue), len(self._decoding), self._running))
+        history.append(_State(now, self._queued_tokens, len(self._queue), len(self._decoding), self._running, share))
         while len(history) > 1 and history[1].since <= now - self._remember_s:
             history.popleft()
 

@@ -58,6 +58,7 @@ class _Link:
         self.name = name
         self.incarnation = 1
         self.connected = True
+        self.joined_at = timeline.now
         self._engine = engine
         self._timeline = timeline
         self._delay_s = delay_s
@@ -75,6 +76,7 @@ class _Link:
         """A new life of the worker: what the old one reported is void."""
         self.incarnation += 1
         self.connected = True
+        self.joined_at = self._timeline.now
         self._report = None
 
 

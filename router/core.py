@@ -282,7 +282,8 @@ class Router:
 
     def _first_token(self, work: Request, now: float) -> None:
         self._recent.first_token(work.ttft_ms)
-        self.metrics.observe_ttft(now - work.started, work.choice.predicted_ttft_ms if work.choice else 0.0)
+        predicted_ms, worker = (work.choice.predicted_ttft_ms, work.choice.worker) if work.choice else (0.0, "")
+        self.metrics.observe_ttft(now - work.started, predicted_ms, worker)
         if work.record is not None:
             work.record.ttft_ms = work.ttft_ms
 
@@ -336,7 +337,7 @@ class Router:
 
     def _gauges(self) -> RouterGauges:
         links = self.fleet.links()
-        ready = sum(self.fleet.takes_requests(link) for link in links)
+        ready = [link for link in links if self.fleet.takes_requests(link)]
         return RouterGauges(
             in_flight=self._admission.in_flight,
             index_blocks=len(self._index),
@@ -345,7 +346,7 @@ class Router:
             index_limit_bytes=self._index.limit_bytes,
             index_evicted_blocks=self._index.evicted_blocks,
             fleet_version=self.fleet.record.version,
-            utilisation=self._traffic.utilisation(ready),
+            utilisation=self._decider.utilisation(ready),
             workers=[
                 WorkerGauges(
                     link.name,

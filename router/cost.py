@@ -57,6 +57,8 @@ class WorkerLoad(NamedTuple):
         reads: by tier; a tier that is missing or unhealthy cannot be read.
         pending_tokens: prompt tokens still to be computed, of all routers. waiting: sequences not yet started.
         running: in the batch. decoding: of those, past their prefill. decode_step_ms: one step of theirs.
+        prefill_share: of its time lately (memory: 30 s) that it prefilled, for all routers; None: it does not tell.
+        pool_blocks: blocks that its device tier has room for; 0: not known.
     """
 
     fit: PrefillFit | None = None
@@ -66,6 +68,8 @@ class WorkerLoad(NamedTuple):
     running: int = 0
     decoding: int = 0
     decode_step_ms: float = 0.0
+    prefill_share: float | None = None
+    pool_blocks: int = 0
 
 
 NO_LOAD = WorkerLoad()
@@ -115,17 +119,27 @@ def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
     return {name: middle if fit is None else pooled(fit) for name, fit in fits.items()}
 
 
-def queue_ms(load: WorkerLoad, fit: PrefillFit, *, age_ms: float, unreported_ms: float, keep: float = 0.2) -> float:
+def queue_ms(
+    load: WorkerLoad,
+    fit: PrefillFit,
+    *,
+    age_ms: float,
+    unreported_ms: float,
+    doubtful_ms: float = 0.0,
+    keep: float = 0.2,
+) -> float:
     """Milliseconds until a prefill that is sent now could start.
 
     The reported backlog shrinks while one looks at it, so the age of the report is taken off; `keep` of it stays,
     because a believed rate above the true one would otherwise empty queues too soon. `unreported_ms` is work that this
-    router sent and the report cannot contain yet.
+    router sent and the report cannot contain yet; `doubtful_ms` what it sent so shortly before the report that it may
+    be in it: counted in full where the backlog is smaller, and never twice. Counted twice, a long prompt would send a
+    second one like it to another worker, which computes it all again.
     """
     backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
     backlog = max(backlog - age_ms, keep * backlog)
     step = load.decode_step_ms if load.decoding else 0.0
-    return backlog + unreported_ms + step
+    return max(backlog, doubtful_ms) + unreported_ms + step
 
 
 def price(

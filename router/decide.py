@@ -23,6 +23,9 @@ from router.policy import checked_weights, find_policy
 from router.policy_history import PolicySetting
 from router.traffic import Traffic
 
+# Where both agree, the greater of two noisy numbers would be too great.
+_REPORTED = 0.9
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -109,7 +112,7 @@ class Decider:
         overlaps = {} if question.no_read else self._index.match(question.hashes)
         peers = self.peers(overlaps)
         candidates = self.candidates(question, able, overlaps, peers)
-        request = self._request(question, len(able))
+        request = self._request(question, able)
         decision = policy.choose(request, candidates, weights)
         runner_up, extra_ms = _runner_up(candidates, decision, predicts=policy.predicts)
         chosen = decision.chosen.worker
@@ -145,6 +148,7 @@ class Decider:
         arriving = {} if question.no_read else traffic.arriving(question.hashes)
         shares = _Shares(question, [] if question.no_read else traffic.sharers(question.hashes))
         reports = {link.name: link.report for link in links}
+        joined = {link.name: link.joined_at for link in links}
         fits = self._pooled({name: report.load.fit if report else None for name, report in reports.items()})
         shared_reads = self._fleet.record.shared_tier_reads
         charged: dict[int, float] = {}  # shares by cached tokens, of which most workers have equally many
@@ -152,7 +156,10 @@ class Decider:
         for name, report in reports.items():
             load, at = (report.load, report.at) if report else (NO_LOAD, 0.0)
             fit, held, coming = fits[name], overlaps.get(name, NO_OVERLAP), arriving.get(name, 0)
+            if load.pool_blocks:
+                coming = min(coming, load.pool_blocks)  # of a longer prompt the rest cannot stay
             unreported_ms, unreported = traffic.unreported(name, at)
+            doubtful_ms = traffic.doubtful_ms(name, at) if unreported and report else 0.0
             age_ms = (now - at) * 1000.0 if report else 0.0
             priced = price(
                 _at_least(held, coming) if coming else held,
@@ -160,15 +167,17 @@ class Decider:
                 question.block_size,
                 load,
                 fit,
-                queue=queue_ms(load, fit, age_ms=age_ms, unreported_ms=unreported_ms),
+                queue=queue_ms(
+                    load, fit, age_ms=age_ms, unreported_ms=unreported_ms - doubtful_ms, doubtful_ms=doubtful_ms
+                ),
                 shared_reads=shared_reads,
                 peers=peers.depth(name) if TierName.PEER in load.reads else 0,
             )
             active = load.running + load.waiting + unreported
             if priced.cached_tokens not in charged:
                 charged[priced.cached_tokens] = shares.of(priced.cached_tokens)
-            share, work_ms = charged[priced.cached_tokens], traffic.recent_work_ms(name)
-            candidates.append(Candidate(name, priced, share, active, work_ms, held, coming))
+            share, work_ms = charged[priced.cached_tokens], traffic.recent_work_ms(name, joined_at=joined[name])
+            candidates.append(Candidate(name, priced, share, active, work_ms, held, coming, decoding=load.decoding))
         return self._with_blocks(question, links, candidates) if self._counts_blocks() else candidates
 
     def _with_blocks(
@@ -200,16 +209,26 @@ class Decider:
             self._fits = (fits, pool_fits(fits))
         return self._fits[1]
 
-    def _request(self, question: Question, workers: int) -> RouteRequest:
+    def _request(self, question: Question, able: Sequence[WorkerLink]) -> RouteRequest:
         return RouteRequest(
             question.hashes,
             question.block_size,
             question.digest,
             question.affinity,
             self._turn,
-            self._traffic.utilisation(workers),
+            self.utilisation(able),
             question.prompt_tokens,
         )
+
+    def utilisation(self, links: Sequence[WorkerLink]) -> float:
+        """Share of these workers' time that prefills take: what this router sent, or what they report if it is more.
+
+        Reports know what other routers send, and how long it really took, but come after the fact: they count less.
+        """
+        shares = [link.report.load.prefill_share for link in links if link.report]
+        told = [share for share in shares if share is not None]
+        reported = _REPORTED * sum(told) / len(told) if told else 0.0
+        return max(self._traffic.utilisation(len(links)), reported)
 
     def _able(self, link: WorkerLink, question: Question) -> bool:
         return self._fleet.takes_requests(link) and link.name not in question.avoid

@@ -39,6 +39,7 @@ def explained(
         weights=checked_weights(policy, record.weights),
         worker=choice.worker if choice else "",
         reason=choice.decision.reason if choice else "",
+        cost_unit=policy.cost_unit,
         candidates=[
             *(_eligible(choice, question.prompt_tokens) if choice else []),
             *_excluded(prepared, choice, fleet, index, decider),
@@ -54,7 +55,7 @@ def _eligible(choice: Choice, prompt_tokens: int) -> list[inference_pb2.Candidat
     messages = []
     for cost, candidate in order:
         message = _candidate(candidate, prompt_tokens)
-        message.eligible = True
+        message.eligible, message.cost = True, cost
         if choice.policy.predicts:
             terms = choice.policy.terms(choice.request, choice.candidates, candidate, choice.weights)
             message.terms.extend(inference_pb2.CostTerm(name=t.name, ms=t.ms, weight=t.weight) for t in terms)

@@ -50,8 +50,8 @@ def stored(wire: Iterable[kv_events_pb2.BlockStored]) -> Iterator[BlockStored]:
             yield BlockStored(tier, _split(event.hashes), event.parent or None, ttl_s)
 
 
-def worker_load(load: worker_pb2.Load) -> WorkerLoad:
-    """What decisions read of a report."""
+def worker_load(load: worker_pb2.Load, block_nbytes: int = 0) -> WorkerLoad:
+    """What decisions read of a report. `block_nbytes`: of one block, as the worker's greeting says; zero: not known."""
     return WorkerLoad(
         fit=prefill_fit(load),
         reads=tier_reads(load),
@@ -60,6 +60,8 @@ def worker_load(load: worker_pb2.Load) -> WorkerLoad:
         running=load.running,
         decoding=load.decoding,
         decode_step_ms=load.decode_step_ms,
+        prefill_share=load.prefill_share if load.HasField("prefill_share") else None,
+        pool_blocks=_pool_bytes(load) // block_nbytes if block_nbytes else 0,
     )
 
 
@@ -82,6 +84,10 @@ def tier_reads(load: worker_pb2.Load) -> dict[TierName, TierRead]:
 def fates(wire: common_pb2.TokensByFate) -> dict[str, int]:
     """Tokens by fate."""
     return {fate: getattr(wire, fate) for fate in _FATES}
+
+
+def _pool_bytes(load: worker_pb2.Load) -> int:
+    return next((tier.capacity_bytes for tier in load.tiers if tier.tier == common_pb2.TIER_DEVICE), 0)
 
 
 def _split(hashes: bytes) -> tuple[bytes, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -69,11 +70,12 @@ class Report:
 
     message: worker_pb2.Load
     at: float
+    block_nbytes: int = 0
 
     @cached_property
     def load(self) -> WorkerLoad:
         """What decisions read of it. Made when first asked for: most reports are replaced before."""
-        return kv_wire.worker_load(self.message)
+        return kv_wire.worker_load(self.message, self.block_nbytes)
 
 
 @dataclass(slots=True)
@@ -99,6 +101,7 @@ class WorkerLink:
         self.address = address.address
         self.hello: worker_pb2.WorkerHello | None = None
         self.report: Report | None = None
+        self.joined_at = -math.inf
         self.problem = ""
         self.connected = False
         self.synced = False
@@ -253,6 +256,8 @@ class WorkerLink:
             raise LinkBroken("an older incarnation answered; waiting for the newer one")
         if self.hello is not None and hello.incarnation != self.hello.incarnation:
             self.report = None
+        if self.hello is None or hello.incarnation != self.hello.incarnation:
+            self.joined_at = self._clock()
         self.hello = hello
         self._seq, self._skipping = first.seq, True  # until the snapshot begins
         self._heard_at = self._clock()
@@ -299,7 +304,7 @@ class WorkerLink:
         if step.events and not self._skipping:
             self._index.apply(self.name, self.incarnation, kv_wire.events(step.events))
         if step.HasField("load"):
-            self.report = Report(step.load, self._heard_at)
+            self.report = Report(step.load, self._heard_at, self.hello.block_nbytes if self.hello else 0)
         for output in step.outputs:
             flight = self._flights.get(output.job_id)
             if flight is not None:

@@ -79,7 +79,8 @@ class Metrics:
         )
         self.overlap = declare.counter(
             "route_overlap_tokens",
-            "Prompt tokens expected to be reused (predicted), and reused; the gap is the index's error.",
+            "Prompt tokens expected to be reused (predicted), reused, and expected in vain (overrated).",
+            "worker",
             "kind",
         )
         self.route_seconds = declare.histogram(
@@ -93,8 +94,9 @@ class Metrics:
         )
         self.ttft_error_seconds = declare.histogram(
             "time_to_first_token_error_seconds",
-            "Real minus predicted time to the first token, by sign.",
+            "Real minus predicted time to the first token, by worker and sign.",
             _SECONDS,
+            "worker",
             "sign",
         )
         self.itl_seconds = declare.histogram(
@@ -124,8 +126,9 @@ class Metrics:
         for fate, tokens in entry.fates.items():
             self.prompt_tokens.labels(self._model, entry.worker, fate).inc(tokens)
         if entry.fates:
-            self.overlap.labels("predicted").inc(entry.predicted_cached)
-            self.overlap.labels("reused").inc(entry.reused)
+            self.overlap.labels(entry.worker, "predicted").inc(entry.predicted_cached)
+            self.overlap.labels(entry.worker, "reused").inc(entry.reused)
+            self.overlap.labels(entry.worker, "overrated").inc(max(0, entry.predicted_cached - entry.reused))
 
     def count_shadow(self, policy: str, *, same: bool, ttft_ms: float, shadow_ttft_ms: float) -> None:
         """A decision was scored by a shadow policy: whether it agreed, and what was predicted for either choice."""
@@ -133,12 +136,12 @@ class Metrics:
         self.shadow_ttft_seconds.labels("in_force").inc(ttft_ms / 1000.0)
         self.shadow_ttft_seconds.labels("shadow").inc(shadow_ttft_ms / 1000.0)
 
-    def observe_ttft(self, seconds: float, predicted_ms: float) -> None:
-        """A first token came; `predicted_ms` zero: nothing was predicted."""
+    def observe_ttft(self, seconds: float, predicted_ms: float, worker: str) -> None:
+        """A first token came from a worker; `predicted_ms` zero: nothing was predicted."""
         self.ttft_seconds.labels(self._model).observe(seconds)
         if predicted_ms:
             error = seconds - predicted_ms / 1000.0
-            self.ttft_error_seconds.labels("late" if error >= 0 else "early").observe(abs(error))
+            self.ttft_error_seconds.labels(worker, "late" if error >= 0 else "early").observe(abs(error))
 
     def observe_gap(self, seconds: float, tokens: int) -> None:
         """`tokens` tokens came `seconds` after those before."""
@@ -198,6 +201,8 @@ _LOAD_GAUGES = (
     ("warmkv_requests_waiting", "Sequences that wait on a worker, of all routers.", "waiting", 1.0),
     ("warmkv_pending_prefill_tokens", "Prompt tokens still to be computed on a worker.", "pending_prefill_tokens", 1.0),
     ("warmkv_decode_step_seconds", "Time of one decode step.", "decode_step_ms", 1e-3),
+    ("warmkv_prefill_busy_ratio", "Share of a worker's last half minute that prefills took.", "prefill_share", 1.0),
+    ("warmkv_prefill_fit_error_ratio", "Mean relative error of a worker's fitted prefill time.", "prefill_error", 1.0),
 )
 _LOAD_COUNTERS = (
     ("warmkv_engine_steps", "Engine steps since the worker started.", "steps"),
@@ -228,7 +233,7 @@ class _Gauges(Collector):
         yield _gauge("warmkv_fleet_version", "Version of the fleet record in force.", now.fleet_version)
         yield _gauge(
             "warmkv_fleet_utilisation_ratio",
-            "Share of the fleet's time that this router's prefills take.",
+            "Share of the ready workers' time that prefills take, as `cache_aware` prices with.",
             now.utilisation,
         )
         yield _states(now.workers)

@@ -17,6 +17,8 @@ from router.chain_tree import ChainTree, Runs
 
 # How long placements and utilisation are remembered, in seconds: longer than a prefill, shorter than swings of load.
 MEMORY_S = 30.0
+# A worker counts as having been there for so long at least, in seconds: what it was given in less says little.
+_LEAST_THERE_S = 1.0
 # A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
 _REFLECTED_AFTER_S = 0.04
 _FLEET = ""  # the owner of what is counted for all workers together
@@ -115,10 +117,15 @@ class Traffic:
         after = self._active.remove(flight.worker, flight.names, len(flight.names))
         self._active_blocks[flight.worker] -= self._rest(flight.hashes, after)
 
-    def recent_work_ms(self, worker: str) -> float:
-        """Work given to the worker, with the memory of `MEMORY_S`."""
-        work = self._work.get(worker)
-        return work.value(self._clock()) if work else 0.0
+    def recent_work_ms(self, worker: str, *, joined_at: float = -math.inf) -> float:
+        """Work given to the worker, with the memory of `MEMORY_S`.
+
+        For one that joined since, what it would be had it always been given as much: a worker that is new is not a
+        quiet one, and every tie would go to it until it has caught up with the memory of the others.
+        """
+        work, now = self._work.get(worker), self._clock()
+        there_s = max(now - joined_at, _LEAST_THERE_S)
+        return work.value(now) / (1.0 - math.exp(-there_s / MEMORY_S)) if work else 0.0
 
     def utilisation(self, workers: int) -> float:
         """Share of the fleet's time that the work of this router takes; may exceed 1."""
@@ -133,6 +140,10 @@ class Traffic:
             late = self._late(worker, reported_at)
             known = self._unreported[worker] = (reported_at, (sum(f.work_ms for f in late), len(late)))
         return known[1]
+
+    def doubtful_ms(self, worker: str, reported_at: float) -> float:
+        """The part of the unreported work that was sent before the report came, and may be in it after all."""
+        return sum(f.work_ms for f in self._late(worker, reported_at) if f.at <= reported_at)
 
     def unreported_blocks(self, worker: str, reported_at: float) -> int:
         """Blocks to compute that were sent to a worker and that its report of that time cannot contain yet."""

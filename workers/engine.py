@@ -16,6 +16,7 @@ from functools import partial
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from kvstore.blocks import shared_blocks
 from kvstore.events import BlockStored
 from kvstore.lifetime import Lifetime
 from kvstore.store import TieredStore
@@ -43,7 +44,7 @@ from workers.sampler import Row, Sampled, sample
 from workers.scheduler import Chunk, Scheduler
 from workers.sequence import Sequence
 from workers.step_failures import NOT_FINITE, StepFailures
-from workers.step_times import StepTimes
+from workers.step_times import BusyShare, StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class TorchEngine:
         self._block_size = info.scheme.block_size
         self._capacity = num_blocks * self._block_size
         self._default = Lifetime(default_ttl_s, is_default=True)
-        self._times = times or StepTimes(self._block_size)
+        self._times, self._prefilling = times or StepTimes(self._block_size), BusyShare()
         self._scheduler = Scheduler(
             store,
             block_size=self._block_size,
@@ -130,8 +131,7 @@ class TorchEngine:
             hashes=list(job.block_hashes),
             text=TextStream(self._tokenizer, job.token_ids, job.sampling.stop),
         )
-        names = sequence.readable(self._block_size)
-        sequence.expected_cached = len(self.store.match(names, self._scheduler.reads)) * self._block_size
+        sequence.expected_cached = self._expected_blocks(sequence) * self._block_size
         self._sequences[job.job_id] = sequence
         self._scheduler.add(sequence)
 
@@ -183,6 +183,8 @@ class TorchEngine:
             decode_step_ms=self._times.decode_step_ms,
             steps=self._steps,
             preemptions=self._scheduler.preemptions,
+            prefill_share=self._prefilling.value(self._clock()),
+            prefill_error=self._times.prefill_error,
             tiers={
                 name: (stats, *_one_block(*read_ms.get(name, (0, 0)))) for name, stats in self.store.stats().items()
             },
@@ -200,6 +202,13 @@ class TorchEngine:
             self._peers.close()  # before the host tier, whose blocks it sends
         self.store.close(flush_s=flush_s)
         self._kv = ()
+
+    def _expected_blocks(self, sequence: Sequence) -> int:
+        """Leading blocks in reach when those before it are prefilled: a burst over one document computes it once."""
+        names = sequence.readable(self._block_size)
+        prefilling = (other for other in self._scheduler if other.remaining > 1 and not other.job.no_store)
+        made = [shared_blocks(names, other.hashes) for other in prefilling]
+        return max(len(self.store.match(names, self._scheduler.reads)), *made, 0)
 
     def _run(self, chunks: list[Chunk]) -> None:
         started = self._clock()
@@ -219,7 +228,10 @@ class TorchEngine:
         for sequence, token in sampled.items():
             self._advance(sequence, token)
         self._steps += 1
-        self._times.observe(sizes, (self._clock() - started) * 1000)
+        ended = self._clock()
+        self._times.observe(sizes, (ended - started) * 1000)
+        if any(length > 1 for length, _ in sizes):
+            self._prefilling.add(ended - started, ended)
 
     def _forward(self, chunks: list[Chunk]) -> dict[Sequence, Sampled]:
         """Compute the chunks; the next token of each sequence that is up to date now."""

@@ -137,7 +137,8 @@ class Load:
     """How busy the engine is. Prefill of n new tokens after m cached ones is predicted as
     `prefill_fixed_ms + prefill_token_ms * n + prefill_pair_ms * n * (m + n / 2)`.
 
-    `tiers` has (counters and fill, read latency ms, ms to read a block) for each tier.
+    `prefill_share`: share of the last half minute that went to steps that prefill. `prefill_error`: mean relative error
+    of the predicted prefill time. `tiers` has (counters and fill, read latency ms, ms to read a block) for each tier.
     """
 
     running: int = 0
@@ -150,6 +151,8 @@ class Load:
     decode_step_ms: float = 0.0
     steps: int = 0
     preemptions: int = 0
+    prefill_share: float = 0.0
+    prefill_error: float = 0.0
     tiers: dict[TierName, tuple[TierStats, float, float]] = field(default_factory=dict)
 
 

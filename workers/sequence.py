@@ -62,7 +62,8 @@ class Sequence:
         num_cached_tokens: of the prompt, found at first admission. fates: set at first admission, then never changed.
         first_outside: the first block that came from outside of this process; None: none did.
         num_proven: leading blocks over which finite logits were computed for it.
-        expected_cached: tokens of the prompt that local tiers held when it came; what the load counts until admission.
+        expected_cached: tokens of the prompt that local tiers held when it came, or will when those before it are
+        prefilled; what the load counts until admission.
         first_step_at: when it was first computed; None before. load_ms: how long its blocks took to come, the first
         time.
     """

@@ -37,6 +37,7 @@ from workers.simulated_cache import SimulatedCache
 from workers.simulated_info import info_for
 from workers.simulated_sequence import Sequence, Timing, pseudo_token
 from workers.simulated_store import EventLog, SimulatedTier
+from workers.step_times import BusyShare
 
 Sleep = Callable[[float], None]  # seconds
 
@@ -87,6 +88,7 @@ class SimulatedEngine:
         self._orders = 0
         self._steps = 0
         self._preemptions = 0
+        self._prefilling = BusyShare()
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
@@ -102,7 +104,7 @@ class SimulatedEngine:
             names=list(job.block_hashes),
             digest=hashlib.sha256(array("I", job.token_ids).tobytes()).digest(),
         )
-        sequence.expected_cached = self._blocks.expected_cached(sequence)
+        sequence.expected_cached = self._blocks.expected_cached(sequence, self._jobs.values())
         self._jobs[job.job_id] = sequence
         insort(self._waiting, sequence, key=lambda each: each.rank)
 
@@ -122,7 +124,10 @@ class SimulatedEngine:
         self._admit()
         chunks = self._schedule()
         if chunks:
-            self._sleep(self._duration_ms(chunks) / 1000)
+            seconds = self._duration_ms(chunks) / 1000
+            self._sleep(seconds)
+            if any(sequence.missing > 1 for sequence, _ in chunks):
+                self._prefilling.add(seconds, self._clock())
             self._steps += 1
         outputs = [output for sequence, count in chunks if (output := self._advance(sequence, count)) is not None]
         ended, self._ended = self._ended, []
@@ -147,6 +152,7 @@ class SimulatedEngine:
             decode_step_ms=timing.decode_step_ms,
             steps=self._steps,
             preemptions=self._preemptions,
+            prefill_share=self._prefilling.value(self._clock()),
             tiers={tier.name: (tier.stats(), *self._read_ms(tier)) for tier in self._tiers},
         )
 
@@ -175,12 +181,27 @@ class SimulatedEngine:
         self._host.sweep()
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_running:
-            sequence = self._waiting[0]
+        """Like the real scheduler: a prompt whose next block is being computed waits for it, and lets others pass."""
+        for sequence in list(self._waiting):
+            if len(self._running) == self._max_running:
+                return
+            if self._awaits_another(sequence):
+                continue
             if not self._blocks.acquire(sequence):
                 return
-            self._waiting.pop(0)
+            self._waiting.remove(sequence)
             self._running.append(sequence)
+
+    def _awaits_another(self, sequence: Sequence) -> bool:
+        found = self._blocks.found(sequence)
+        return any(self._makes(other, sequence, found) for other in self._running if other.rank < sequence.rank)
+
+    @staticmethod
+    def _makes(other: Sequence, sequence: Sequence, block: int) -> bool:
+        """Whether `other` is computing that block of the prompt, which is not its last token's."""
+        names, made = sequence.reusable, other.names
+        is_computing = other.missing > 1 and other.registered <= block and not other.job.no_store
+        return is_computing and block < min(len(names), len(made)) and names[block] == made[block]
 
     def _schedule(self) -> list[tuple[Sequence, int]]:
         """The step's sequences and how many tokens each computes; decoding ones first."""

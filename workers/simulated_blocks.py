@@ -6,7 +6,9 @@ them (`simulated`), the tiers themselves (`simulated_store`).
 
 from __future__ import annotations
 
-from kvstore.blocks import BlockHash, block_hashes
+from collections.abc import Iterable
+
+from kvstore.blocks import BlockHash, block_hashes, shared_blocks
 from kvstore.events import TierName
 from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, prolonged
@@ -61,12 +63,16 @@ class SequenceBlocks:
         sequence.private += max(0, needed)
         return True
 
-    def expected_cached(self, sequence: Sequence) -> int:
-        """Tokens that it would find now; what the load counts until it is admitted."""
-        names = [] if sequence.job.no_read else sequence.names
+    def found(self, sequence: Sequence) -> int:
+        """Leading blocks that it would find now."""
+        names = sequence.reusable
         on_device = self._device.match(names)
-        blocks = on_device + self._host.match(names[on_device:])
-        return min(blocks * self._block_size, len(sequence.tokens) - 1)
+        return on_device + self._host.match(names[on_device:])
+
+    def expected_cached(self, sequence: Sequence, before: Iterable[Sequence]) -> int:
+        """Tokens that it will find when those before it are prefilled; what the load counts until it is admitted."""
+        made = [shared_blocks(sequence.reusable, s.names) for s in before if s.missing > 1 and not s.job.no_store]
+        return min(max(self.found(sequence), *made, 0) * self._block_size, len(sequence.tokens) - 1)
 
     def commit(self, sequence: Sequence) -> None:
         """Name the blocks that became full. A name that is held already leaves our copy private."""

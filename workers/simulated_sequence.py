@@ -67,6 +67,11 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def reusable(self) -> list[BlockHash]:
+        """Names of the blocks that it may take from the cache; all of them known with the prompt."""
+        return [] if self.job.no_read else self.names
+
+    @property
     def pending(self) -> int:
         """Prompt tokens still to be computed; zero while it decodes."""
         left = self.missing if self.computed else self.missing - self.expected_cached

@@ -8,10 +8,31 @@ from collections.abc import Callable, Iterable
 from kvstore.estimate import PrefillCost, PrefillFit
 
 _FADE = 0.1
+_SHARE_MEMORY_S = 30.0  # as long as routers remember what they sent
+
+
+class BusyShare:
+    """Which share of the time some work took, forgetting exponentially: a mean over about the last half minute."""
+
+    def __init__(self) -> None:
+        self._share = self._at = 0.0
+
+    def add(self, seconds: float, now: float) -> None:
+        """Work of so many seconds ended now."""
+        self._share = self.value(now) + 1.0 - math.exp(-seconds / _SHARE_MEMORY_S)
+        self._at = now
+
+    def value(self, now: float) -> float:
+        """The share now; zero before anything was added."""
+        return self._share * math.exp(-max(0.0, now - self._at) / _SHARE_MEMORY_S)
 
 
 class StepTimes:
     """Prefill cost and decode step time, fitted online.
+
+    Attributes:
+        prefill_error: mean of |measured - predicted| / measured, each predicted before it was learnt from; fades.
+
 
     A step that prefills counts as one prefill of all its tokens, decodes included: the same price a token, and after
     as many cached tokens as make up its attention work.
@@ -22,7 +43,7 @@ class StepTimes:
         self._block_size = block_size
         self._on_prefill = on_prefill
         self._prefill = PrefillFit()
-        self.decode_step_ms = 0.0
+        self.decode_step_ms = self.prefill_error = 0.0
 
     @property
     def prefill(self) -> PrefillCost:
@@ -38,9 +59,15 @@ class StepTimes:
             self.decode_step_ms += share * (ms - self.decode_step_ms)
             return
         pairs = sum(new * (cached + new / 2) for new, cached in chunks)
-        self._prefill.observe(tokens, round(pairs / tokens - tokens / 2), ms)
+        cached = round(pairs / tokens - tokens / 2)
+        self._judge(self._prefill.predict_ms(tokens, cached), ms)
+        self._prefill.observe(tokens, cached, ms)
         if self._on_prefill is not None:
             self._on_prefill(self.prefill)
+
+    def _judge(self, predicted_ms: float | None, ms: float) -> None:
+        if predicted_ms is not None and ms > 0:
+            self.prefill_error += _FADE * (abs(ms - predicted_ms) / ms - self.prefill_error)
 
     def compute_ms(self, first: int, count: int) -> float:
         """Time to compute `count` blocks after `first` ones, besides the step's own; infinite before it is known."""

@@ -311,6 +311,8 @@ def load_to_wire(load: Load) -> worker_pb2.Load:
         decode_step_ms=load.decode_step_ms,
         steps=load.steps,
         preemptions=load.preemptions,
+        prefill_share=load.prefill_share,
+        prefill_error=load.prefill_error,
         tiers=[
             _tier_to_wire(tier, stats, latency_ms, block_ms)
             for tier, (stats, latency_ms, block_ms) in load.tiers.items()

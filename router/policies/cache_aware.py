@@ -34,6 +34,12 @@ class CacheAware:
         Weight("price_floor", 1.5, 1.0, 100.0, "", "Price of compute in an idle fleet; higher keeps sessions warm."),
         Weight("price_cap", 10.0, 1.0, 1000.0, "", "Price of compute in a saturated fleet."),
         Weight(
+            "sharing", 1.0, 0.0, 1.0, "", "Part of a hot block's copy that is charged to all who use it; 0: to the one."
+        ),
+        Weight(
+            "decode", 0.0005, 0.0, 1.0, "", "Price of a millisecond by which computing delays one request that decodes."
+        ),
+        Weight(
             "tie_ms", 20.0, 0.0, 10_000.0, "ms", "Costs closer than this go to the quietest worker, but see tie_share."
         ),
         Weight("tie_share", 0.1, 0.0, 1.0, "", "A tie is never wider than this share of the prompt's cold prefill."),
@@ -43,6 +49,7 @@ class CacheAware:
     )
     predicts = True
     counts_blocks = False
+    cost_unit = "ms"
 
     def choose(self, request: RouteRequest, candidates: Sequence[Candidate], w: Mapping[str, float]) -> Decision:
         """The cheapest, or the quietest of those that are nearly as cheap."""
@@ -63,13 +70,15 @@ class CacheAware:
     def terms(
         self, request: RouteRequest, candidates: Sequence[Candidate], candidate: Candidate, w: Mapping[str, float]
     ) -> tuple[Term, ...]:
-        """queue, load, compute, affinity; compute's weight holds its price and the share of a copy that others pay."""
+        """queue, load, compute, decode, affinity; compute's weight holds its price and the share that others pay."""
         price = candidate.price
-        terms = (
+        terms: tuple[Term, ...] = (
             Term("queue", price.queue_ms, w["queue"]),
             Term("load", price.load_ms, w["load"]),
-            Term("compute", price.compute_ms, _price_of_compute(request, w) * candidate.share),
+            Term("compute", price.compute_ms, _price_of_compute(request, w) * _own_share(candidate, w)),
         )
+        if candidate.decoding:
+            terms = (*terms, Term("decode", price.compute_ms * candidate.decoding, w["decode"]))
         home = _home(request, candidates)
         away = 0.0 if home == candidate.worker else 1.0
         return terms if home is None else (*terms, Term("affinity", w["affinity_ms"], away))
@@ -83,7 +92,13 @@ def _price_of_compute(request: RouteRequest, w: Mapping[str, float]) -> float:
 
 def _cost(c: Candidate, price_of_compute: float, w: Mapping[str, float]) -> float:
     p = c.price
-    return p.queue_ms * w["queue"] + p.load_ms * w["load"] + p.compute_ms * price_of_compute * c.share
+    per_ms = price_of_compute * _own_share(c, w) + c.decoding * w["decode"]
+    return p.queue_ms * w["queue"] + p.load_ms * w["load"] + p.compute_ms * per_ms
+
+
+def _own_share(c: Candidate, w: Mapping[str, float]) -> float:
+    """The part of its computing that a request is charged; the rest is on those in flight that share the blocks."""
+    return 1.0 - w["sharing"] * (1.0 - c.share)
 
 
 def _quietest_of_cheapest(

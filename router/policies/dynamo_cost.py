@@ -34,6 +34,7 @@ class DynamoCost:
     )
     predicts = False
     counts_blocks = True
+    cost_unit = "blocks"
 
     def choose(self, request: RouteRequest, candidates: Sequence[Candidate], w: Mapping[str, float]) -> Decision:
         """The least cost."""

@@ -22,6 +22,7 @@ class LowestTtft:
     weights: tuple[Weight, ...] = ()
     predicts = True
     counts_blocks = False
+    cost_unit = "ms"
 
     def choose(self, request: RouteRequest, candidates: Sequence[Candidate], w: Mapping[str, float]) -> Decision:
         """The least prediction; equals go to the quietest."""

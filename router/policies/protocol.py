@@ -48,9 +48,10 @@ class Candidate(NamedTuple):
     Attributes:
         price: the prediction. share: which part of `price.compute_ms` this request is charged; the rest is on the
         requests in flight that share the blocks. active: requests that run or wait there, of all routers.
-        recent_work_ms: work that this router gave it lately.
+        recent_work_ms: work that this router gave it lately; for a worker that has just come, the same rate for long.
         overlap: leading blocks that it holds, by tier. arriving: leading blocks that prompts in prefill leave there.
         blocks: its load in blocks; counted only for policies that say `counts_blocks`, since that takes microseconds.
+        decoding: requests that are past their prefill there, of all routers.
     """
 
     worker: str
@@ -61,6 +62,7 @@ class Candidate(NamedTuple):
     overlap: Overlap = NO_OVERLAP
     arriving: int = 0
     blocks: BlockLoad = NO_BLOCK_LOAD
+    decoding: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class RouteRequest:
     Attributes:
         hashes: short hashes of its full blocks. digest: of the whole prompt, in the tenant's namespace.
         affinity: the caller's key, with the tenant in it; empty: none. turn: decisions that this router made before.
-        utilisation: share of the fleet's time that is taken. prompt_tokens: length of the prompt.
+        utilisation: share of the fleet's time that prefills take. prompt_tokens: length of the prompt.
     """
 
     hashes: Sequence[bytes]
@@ -109,6 +111,7 @@ class Policy(Protocol):
 
     Attributes:
         predicts: whether its costs are milliseconds. counts_blocks: whether it reads `Candidate.blocks`.
+        cost_unit: of its costs: ms, blocks, or rank (a place in an order, from 0).
     """
 
     name: str
@@ -116,6 +119,7 @@ class Policy(Protocol):
     weights: tuple[Weight, ...]
     predicts: bool
     counts_blocks: bool
+    cost_unit: str
 
     def choose(self, request: RouteRequest, candidates: Sequence[Candidate], w: Mapping[str, float]) -> Decision:
         """Choose among at least one candidate; `w` has every weight. Changes nothing."""

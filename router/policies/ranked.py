@@ -14,6 +14,7 @@ class Ranked:
     weights: tuple[Weight, ...] = ()
     predicts = False
     counts_blocks = False
+    cost_unit = "rank"
 
     def terms(
         self, request: RouteRequest, candidates: Sequence[Candidate], candidate: Candidate, w: Mapping[str, float]

@@ -423,6 +423,8 @@ async def test_explain_of_policies_that_price_and_of_one_that_counts_blocks() ->
         explained = await explain(router, tokens(1, 160))
         assert (explained.worker, explained.reason) == (worker, "prefix")
         assert [(c.cost_ms, list(c.terms)) for c in explained.candidates] == [(0, [])] * 2
+        # Ten blocks held of ten, and ten more in use where the prompt goes; the other one has to compute them as well.
+        assert [(explained.cost_unit, c.cost) for c in explained.candidates] == [("blocks", 10.0), ("blocks", 20.0)]
 
 
 @pytest.mark.asyncio

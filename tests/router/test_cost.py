@@ -68,6 +68,17 @@ def test_what_was_sent_and_not_reported_waits_in_the_queue() -> None:
     assert queue_ms(WorkerLoad(), FIT, age_ms=0.0, unreported_ms=33.0) == pytest.approx(33.0)
 
 
+def test_work_that_may_be_in_the_report_is_never_counted_twice_and_never_forgotten() -> None:
+    def queue(pending: int, doubtful_ms: float) -> float:
+        load = WorkerLoad(pending_tokens=pending)
+        return queue_ms(load, FIT, age_ms=0.0, unreported_ms=7.0, doubtful_ms=doubtful_ms)
+
+    reported = queue(1000, 0.0) - 7.0
+    assert queue(1000, reported) == pytest.approx(reported + 7.0)
+    assert queue(0, reported) == pytest.approx(reported + 7.0)
+    assert queue(1000, 2 * reported) == pytest.approx(2 * reported + 7.0)
+
+
 def test_fits_that_differ_by_noise_are_pooled_and_slow_machines_keep_their_own() -> None:
     slow = PrefillFit(10, 1.0)
     fits = pool_fits(

@@ -63,6 +63,7 @@ class Link(SimpleNamespace):
     report: Told | None = None
     hello = None
     owes_clear = False
+    joined_at = 0.0
 
 
 class StillFleet:
@@ -96,9 +97,13 @@ class Fixture:
         """(price, active, arriving) of one worker, worked out from nothing but its report and what was sent."""
         load, at = (link.report.load, link.report.at) if link.report else (WorkerLoad(), 0.0)
         late = [ms for worker, ms, when in self.sent.values() if worker == link.name and when + 0.04 > at]
+        own = [(ms, when) for worker, ms, when in self.sent.values() if worker == link.name]
+        doubtful = sum(ms for ms, when in own if when <= at < when + 0.04) if link.report else 0.0
         arriving = self.traffic.arriving_run(link.name, asked.hashes)
         age_ms = (self.now - at) * 1000.0 if link.report else 0.0
-        queue = queue_ms(load, fits[link.name], age_ms=age_ms, unreported_ms=sum(late))
+        queue = queue_ms(
+            load, fits[link.name], age_ms=age_ms, unreported_ms=sum(late) - doubtful, doubtful_ms=doubtful
+        )
         overlap = Overlap(*(max(arriving, depth) for depth in NO_OVERLAP))
         priced = price(overlap, asked.prompt_tokens, 16, load, fits[link.name], queue=queue, shared_reads=True)
         return priced, load.running + load.waiting + len(late), arriving

@@ -22,14 +22,16 @@ TIER = worker_pb2.TierLoad(
     removals={"evicted": 4},
     store_failures={"queue_full": 1},
 )
-LOAD = worker_pb2.Load(running=1, waiting=2, decode_step_ms=8.0, tiers=[TIER], steps=9)
+LOAD = worker_pb2.Load(
+    running=1, waiting=2, decode_step_ms=8.0, tiers=[TIER], steps=9, prefill_share=0.4, prefill_error=0.05
+)
 
 
 def busy() -> Metrics:
     metrics = Metrics(router="r", model="m", version="1")
     metrics.export_gauges(lambda: RouterGauges(1, 2, 3, 0.5, [WorkerGauges("w", "ready", 1, LOAD)]))
     metrics.count(Entry("t", "w", "OK", 10, {"computed": 4, "device": 6}, 5, 8))
-    metrics.observe_ttft(0.5, 400.0)
+    metrics.observe_ttft(0.5, 400.0, "w")
     metrics.observe_gap(0.1, 2)
     metrics.observe_request(1.0)
     metrics.decisions.labels("cache_aware", "prefix").inc()
@@ -51,8 +53,9 @@ def test_fates_are_exported_and_sum_to_the_prompt() -> None:
         f: value(metrics, "warmkv_prompt_tokens_total", model="m", worker="w", fate=f) for f in ("computed", "device")
     }
     assert fates == {"computed": 4, "device": 6}
-    assert value(metrics, "warmkv_route_overlap_tokens_total", kind="predicted") == 8
-    assert value(metrics, "warmkv_route_overlap_tokens_total", kind="reused") == 6
+    assert value(metrics, "warmkv_route_overlap_tokens_total", worker="w", kind="predicted") == 8
+    assert value(metrics, "warmkv_route_overlap_tokens_total", worker="w", kind="reused") == 6
+    assert value(metrics, "warmkv_route_overlap_tokens_total", worker="w", kind="overrated") == 2
     assert value(metrics, "warmkv_requests_total", model="m", code="OK") == 1
     assert value(metrics, "warmkv_generation_tokens_total", model="m", worker="w") == 5
 
@@ -75,6 +78,8 @@ def test_workers_reports_are_exported_while_there_is_a_worker() -> None:
     assert value(metrics, "warmkv_kv_removals_total", worker="w", tier="host", cause="evicted") == 4
     assert value(metrics, "warmkv_requests_waiting", worker="w") == 2
     assert value(metrics, "warmkv_decode_step_seconds", worker="w") == pytest.approx(0.008)
+    assert value(metrics, "warmkv_prefill_busy_ratio", worker="w") == pytest.approx(0.4)
+    assert value(metrics, "warmkv_prefill_fit_error_ratio", worker="w") == pytest.approx(0.05)
     assert value(metrics, "warmkv_worker_state", worker="w", state="ready") == 1
     assert value(metrics, "warmkv_worker_state", worker="w", state="lost") == 0
 
@@ -87,10 +92,12 @@ def test_two_routers_of_one_process_share_no_metric() -> None:
 
 def test_prediction_errors_keep_their_sign() -> None:
     metrics = busy()
-    metrics.observe_ttft(0.1, 400.0)
-    metrics.observe_ttft(0.1, 0.0)
-    assert value(metrics, "warmkv_time_to_first_token_error_seconds_sum", sign="late") == pytest.approx(0.1)
-    assert value(metrics, "warmkv_time_to_first_token_error_seconds_sum", sign="early") == pytest.approx(0.3)
+    metrics.observe_ttft(0.1, 400.0, "w")
+    metrics.observe_ttft(0.1, 0.0, "w")
+    assert value(metrics, "warmkv_time_to_first_token_error_seconds_sum", worker="w", sign="late") == pytest.approx(0.1)
+    assert value(metrics, "warmkv_time_to_first_token_error_seconds_sum", worker="w", sign="early") == pytest.approx(
+        0.3
+    )
 
 
 def test_every_metric_has_the_prefix_and_a_help_that_is_a_sentence() -> None:

@@ -228,3 +228,25 @@ def test_blocks_in_use_are_counted_once_from_sending_to_the_end(traffic: Traffic
     assert traffic.active_blocks(chain(1), ["a"]) == [1]
     traffic.ended(3)
     assert traffic.check()
+
+
+def test_a_new_worker_is_judged_by_the_rate_of_what_it_was_given(traffic: Traffic, clock: Clock) -> None:
+    """Both are given ten milliseconds a second, one of them for a long time."""
+    for second in range(120):
+        clock.now += 1.0
+        for worker in ("old", "new") if second >= 110 else ("old",):
+            traffic.sent(1000 * second + len(worker), worker, [], work_ms=10.0, cached_blocks=0)
+    joined_at = clock.now - 10.0
+    assert traffic.recent_work_ms("new", joined_at=joined_at) == pytest.approx(traffic.recent_work_ms("old"), rel=0.1)
+    assert traffic.recent_work_ms("new") < 0.4 * traffic.recent_work_ms("old")
+
+
+def test_work_sent_shortly_before_a_report_is_doubtful(traffic: Traffic, clock: Clock) -> None:
+    traffic.sent(1, "w", [], work_ms=5.0, cached_blocks=0)
+    clock.now += 0.01
+    reported_at = clock.now
+    clock.now += 0.01
+    traffic.sent(2, "w", [], work_ms=3.0, cached_blocks=0)
+    assert traffic.unreported("w", reported_at) == (8.0, 2)
+    assert traffic.doubtful_ms("w", reported_at) == 5.0
+    assert traffic.doubtful_ms("w", reported_at + 1.0) == 0.0

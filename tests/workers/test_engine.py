@@ -267,17 +267,30 @@ def test_clearing_disturbs_no_running_sequence(rig: Rig):
     rig.assert_nothing_leaked()
 
 
+def test_a_burst_over_one_document_is_one_document_of_work():
+    rig = make_rig(max_running=4, max_batch_tokens=64)
+    (document,) = prompts(1, lengths=(96,))
+    for number in range(3):
+        rig.engine.submit(rig.job(number, [*document, number + 1], max_tokens=2))
+    blocks = 96 // rig.engine.info.scheme.block_size * rig.engine.info.scheme.block_size
+    assert rig.engine.load().pending_prefill_tokens == 97 + 2 * (97 - blocks)
+    assert rig.engine.load().prefill_share == 0
+    _outputs(rig, 60)
+    assert rig.engine.load().prefill_share > 0
+    rig.close()
+
+
 def test_load_says_what_runs_and_waits_and_how_fast_it_goes():
     rig = make_rig(max_running=2, max_batch_tokens=64)
     assert rig.engine.load().prefill_token_ms == 0
     for number in range(3):
         rig.engine.submit(rig.job(number, prompts(3, lengths=(100,))[number], max_tokens=20))
     load = rig.engine.load()
-    assert (load.running, load.waiting, load.pending_prefill_tokens) == (0, 3, 300)
+    assert (load.running, load.waiting, load.pending_prefill_tokens) == (0, 3, 252)  # the third begins like another
     _outputs(rig, 2)
     load = rig.engine.load()
     assert (load.running, load.waiting, load.decoding) == (2, 1, 1)
-    assert load.pending_prefill_tokens == 172  # none of the first, 72 of the second, all of the third
+    assert load.pending_prefill_tokens == 124  # none of the first, 72 of the second, 52 of the third
     assert load.steps == 2
     assert load.prefill_fixed_ms + load.prefill_token_ms + load.prefill_pair_ms > 0
     _outputs(rig, 60)

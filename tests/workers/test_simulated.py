@@ -345,6 +345,26 @@ def test_load_counts_what_waits_runs_and_decodes() -> None:
     assert (load.running, load.waiting, load.decoding, load.pending_prefill_tokens) == (2, 1, 2, 16)
 
 
+def test_a_burst_of_one_prompt_computes_it_once_and_counts_it_once() -> None:
+    engine, _ = engine_of(max_batch_tokens=8)
+    burst = [job(number, [*prompt(32), number, number, number], max_tokens=3) for number in range(5)]
+    for each in burst:
+        engine.submit(each)
+    assert engine.load().pending_prefill_tokens == 35 + 4 * 3
+    ends: dict[object, Output] = {}
+    while engine.has_work():
+        ends.update({output.job_id: output for output in engine.step().outputs})
+    assert [(ends[number].fates or {})["computed"] for number in range(5)] == [35, 3, 3, 3, 3]
+
+
+def test_load_tells_the_share_of_time_in_prefill() -> None:
+    engine, now = engine_of()
+    run(engine, job(1, prompt(40)))
+    assert engine.load().prefill_share == pytest.approx(now() / 30.0, rel=0.01)
+    now.s += 30.0
+    assert engine.load().prefill_share == pytest.approx(0.041 / 30.0 / 2.718, rel=0.02)
+
+
 def test_a_snapshot_takes_no_event_away_from_those_who_got_none() -> None:
     engine, _ = engine_of()
     run(engine, job(1, prompt(16)))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from workers.step_times import StepTimes
+from workers.step_times import BusyShare, StepTimes
 
 
 def _ms(new: int, cached: int) -> float:
@@ -47,3 +47,23 @@ def test_decode_steps_are_averaged_and_prefills_do_not_count():
     for _ in range(60):
         times.observe([(1, 50)], 8.0)
     assert times.decode_step_ms == pytest.approx(8.0, rel=0.01)
+
+
+def test_the_fits_error_is_that_of_predictions_made_before_they_were_learnt_from() -> None:
+    times = StepTimes(16)
+    for _ in range(80):
+        times.observe([(100, 0)], 50.0)
+    assert times.prefill_error == pytest.approx(0.0, abs=1e-3)
+    times.observe([(100, 0)], 100.0)  # twice as long as foretold: half of it was not
+    assert times.prefill_error == pytest.approx(0.05, abs=2e-3)
+
+
+def test_a_busy_share_is_the_share_of_the_last_half_minute() -> None:
+    share = BusyShare()
+    assert share.value(5.0) == 0.0
+    for second in range(300):
+        share.add(0.4, second + 0.4)  # four tenths of each second
+    assert share.value(299.4) == pytest.approx(0.4, abs=0.02)
+    assert share.value(329.4) == pytest.approx(0.4 / 2.718, abs=0.02)
+    share.add(600.0, 1000.0)
+    assert share.value(1000.0) == pytest.approx(1.0)

@@ -392,6 +392,7 @@ class ExplainResponse(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
     MISS_FIELD_NUMBER: _builtins.int
+    COST_UNIT_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Length of the prompt in tokens."""
     block_size: _builtins.int
@@ -404,6 +405,8 @@ class ExplainResponse(_message.Message):
     """The worker that would be chosen; empty when none is eligible."""
     reason: _builtins.str
     """Why."""
+    cost_unit: _builtins.str
+    """Of the candidates' costs: ms, blocks, or rank (a place in an order, from 0)."""
     @_builtins.property
     def weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Its weights."""
@@ -428,10 +431,11 @@ class ExplainResponse(_message.Message):
         reason: _builtins.str = ...,
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
         miss: Global___Miss | None = ...,
+        cost_unit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["miss", b"miss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "candidates", b"candidates", "miss", b"miss", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "candidates", b"candidates", "cost_unit", b"cost_unit", "miss", b"miss", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -451,6 +455,7 @@ class Candidate(_message.Message):
     COST_MS_FIELD_NUMBER: _builtins.int
     PREDICTED_TTFT_MS_FIELD_NUMBER: _builtins.int
     ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     eligible: _builtins.bool
@@ -463,6 +468,8 @@ class Candidate(_message.Message):
     """Predicted time to the first token, milliseconds: queue + load + compute, unweighted."""
     active_requests: _builtins.int
     """Requests that run or wait there."""
+    cost: _builtins.float
+    """What the policy minimises, in ExplainResponse.cost_unit; of policies that predict, the same as cost_ms."""
     @_builtins.property
     def tokens(self) -> _common_pb2.TokensByFate:
         """Leading prompt tokens that it could reuse, by the tier where they lie (computed: the rest)."""
@@ -482,10 +489,11 @@ class Candidate(_message.Message):
         cost_ms: _builtins.float = ...,
         predicted_ttft_ms: _builtins.float = ...,
         active_requests: _builtins.int = ...,
+        cost: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "cost_ms", b"cost_ms", "eligible", b"eligible", "excluded_because", b"excluded_because", "predicted_ttft_ms", b"predicted_ttft_ms", "terms", b"terms", "tokens", b"tokens", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "cost", b"cost", "cost_ms", b"cost_ms", "eligible", b"eligible", "excluded_because", b"excluded_because", "predicted_ttft_ms", b"predicted_ttft_ms", "terms", b"terms", "tokens", b"tokens", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -501,7 +509,7 @@ class CostTerm(_message.Message):
     MS_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """queue, load, compute, affinity."""
+    """queue, load, compute, decode, affinity."""
     ms: _builtins.float
     """The term, milliseconds."""
     weight: _builtins.float

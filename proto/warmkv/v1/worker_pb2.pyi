@@ -1211,6 +1211,8 @@ class Load(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    PREFILL_SHARE_FIELD_NUMBER: _builtins.int
+    PREFILL_ERROR_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the running batch."""
     waiting: _builtins.int
@@ -1233,6 +1235,10 @@ class Load(_message.Message):
     """Engine steps since start."""
     preemptions: _builtins.int
     """Sequences that were preempted, since start."""
+    prefill_share: _builtins.float
+    """Share of its time lately that it spent in steps that prefill (memory: 30 s). Absent: it does not tell."""
+    prefill_error: _builtins.float
+    """Mean relative error of the fitted prefill time, before each prefill was learnt from; fades like the fit."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierLoad]:
         """What is known of each tier."""
@@ -1251,12 +1257,16 @@ class Load(_message.Message):
         tiers: _abc.Iterable[Global___TierLoad] | None = ...,
         steps: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        prefill_share: _builtins.float | None = ...,
+        prefill_error: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "prefill_share", b"prefill_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_token_ms", b"prefill_token_ms", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_error", b"prefill_error", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_share", b"prefill_share", "prefill_token_ms", b"prefill_token_ms", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__prefill_share: _TypeAlias = _typing.Literal["prefill_share"]  # noqa: Y015
+    _WhichOneofArgType__prefill_share: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill_share) -> _WhichOneofReturnType__prefill_share | None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
 
