@@ -10,10 +10,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from replay.batched_engine import BatchedEngine
+from replay.batched_profile import BatchedProfile
+from replay.engine import CacheChange, Engine, Reuse, Told
 from replay.outcome import Fate, Outcome
-from replay.pool import Change
-from replay.serial_engine import Reuse, SerialEngine, SerialProfile, Told
-from replay.simulated_router import RouterSettings, SimulatedRouter
+from replay.serial_engine import SerialEngine, SerialProfile
+from replay.simulated_router import RouterSettings, SimulatedRouter, events_of
+from replay.tiers import NO_TIERS, SharedTier, Tiers
 from replay.timeline import Action, Timeline
 from replay.workload import Workload
 
@@ -36,13 +39,15 @@ class Setup:
     """What is simulated.
 
     Attributes:
+        profile: of each worker's engine. tiers: below its pool; only a `BatchedProfile` has such.
         routers: each request goes to a random one; every one hears all workers.
         seed: of that choice and of ties.
     """
 
     workers: int
     router: RouterSettings
-    profile: SerialProfile = field(default_factory=SerialProfile)
+    profile: SerialProfile | BatchedProfile = field(default_factory=SerialProfile)
+    tiers: Tiers = NO_TIERS
     routers: int = 1
     failures: Sequence[Failure] = ()
     seed: int = 1
@@ -59,6 +64,8 @@ def simulate(work: Workload, setup: Setup) -> Outcome:
         raise ValueError(f"{setup.workers} workers and {setup.routers} routers; give at least one of each")
     if any(not 0 <= failure.worker < setup.workers for failure in setup.failures):
         raise ValueError(f"a failure of a worker that there is not; number them from 0 to {setup.workers - 1}")
+    if isinstance(setup.profile, SerialProfile) and setup.tiers != NO_TIERS:
+        raise ValueError("the serial engine has no tiers below its pool; give a BatchedProfile, or no tiers")
     return Simulation(work, setup).run()
 
 
@@ -72,14 +79,18 @@ class Simulation:
         self._rng = random.Random(setup.seed)
         width = len(str(setup.workers - 1))
         self._names = [f"worker-{n:0{width}}" for n in range(setup.workers)]
-        self._engines = {
-            name: SerialEngine(
-                setup.profile, work, self._timeline, self._told_by(name), remember_s=setup.router.delay_s
-            )
-            for name in self._names
-        }
+        redis = setup.tiers.redis
+        self._shared = None if redis is None else SharedTier(redis, work, ttl_s=setup.tiers.ttl_s)
+        self._engines = {name: self._engine(name) for name in self._names}
         self._routers = [
-            SimulatedRouter(setup.router, work, self._engines, self._timeline, seed=setup.seed + 1000 * n)
+            SimulatedRouter(
+                setup.router,
+                work,
+                self._engines,
+                self._timeline,
+                seed=setup.seed + 1000 * n,
+                shared_id="" if self._shared is None else "redis",
+            )
             for n in range(setup.routers)
         ]
         self._router_of: dict[int, SimulatedRouter] = {}
@@ -117,6 +128,8 @@ class Simulation:
         self._place(number)
 
     def _place(self, number: int) -> None:
+        for engine in self._engines.values():
+            engine.catch_up()
         choice = self._router_of[number].choose(number)
         if choice is None:
             self._parked.append(number)
@@ -143,13 +156,28 @@ class Simulation:
             think_s = self._work.requests[later].think_s or 0.0
             self._timeline.at(now + think_s / self._work.speed, self._arrival(later))
 
-    def _told_by(self, worker: str) -> Told:
-        def pool_changed(change: Change) -> None:
-            partial = self._engines[worker].pool.partial()
-            for router in self._routers:
-                router.pool_changed(worker, change, partial)
+    def _refused(self, number: int) -> None:
+        """No worker of the fleet could ever serve it."""
+        self._fates[number].failed = True
+        self._router_of[number].cut_off(number)
+        self._go_on(number)
 
-        return Told(self._first_token, self._ended, pool_changed)
+    def _engine(self, name: str) -> Engine:
+        setup, work, timeline, told = self._setup, self._work, self._timeline, self._told_by(name)
+        delay_s = setup.router.delay_s
+        if isinstance(setup.profile, SerialProfile):
+            return SerialEngine(setup.profile, work, timeline, told, remember_s=delay_s)
+        return BatchedEngine(
+            setup.profile, setup.tiers, work, timeline, told, shared=self._shared, remember_s=delay_s
+        )
+
+    def _told_by(self, worker: str) -> Told:
+        def cache_changed(change: CacheChange) -> None:
+            events = events_of(change)
+            for router in self._routers:
+                router.cache_changed(worker, change, events)
+
+        return Told(self._first_token, self._ended, cache_changed, self._refused)
 
     # Failures
 
