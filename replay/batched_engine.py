@@ -220,10 +220,12 @@ class BatchedEngine:
         now, scheduler = self._timeline.now, self.scheduler
         self._take_in(now)
         self._expire()
-        scheduler.admit(now)
+        entered, preempted = scheduler.admit(now), scheduler.preemptions
         chunks = scheduler.chunks(now)
         decoding = scheduler.decoding
         self._first_due = decoding.tokenless()
+        # A first token is an event of its own; and after what has just changed another one may start at the next step.
+        one_by_one = bool(self._first_due) or entered or scheduler.preemptions > preempted
         if not chunks and not decoding:
             self._plan = None
             self._tell()
@@ -231,10 +233,10 @@ class BatchedEngine:
             self._wake_for_reads()
             return
         self._done = 0
-        self._run(self._planned(chunks, now))
+        self._run(self._planned(chunks, now, one_by_one=one_by_one))
         self._wake_for_reads()
 
-    def _planned(self, chunks: list[tuple[Sequence, int]], now: float) -> _Plan:
+    def _planned(self, chunks: list[tuple[Sequence, int]], now: float, *, one_by_one: bool) -> _Plan:
         profile, decoding = self._profile, self.scheduler.decoding
         sequences, context = len(decoding), decoding.context
         if chunks:
@@ -243,7 +245,7 @@ class BatchedEngine:
             mixed_ms = profile.mixed_part_ms(sequences, context)
             return _Plan(chunks, 1, now, (prefill_ms + mixed_ms) / 1e3, 0.0, prefill_ms / 1e3)
         first_ms = self._decode_step_ms = profile.decode_step_ms(sequences, context)
-        steps = 1 if self._first_due else self.scheduler.decode_room(decoding.left())
+        steps = 1 if one_by_one else self.scheduler.decode_room(decoding.left())
         growth_ms = profile.decode_context_ms * sequences
         return _Plan([], steps, now, first_ms / 1e3, growth_ms / 1e3, 0.0)
 
@@ -257,17 +259,18 @@ class BatchedEngine:
             return
         now, scheduler = self._timeline.now, self.scheduler
         self._plan = None
+        self._expire()
         self.busy_s += plan.prefill_s
         newcomers, self._first_due = self._first_due, []
         scheduler.take_decode_blocks(plan.steps - self._done)
         scheduler.decoded(plan.steps - self._done)
-        fresh = [s for s, length in plan.chunks if scheduler.prefilled(s, length, now) and s.generated == 1]
-        ended = [*scheduler.ended(now), *(s for s in fresh if s.generated >= s.output)]
-        for sequence in fresh:
-            if sequence.generated >= sequence.output:
-                scheduler.remove(sequence, now)
+        prefilled = [s for s, length in plan.chunks if scheduler.prefilled(s, length, now)]
+        ended = scheduler.ended(now)
+        for sequence in [s for s in prefilled if s.generated >= s.output]:
+            scheduler.remove(sequence, now)
+            ended.append(sequence)
         self._tell()
-        for sequence in (*newcomers, *fresh):
+        for sequence in (*newcomers, *(s for s in prefilled if s.generated == 1)):
             self._told.first_token(sequence.number, self._reuse(sequence, now))
         for sequence in ended:
             del self._known[sequence.number]

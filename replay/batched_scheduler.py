@@ -67,8 +67,8 @@ class BatchedScheduler:
         self._take_out(sequence, now)
         self._short_of_blocks = False
 
-    def admit(self, now: float) -> None:
-        """Start reads while there is room, and let those compute whose reads are done."""
+    def admit(self, now: float) -> bool:
+        """Start reads while there is room, and let those compute whose reads are done; whether there were any."""
         if not self._admitted:
             self._short_of_blocks = False
         if self._waiting:
@@ -76,11 +76,14 @@ class BatchedScheduler:
                 self._admit_in_turn(now)
             else:
                 self._admit_by_rank(now)
-        for sequence in [each for each in self._loading if each.ready_at <= now]:
+        ready = [each for each in self._loading if each.ready_at <= now]
+        for sequence in ready:
             self._enter(sequence, now)
+        return bool(ready)
 
     def chunks(self, now: float) -> list[tuple[Sequence, int]]:
         """Prefills of the next step with their tokens. Takes all blocks of the step, those of its decodes included."""
+        self._taken = 0  # for a step that came to nothing there was nothing to take
         while self.decoding and self.decoding.blocks_for(1) > self._blocks.pool.available:
             self._preempt(self._last_holder(), now)
         self.take_decode_blocks(1)

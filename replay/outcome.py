@@ -9,7 +9,10 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from kvstore.events import TierName
+from replay.engine import NO_TIERS
 
 
 @dataclass(slots=True)
@@ -21,6 +24,8 @@ class Fate:
         cached, computed: prompt tokens, in the prefill that gave the first token; their sum is the prompt.
         worker: of the last attempt. attempts: 1 unless workers were lost. failed: cut off in mid-answer.
         predicted_ttft_s, predicted_tokens: of the last attempt; zero for policies that predict nothing.
+        ended_s: when the last token came, or the answer broke off. output: tokens of the answer that the trace asks for.
+        tiers: cached tokens by tier, where the engine has tiers.
     """
 
     arrived_s: float
@@ -32,6 +37,9 @@ class Fate:
     failed: bool = False
     predicted_ttft_s: float = 0.0
     predicted_tokens: int = 0
+    ended_s: float | None = None
+    output: int = 0
+    tiers: Mapping[TierName, int] = field(default_factory=lambda: NO_TIERS)
 
     @property
     def ttft_s(self) -> float:

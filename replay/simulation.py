@@ -94,7 +94,10 @@ class Simulation:
             for n in range(setup.routers)
         ]
         self._router_of: dict[int, SimulatedRouter] = {}
-        self._fates = [Fate(arrived_s=at) for at in work.arrivals_s]
+        self._fates = [
+            Fate(arrived_s=at, output=request.output_length)
+            for at, request in zip(work.arrivals_s, work.requests, strict=True)
+        ]
         self._parked: list[int] = []  # requests that came while no worker was up
         self._next_turns: dict[int, list[int]] = {}
         for number, before in work.waits_for.items():
@@ -142,7 +145,7 @@ class Simulation:
 
     def _first_token(self, number: int, reuse: Reuse) -> None:
         fate = self._fates[number]
-        fate.cached, fate.computed, fate.first_token_s = reuse.cached, reuse.computed, reuse.first_token_s
+        fate.cached, fate.computed, fate.first_token_s, fate.tiers = reuse
         self._router_of[number].first_token(number)
 
     def _ended(self, number: int) -> None:
@@ -151,7 +154,7 @@ class Simulation:
 
     def _go_on(self, number: int) -> None:
         """The client has its answer, or what there is of it."""
-        now = self._timeline.now
+        now = self._fates[number].ended_s = self._timeline.now
         for later in self._next_turns.pop(number, ()):
             think_s = self._work.requests[later].think_s or 0.0
             self._timeline.at(now + think_s / self._work.speed, self._arrival(later))

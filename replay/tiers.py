@@ -155,9 +155,11 @@ class WorkerTiers:
         self._now = now
         for name, cache in self._caches.items():
             admission = "always" if name is TierName.HOST else self._profiles[name].admission
+            if admission != "always":
+                cache.touch(segments, now)
+                continue
             for at in range(len(segments) - 1, fresh - 1, -1):
-                if admission == "always":
-                    cache.put(segments[at], lengths[at], now)
+                cache.put(segments[at], lengths[at], now)
             cache.touch(segments[:fresh], now)
 
     def used(self, segments: Sequence[int], lengths: Sequence[int], now: float) -> None:
