@@ -60,21 +60,19 @@ class _Link:
         self._engine = engine
         self._timeline = timeline
         self._delay_s = delay_s
-        self._report: _Report | None = None
+        self.report: _Report | None = None
 
-    @property
-    def report(self) -> _Report:
-        """The latest that has arrived."""
+    def listen(self) -> None:
+        """Take in the latest report that has arrived; `report` until the next call."""
         sent = self._engine.report_time(self._timeline.now - self._delay_s)
-        if self._report is None or self._report.at != sent:
-            self._report = _Report(self._engine.reported(sent), sent)
-        return self._report
+        if self.report is None or self.report.at != sent:
+            self.report = _Report(self._engine.reported(sent), sent)
 
     def start_again(self) -> None:
         """A new life of the worker: what the old one reported is void."""
         self.incarnation += 1
         self.connected = True
-        self._report = None
+        self.report = None
 
 
 class _Fleet:
@@ -130,6 +128,8 @@ class SimulatedRouter:
     def choose(self, number: int) -> Choice | None:
         """Where a request should go; None: no worker is known to be up. The decision counts as taken."""
         question = self._question(number)
+        for link in self._links.values():
+            link.listen()
         choice = self._decider.decide(question)
         if choice is None:
             return None
