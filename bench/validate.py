@@ -1,18 +1,24 @@
 """The simulator against the real thing: the same requests through real routers and workers, and through `replay`.
 
 A fleet of plain processes on loopback (workers of one engine, a router, gRPC between them) serves the same small
-workload once under each policy, its caches emptied before each; arrivals are those of the workload, so that queues
-grow. Then the simulator replays it with the profile that the workers report of themselves (`Load`, as routers read it).
+workload under each policy, its caches emptied before each. Two ways of arriving: `alone`, each request a moment after
+the last answer has ended, so that only caches and decisions count; and `crowd`, at the workload's own times, so that
+queues grow and prompts meet in batches. Then the simulator replays it with the profile that the workers report of themselves (`Load`, as routers read it).
 The pools are far smaller than what the sessions hold, so blocks are evicted all the time.
 
-Rows `<engine>_<policy>_hit_real`, `_hit_simulated` and `_hit_difference`; `_ttft_real_s` and `_ttft_simulated_s` (mean,
-from the router's door) and their `_ttft_ratio`; `<engine>_ranking_equal`: 1 when both put the policies into the same
-order of mean TTFT. Engines: `simulated` (a timing model that sleeps; real scheduling, events and load) and `torch` (a
-random tiny model on the CPU; its times depend on what else the machine does). The median of the rounds.
+In a crowd a choice depends on what is in flight at that moment, so a millisecond more or less changes later choices.
+Hence every round has a workload of its own, and the simulated figures of a round are means over replays whose arrivals
+are shifted by some milliseconds at random.
+
+Rows `<engine>_<way>_<policy>_hit_real`, `_hit_simulated` and `_hit_difference`; `_ttft_real_s` and `_ttft_simulated_s` (mean,
+from the router's door) and their `_ttft_ratio`; `<engine>_<way>_ranking_equal`: 1 when both put the policies into the same
+order of mean TTFT over all rounds; `_hit_difference` and `_ttft_ratio`, too, are of means over all rounds. Engines: `simulated` (a timing model that sleeps; real scheduling, events and load) and `torch` (a
+random tiny model on the CPU; its times depend on what else the machine does); `--engines` chooses.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -26,10 +32,11 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 
-from bench.report import Report, arguments
+from bench.report import Report
 from deploy.local_fleet import free_port
 from kvstore.blocks import HashScheme
 from replay.batched_profile import BatchedProfile
@@ -48,7 +55,7 @@ SECRET = "bench"
 POLICIES = ("cache_aware", "least_loaded", "round_robin")
 BLOCK = 16
 VOCAB = 2048
-POOL_BLOCKS = 240
+POOL_BLOCKS = 160
 TAIL_TOKENS = 5  # of every prompt behind its last full block
 START_TIMEOUT_S = 90.0
 TIMING = {"prefill_fixed_ms": 4.0, "prefill_token_ms": 0.4, "prefill_pair_ms": 0.00002, "decode_step_ms": 8.0}
@@ -68,7 +75,11 @@ class Engine:
     timing: dict[str, float] | None = None
 
 
-ENGINES = (Engine("simulated", 4, 0.9, TIMING), Engine("torch", 2, 0.7))
+ENGINES = {"simulated": Engine("simulated", 4, 0.6, TIMING), "torch": Engine("torch", 2, 0.5)}
+REPLAYS = 5
+SHIFT_S = 0.005
+THINK_S = 0.06  # until a worker has told its load
+DELAY_S = 0.002  # from a worker's word to the router, and its decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,13 @@ class Answer:
 
     cached: int
     prompt: int
+    ttft_s: float
+
+
+class Figure(NamedTuple):
+    """Share of prompt tokens that were cached, and mean time to the first token."""
+
+    hit: float
     ttft_s: float
 
 
@@ -190,6 +208,15 @@ async def ask(client: AsyncClient, prompt: list[int], output: int) -> Answer:
     return Answer(stream.usage.prompt_tokens - fates.get("computed", 0), len(prompt), stream.route.ttft_ms / 1e3)
 
 
+async def play_alone(client: AsyncClient, work: Workload, salt: int) -> list[Answer]:
+    """Send every request a moment after the last answer."""
+    answers = []
+    for number, request in enumerate(work.requests):
+        await asyncio.sleep(request.think_s or 0.0)
+        answers.append(await ask(client, token_ids(work, number, salt), request.output_length))
+    return answers
+
+
 async def play(client: AsyncClient, work: Workload, salt: int) -> list[Answer]:
     """Send every request when it is due."""
     prompts = [token_ids(work, number, salt) for number in range(len(work.requests))]
@@ -261,60 +288,90 @@ def paced(trace: Trace, engine: Engine, profile: BatchedProfile) -> Workload:
     return workload(trace, speed=work.arrivals_s[-1] * engine.workers * engine.load / cold_s)
 
 
-async def compare(report: Report, engine: Engine, model_dir: Path, *, quick: bool) -> None:
+def alone(trace: Trace) -> Workload:
+    """Each request after the one before."""
+    requests = tuple(replace(request, session="all", think_s=THINK_S) for request in trace.requests)
+    return workload(replace(trace, requests=requests), closed_loop=True)
+
+
+def replayed(work: Workload, engine: Engine, policy: str, profile: BatchedProfile, *, seed: int) -> Figure:
+    """Means over simulations whose arrivals are shifted a little."""
+    rng, found = random.Random(seed), []
+    for n in range(REPLAYS):
+        shifted = replace(work, arrivals_s=[at + rng.uniform(0, SHIFT_S) for at in work.arrivals_s])
+        setup = Setup(engine.workers, RouterSettings(policy, delay_s=DELAY_S), profile, seed=seed + n)
+        figures = simulate(shifted, setup).figures(warm_up=0.0)
+        found.append(Figure(figures.hit, figures.ttft_mean_s))
+    return mean(found)
+
+
+async def served(client: AsyncClient, work: Workload, policy: str, *, salt: int) -> Figure:
+    """The real fleet, from empty caches."""
+    await client.set_policy(policy)
+    await client.clear_cache(admin_pb2.ClearCacheRequest(all=True))
+    answers = await (play_alone if work.waits_for else play)(client, work, salt)
+    hit = sum(answer.cached for answer in answers) / sum(answer.prompt for answer in answers)
+    return Figure(hit, statistics.fmean(answer.ttft_s for answer in answers))
+
+
+async def compare(report: Report, engine: Engine, model_dir: Path, *, sessions: int, rounds: int) -> None:
     """All rows of one kind of engine."""
-    trace = made_trace(sessions=18 if quick else 30, turns=4, seed=7)
-    real: dict[str, list[tuple[float, float]]] = {policy: [] for policy in POLICIES}
-    simulated: dict[str, list[tuple[float, float]]] = {policy: [] for policy in POLICIES}
     async with fleet(engine, model_dir) as (client, addresses, nbytes):
         await warm_up(client, engine)
-        work = paced(trace, engine, await fitted(engine, addresses, nbytes))
-        for salt in range(1 if quick else 3):
-            for policy in POLICIES:
-                await client.set_policy(policy)
-                await client.clear_cache(admin_pb2.ClearCacheRequest(all=True))
-                answers = await play(client, work, salt)
-                hit = sum(a.cached for a in answers) / sum(a.prompt for a in answers)
-                real[policy].append((hit, statistics.fmean(a.ttft_s for a in answers)))
-            profile = await fitted(engine, addresses, nbytes)
-            for policy in POLICIES:
-                setup = Setup(engine.workers, RouterSettings(policy, delay_s=0.002), profile, seed=salt + 1)
-                figures = simulate(work, setup).figures(warm_up=0.0)
-                simulated[policy].append((figures.hit, figures.ttft_mean_s))
-    add_rows(report, engine.name, real, simulated)
+        profile = await fitted(engine, addresses, nbytes)
+        for way in ("alone", "crowd"):
+            real: dict[str, list[Figure]] = {policy: [] for policy in POLICIES}
+            simulated: dict[str, list[Figure]] = {policy: [] for policy in POLICIES}
+            for salt in range(rounds):
+                trace = made_trace(sessions=sessions, turns=4, seed=7 + salt)
+                work = alone(trace) if way == "alone" else paced(trace, engine, profile)
+                for policy in POLICIES:
+                    real[policy].append(await served(client, work, policy, salt=salt))
+                    profile = await fitted(engine, addresses, nbytes)
+                    simulated[policy].append(replayed(work, engine, policy, profile, seed=salt + 1))
+            add_rows(report, f"{engine.name}_{way}", real, simulated)
 
 
-def add_rows(
-    report: Report,
-    name: str,
-    real: dict[str, list[tuple[float, float]]],
-    simulated: dict[str, list[tuple[float, float]]],
-) -> None:
+def mean(figures: Sequence[Figure]) -> Figure:
+    """Of each."""
+    return Figure(statistics.fmean(f.hit for f in figures), statistics.fmean(f.ttft_s for f in figures))
+
+
+def add_rows(report: Report, name: str, real: dict[str, list[Figure]], simulated: dict[str, list[Figure]]) -> None:
     """Both numbers, and how far they are apart."""
-    orders = []
     for policy in POLICIES:
-        pairs = list(zip(real[policy], simulated[policy], strict=True))
-        report.add(f"{name}_{policy}_hit_real", [r[0] for r, _ in pairs], "share")
-        report.add(f"{name}_{policy}_hit_simulated", [s[0] for _, s in pairs], "share")
-        report.add(f"{name}_{policy}_hit_difference", [abs(s[0] - r[0]) for r, s in pairs], "share", bar="<= 0.01")
-        report.add(f"{name}_{policy}_ttft_real_s", [r[1] for r, _ in pairs], "s")
-        report.add(f"{name}_{policy}_ttft_simulated_s", [s[1] for _, s in pairs], "s")
-        report.add(f"{name}_{policy}_ttft_ratio", [s[1] / r[1] for r, s in pairs], "ratio")
-    for n in range(len(real[POLICIES[0]])):
-        ranked = [sorted(POLICIES, key=lambda policy: side[policy][n][1]) for side in (real, simulated)]  # noqa: B023
-        orders.append(float(ranked[0] == ranked[1]))
-    report.add(f"{name}_ranking_equal", orders, "share", bar=">= 1")
+        theirs, ours = real[policy], simulated[policy]
+        report.add(f"{name}_{policy}_hit_real", [f.hit for f in theirs], "share")
+        report.add(f"{name}_{policy}_hit_simulated", [f.hit for f in ours], "share")
+        apart = abs(mean(ours).hit - mean(theirs).hit)
+        report.add(f"{name}_{policy}_hit_difference", [apart], "share", bar="<= 0.01")
+        report.add(f"{name}_{policy}_ttft_real_s", [f.ttft_s for f in theirs], "s")
+        report.add(f"{name}_{policy}_ttft_simulated_s", [f.ttft_s for f in ours], "s")
+        report.add(f"{name}_{policy}_ttft_ratio", [mean(ours).ttft_s / mean(theirs).ttft_s], "ratio")
+    orders = [sorted(POLICIES, key=lambda policy: mean(side[policy]).ttft_s) for side in (real, simulated)]
+    report.add(f"{name}_ranking_equal", [float(orders[0] == orders[1])], "share", bar=">= 1")
+
+
+def options() -> argparse.Namespace:
+    """The flags that every benchmark has, and those that choose."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one small round")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
+    parser.add_argument("--engines", metavar="NAME,...", default=",".join(ENGINES), help="default: all")
+    parser.add_argument("--rounds", type=int, default=4, help="default: 4")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Print the table."""
-    options, report = arguments(__doc__), Report("validate")
+    given, report = options(), Report("validate")
     with tempfile.TemporaryDirectory() as folder:
         shape = ModelShape(layers=6, hidden=256, heads=4, kv_heads=2, vocab=VOCAB)
         model_dir = make_model_folder(folder, shape)
-        for engine in ENGINES:
-            asyncio.run(compare(report, engine, model_dir, quick=options.quick))
-    report.print(as_json=options.json)
+        for name in given.engines.split(","):
+            sessions, rounds = (10, 1) if given.quick else (16, given.rounds)
+            asyncio.run(compare(report, ENGINES[name], model_dir, sessions=sessions, rounds=rounds))
+    report.print(as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class BatchedEngine:
     def _start_empty(self) -> None:
         self.scheduler = BatchedScheduler(self._profile, self._work.block_size, self._blocks)
         self._came: list[Sequence] = []
-        self._called_off: list[int] = []
+        self._called_off: list[Sequence] = []
         self._known: dict[int, Sequence] = {}
         self._first_due: list[Sequence] = []  # they decode, and have no token yet
         self._plan: _Plan | None = None
@@ -139,18 +139,18 @@ class BatchedEngine:
 
     def cancel(self, number: int) -> None:
         """Forget a request after the step that runs."""
-        if number in self._known:
-            self._called_off.append(number)
+        sequence = self._known.pop(number, None)
+        if sequence is not None:
+            self._called_off.append(sequence)
             self._look_soon()
 
     def fail(self) -> tuple[list[int], list[int]]:
         """Lose pool, host and all requests: (those that had no token yet, those that were being answered)."""
         self.catch_up()
-        gone = set(self._called_off)
         for sequence in self.scheduler.decoding:
             since, tokens = sequence.decoding_since or (0, sequence.tokens)
             sequence.tokens = tokens + self.scheduler.decoding.steps - since
-        lost = sorted((s for n, s in self._known.items() if n not in gone), key=lambda sequence: sequence.rank)
+        lost = sorted(self._known.values(), key=lambda sequence: sequence.rank)
         if self._plan is not None:
             self.busy_s += self._plan.prefill_s * self._share_done(self._plan)
         self._tell()
@@ -271,19 +271,20 @@ class BatchedEngine:
             ended.append(sequence)
         self._tell()
         for sequence in (*newcomers, *(s for s in prefilled if s.generated == 1)):
-            self._told.first_token(sequence.number, self._reuse(sequence, now))
+            if self._known.get(sequence.number) is sequence:
+                self._told.first_token(sequence.number, self._reuse(sequence, now))
         for sequence in ended:
-            del self._known[sequence.number]
-            self._told.ended(sequence.number)
+            if self._known.get(sequence.number) is sequence:
+                del self._known[sequence.number]
+                self._told.ended(sequence.number)
         self._note(now)
         self._next()
 
     def _take_in(self, now: float) -> None:
-        for number in self._called_off:
-            sequence = self._known.pop(number, None)
-            if sequence is not None and sequence in self._came:
+        for sequence in self._called_off:
+            if sequence in self._came:
                 self._came.remove(sequence)
-            elif sequence is not None:
+            elif sequence in self.scheduler:
                 self.scheduler.remove(sequence, now)
         self._called_off.clear()
         for sequence in self._came:

@@ -38,6 +38,9 @@ class BatchedScheduler:
         self._short_of_blocks = False  # since a preemption, until a sequence ended
         self._taken = 0  # decode steps to come whose blocks are taken
 
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._admitted or sequence in self._waiting
+
     def __iter__(self) -> Iterator[Sequence]:
         """All."""
         yield from (*self._admitted, *self._waiting)

@@ -182,6 +182,10 @@ class SimulatedRouter:
         link.start_again()
         self._greet(link)
 
+    def die(self) -> None:
+        """The process ended: words that are on their way reach nobody."""
+        self._keys.clear()
+
     def check(self) -> None:
         """Raises InvariantError when the books are wrong, or something is left of requests that have ended."""
         self._index.check()
