@@ -3,17 +3,19 @@
 A fleet of plain processes on loopback (workers of one engine, a router, gRPC between them) serves the same small
 workload under each policy, its caches emptied before each. Two ways of arriving: `alone`, each request a moment after
 the last answer has ended, so that only caches and decisions count; and `crowd`, at the workload's own times, so that
-queues grow and prompts meet in batches. Then the simulator replays it with the profile that the workers report of themselves (`Load`, as routers read it).
-The pools are far smaller than what the sessions hold, so blocks are evicted all the time.
+queues grow and prompts meet in batches. Then the simulator replays it with the profile that the workers report of
+themselves (`Load`, as routers read it). The pools are far smaller than what the sessions hold, so blocks are evicted
+all the time.
 
 In a crowd a choice depends on what is in flight at that moment, so a millisecond more or less changes later choices.
 Hence every round has a workload of its own, and the simulated figures of a round are means over replays whose arrivals
 are shifted by some milliseconds at random.
 
-Rows `<engine>_<way>_<policy>_hit_real`, `_hit_simulated` and `_hit_difference`; `_ttft_real_s` and `_ttft_simulated_s` (mean,
-from the router's door) and their `_ttft_ratio`; `<engine>_<way>_ranking_equal`: 1 when both put the policies into the same
-order of mean TTFT over all rounds; `_hit_difference` and `_ttft_ratio`, too, are of means over all rounds. Engines: `simulated` (a timing model that sleeps; real scheduling, events and load) and `torch` (a
-random tiny model on the CPU; its times depend on what else the machine does); `--engines` chooses.
+Rows `<engine>_<way>_<policy>_hit_real` and `_hit_simulated`; `_ttft_real_s` and `_ttft_simulated_s` (mean, from the
+router's door); of means over all rounds `_hit_difference`, `_ttft_ratio`, and `<engine>_<way>_ranking_equal`: 1 when
+both put the policies into the same order of mean TTFT. Engines: `simulated` (a timing model that sleeps; real
+scheduling, events and load) and `torch` (a random tiny model on the CPU; its times depend on what else the machine
+does); `--engines` chooses.
 """
 
 from __future__ import annotations
@@ -156,9 +158,7 @@ def worker_processes(engine: Engine, model_dir: Path) -> Iterator[tuple[dict[str
             config = json.dumps({**fields, "name": f"w{number}", "device_bytes": POOL_BLOCKS * nbytes})
             command = [sys.executable, "-m", "workers.main", "--config", config]
             command += ["--timing", json.dumps(engine.timing)] if engine.timing else []
-            processes.append(
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            )
+            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
         for number, process in enumerate(processes):
             line = process.stdout.readline() if process.stdout else ""
             addresses[f"w{number}"] = json.loads(line)["address"]

@@ -90,9 +90,7 @@ class BatchedEngine:
         self._fit = profile.fit
         self._remember_s = remember_s + profile.heartbeat_s
         self._capacity = profile.pool_tokens // work.block_size * work.block_size
-        pool = SegmentCache(
-            TierName.DEVICE, profile.pool_tokens // work.block_size, work.lengths, ttl_s=tiers.ttl_s
-        )
+        pool = SegmentCache(TierName.DEVICE, profile.pool_tokens // work.block_size, work.lengths, ttl_s=tiers.ttl_s)
         self._tiers = WorkerTiers(tiers, work, shared)
         self._reads = self._tiers.reads
         self._expires = tiers.ttl_s is not None
@@ -308,7 +306,7 @@ class BatchedEngine:
             self._told.cache_changed(change)
 
     def _note(self, now: float) -> None:
-        """Remember the load for reports, which are sent no faster than they may be; the latest of those not yet sent."""
+        """Remember the load for the next report; reports are sent no faster than they may be."""
         scheduler, history = self.scheduler, self._history
         last = history[-1].since
         since = last if last > now else max(now, last + self._profile.report_s)

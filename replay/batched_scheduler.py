@@ -119,7 +119,7 @@ class BatchedScheduler:
         return whole
 
     def decode_room(self, most: int) -> int:
-        """How many decode steps, at most so many, find blocks without a preemption. Those of the next step are taken."""
+        """How many decode steps find blocks without a preemption, at most so many. The next one has its blocks."""
         return self.decoding.steps_within(self._blocks.pool.available + self.decoding.blocks_for(1), most)
 
     def take_decode_blocks(self, steps: int) -> None:

@@ -1,9 +1,9 @@
 """A request inside a simulated engine, and the blocks that it holds of a pool.
 
 Covers: finding, taking, filling, naming and giving back blocks, in segments. Does not cover: who may have them
-(`batched_scheduler`), time (`batched_engine`). The rules are those of `workers.sequence` and `kvstore.pool`: full blocks
-get their names as they are computed, a name that is held already leaves the copy without one, and the blocks of an
-answer stay in the pool under names that nobody asks for.
+(`batched_scheduler`), time (`batched_engine`). The rules are those of `workers.sequence` and `kvstore.pool`: full
+blocks get their names as they are computed, a name that is held already leaves the copy without one, and the blocks of
+an answer stay in the pool under names that nobody asks for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from kvstore.events import TierName
 from replay.batched_profile import BatchedProfile
-from replay.engine import NO_TIERS
 from replay.segment_cache import SegmentCache
 from replay.tiers import WorkerTiers
 from replay.workload import Chain
@@ -182,7 +181,7 @@ class SequenceBlocks:
         return -(-tokens // self._block_size)
 
     def full(self, sequence: Sequence) -> int:
-        """Blocks that are full of computed tokens; a prompt's last block that its trace names counts with the prompt."""
+        """Blocks full of computed tokens; a prompt's last block that its trace names counts with the prompt."""
         blocks = sequence.computed // self._block_size
         return max(blocks, sequence.base) if sequence.computed >= sequence.prompt else blocks
 

@@ -24,7 +24,7 @@ class Fate:
         cached, computed: prompt tokens, in the prefill that gave the first token; their sum is the prompt.
         worker: of the last attempt. attempts: 1 unless workers were lost. failed: cut off in mid-answer.
         predicted_ttft_s, predicted_tokens: of the last attempt; zero for policies that predict nothing.
-        ended_s: when the last token came, or the answer broke off. output: tokens of the answer that the trace asks for.
+        ended_s: when the last token came, or the answer broke off. output: tokens of the answer in the trace.
         tiers: cached tokens by tier, where the engine has tiers.
     """
 

@@ -56,7 +56,7 @@ _ALL = (
     ),
     NamedProfile(
         "h100x8_70b",
-        "estimate: a 70B model on eight H100s with tensor parallelism: the 8B figures with 8.75 times the work on eight "
+        "estimate: a 70B model on eight H100s with tensor parallelism: 8.75 times the work of the 8B on eight "
         "times the machine at 80 % of its efficiency, 320 KiB a token, 0.95 TiB of pool.",
         BatchedProfile(
             PrefillFit(3.0, 0.039, 1.2e-6),
@@ -164,7 +164,7 @@ def measured_profile(
     )
 
 
-def _tier(measured: Measured, tier: common_pb2.Tier) -> TierProfile | None:
+def _tier(measured: Measured, tier: common_pb2.Tier.ValueType) -> TierProfile | None:
     """None: the fleet has none, or nobody knows how large it is."""
     reads = [read for load in measured.loads if (read := _read(load, tier)) is not None]
     tokens = _tokens(measured, tier)
@@ -177,11 +177,11 @@ def _tier(measured: Measured, tier: common_pb2.Tier) -> TierProfile | None:
     )
 
 
-def _read(load: worker_pb2.Load, tier: common_pb2.Tier) -> TierRead | None:
+def _read(load: worker_pb2.Load, tier: common_pb2.Tier.ValueType) -> TierRead | None:
     wanted = worker_pb2.Load(tiers=[each for each in load.tiers if each.tier == tier])
     return next(iter(tier_reads(wanted).values()), None)
 
 
-def _tokens(measured: Measured, tier: common_pb2.Tier) -> int:
+def _tokens(measured: Measured, tier: common_pb2.Tier.ValueType) -> int:
     capacities = [each.capacity_bytes for load in measured.loads for each in load.tiers if each.tier == tier]
     return int(median(capacities)) // measured.block_nbytes * measured.block_size if capacities else 0

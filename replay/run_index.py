@@ -18,6 +18,7 @@ from router.traffic import Traffic
 
 _LOCAL = (TierName.DEVICE, TierName.HOST, TierName.DISK)  # a worker's own tiers, in the order of `Overlap`
 
+
 class RunIndex(PrefixIndex):
     """A `PrefixIndex` of segment keys that answers in blocks when it is asked about a `Chain`."""
 
@@ -28,8 +29,10 @@ class RunIndex(PrefixIndex):
 
     def set_partial(self, worker: str, tier: TierName, changes: Mapping[int, int]) -> None:
         """Leading blocks of segments that a tier holds in part; 0: it does so no more."""
-        partial = self._shared_partial if tier is TierName.REDIS else self._partial.setdefault(worker, {})
-        known = partial if tier is TierName.REDIS else partial.setdefault(tier, {})
+        if tier is TierName.REDIS:
+            known = self._shared_partial
+        else:
+            known = self._partial.setdefault(worker, {}).setdefault(tier, {})
         for segment, blocks in changes.items():
             if blocks:
                 known[segment] = blocks

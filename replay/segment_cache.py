@@ -75,7 +75,7 @@ class SegmentCache:
         return start
 
     def run(self, chain: Chain, first: int) -> int:
-        """The end of the run of held blocks that begins with block `first` of a chain; `first` itself: it is not held."""
+        """The end of the run of held blocks that begins with block `first` of a chain; `first`: there is none."""
         at = chain.whole_segments(first)
         start = chain.blocks(at)
         for segment, end in zip(chain.segments[at:], chain.ends[at:], strict=True):

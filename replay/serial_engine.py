@@ -19,7 +19,6 @@ from replay.timeline import Timeline
 from replay.workload import Chain, Workload
 from router.cost import PrefillFit, WorkerLoad
 
-
 _NOBODY = -1  # whose prefill goes on though its request was cancelled
 
 

@@ -105,7 +105,10 @@ class SimulatedRouter:
         seed: int = 0,
         shared_id: str = "",
     ) -> None:
-        """`shared_id`: a name of the shared tier, if there is one. Raises InvalidRequest when the settings name an unknown policy or weight."""
+        """`shared_id`: a name of the shared tier, if there is one.
+
+        Raises InvalidRequest when the settings name an unknown policy or weight.
+        """
         checked_weights(find_policy(settings.policy), settings.weights)
         self._settings = settings
         self._work = work

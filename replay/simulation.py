@@ -199,9 +199,7 @@ class Simulation:
         delay_s = setup.router.delay_s
         if isinstance(setup.profile, SerialProfile):
             return SerialEngine(setup.profile, work, timeline, told, remember_s=delay_s)
-        return BatchedEngine(
-            setup.profile, setup.tiers, work, timeline, told, shared=self._shared, remember_s=delay_s
-        )
+        return BatchedEngine(setup.profile, setup.tiers, work, timeline, told, shared=self._shared, remember_s=delay_s)
 
     def _told_by(self, worker: str) -> Told:
         def cache_changed(change: CacheChange) -> None:

@@ -106,7 +106,8 @@ class NaiveEngine:
         self.capacity = profile.pool_tokens // self.size
         self.pool = NaiveCache(self.capacity, tiers.ttl_s)
         self.tiers: dict[str, tuple[TierProfile, NaiveCache]] = {
-            name.value: (tier, NaiveCache(tier.tokens // self.size, tiers.ttl_s)) for name, tier in tiers.profiles().items()
+            name.value: (tier, NaiveCache(tier.tokens // self.size, tiers.ttl_s))
+            for name, tier in tiers.profiles().items()
         }
         self.lines = dict.fromkeys(self.tiers, 0.0)
         self.jobs: list[Job] = []
