@@ -34,7 +34,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -148,7 +148,12 @@ def token_ids(work: Workload, number: int, salt: int) -> list[int]:
 @contextlib.contextmanager
 def worker_processes(engine: Engine, model_dir: Path) -> Iterator[tuple[dict[str, str], int]]:
     """Workers of that kind; (addresses by name, bytes a block)."""
-    fields = {"model_dir": str(model_dir), "model_name": "bench", "engine": engine.name, "fleet_secret": SECRET}
+    fields: dict[str, Any] = {
+        "model_dir": str(model_dir),
+        "model_name": "bench",
+        "engine": engine.name,
+        "fleet_secret": SECRET,
+    }
     fields |= {"device": "cpu", "block_size": BLOCK, "host_bytes": 0}
     nbytes = info_for(WorkerConfig(**{**fields, "name": "w0"})).block_nbytes
     processes: list[subprocess.Popen[str]] = []

@@ -218,6 +218,12 @@ def test_what_one_worker_wrote_another_one_reads_from_the_shared_tier() -> None:
     assert second.ttft_s == pytest.approx((2.0 + 100 * 0.1 + computed_ms) / 1e3)
 
 
+def test_what_takes_longer_to_read_is_computed() -> None:
+    work = mixed([(0.0, [1] * 10, 3, 0), (2.0, [1] * 10, 3, 0)], extra=3)
+    setup = Setup(2, RouterSettings("round_robin"), PROFILE, tiers=Tiers(redis=replace(REDIS, token_ms=1.2)))
+    assert [fate.computed for fate in Simulation(work, setup).run().fates] == [103, 103]
+
+
 def test_the_router_knows_the_shared_tier_and_prices_its_reads() -> None:
     work = mixed([(0.0, [1] * 10, 3, 0), (2.0, [1] * 10, 3, 0)], extra=3)
     setup = Setup(2, RouterSettings("cache_aware"), PROFILE, tiers=Tiers(redis=REDIS), failures=(Failure(0, 1.0, 9.0),))
