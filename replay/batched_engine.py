@@ -144,7 +144,7 @@ class BatchedEngine:
 
     def fail(self) -> tuple[list[int], list[int]]:
         """Lose pool, host and all requests: (those that had no token yet, those that were being answered)."""
-        self.catch_up()
+        self._catch_up()
         for sequence in self.scheduler.decoding:
             since, tokens = sequence.decoding_since or (0, sequence.tokens)
             sequence.tokens = tokens + self.scheduler.decoding.steps - since
@@ -158,7 +158,18 @@ class BatchedEngine:
         return [s.number for s in lost if not s.generated], [s.number for s in lost if s.generated]
 
     def catch_up(self) -> None:
-        """Make the steps of a jump that are over by now, and tell of what they and the TTL changed."""
+        """Tell of what the steps of a jump that are over by now, and the TTL, have changed."""
+        plan = self._plan
+        if plan is not None and plan.steps > 1:
+            steps = plan.done_by(self._timeline.now) - self._done
+            if self.scheduler.decoding.blocks_for(steps, after=1):  # else nobody could see a difference
+                self._catch_up()
+        if self._expires:
+            self._expire()
+            self._tell()
+
+    def _catch_up(self) -> None:
+        """Make the steps of a jump that are over by now."""
         plan, now = self._plan, self._timeline.now
         if plan is not None and plan.steps > 1 and (steps := plan.done_by(now)) > self._done:
             self.scheduler.take_decode_blocks(steps - self._done)
@@ -166,9 +177,6 @@ class BatchedEngine:
             self._done = steps
             self._tell()
             self.scheduler.take_decode_blocks(1)
-        if self._expires:
-            self._expire()
-            self._tell()
 
     def holding(self) -> list[CacheChange]:
         """All that it holds, as changes from nothing."""
@@ -209,7 +217,7 @@ class BatchedEngine:
         if plan is None:
             self._next()
         elif plan.steps > 1:
-            self.catch_up()
+            self._catch_up()
             if self._done + 1 < plan.steps:
                 self._run(replace(plan, steps=self._done + 1))
 
