@@ -9,7 +9,10 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from kvstore.events import TierName
+from replay.engine import NO_TIERS
 
 
 @dataclass(slots=True)
@@ -21,6 +24,8 @@ class Fate:
         cached, computed: prompt tokens, in the prefill that gave the first token; their sum is the prompt.
         worker: of the last attempt. attempts: 1 unless workers were lost. failed: cut off in mid-answer.
         predicted_ttft_s, predicted_tokens: of the last attempt; zero for policies that predict nothing.
+        ended_s: when the last token came, or the answer broke off. output: tokens of the answer in the trace.
+        tiers: cached tokens by tier, where the engine has tiers.
     """
 
     arrived_s: float
@@ -32,6 +37,16 @@ class Fate:
     failed: bool = False
     predicted_ttft_s: float = 0.0
     predicted_tokens: int = 0
+    ended_s: float | None = None
+    output: int = 0
+    tiers: Mapping[TierName, int] = field(default_factory=lambda: NO_TIERS)
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time between two tokens of the answer; None for one of fewer than two, and one that broke off."""
+        if self.failed or self.first_token_s is None or self.ended_s is None or self.output < 2:
+            return None
+        return (self.ended_s - self.first_token_s) / (self.output - 1)
 
     @property
     def ttft_s(self) -> float:
@@ -52,6 +67,8 @@ class Figures:
         unanswered: requests that never got a token. failed: those cut off in mid-answer. retried: placed twice or more.
         late_s: mean of the real less the predicted time to the first token; zero for policies that predict nothing.
         overrated: tokens that the router expected in the cache and that were not there, as a share of the prompts.
+        tiers: share of prompt tokens by the tier that they came from, where the engine tells.
+        tpot_*: seconds between two tokens, a request's mean counting once; nan where nothing has two tokens.
     """
 
     requests: int
@@ -67,6 +84,10 @@ class Figures:
     retried: int
     late_s: float
     overrated: float
+    tiers: Mapping[TierName, float]
+    tpot_mean_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +110,10 @@ class Outcome:
         tokens = sum(fate.cached + fate.computed for fate in answered)
         predicted = [fate.ttft_s - fate.predicted_ttft_s for fate in answered if fate.predicted_ttft_s]
         busy = list(self.busy_s.values())
+        between = [tpot for fate in answered if (tpot := fate.tpot_s) is not None]
+        by_tier: Counter[TierName] = Counter()
+        for fate in answered:
+            by_tier.update(fate.tiers)
         return Figures(
             requests=len(counted),
             hit=sum(fate.cached for fate in answered) / tokens if tokens else 0.0,
@@ -103,6 +128,10 @@ class Outcome:
             retried=sum(fate.attempts > 1 for fate in counted),
             late_s=statistics.fmean(predicted) if predicted else 0.0,
             overrated=sum(max(0, fate.predicted_tokens - fate.cached) for fate in answered) / tokens if tokens else 0.0,
+            tiers={tier: count / tokens for tier, count in by_tier.items()},
+            tpot_mean_s=statistics.fmean(between) if between else float("nan"),
+            tpot_p50_s=quantile(between, 0.5),
+            tpot_p99_s=quantile(between, 0.99),
         )
 
 

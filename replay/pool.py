@@ -10,7 +10,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from replay.run_index import Partial
+
+class Partial(NamedTuple):
+    """A segment of which a worker's pool holds only so many leading blocks."""
+
+    segment: int
+    blocks: int
 
 
 class Change(NamedTuple):
@@ -62,6 +67,10 @@ class Pool:
             return None
         segment, blocks = next(iter(self._held.items()))
         return Partial(segment, blocks) if blocks < self._lengths[segment] else None
+
+    def whole(self) -> list[int]:
+        """The segments of which all blocks are held."""
+        return [segment for segment, blocks in self._held.items() if blocks == self._lengths[segment]]
 
     def clear(self) -> None:
         """Hold nothing."""

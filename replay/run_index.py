@@ -3,26 +3,21 @@
 Covers: translating between a chain's blocks and its segments. Does not cover: anything that the router's own classes
 do, which are used as they are: to them a segment is a block.
 
-A cache may hold the beginning of a segment only. As eviction takes the least recently used block and a prompt's last
-blocks go first, that is true of at most one segment a worker, so it is kept beside the index (`set_partial`).
+A cache may hold the beginning of a segment only: of the one that eviction is at, and of those that are just being
+computed. These few are kept beside the index (`set_partial`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
+from kvstore.events import TierName
 from replay.workload import Chain
 from router.chain_tree import Runs
 from router.index import Overlap, PrefixIndex
 from router.traffic import Traffic
 
-
-class Partial(NamedTuple):
-    """A segment of which a worker's pool holds only so many leading blocks."""
-
-    segment: int
-    blocks: int
+_LOCAL = (TierName.DEVICE, TierName.HOST, TierName.DISK)  # a worker's own tiers, in the order of `Overlap`
 
 
 class RunIndex(PrefixIndex):
@@ -30,14 +25,20 @@ class RunIndex(PrefixIndex):
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__(clock)
-        self._partial: dict[str, Partial] = {}
+        self._partial: dict[str, dict[TierName, dict[int, int]]] = {}  # leading blocks by worker, tier and segment
+        self._shared_partial: dict[int, int] = {}
 
-    def set_partial(self, worker: str, partial: Partial | None) -> None:
-        """What the worker's pool holds a part of."""
-        if partial is None:
-            self._partial.pop(worker, None)
+    def set_partial(self, worker: str, tier: TierName, changes: Mapping[int, int]) -> None:
+        """Leading blocks of segments that a tier holds in part; 0: it does so no more."""
+        if tier is TierName.REDIS:
+            known = self._shared_partial
         else:
-            self._partial[worker] = partial
+            known = self._partial.setdefault(worker, {}).setdefault(tier, {})
+        for segment, blocks in changes.items():
+            if blocks:
+                known[segment] = blocks
+            else:
+                known.pop(segment, None)
 
     def drop(self, worker: str) -> None:
         """As the index does."""
@@ -55,16 +56,25 @@ class RunIndex(PrefixIndex):
         return {name: self._in_blocks(name, hashes, found) for name, found in super().match(hashes.keys).items()}
 
     def _in_blocks(self, worker: str, chain: Chain, found: Overlap) -> Overlap:
-        device = self._device_blocks(worker, chain, found.device)
-        if found.device == found.shared:  # most workers, and a worker is asked about for every request
-            return Overlap(device, device, device, device)
-        return Overlap(device, *(max(device, chain.blocks(depth)) for depth in found[1:]))
-
-    def _device_blocks(self, worker: str, chain: Chain, leading: int) -> int:
-        partial = self._partial.get(worker)
-        if partial is None or leading == len(chain.segments) or chain.segments[leading] != partial.segment:
-            return chain.blocks(leading)
-        return chain.blocks(leading) + partial.blocks
+        """Behind the whole segments that a level has lies at most a part of one more, in any tier of that level."""
+        by_tier, shared = self._partial.get(worker, {}), self._shared_partial
+        if not (shared or any(by_tier.values())):
+            device = chain.blocks(found.device)
+            if found.device == found.shared:  # most workers, and a worker is asked about for every request
+                return Overlap(device, device, device, device)
+            return Overlap(device, *(chain.blocks(depth) for depth in found[1:]))
+        deepest, runs = 0, []
+        for level, depth in enumerate(found):
+            whole = chain.blocks(depth)
+            if depth < len(chain.segments):
+                segment = chain.segments[depth]
+                partial = max(by_tier[tier].get(segment, 0) if tier in by_tier else 0 for tier in _LOCAL[: level + 1])
+                if level == len(_LOCAL):
+                    partial = max(partial, shared.get(segment, 0))
+                whole += partial
+            deepest = max(deepest, whole)
+            runs.append(deepest)
+        return Overlap(*runs)
 
 
 class RunTraffic(Traffic):

@@ -13,12 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from replay.pool import Change, Pool
+from kvstore.events import TierName
+from replay.engine import CacheChange, Reuse, Told
+from replay.pool import Change, Partial, Pool
 from replay.timeline import Timeline
 from replay.workload import Chain, Workload
 from router.cost import PrefillFit, WorkerLoad
 
 SHARE_MEMORY_S = 30.0
+_NOBODY = -1  # whose prefill goes on though its request was cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +47,6 @@ class SerialProfile:
     def fit(self) -> PrefillFit:
         """What an engine like this would measure of itself."""
         return PrefillFit(self.request_s * 1e3, 1e3 / (self.prefill_tokens_per_s * self.fit_error))
-
-
-class Reuse(NamedTuple):
-    """The fate of a prompt's tokens, and when its first token came."""
-
-    cached: int
-    computed: int
-    first_token_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """Whom an engine tells: of a first token, of an answer's end, of changes in the pool."""
-
-    first_token: Callable[[int, Reuse], None]
-    ended: Callable[[int], None]
-    pool_changed: Callable[[Change], None]
 
 
 class _Prefill(NamedTuple):
@@ -110,15 +96,11 @@ class SerialEngine:
         self._expected: Counter[int] = Counter()  # segments that requests before their first token will leave
         self._queued_tokens = 0.0
         self._running: _Prefill | None = None
-        self._decoding: set[int] = set()
+        self._decoding: dict[int, float] = {}  # until when
         self._life = 0
+        self._partial: Partial | None = None  # as it was told
         self._history = deque([_State(timeline.now, 0.0, 0, 0, None, 0.0)])
         self.busy_s = 0.0
-
-    @property
-    def pool(self) -> Pool:
-        """What it holds."""
-        return self._pool
 
     def submit(self, number: int) -> None:
         """Queue a request."""
@@ -130,11 +112,31 @@ class SerialEngine:
         self._start_next()
         self._note()
 
+    def cancel(self, number: int) -> None:
+        """Forget a request; a prefill that runs goes on to its end, as nothing is chunked here."""
+        for queued in [each for each in self._queue if each[0] == number]:
+            self._queue.remove(queued)
+            self._queued_tokens -= queued[1]
+            self._expected.subtract(self._work.chains[number].segments)
+        if self._running is not None and self._running.number == number:
+            self._running = self._running._replace(number=_NOBODY)
+        self._decoding.pop(number, None)
+        self._note()
+
+    def catch_up(self) -> None:
+        """Nothing happens here between events."""
+
+    def holding(self) -> list[CacheChange]:
+        """All that it holds, as a change from nothing."""
+        partial = self._pool.partial()
+        return [CacheChange(TierName.DEVICE, self._pool.whole(), (), {} if partial is None else dict([partial]))]
+
     def fail(self) -> tuple[list[int], list[int]]:
         """Lose everything: (requests that had no token yet, requests that were being answered)."""
         unstarted = [number for number, _ in self._queue]
         if self._running is not None:
-            unstarted.insert(0, self._running.number)
+            if self._running.number != _NOBODY:
+                unstarted.insert(0, self._running.number)
             self.busy_s -= self._running.started + self._running.seconds - self._timeline.now
         lost = unstarted, sorted(self._decoding)
         self._life += 1
@@ -143,6 +145,7 @@ class SerialEngine:
         self._running = None
         self._decoding.clear()
         self._pool.clear()
+        self._partial = None
         self._queued_tokens = 0.0
         self._history = deque([_State(self._timeline.now, 0.0, 0, 0, None, 0.0)])
         return lost
@@ -184,19 +187,28 @@ class SerialEngine:
         self._timeline.at(now + seconds, self._if_alive(lambda: self._prefilled(number, reuse)))
 
     def _prefilled(self, number: int, reuse: Reuse) -> None:
-        chain = self._work.chains[number].segments
+        chain, running = self._work.chains[number].segments, self._running
         self._running = None
-        self._decoding.add(number)
         self._expected.subtract(chain)
-        self._told.pool_changed(self._pool.take(chain))
-        self._told.first_token(number, reuse)
-        decode_s = self._work.requests[number].output_length * self._profile.decode_token_s
-        self._timeline.at(self._timeline.now + decode_s, self._if_alive(lambda: self._finished(number)))
+        self._tell(self._pool.take(chain))
+        if running is not None and running.number == number:
+            until = self._timeline.now + self._work.requests[number].output_length * self._profile.decode_token_s
+            self._decoding[number] = until
+            self._told.first_token(number, reuse)
+            self._timeline.at(until, self._if_alive(lambda: self._finished(number, until)))
         self._start_next()
         self._note()
 
-    def _finished(self, number: int) -> None:
-        self._decoding.discard(number)
+    def _tell(self, change: Change) -> None:
+        before, self._partial = self._partial, self._pool.partial()
+        partial = {} if before is None else {before.segment: 0}
+        partial.update({} if self._partial is None else dict([self._partial]))
+        self._told.cache_changed(CacheChange(TierName.DEVICE, change.stored, change.removed, partial))
+
+    def _finished(self, number: int, until: float) -> None:
+        if self._decoding.get(number) != until:
+            return
+        del self._decoding[number]
         self._note()
         self._told.ended(number)
 

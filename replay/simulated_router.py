@@ -8,16 +8,15 @@ order, its events and its load alike.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import cast
 
 from kvstore.errors import InvariantError
-from kvstore.events import BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
-from replay.pool import Change
-from replay.run_index import Partial, RunIndex, RunTraffic
-from replay.serial_engine import SerialEngine
+from kvstore.events import BlockRemoved, BlockStored, KvEvent, RemovalCause
+from replay.engine import CacheChange, Engine
+from replay.run_index import RunIndex, RunTraffic
 from replay.timeline import Timeline
 from replay.workload import Workload, segment_key
 from router.cost import WorkerLoad
@@ -54,7 +53,7 @@ class _Link:
     hello = None  # serves no blocks to others
     owes_clear = False  # nobody clears anything
 
-    def __init__(self, name: str, engine: SerialEngine, timeline: Timeline, delay_s: float) -> None:
+    def __init__(self, name: str, engine: Engine, timeline: Timeline, delay_s: float) -> None:
         self.name = name
         self.incarnation = 1
         self.connected = True
@@ -62,22 +61,20 @@ class _Link:
         self._engine = engine
         self._timeline = timeline
         self._delay_s = delay_s
-        self._report: _Report | None = None
+        self.report: _Report | None = None
 
-    @property
-    def report(self) -> _Report:
-        """The latest that has arrived."""
+    def listen(self) -> None:
+        """Take in the latest report that has arrived; `report` until the next call."""
         sent = self._engine.report_time(self._timeline.now - self._delay_s)
-        if self._report is None or self._report.at != sent:
-            self._report = _Report(self._engine.reported(sent), sent)
-        return self._report
+        if self.report is None or self.report.at != sent:
+            self.report = _Report(self._engine.reported(sent), sent)
 
     def start_again(self) -> None:
         """A new life of the worker: what the old one reported is void."""
         self.incarnation += 1
         self.connected = True
         self.joined_at = self._timeline.now
-        self._report = None
+        self.report = None
 
 
 class _Fleet:
@@ -104,17 +101,23 @@ class SimulatedRouter:
         self,
         settings: RouterSettings,
         work: Workload,
-        engines: Mapping[str, SerialEngine],
+        engines: Mapping[str, Engine],
         timeline: Timeline,
         *,
         seed: int = 0,
+        shared_id: str = "",
     ) -> None:
-        """Raises InvalidRequest when the settings name an unknown policy or weight."""
+        """`shared_id`: a name of the shared tier, if there is one.
+
+        Raises InvalidRequest when the settings name an unknown policy or weight.
+        """
         checked_weights(find_policy(settings.policy), settings.weights)
         self._settings = settings
         self._work = work
+        self._engines = engines
         self._timeline = timeline
         self._seed = seed
+        self._shared_id = shared_id
         self._keys: dict[int, int] = {}  # of each request's present attempt, in the memory of traffic
         self._next_key = count()
         self._index = RunIndex(timeline.clock)
@@ -130,6 +133,8 @@ class SimulatedRouter:
     def choose(self, number: int) -> Choice | None:
         """Where a request should go; None: no worker is known to be up. The decision counts as taken."""
         question = self._question(number)
+        for link in self._links.values():
+            link.listen()
         choice = self._decider.decide(question)
         if choice is None:
             return None
@@ -158,13 +163,14 @@ class SimulatedRouter:
         """The worker of a request was lost, which needs no word from it."""
         self._traffic.ended(self._keys.pop(number))
 
-    def pool_changed(self, worker: str, change: Change, partial: Partial | None) -> None:
-        """The events of one step of a worker."""
-        events, incarnation = _events(change), self._links[worker].incarnation
+    def cache_changed(self, worker: str, change: CacheChange, events: list[KvEvent]) -> None:
+        """The events of one step of a worker; `events` as `events_of` made them of the change."""
+        link = self._links[worker]
+        incarnation = link.incarnation
 
         def apply() -> None:
             if self._index.apply(worker, incarnation, events):
-                self._index.set_partial(worker, partial)
+                self._index.set_partial(worker, change.tier, change.partial)
 
         self._timeline.after(self._settings.delay_s, apply)
 
@@ -181,6 +187,10 @@ class SimulatedRouter:
         link.start_again()
         self._greet(link)
 
+    def die(self) -> None:
+        """The process ended: words that are on their way reach nobody."""
+        self._keys.clear()
+
     def check(self) -> None:
         """Raises InvariantError when the books are wrong, or something is left of requests that have ended."""
         self._index.check()
@@ -189,9 +199,15 @@ class SimulatedRouter:
             raise InvariantError("a request that ended is still counted as being on its way; please report this")
 
     def _greet(self, link: _Link) -> None:
-        self._index.join(link.name, link.incarnation)
-        self._index.begin_snapshot(link.name, link.incarnation)
-        self._index.end_snapshot(link.name, link.incarnation)
+        """Hello and snapshot of a worker."""
+        name, incarnation, index = link.name, link.incarnation, self._index
+        index.join(name, incarnation, shared_id=self._shared_id)
+        index.begin_snapshot(name, incarnation)
+        for change in self._engines[name].holding():
+            stored = [event for event in events_of(change) if isinstance(event, BlockStored)]
+            index.snapshot(name, incarnation, stored)
+            index.set_partial(name, change.tier, change.partial)
+        index.end_snapshot(name, incarnation)
 
     def _question(self, number: int) -> Question:
         request = self._work.requests[number]
@@ -200,14 +216,15 @@ class SimulatedRouter:
         return Question(self._work.chains[number], request.input_length, self._work.block_size, digest, affinity)
 
 
-def _events(change: Change) -> list[KvEvent]:
+def events_of(change: CacheChange) -> list[KvEvent]:
+    """What a worker would say of it."""
     events: list[KvEvent] = []
     if change.stored:
-        events.append(BlockStored(TierName.DEVICE, _keys(change.stored)))
+        events.append(BlockStored(change.tier, _keys(change.stored)))
     if change.removed:
-        events.append(BlockRemoved(TierName.DEVICE, _keys(change.removed), RemovalCause.EVICTED))
+        events.append(BlockRemoved(change.tier, _keys(change.removed), RemovalCause.EVICTED))
     return events
 
 
-def _keys(segments: list[int]) -> tuple[bytes, ...]:
+def _keys(segments: Sequence[int]) -> tuple[bytes, ...]:
     return tuple(segment_key(segment) for segment in segments)

@@ -10,10 +10,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from replay.batched_engine import BatchedEngine
+from replay.batched_profile import BatchedProfile
+from replay.engine import CacheChange, Engine, Reuse, Told
 from replay.outcome import Fate, Outcome
-from replay.pool import Change
-from replay.serial_engine import Reuse, SerialEngine, SerialProfile, Told
-from replay.simulated_router import RouterSettings, SimulatedRouter
+from replay.serial_engine import SerialEngine, SerialProfile
+from replay.simulated_router import RouterSettings, SimulatedRouter, events_of
+from replay.tiers import NO_TIERS, SharedTier, Tiers
 from replay.timeline import Action, Timeline
 from replay.workload import Workload
 
@@ -32,19 +35,37 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterRestart:
+    """A router dies at a time; the new one knows what the workers' snapshots tell.
+
+    Its requests are called off at the workers. Clients ask again where no token had come, and lose their answer else.
+
+    Attributes:
+        router: its number, from 0. at_s: when. down_s: until it takes requests again; meanwhile others do, if any.
+    """
+
+    router: int
+    at_s: float
+    down_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Setup:
     """What is simulated.
 
     Attributes:
+        profile: of each worker's engine. tiers: below its pool; only a `BatchedProfile` has such.
         routers: each request goes to a random one; every one hears all workers.
         seed: of that choice and of ties.
     """
 
     workers: int
     router: RouterSettings
-    profile: SerialProfile = field(default_factory=SerialProfile)
+    profile: SerialProfile | BatchedProfile = field(default_factory=SerialProfile)
+    tiers: Tiers = NO_TIERS
     routers: int = 1
     failures: Sequence[Failure] = ()
+    restarts: Sequence[RouterRestart] = ()
     seed: int = 1
 
 
@@ -59,6 +80,10 @@ def simulate(work: Workload, setup: Setup) -> Outcome:
         raise ValueError(f"{setup.workers} workers and {setup.routers} routers; give at least one of each")
     if any(not 0 <= failure.worker < setup.workers for failure in setup.failures):
         raise ValueError(f"a failure of a worker that there is not; number them from 0 to {setup.workers - 1}")
+    if any(not 0 <= restart.router < setup.routers for restart in setup.restarts):
+        raise ValueError(f"a restart of a router that there is not; number them from 0 to {setup.routers - 1}")
+    if isinstance(setup.profile, SerialProfile) and setup.tiers != NO_TIERS:
+        raise ValueError("the serial engine has no tiers below its pool; give a BatchedProfile, or no tiers")
     return Simulation(work, setup).run()
 
 
@@ -72,19 +97,20 @@ class Simulation:
         self._rng = random.Random(setup.seed)
         width = len(str(setup.workers - 1))
         self._names = [f"worker-{n:0{width}}" for n in range(setup.workers)]
-        self._engines = {
-            name: SerialEngine(
-                setup.profile, work, self._timeline, self._told_by(name), remember_s=setup.router.delay_s
-            )
-            for name in self._names
-        }
-        self._routers = [
-            SimulatedRouter(setup.router, work, self._engines, self._timeline, seed=setup.seed + 1000 * n)
-            for n in range(setup.routers)
-        ]
+        redis = setup.tiers.redis
+        self._shared = None if redis is None else SharedTier(redis, work, ttl_s=setup.tiers.ttl_s)
+        self._engines = {name: self._engine(name) for name in self._names}
+        self._routers: list[SimulatedRouter] = [self._router(n) for n in range(setup.routers)]
+        self._up = list(self._routers)  # those that take requests
         self._router_of: dict[int, SimulatedRouter] = {}
-        self._fates = [Fate(arrived_s=at) for at in work.arrivals_s]
+        self._down: set[str] = set()
+        self._flights: dict[int, str] = {}  # requests on workers
+        self._fates = [
+            Fate(arrived_s=at, output=request.output_length)
+            for at, request in zip(work.arrivals_s, work.requests, strict=True)
+        ]
         self._parked: list[int] = []  # requests that came while no worker was up
+        self._unasked: list[int] = []  # requests that came while no router was up
         self._next_turns: dict[int, list[int]] = {}
         for number, before in work.waits_for.items():
             self._next_turns.setdefault(before, []).append(number)
@@ -96,6 +122,8 @@ class Simulation:
                 self._timeline.at(at, self._arrival(number))
         for failure in self._setup.failures:
             self._schedule(failure)
+        for restart in self._setup.restarts:
+            self._timeline.at(restart.at_s, self._restart(restart))
         self._timeline.run()
         busy = {name: engine.busy_s for name, engine in self._engines.items()}
         return Outcome(self._fates, busy, self._timeline.now)
@@ -112,11 +140,20 @@ class Simulation:
 
     def _arrive(self, number: int) -> None:
         self._fates[number].arrived_s = self._timeline.now
-        routers = self._routers
+        self._ask(number)
+
+    def _ask(self, number: int) -> None:
+        """A client asks a router, or tries until there is one."""
+        routers = self._up
+        if not routers:
+            self._unasked.append(number)
+            return
         self._router_of[number] = routers[0] if len(routers) == 1 else self._rng.choice(routers)
         self._place(number)
 
     def _place(self, number: int) -> None:
+        for engine in self._engines.values():
+            engine.catch_up()
         choice = self._router_of[number].choose(number)
         if choice is None:
             self._parked.append(number)
@@ -125,31 +162,52 @@ class Simulation:
         fate.worker, fate.attempts = choice.worker, fate.attempts + 1
         fate.predicted_ttft_s = choice.predicted_ttft_ms / 1e3
         fate.predicted_tokens = choice.price.cached_tokens
+        self._flights[number] = choice.worker
         self._engines[choice.worker].submit(number)
 
     def _first_token(self, number: int, reuse: Reuse) -> None:
         fate = self._fates[number]
-        fate.cached, fate.computed, fate.first_token_s = reuse.cached, reuse.computed, reuse.first_token_s
+        fate.cached, fate.computed, fate.first_token_s, fate.tiers = reuse
         self._router_of[number].first_token(number)
 
     def _ended(self, number: int) -> None:
+        del self._flights[number]
         self._router_of[number].ended(number)
         self._go_on(number)
 
     def _go_on(self, number: int) -> None:
         """The client has its answer, or what there is of it."""
-        now = self._timeline.now
+        now = self._fates[number].ended_s = self._timeline.now
         for later in self._next_turns.pop(number, ()):
             think_s = self._work.requests[later].think_s or 0.0
             self._timeline.at(now + think_s / self._work.speed, self._arrival(later))
 
-    def _told_by(self, worker: str) -> Told:
-        def pool_changed(change: Change) -> None:
-            partial = self._engines[worker].pool.partial()
-            for router in self._routers:
-                router.pool_changed(worker, change, partial)
+    def _refused(self, number: int) -> None:
+        """No worker of the fleet could ever serve it."""
+        del self._flights[number]
+        self._fates[number].failed = True
+        self._router_of[number].cut_off(number)
+        self._go_on(number)
 
-        return Told(self._first_token, self._ended, pool_changed)
+    def _router(self, number: int) -> SimulatedRouter:
+        setup = self._setup
+        seed, shared_id = setup.seed + 1000 * number, "" if self._shared is None else "redis"
+        return SimulatedRouter(setup.router, self._work, self._engines, self._timeline, seed=seed, shared_id=shared_id)
+
+    def _engine(self, name: str) -> Engine:
+        setup, work, timeline, told = self._setup, self._work, self._timeline, self._told_by(name)
+        delay_s = setup.router.delay_s
+        if isinstance(setup.profile, SerialProfile):
+            return SerialEngine(setup.profile, work, timeline, told, remember_s=delay_s)
+        return BatchedEngine(setup.profile, setup.tiers, work, timeline, told, shared=self._shared, remember_s=delay_s)
+
+    def _told_by(self, worker: str) -> Told:
+        def cache_changed(change: CacheChange) -> None:
+            events = events_of(change)
+            for router in self._routers:
+                router.cache_changed(worker, change, events)
+
+        return Told(self._first_token, self._ended, cache_changed, self._refused)
 
     # Failures
 
@@ -160,10 +218,12 @@ class Simulation:
 
     def _fail(self, worker: str) -> None:
         """Requests without a token go elsewhere, as the router sends them; those with one have failed."""
+        self._down.add(worker)
         unstarted, cut_off = self._engines[worker].fail()
         for router in self._routers:
             router.lost(worker)
         for number in (*unstarted, *cut_off):
+            del self._flights[number]
             self._router_of[number].cut_off(number)
         for number in cut_off:
             self._fates[number].failed = True
@@ -171,7 +231,41 @@ class Simulation:
         for number in unstarted:
             self._place(number)
 
+    def _restart(self, restart: RouterRestart) -> Action:
+        def die() -> None:
+            dead = self._routers[restart.router]
+            self._up.remove(dead)
+            dead.die()
+            self._timeline.at(self._timeline.now + restart.down_s, lambda: self._start_router(restart.router))
+            for number in [n for n, router in self._router_of.items() if router is dead and n in self._flights]:
+                self._call_off(number)
+            orphans = [number for number in self._parked if self._router_of[number] is dead]
+            self._parked = [number for number in self._parked if self._router_of[number] is not dead]
+            for number in orphans:
+                self._ask(number)
+
+        return die
+
+    def _call_off(self, number: int) -> None:
+        self._engines[self._flights.pop(number)].cancel(number)
+        if self._fates[number].first_token_s is None:
+            self._ask(number)
+        else:
+            self._fates[number].failed = True
+            self._go_on(number)
+
+    def _start_router(self, number: int) -> None:
+        fresh = self._router(number)
+        for worker in sorted(self._down):
+            fresh.lost(worker)
+        self._routers[number] = fresh
+        self._up.append(fresh)
+        unasked, self._unasked = self._unasked, []
+        for waiting in unasked:
+            self._ask(waiting)
+
     def _recover(self, worker: str) -> None:
+        self._down.discard(worker)
         for router in self._routers:
             router.back(worker)
         parked, self._parked = self._parked, []

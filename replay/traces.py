@@ -34,6 +34,7 @@ class Request:
         think_s: the client's time between the last answer and this request, for closed-loop replays.
         tenant: number of the client, where there are several.
         parent: the session that started this one, a sub-agent's.
+        priority: greater goes first in an engine that knows priorities.
     """
 
     time_s: float
@@ -46,6 +47,7 @@ class Request:
     think_s: float | None
     tenant: int | None
     parent: str | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,4 +157,5 @@ def _request(fields: dict[str, Any]) -> Request:
         think_s=None if think_ms is None else think_ms / 1e3,
         tenant=None if tenant is None else int(tenant),
         parent=fields.get("parent"),
+        priority=int(fields.get("priority") or 0),
     )

@@ -66,6 +66,18 @@ class Chain(Sequence[bytes]):
         """Leading segments that lie within so many leading blocks."""
         return bisect_right(self.ends, blocks)
 
+    def start_of(self, segment: int) -> int:
+        """Blocks before a segment of the chain."""
+        return self.blocks(self.segments.index(segment))
+
+    def followed_by(self, segment: int, blocks: int) -> Chain:
+        """The same with one more segment."""
+        return Chain((*self.segments, segment), (*self.ends, len(self) + blocks))
+
+    def without_last(self) -> Chain:
+        """The same with one segment less."""
+        return Chain(self.segments[:-1], self.ends[:-1])
+
     def _name(self, block: int) -> bytes:
         return self.keys[bisect_right(self.ends, block)] + block.to_bytes(_KEY_BYTES, "little")
 

@@ -59,6 +59,7 @@ def test_the_index_knows_from_events_what_the_pool_holds(prompts: list[list[int]
     index.join("w", 1)
     index.begin_snapshot("w", 1)
     index.end_snapshot("w", 1)
+    before = None
     for chain in known:
         change = pool.take(chain.segments)
         stored = tuple(segment_key(segment) for segment in change.stored)
@@ -68,7 +69,9 @@ def test_the_index_knows_from_events_what_the_pool_holds(prompts: list[list[int]
             BlockRemoved(TierName.DEVICE, removed, RemovalCause.EVICTED),
         ]
         index.apply("w", 1, events)
-        index.set_partial("w", pool.partial())
+        index.set_partial("w", TierName.DEVICE, {} if before is None else {before.segment: 0})
+        before = pool.partial()
+        index.set_partial("w", TierName.DEVICE, {} if before is None else dict([before]))
         assert [index.match(c)["w"].device for c in known] == [pool.leading(c.segments) for c in known]
     index.check()
 
