@@ -124,6 +124,15 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             await asyncio.sleep(period_ms / 1000)
 
 
+    async def WatchRequests(
+        self, request: admin_pb2.WatchRequestsRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.WatchRequestsResponse]:
+        caller = _admin()
+        async with aclosing(cast("Any", self._router.watch_requests(request, caller=caller))) as messages:
+            async for message in messages:
+                yield message
+
+
 def _admin() -> Caller:
     """The caller, when it may administer.
 
