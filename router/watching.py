@@ -19,6 +19,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import grpc
+
 from router.errors import InvalidRequest, Overloaded, PermissionDenied
 from router.ledger import Entry
 from router.request import PreparedPrompt, Request, turn_of
@@ -31,6 +33,7 @@ _SALT_BYTES = range(8, 65)
 _MAX_WAITING_BYTES = 32 << 20
 _MESSAGE_BYTES = 1 << 20
 _HEARTBEAT_S = 1.0
+_WRONG = grpc.StatusCode.INVALID_ARGUMENT.name
 _GATHER_S = 0.05  # so that a busy router sends few messages instead of many
 
 
@@ -142,9 +145,9 @@ class Watchers:
         )
 
     def ended(self, work: Request, entry: Entry) -> None:
-        """Tell those who have watched since it came."""
+        """Tell those who have watched since it came. What was refused as wrong is no traffic that a fleet could serve."""
         arrival = work.arrival
-        if arrival is None:
+        if arrival is None or entry.code == _WRONG:
             return
         told = [watch for watch in self._watches if watch.since <= work.started]
         if not told:
