@@ -18,6 +18,11 @@ from replay.traces import Request, Trace, load, shipped
 
 _HEADER = ("policy", "hit rate", "TTFT mean", "p50", "p99", "busiest", "utilisation", "unanswered", "simulated")
 WARM_UP = 0.1
+SATURATED = 0.95  # share of the workers' time, warm-up and the end of the last answers included
+QUEUES = (
+    "Workers are busy all the time, so requests queue without end, and times to the first token mean little. Give more "
+    "--workers, or a lower --speed."
+)
 _MEANING = "hit rate: share of prompt tokens found in a cache. busiest: the busiest worker's prefill by the mean."
 
 
@@ -33,11 +38,8 @@ def replay_text(trace: Trace, results: Sequence[Result]) -> str:
     lines += ["", _MEANING]
     if len({result.run.seed for result in results}) > 1:
         lines.append("±: half of the range over seeds.")
-    if any(group[0].figures.utilisation > 0.95 for group in groups.values()):
-        lines.append(
-            "Workers are busy all the time: requests queue without end, and times to the first token mean little. Give "
-            "more --workers, or a lower --speed."
-        )
+    if any(group[0].figures.utilisation > SATURATED for group in groups.values()):
+        lines.append(QUEUES)
     if happened:
         lines.append("as recorded: what the live fleet made of the same requests, on its own hardware and caches.")
     if fleet.failures:
@@ -84,15 +86,16 @@ def shipped_json() -> str:
     return json.dumps({"traces": _shipped_facts(), "engines": sorted(ENGINES)})
 
 
-def progress_to(runs: int) -> Callable[[Result], None]:
-    """Counts replays on standard error while a person watches."""
+def progress_to(runs: int | None) -> Callable[[Result], None]:
+    """Counts replays on standard error while a person watches; `runs` None: nobody knows how many there will be."""
     done = 0
 
     def told(_result: Result) -> None:
         nonlocal done
         done += 1
         if sys.stderr.isatty():
-            sys.stderr.write(f"\r{done} of {runs} replays" + ("\r\033[K" if done == runs else ""))
+            of = "" if runs is None else f" of {runs}"
+            sys.stderr.write(f"\r{done}{of} replays" + ("\r\033[K" if done == runs else ""))
             sys.stderr.flush()
 
     return told

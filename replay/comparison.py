@@ -77,7 +77,7 @@ class Run:
 
     Attributes:
         requests: only so many from the start; None: all. warm_up: share of those that do not count.
-        keep_times: return the time to the first token of every request, for comparing two runs request by request.
+        keep_requests: return what became of every request, for comparing two runs request by request.
     """
 
     source: Source
@@ -86,7 +86,7 @@ class Run:
     seed: int = 1
     requests: int | None = None
     warm_up: float = 0.1
-    keep_times: bool = False
+    keep_requests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,8 @@ class Result:
     """What one came to.
 
     Attributes:
-        requests: simulated ones. cpu_s: that it took. times: of each request, warm-up included; nan: no token.
+        requests: simulated ones. cpu_s: that it took. times, cached: of each request, warm-up included, if they were
+        kept: seconds to the first token (nan: no token), and prompt tokens that were cached.
     """
 
     run: Run
@@ -102,6 +103,7 @@ class Result:
     requests: int
     cpu_s: float
     times: tuple[float, ...] = ()
+    cached: tuple[int, ...] = ()
 
 
 class Spread(NamedTuple):
@@ -173,15 +175,22 @@ def run_once(run: Run) -> Result:
     started = time.process_time()
     outcome = simulate(work, setup)
     seconds = time.process_time() - started
-    times = _times(outcome) if run.keep_times else ()
-    return Result(run, outcome.figures(warm_up=run.warm_up), len(work.requests), seconds, times)
+    result = Result(run, outcome.figures(warm_up=run.warm_up), len(work.requests), seconds)
+    if not run.keep_requests:
+        return result
+    return replace(result, times=_times(outcome), cached=tuple(fate.cached for fate in outcome.fates))
 
 
 class Runner:
-    """Makes runs, several at once. Made by `running`."""
+    """Makes runs, several at once. Made by `running`.
 
-    def __init__(self, pool: ProcessPoolExecutor | None) -> None:
+    Attributes:
+        processes: how many at once.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor | None, processes: int) -> None:
         self._pool = pool
+        self.processes = processes
 
     def results(self, runs: Iterable[Run], *, on_done: Callable[[Result], None] = lambda _: None) -> list[Result]:
         """In the order of the runs; `on_done` is called as they end. Raises what a run raises."""
@@ -202,11 +211,11 @@ def running(processes: int | None = None) -> Iterator[Runner]:
     """
     count = len(os.sched_getaffinity(0)) if processes is None else processes
     if count <= 1:
-        yield Runner(None)
+        yield Runner(None, 1)
         return
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_leave_signals_to_parent)
     try:
-        yield Runner(pool)
+        yield Runner(pool, count)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
