@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploy.connection import Connection
 from deploy.failures import UNREACHABLE, Failure
@@ -89,9 +90,10 @@ async def _until(
 ) -> dict[str, WarmkvError]:
     """Run the feeds until they have ended, or `stop` is set, or the time is over; the errors that ended them."""
     tasks = [asyncio.create_task(feed) for feed in feeds]
-    following, stopped = asyncio.gather(*tasks), asyncio.create_task(stop.wait())
+    following, stopped = asyncio.gather(*tasks), asyncio.ensure_future(stop.wait())
+    both: set[asyncio.Future[Any]] = {following, stopped}
     try:
-        await asyncio.wait({following, stopped}, timeout=wanted.seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, timeout=wanted.seconds, return_when=asyncio.FIRST_COMPLETED)
         if following.done():
             following.result()  # raises what a feed did not expect
     finally:

@@ -21,7 +21,7 @@ def tune_text(trace: Trace, tuned: Tuned) -> str:
     lines.append(f"fleet   {fleet.workers} workers of {fleet.capacity_tokens:,} tokens, engine {fleet.engine}")
     lines.append(
         f"search  {tried} configurations for {_label(tuned)}, "
-        f"{tuned.replays} replays; searched on {search.trained:,} requests, the table is of the {held_out(tuned):,} behind"
+        f"{tuned.replays} replays; searched on {search.trained:,} requests, table of the {held_out(tuned):,} behind"
     )
     lines += ["", table(HEADER, (row(tuned, each) for each in ordered(tuned))), ""]
     lines.append("*: in force. >: found. front: no other line is as good in everything and better in something.")

@@ -12,11 +12,13 @@ import os
 import signal
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,13 +148,17 @@ def prepared(source: Source, requests: int | None = None) -> Workload:
 
 
 def clock_tick_s(trace: Trace) -> float:
-    """Seconds between the ticks of a trace's clock, if it is a coarse one: whole seconds, several requests at each.
+    """Seconds between the ticks of a trace's clock, if it is a coarse one; else 0.
 
-    Requests of one tick would all arrive at the same instant, which they did not.
+    A coarse clock: several requests at most of its ticks, and its usual step is a second or more. Requests of one tick
+    would all arrive at the same instant, which they did not.
     """
-    times = [round(request.time_s * 1e3) for request in trace.requests]
-    tick_ms = math.gcd(*times)
-    return tick_ms / 1e3 if tick_ms >= _COARSE_TICK_MS and len(set(times)) < len(times) / 2 else 0.0
+    ticks = sorted({round(request.time_s * 1e3) for request in trace.requests})
+    steps = Counter(later - earlier for earlier, later in pairwise(ticks))
+    if not steps or len(ticks) > len(trace.requests) / 2:
+        return 0.0
+    (usual_ms, times), *_ = steps.most_common(1)
+    return usual_ms / 1e3 if usual_ms >= _COARSE_TICK_MS and times > len(ticks) / 2 else 0.0
 
 
 def run_once(run: Run) -> Result:

@@ -183,8 +183,12 @@ def _number(fields: Mapping[str, Any], name: str) -> float:
 
 def _count(fields: Mapping[str, Any], name: str, *, least: int = 0) -> int:
     value = fields.get(name)
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not whole or value != int(value) or not least <= value <= _MOST:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not least <= value <= _MOST  # false for NaN as well
+        or value != int(value)
+    ):
         raise ValueError(f"{name} is {value!r}; it should be a whole number from {least}")
     return int(value)
 

@@ -28,11 +28,14 @@ HELD_OUT = 0.3
 LEAST_REQUESTS = 300  # of the shortest part
 FINALISTS = 5
 _RUNGS = 3
+_MOST_TRIALS = 1000
 _BATCHES = 20
 _RESAMPLES = 400
 # Student's t, two-sided 95 %, from 1 degree of freedom; more than the last count as that.
-_T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_T_95 += (2.120, 2.110, 2.101, 2.093)
+_T_95 = (
+    *(12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
+)
 _LEAST_GAIN = 0.01  # a gain below a hundredth is not worth a change, however certain
 
 
@@ -184,8 +187,9 @@ def tune(search: Search, runner: Runner, *, on_done: Callable[[Result], None] = 
 
 def rungs(search: Search) -> list[tuple[int, int]]:
     """(requests, seeds) of each rung; the last one is all that is searched on."""
-    parts = [max(LEAST_REQUESTS, search.trained // KEPT**power) for power in range(_RUNGS - 1, -1, -1)]
-    lengths = sorted(set(parts))
+    lengths = [search.trained]
+    while len(lengths) < _RUNGS and lengths[0] // KEPT >= LEAST_REQUESTS:
+        lengths.insert(0, lengths[0] // KEPT)
     return [(length, min(2, search.seeds) if length == lengths[-1] else 1) for length in lengths]
 
 
@@ -199,12 +203,15 @@ def cost_in_replays(search: Search) -> float:
 
 
 def trials_within(search: Search, replays: float) -> int:
-    """How many configurations a search can begin with that takes so many replays; at least the defaults."""
-    least = len(candidates_given(search))
-    (first, _), *_ = rungs(search)
-    fixed = cost_in_replays(_with_trials(search, least))
-    each = cost_in_replays(_with_trials(search, least + 90)) - fixed
-    return max(least, min(1000, least + int(90 * (replays - fixed) / max(each, first / search.requests))))
+    """The most configurations with which a search takes no more replays than that; at least those that are given."""
+    least, most = len(candidates_given(search)), _MOST_TRIALS
+    while least < most:
+        middle = (least + most + 1) // 2
+        if cost_in_replays(replace(search, trials=middle)) <= replays:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 def candidates_given(search: Search) -> list[Configuration]:
@@ -362,7 +369,3 @@ def _relative(cost: float, base: float) -> float:
     if not math.isfinite(cost) or not base:
         return math.inf
     return cost / base if base > 0 else base / cost if cost else math.inf
-
-
-def _with_trials(search: Search, trials: int) -> Search:
-    return replace(search, trials=trials)

@@ -67,7 +67,7 @@ class Request:
     code: str = ""
     fates: dict[str, int] = field(default_factory=dict)
     generated: int = 0
-    finish_reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED
+    finish_reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_UNSPECIFIED
     _last_token_at: float = 0.0
 
     def tokens_came(self, tokens: int) -> None:

@@ -123,7 +123,6 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             yield self._router.stats(show_prompts=request.show_prompts)
             await asyncio.sleep(period_ms / 1000)
 
-
     async def WatchRequests(
         self, request: admin_pb2.WatchRequestsRequest, context: Context
     ) -> AsyncIterator[admin_pb2.WatchRequestsResponse]:

@@ -15,7 +15,7 @@ import asyncio
 import hashlib
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,10 +55,10 @@ class Watch:
 
     Attributes:
         since: requests that came earlier, on the router's clock, are not its business. with_text: whether it gets
-        prompts. missed: requests that its buffer had no room for.
+        prompts. max_bytes: of what waits. missed: requests that its buffer had no room for.
     """
 
-    def __init__(self, key: bytes, since: float, *, with_text: bool, max_bytes: int = _MAX_WAITING_BYTES) -> None:
+    def __init__(self, key: bytes, since: float, *, with_text: bool, max_bytes: int) -> None:
         self.since = since
         self.with_text = with_text
         self.missed = 0
@@ -145,7 +145,7 @@ class Watchers:
         )
 
     def ended(self, work: Request, entry: Entry) -> None:
-        """Tell those who have watched since it came. What was refused as wrong is no traffic that a fleet could serve."""
+        """Tell those who have watched since it came; not of requests that were wrong, which no fleet could serve."""
         arrival = work.arrival
         if arrival is None or entry.code == _WRONG:
             return
@@ -162,7 +162,9 @@ class Watchers:
                 record.text = arrival.text
             watch.offer(record)
 
-    async def watch(self, request: admin_pb2.WatchRequestsRequest) -> AsyncIterator[admin_pb2.WatchRequestsResponse]:
+    async def watch(
+        self, request: admin_pb2.WatchRequestsRequest
+    ) -> AsyncGenerator[admin_pb2.WatchRequestsResponse, None]:
         """Messages for one watcher, until the iterator is closed.
 
         Raises:
@@ -180,7 +182,7 @@ class Watchers:
         self._check(request)
         salt = request.salt or secrets.token_bytes(16)
         key = hashlib.blake2b(salt, key=hashlib.sha256(self._secret.encode()).digest()).digest()
-        watch = Watch(key, self._clock(), with_text=request.with_text)
+        watch = Watch(key, self._clock(), with_text=request.with_text, max_bytes=_MAX_WAITING_BYTES)
         self._watches.add(watch)
         try:
             yield watch
