@@ -2,8 +2,8 @@
 
 Successive halving (Jamieson and Talwalkar, 2016; the schedule of Hyperband's first bracket, Li et al., 2018): many
 configurations are replayed on a short beginning of the trace, the best third on a beginning three times as long, and so
-on. All see the same requests and the same seeds, so differences are between configurations. The last part of the trace
-is held out: nothing is chosen by it, and the final table is of it alone.
+on. All see the same requests and the same seeds, so differences are between configurations. Of those that end level the
+simplest is chosen. The last part of the trace is held out: nothing is chosen by it, and the final table is of it alone.
 
 Whether the winner is better beyond noise is judged request by request on the held-out part (`difference`), once, for
 the one configuration that the search chose.
@@ -103,11 +103,11 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """A configuration on the held-out part.
+    """A configuration on the part that counts, in the end the held-out one.
 
     Attributes:
         on_front: no other finalist is as good in everything and better in something.
-        times, cached: of each held-out request, mean over seeds: seconds to the first token (nan: it got none), and
+        times, cached: of each request, mean over seeds: seconds to the first token (nan: it got none), and
         prompt tokens that were cached. prompts: tokens of each.
     """
 
@@ -167,18 +167,19 @@ def tune(search: Search, runner: Runner, *, on_done: Callable[[Result], None] = 
         raise ValueError(f"the trace has {search.requests} requests; tuning needs {least} at least, record more")
     left, trials, replays = candidates(search), list[Trial](), 0
     for rung, (requests, seeds) in enumerate(rungs(search)):
-        runs = [Run(search.source, search.fleet, each, seed, requests) for each in left for seed in range(1, seeds + 1)]
-        results = runner.results(runs, on_done=on_done)
-        replays += len(runs)
-        ranked = _ranked(search, rung, requests, left, _figures(results, seeds))
-        last = rung == len(rungs(search)) - 1
+        tried = _replayed(search, runner, left, seeds, requests, 0.1, on_done)
+        replays += len(left) * seeds
+        ranked = _ranked(search, rung, requests, tried)
+        last = requests == search.trained
         kept = _kept(search, ranked, FINALISTS if last else max(FINALISTS, math.ceil(len(left) / KEPT)))
         texts = {trial.configuration.text for trial in kept}
         trials += [replace(trial, kept=trial.configuration.text in texts) for trial in ranked]
         left = [trial.configuration for trial in kept]
-    finalists = _final(search, runner, left, on_done)
-    winner = left[0]
-    found = Tuned(search, trials, finalists, winner, None, replays + len(finalists) * search.seeds)
+    winner = _simplest_of_the_best(search, left, tried)
+    finalists = _on_front(
+        _replayed(search, runner, left, search.seeds, None, search.trained / search.requests, on_done)
+    )
+    found = Tuned(search, trials, finalists, winner, None, replays + len(left) * search.seeds)
     if winner.text == search.present.text:
         return found
     told = difference(OBJECTIVES[search.objective], found.finalist(search.present), found.finalist(winner))
@@ -304,23 +305,34 @@ def _batches(count: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _figures(results: Sequence[Result], seeds: int) -> list[list[Figures]]:
-    return [[one.figures for one in results[at : at + seeds]] for at in range(0, len(results), seeds)]
-
-
-def _ranked(
-    search: Search, rung: int, requests: int, left: Sequence[Configuration], figures: Sequence[Sequence[Figures]]
-) -> list[Trial]:
+def _ranked(search: Search, rung: int, requests: int, tried: Sequence[Finalist]) -> list[Trial]:
     """The best first; equals in the order in which they came, so that what is in force wins a tie."""
     objective = OBJECTIVES[search.objective]
-    costs = {each.text: objective.cost(group) for each, group in zip(left, figures, strict=True)}
+    costs = {each.configuration.text: objective.cost(each.figures) for each in tried}
     base = costs[search.present.text]
     trials = [
-        Trial(number, rung, requests, each, group, _relative(costs[each.text], base), kept=False)
-        for number, (each, group) in enumerate(zip(left, figures, strict=True))
+        Trial(
+            n, rung, requests, each.configuration, each.figures, _relative(costs[each.configuration.text], base), False
+        )
+        for n, each in enumerate(tried)
     ]
     present_first = sorted(trials, key=lambda trial: trial.configuration.text != search.present.text)
     return sorted(present_first, key=lambda trial: costs[trial.configuration.text])
+
+
+def _simplest_of_the_best(search: Search, left: Sequence[Configuration], tried: Sequence[Finalist]) -> Configuration:
+    """Of those that are within one standard error of the best the one that changes least (Breiman et al., 1984).
+
+    The very best of many is the luckiest as well; what is in force, and then a policy's defaults, need no luck.
+    """
+    objective, by_text = OBJECTIVES[search.objective], {each.configuration.text: each for each in tried}
+    best = by_text[left[0].text]
+    level = []
+    for place, each in enumerate(left):
+        apart = difference(objective, best, by_text[each.text])
+        if place == 0 or apart.mean <= apart.half / 2:  # half of a 95 % interval is about two standard errors
+            level.append((each.text != search.present.text, len(each.weights), place))
+    return left[min(level)[-1]]
 
 
 def _kept(search: Search, ranked: Sequence[Trial], count: int) -> list[Trial]:
@@ -332,32 +344,43 @@ def _kept(search: Search, ranked: Sequence[Trial], count: int) -> list[Trial]:
     return [trial for trial in ranked if trial.configuration.text in texts]
 
 
-def _final(
-    search: Search, runner: Runner, left: Sequence[Configuration], on_done: Callable[[Result], None]
+def _replayed(
+    search: Search,
+    runner: Runner,
+    left: Sequence[Configuration],
+    seeds: int,
+    requests: int | None,
+    warm_up: float,
+    on_done: Callable[[Result], None],
 ) -> list[Finalist]:
-    """The whole trace, of which only the held-out part counts: caches are as warm as they would be."""
-    warm_up = search.trained / search.requests
+    """Each on the first requests (None: all), of which those behind the warm-up count."""
     runs = [
-        Run(search.source, search.fleet, each, seed, None, warm_up, keep_requests=True)
+        Run(search.source, search.fleet, each, seed, requests, warm_up, keep_requests=True)
         for each in left
-        for seed in range(1, search.seeds + 1)
+        for seed in range(1, seeds + 1)
     ]
     results = runner.results(runs, on_done=on_done)
-    groups = [results[at : at + search.seeds] for at in range(0, len(results), search.seeds)]
-    costs = [[o.cost([one.figures for one in group]) for o in OBJECTIVES.values()] for group in groups]
-    first = int(warm_up * search.requests)
-    prompts = [request.input_length for request in prepared(search.source).requests[first:]]
+    groups = [results[at : at + seeds] for at in range(0, len(results), seeds)]
+    count = search.requests if requests is None else requests
+    first = int(warm_up * count)
+    prompts = [request.input_length for request in prepared(search.source).requests[first:count]]
     return [
         Finalist(
             each,
             [one.figures for one in group],
-            not dominated(cost, costs),
+            False,
             [_mean(times) for times in zip(*(one.times[first:] for one in group), strict=True)],
             [_mean(tokens) for tokens in zip(*(one.cached[first:] for one in group), strict=True)],
             prompts,
         )
-        for each, group, cost in zip(left, groups, costs, strict=True)
+        for each, group in zip(left, groups, strict=True)
     ]
+
+
+def _on_front(finalists: Sequence[Finalist]) -> list[Finalist]:
+    """The same, told who is on the front."""
+    costs = [[objective.cost(each.figures) for objective in OBJECTIVES.values()] for each in finalists]
+    return [replace(each, on_front=not dominated(cost, costs)) for each, cost in zip(finalists, costs, strict=True)]
 
 
 def _mean(times: Sequence[float]) -> float:
