@@ -94,6 +94,8 @@ def gain_text(answers: Answers, gain: Gain) -> str:
 def _why_nothing(answers: Answers, gain: Gain) -> str:
     if answers.endless.most - gain.hits.all < 0.001:
         return "all that this traffic repeats is found already"
+    if answers.endless.most - gain.hits.bound < 0.001:
+        return "all that repeats would fit, and what is not found was lost by splitting it over the workers"
     own = answers.tiers.own
     larger = next(
         (tier for tier, size in own.items() if size > own.get(gain.addition.tier, 0) + gain.addition.tokens), ""
