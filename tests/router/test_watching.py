@@ -129,10 +129,10 @@ def _asked(**fields: object) -> admin_pb2.WatchRequestsRequest:
 @pytest.mark.asyncio
 async def test_a_request_that_came_before_the_watch_is_not_told() -> None:
     async with watched() as (router, client):
-        early = asyncio.create_task(generate(router, request(tokens(1, 40), 200)))
-        await eventually(lambda: router.stats(show_prompts=False).in_flight)
         other = client.watch_requests()
         await anext(other)  # the first watcher makes the router keep what a record needs
+        early = asyncio.create_task(generate(router, request(tokens(1, 30), 200)))
+        await eventually(lambda: router.stats(show_prompts=False).recent)
         stream = client.watch_requests()
         await anext(stream)
         await early
