@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy import cli_cache, cli_fleet, cli_requests, cli_size
+from deploy import cli_cache, cli_capacity, cli_fleet, cli_record, cli_replay, cli_requests, cli_size, cli_tune
 from deploy.connection import Json
 from deploy.failures import EXIT_CODES, UNHEALTHY, Failure, reports_failures
 from deploy.setting_options import Assignments, ConfigFile
@@ -289,3 +289,7 @@ cli_fleet.add_to(app)
 cli_cache.add_to(app)
 cli_requests.add_to(app)
 cli_size.add_to(app)
+cli_record.add_to(app)
+cli_replay.add_to(app)
+cli_tune.add_to(app)
+cli_capacity.add_to(app)

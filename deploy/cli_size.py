@@ -91,7 +91,7 @@ def size(
     redis_nbytes = 0 if redis_bytes is None else _size("--redis-bytes", redis_bytes)
     capacities = dict(zip(TIERS, (store.device_bytes, store.host_bytes, store.disk_bytes, redis_nbytes), strict=True))
     plan = plan_sizes(
-        _layout(settings.model.dir, settings.model.dtype, store.block_size),
+        layout_of_model(settings.model.dir, settings.model.dtype, store.block_size),
         capacities,
         workers=max(1, settings.workers.count),
         conversation_tokens=conversation_tokens,
@@ -101,7 +101,8 @@ def size(
     typer.echo(size_json(plan) if as_json else size_text(plan))
 
 
-def _layout(path: Path | None, dtype: str, block_size: int | None) -> KVLayout:
+def layout_of_model(path: Path | None, dtype: str, block_size: int | None) -> KVLayout:
+    """The layout of a model folder, or of its config.json alone. Raises Failure."""
     from dataclasses import replace
 
     from deploy.model_shape import ModelShapeError, layout_of_config

@@ -69,12 +69,19 @@ class Connection:
         Raises:
             Failure: no router answers.
         """
-        from warmkv.client import Client, WarmkvError
+        from warmkv.client import Client
+
+        with self.reaching(), Client(self.router, api_key=self.api_key, timeout=timeout, tls=self.tls) as client:
+            yield client
+
+    @contextmanager
+    def reaching(self) -> Iterator[None]:
+        """Failing to reach the router inside the block becomes its own exit code. Raises Failure."""
+        from warmkv.client import WarmkvError
         from warmkv.errors import DeadlineExceeded, Unauthenticated, Unavailable
 
         try:
-            with Client(self.router, api_key=self.api_key, timeout=timeout, tls=self.tls) as client:
-                yield client
+            yield
         except WarmkvError as error:
             # A router signs its errors with a reason; without one nobody has answered.
             if isinstance(error, Unavailable | DeadlineExceeded) and not error.reason:

@@ -223,7 +223,9 @@ class RouterSettings(_Section):
     max_in_flight_per_tenant: int = Field(default=512, ge=1, description="Requests at once of one tenant.")
     default_deadline: OptionalDuration = Field(default=600.0, description="For callers that set none, or never.")
     drain_grace: Duration = Field(default=30.0, description="How long running requests may take after SIGTERM.")
-    show_prompts: bool = Field(default=False, description="Show first words of prompts to admins that ask.")
+    show_prompts: bool = Field(
+        default=False, description="Show first words of prompts to admins that ask, and let them record prompts."
+    )
     reflection: bool = Field(default=True, description="Serve gRPC reflection.")
     log_format: Literal["auto", "json", "text"] = Field(
         default="auto", description="auto: text on a terminal, else one JSON object a line."

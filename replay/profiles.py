@@ -91,8 +91,7 @@ _ALL = (
     ),
     NamedProfile(
         "cpu_tiny",
-        "the torch engine on one CPU core with the model of the demo (six layers, hidden 256), fitted by "
-        "`python -m bench.validate` on a development machine",
+        "rough figures of the torch engine on one CPU core with a model of six layers and hidden size 256; not fitted",
         BatchedProfile(
             PrefillFit(6.0, 0.1, 2e-5),
             decode_ms=6.5,

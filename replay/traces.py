@@ -11,12 +11,13 @@ segments instead of blocks gives the same result in a tenth of the time or less.
 from __future__ import annotations
 
 import gzip
-import json
+import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from replay.trace_lines import Happened, Line, parse_line
 
 DATA = Path(__file__).parent / "data"
 
@@ -35,6 +36,7 @@ class Request:
         tenant: number of the client, where there are several.
         parent: the session that started this one, a sub-agent's.
         priority: greater goes first in an engine that knows priorities.
+        happened: what a live fleet made of it; None: not known.
     """
 
     time_s: float
@@ -48,6 +50,7 @@ class Request:
     tenant: int | None
     parent: str | None = None
     priority: int = 0
+    happened: Happened | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +59,15 @@ class Trace:
 
     Attributes:
         block_size: tokens a block; None: the trace knows no prefixes.
+        started_s: when it was recorded, in seconds since the epoch; None: it was not recorded by `warmkv record`.
+        cut_off: the file ends in the middle of a line, as one does whose writer was killed; that line is left out.
     """
 
     name: str
     block_size: int | None
     requests: tuple[Request, ...]
+    started_s: float | None = None
+    cut_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +92,69 @@ def shipped() -> dict[str, Path]:
 
 
 def load(path: Path) -> Trace:
-    """Read a file of one JSON object a line, compressed or not.
+    """Read a file of one JSON object a line, compressed or not, in our format or Mooncake's.
 
     Raises:
-        ValueError: a line is no request, or the requests have different block sizes.
+        ValueError: a line is no request, the requests have different block sizes, or ids contradict one another.
+        OSError: the file cannot be read.
     """
-    requests, sizes = [], set()
-    for number, line in enumerate(_lines(path), 1):
+    lines, whole = _lines(path)
+    requests, sizes, started = [], set(), None
+    for number, text in enumerate(lines, 1):
         try:
-            fields = json.loads(line)
-            requests.append(_request(fields))
-            sizes.add(fields["block_size"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: no request of a trace ({error!r})") from error
+            line = parse_line(text)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: no request of a trace: {error}") from None
+        requests.append(_request(line))
+        sizes.add(line.block_size)
+        started = line.started_s if started is None else started
+    if not requests:
+        raise ValueError(f"{path} holds no request; a trace has one JSON object a line")
     if len(sizes) != 1:
         raise ValueError(f"{path}: requests with block sizes {sorted(map(str, sizes))}; a trace has exactly one")
+    check_prefixes(path, requests)
     requests.sort(key=lambda request: request.time_s)
-    return Trace(path.name.removesuffix(".gz").removesuffix(".jsonl"), sizes.pop(), tuple(requests))
+    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    return Trace(name, sizes.pop(), tuple(requests), started, cut_off=not whole)
+
+
+def check_prefixes(path: Path, requests: Sequence[Request]) -> None:
+    """An id stands for its block and all that is before it, so it stands always behind the same one. O(runs).
+
+    Raises:
+        ValueError: some id stands behind two different ones; the message names line and id.
+    """
+    before: dict[int, int | None] = {}  # first block of a run, and the block before it
+    inside: list[tuple[int, int]] = []
+    for number, request in enumerate(requests, 1):
+        last: int | None = None
+        for first, count in request.runs:
+            if before.setdefault(first, last) != last:
+                raise _contradiction(path, number, first, before[first], last)
+            inside.append((first, first + count))
+            last = first + count - 1
+    _check_inside(path, before, inside)
+
+
+def _check_inside(path: Path, before: dict[int, int | None], inside: list[tuple[int, int]]) -> None:
+    """A run that begins within another one begins behind the same block as there."""
+    runs = sorted(set(inside))
+    at, reach = 0, -1  # how far the runs reach that begin before a start
+    for start in sorted(before):
+        while at < len(runs) and runs[at][0] < start:
+            reach = max(reach, runs[at][1])
+            at += 1
+        if start < reach and before[start] != start - 1:
+            raise _contradiction(path, None, start, start - 1, before[start])
+
+
+def _contradiction(path: Path, line: int | None, block: int, one: int | None, other: int | None) -> ValueError:
+    where = f"{path}, line {line}" if line else f"{path}"
+    places = " and ".join("at the start" if each is None else f"behind {each}" for each in (one, other))
+    return ValueError(
+        f"{where}: block id {block} stands {places}; an id must stand for its block and all before it, so number "
+        "each distinct prefix anew"
+    )
 
 
 def segments(requests: Sequence[Request], *, longest: int | None = None) -> Segments:
@@ -129,10 +182,29 @@ def segments(requests: Sequence[Request], *, longest: int | None = None) -> Segm
     return found
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as lines:
-        for line in lines:
-            yield line.decode()
+def _lines(path: Path) -> tuple[list[str], bool]:
+    """(lines that are not empty, whether the file ends where a line does)."""
+    lines: list[bytes] = []
+    whole = True
+    try:
+        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as opened:
+            lines.extend(opened)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        if not lines:
+            raise ValueError(f"{path} is no gzip file ({error}); name it .jsonl if it is not compressed") from None
+        whole = False  # its writer was killed
+    if lines and not lines[-1].endswith(b"\n"):
+        whole = whole and _is_whole(lines[-1])
+        if not whole:
+            lines.pop()
+    try:
+        return [text for line in lines if (text := line.decode().strip())], whole
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text ({error}); a compressed trace must be named .gz") from None
+
+
+def _is_whole(line: bytes) -> bool:
+    return line.rstrip().endswith(b"}")
 
 
 def _number(found: Segments, numbers: dict[int, int], chain: list[int], first: int, length: int) -> int:
@@ -144,18 +216,18 @@ def _number(found: Segments, numbers: dict[int, int], chain: list[int], first: i
     return number
 
 
-def _request(fields: dict[str, Any]) -> Request:
-    think_ms, turn, tenant = fields.get("think_ms"), fields.get("turn"), fields.get("tenant")
+def _request(line: Line) -> Request:
     return Request(
-        time_s=fields["timestamp_ms"] / 1e3,
-        input_length=int(fields["input_length"]),
-        output_length=int(fields["output_length"]),
-        runs=tuple((int(first), int(count)) for first, count in fields.get("hash_runs") or ()),
-        session=fields.get("session_id"),
-        turn=None if turn is None else int(turn),
-        stop=fields.get("stop"),
-        think_s=None if think_ms is None else think_ms / 1e3,
-        tenant=None if tenant is None else int(tenant),
-        parent=fields.get("parent"),
-        priority=int(fields.get("priority") or 0),
+        time_s=line.time_s,
+        input_length=line.input_length,
+        output_length=line.output_length,
+        runs=line.runs,
+        session=line.session,
+        turn=line.turn,
+        stop=line.stop,
+        think_s=line.think_s,
+        tenant=line.tenant,
+        parent=line.parent,
+        priority=line.priority,
+        happened=line.happened,
     )

@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import grpc
 from kvstore.blocks import block_hashes, short
 from router.admission import Admission
 from router.attempts import Attempts
+from router.audit import audited
 from router.board import Board, Recent
 from router.cache_admin import CacheAdmin
 from router.config import RouterConfig
@@ -43,6 +45,7 @@ from router.request import PreparedPrompt, Request, job_for
 from router.shadow import Shadow
 from router.traffic import Traffic
 from router.validation import check_cache, check_model, check_priority, filled_cache, filled_sampling
+from router.watching import Watchers
 from router.worker_stream import LinkSettings
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 
@@ -96,6 +99,9 @@ class Router:
         self._prefixes = PrefixMap()
         self._recent = Recent(clock)
         self.fleet = self._make_fleet(encoder, discovery, credentials)
+        self._watchers = Watchers(
+            clock, wall_clock, self._block_size, secret=config.fleet_secret, show_prompts=config.show_prompts
+        )
         readiness = Readiness(self.fleet, clock, patience_s=wait_for_worker_s)
         self._decider = Decider(self.fleet, self._index, self._traffic, clock)
         self._preparer = Preparer(config, encoder, self.fleet, readiness, self.metrics, trust_group_of=trust_group_of)
@@ -134,6 +140,7 @@ class Router:
         try:
             with self._admission.admitted(caller.tenant):
                 prepared = await self._prepared(request, work)
+                self._watchers.arrived(work, request, prepared)
                 job = self._job(request, work, prepared)
                 self._prefixes.count(prepared.question.hashes, caller.tenant, self._label(request.input))
                 last = False
@@ -231,6 +238,15 @@ class Router:
         """Drop blocks; returns when every worker confirmed. Raises InvalidRequest, WorkerLost, NoWorkerAvailable."""
         return await self._operators.clear_cache(request, caller=caller)
 
+    async def watch_requests(
+        self, request: admin_pb2.WatchRequestsRequest, *, caller: Caller
+    ) -> AsyncIterator[admin_pb2.WatchRequestsResponse]:
+        """What became of each request, as it ends. Raises PermissionDenied, InvalidRequest, Overloaded."""
+        with audited("watch requests", caller, with_text=request.with_text):
+            async with aclosing(self._watchers.watch(request)) as messages:
+                async for message in messages:
+                    yield message
+
     def stats(self, *, show_prompts: bool) -> admin_pb2.WatchStatsResponse:
         """A snapshot of the numbers behind the dashboard. Words of prompts only where the settings allow it."""
         return self._board.stats(
@@ -293,6 +309,7 @@ class Router:
         self.metrics.observe_request(self._clock() - work.started)
         if work.record is not None and entry.fates:
             work.record.reused_tokens = entry.reused
+        self._watchers.ended(work, entry)
 
     def _remember_answer(self, work: Request, prepared: PreparedPrompt) -> None:
         """So that a next turn under other names can be told why it missed."""
@@ -327,6 +344,9 @@ class Router:
             wall_clock=self._wall_clock,
             keep_record=keeper(file, record.setting) if file else _kept_nowhere,
         )
+
+    def _block_size(self) -> int:
+        return self.fleet.identity.scheme.block_size if self.fleet.identity else 0
 
     def _label(self, given: inference_pb2.Input) -> str:
         """The first words that a person wrote, kept only where the settings allow to show them."""

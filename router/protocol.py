@@ -239,6 +239,12 @@ class RouterApi(Protocol):
         """Drop blocks; returns when every worker confirmed."""
         ...
 
+    def watch_requests(
+        self, request: admin_pb2.WatchRequestsRequest, *, caller: Caller
+    ) -> AsyncIterator[admin_pb2.WatchRequestsResponse]:
+        """What became of each request, as it ends, until the iterator is closed."""
+        ...
+
     def stats(self, *, show_prompts: bool) -> admin_pb2.WatchStatsResponse:
         """A snapshot of the numbers behind the dashboard."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -19,6 +20,9 @@ from router.hash_memo import Names
 from router.ledger import Entry, settled_fates
 from router.protocol import Caller, Prompt, RequestContext
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
+
+if TYPE_CHECKING:
+    from router.watching import Arrival
 
 
 @dataclass(slots=True)
@@ -60,6 +64,7 @@ class Request:
     prompt_tokens: int = 0  # zero before it was encoded
     choice: Choice | None = None
     record: admin_pb2.DecisionRecord | None = None
+    arrival: Arrival | None = None  # set while somebody watches
     flight: Flight | None = None
     lost: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)  # workers whose stream lost something of it
@@ -70,6 +75,7 @@ class Request:
     code: str = ""
     fates: dict[str, int] = field(default_factory=dict)
     generated: int = 0
+    finish_reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_UNSPECIFIED
     _last_token_at: float = 0.0
 
     def tokens_came(self, tokens: int) -> None:
@@ -89,6 +95,8 @@ class Request:
         Settles it unless it may still be tried elsewhere or `finish` is to say how it ended.
         """
         right = True
+        if end.last is not None:
+            self.finish_reason = end.last.finish_reason
         if end.last is not None and end.last.HasField("fates"):
             reported = kv_wire.fates(end.last.fates)
             if sum(reported.values()):

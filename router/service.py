@@ -132,6 +132,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             yield self._router.stats(show_prompts=request.show_prompts)
             await asyncio.sleep(period_ms / 1000)
 
+    async def WatchRequests(
+        self, request: admin_pb2.WatchRequestsRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.WatchRequestsResponse]:
+        caller = _admin()
+        async with aclosing(cast("Any", self._router.watch_requests(request, caller=caller))) as messages:
+            async for message in messages:
+                yield message
+
 
 def _admin() -> Caller:
     """The caller, when it may administer.

@@ -208,6 +208,23 @@ class Client:
         finally:
             call.cancel()
 
+    def watch_requests(
+        self, *, salt: bytes = b"", with_text: bool = False, timeout: float | None = None
+    ) -> Iterator[admin_pb2.WatchRequestsResponse]:
+        """What becomes of each request, as it ends, until the iterator is closed or `timeout` s over.
+
+        The first message comes at once. `salt`, 8 to 64 bytes, makes references to tenants and sessions alike on
+        all routers of a fleet. `with_text` needs the router's setting show_prompts.
+        """
+        request = admin_pb2.WatchRequestsRequest(salt=salt, with_text=with_text)
+        call = self._admin.WatchRequests(request, timeout=timeout, metadata=self._calls.metadata())
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
+
     def close(self) -> None:
         """Close the connection; running calls end."""
         self._channel.close()

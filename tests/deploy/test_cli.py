@@ -39,6 +39,10 @@ COMMANDS = [
     ["generate"],
     ["chat"],
     ["explain"],
+    ["record"],
+    ["replay"],
+    ["tune"],
+    ["capacity"],
     ["policy", "show"],
     ["policy", "set"],
     ["policy", "shadow"],
@@ -192,6 +196,7 @@ def test_status_gives_a_router_up_that_takes_the_call_and_says_nothing(
         ["cache", "warm", "x"],
         ["cache", "pin", "--tenant", "x"],
         ["cache", "check"],
+        ["record", "never-made.jsonl"],
     ],
     ids=" ".join,
 )

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCH_FREE = ["router.app", "router.core", "router.service", "router.http", "kvstore.blocks", "kvstore.events"]
 TORCH_FREE += ["kvstore.estimate", "kvstore.directory", "workers.simulated", "warmkv.client", "deploy.cli"]
 TORCH_FREE += ["kvstore.eviction.policies", "kvstore.admission", "replay.traces"]
+TORCH_FREE += ["replay.recorder", "replay.comparison"]
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

@@ -118,6 +118,11 @@ class WordRouter:
             raise InvalidRequest("the scope is not set. Set one of all, tenant and prefix.", field="scope")
         return admin_pb2.ClearCacheResponse(workers=[admin_pb2.ClearCacheResponse.Cleared(worker="w0")])
 
+    async def watch_requests(
+        self, request: admin_pb2.WatchRequestsRequest, *, caller: Caller
+    ) -> AsyncIterator[admin_pb2.WatchRequestsResponse]:
+        yield admin_pb2.WatchRequestsResponse(block_size=16)
+
     def stats(self, *, show_prompts: bool) -> admin_pb2.WatchStatsResponse:
         return admin_pb2.WatchStatsResponse(time_ms=1, generated_tokens=self.sent, in_flight=int(show_prompts))
 

@@ -101,9 +101,7 @@ class Fixture:
         doubtful = sum(ms for ms, when in own if when <= at < when + 0.04) if link.report else 0.0
         arriving = self.traffic.arriving_run(link.name, asked.hashes)
         age_ms = (self.now - at) * 1000.0 if link.report else 0.0
-        queue = queue_ms(
-            load, fits[link.name], age_ms=age_ms, unreported_ms=sum(late) - doubtful, doubtful_ms=doubtful
-        )
+        queue = queue_ms(load, fits[link.name], age_ms=age_ms, unreported_ms=sum(late) - doubtful, doubtful_ms=doubtful)
         overlap = Overlap(*(max(arriving, depth) for depth in NO_OVERLAP))
         priced = price(overlap, asked.prompt_tokens, 16, load, fits[link.name], queue=queue, shared_reads=True)
         return priced, load.running + load.waiting + len(late), arriving

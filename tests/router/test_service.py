@@ -27,6 +27,7 @@ ADMIN_CALLS = {
     "Unpin": admin_pb2.UnpinRequest(tenant="acme"),
     "CheckStore": admin_pb2.CheckStoreRequest(),
     "WatchStats": admin_pb2.WatchStatsRequest(period_ms=100),
+    "WatchRequests": admin_pb2.WatchRequestsRequest(),
 }
 
 
@@ -45,7 +46,7 @@ async def test_admin_calls_need_the_role_admin(method: str) -> None:
     async with serving(router, a_user) as server, channel_to(server) as channel:
         call = getattr(admin_pb2_grpc.AdminServiceStub(channel), method)(ADMIN_CALLS[method])
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await (call.read() if method == "WatchStats" else call)
+            await (call.read() if method.startswith("Watch") else call)
     assert caught.value.code() is PermissionDenied.code
     assert "admin" in (caught.value.details() or "")
     assert (router.drained, router.policy.name, router.cache.requests) == (set(), "cache_aware", [])

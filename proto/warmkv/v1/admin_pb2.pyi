@@ -2198,3 +2198,158 @@ class DecisionRecord(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_ms) -> _WhichOneofReturnType__ttft_ms | None: ...
 
 Global___DecisionRecord: _TypeAlias = DecisionRecord  # noqa: Y015
+
+@_typing.final
+class WatchRequestsRequest(_message.Message):
+    """Asks for the requests that arrive from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SALT_FIELD_NUMBER: _builtins.int
+    WITH_TEXT_FIELD_NUMBER: _builtins.int
+    salt: _builtins.bytes
+    """8 to 64 bytes of the watcher's own. References to tenants and sessions are keyed by it and by the fleet's secret, so
+    they are equal on all routers that are sent the same bytes, and equal nowhere else. Unset: random ones.
+    """
+    with_text: _builtins.bool
+    """Send the text of prompts, too. Refused unless the setting router.show_prompts is on."""
+    def __init__(
+        self,
+        *,
+        salt: _builtins.bytes = ...,
+        with_text: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["salt", b"salt", "with_text", b"with_text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRequestsRequest: _TypeAlias = WatchRequestsRequest  # noqa: Y015
+
+@_typing.final
+class WatchRequestsResponse(_message.Message):
+    """Some requests that have ended. The first message comes at once and the next ones every second at least, empty or not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    MISSED_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    TIME_US_FIELD_NUMBER: _builtins.int
+    missed: _builtins.int
+    """Requests since the watch began that are not in it, since the watcher did not keep up."""
+    block_size: _builtins.int
+    """Tokens a block; zero until a worker has said it."""
+    time_us: _builtins.int
+    """When this was sent, microseconds since 1970."""
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestRecord]:
+        """In the order in which they ended."""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___RequestRecord] | None = ...,
+        missed: _builtins.int = ...,
+        block_size: _builtins.int = ...,
+        time_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "missed", b"missed", "requests", b"requests", "time_us", b"time_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRequestsResponse: _TypeAlias = WatchRequestsResponse  # noqa: Y015
+
+@_typing.final
+class RequestRecord(_message.Message):
+    """One request that has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARRIVED_US_FIELD_NUMBER: _builtins.int
+    BLOCK_NAMES_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TTL_SECONDS_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    FATES_FIELD_NUMBER: _builtins.int
+    TTFT_MS_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    arrived_us: _builtins.int
+    """When it came, microseconds since 1970."""
+    block_names: _builtins.bytes
+    """Names of the prompt's full blocks, 8 bytes each: equal names mean equal blocks behind equal prefixes."""
+    prompt_tokens: _builtins.int
+    """Length of the prompt in tokens."""
+    generated_tokens: _builtins.int
+    """Generated tokens."""
+    tenant: _builtins.bytes
+    """Refers to its tenant."""
+    session: _builtins.bytes
+    """Refers to its affinity key; empty: it had none."""
+    turn: _builtins.int
+    """Which turn of its conversation it is, from 1; zero: it is no conversation."""
+    priority: _builtins.int
+    """As it was sent."""
+    ttl_seconds: _builtins.int
+    """How long its blocks live after their last use, as it was sent; unset: the server's default."""
+    finish_reason: _common_pb2.FinishReason.ValueType
+    """Why the answer ended; unspecified where it was not answered."""
+    code: _builtins.str
+    """How it ended: "OK" or the name of a gRPC status."""
+    ttft_ms: _builtins.float
+    """Time to the first token, milliseconds; unset: there was none."""
+    duration_ms: _builtins.float
+    """From its arrival to its end, milliseconds."""
+    worker: _builtins.str
+    """The worker that ran it; empty: none."""
+    text: _builtins.str
+    """The prompt, after the chat template; only when it was asked for and the prompt came as text."""
+    @_builtins.property
+    def fates(self) -> _common_pb2.TokensByFate:
+        """Where each token of the prompt was found, or that it was computed; unset where no worker ran it."""
+
+    def __init__(
+        self,
+        *,
+        arrived_us: _builtins.int = ...,
+        block_names: _builtins.bytes = ...,
+        prompt_tokens: _builtins.int = ...,
+        generated_tokens: _builtins.int = ...,
+        tenant: _builtins.bytes = ...,
+        session: _builtins.bytes = ...,
+        turn: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        ttl_seconds: _builtins.int | None = ...,
+        finish_reason: _common_pb2.FinishReason.ValueType = ...,
+        code: _builtins.str = ...,
+        fates: _common_pb2.TokensByFate | None = ...,
+        ttft_ms: _builtins.float | None = ...,
+        duration_ms: _builtins.float = ...,
+        worker: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttft_ms", b"_ttft_ms", "_ttl_seconds", b"_ttl_seconds", "fates", b"fates", "ttft_ms", b"ttft_ms", "ttl_seconds", b"ttl_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttft_ms", b"_ttft_ms", "_ttl_seconds", b"_ttl_seconds", "arrived_us", b"arrived_us", "block_names", b"block_names", "code", b"code", "duration_ms", b"duration_ms", "fates", b"fates", "finish_reason", b"finish_reason", "generated_tokens", b"generated_tokens", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "session", b"session", "tenant", b"tenant", "text", b"text", "ttft_ms", b"ttft_ms", "ttl_seconds", b"ttl_seconds", "turn", b"turn", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ttft_ms: _TypeAlias = _typing.Literal["ttft_ms"]  # noqa: Y015
+    _WhichOneofArgType__ttft_ms: _TypeAlias = _typing.Literal["_ttft_ms", b"_ttft_ms"]  # noqa: Y015
+    _WhichOneofReturnType__ttl_seconds: _TypeAlias = _typing.Literal["ttl_seconds"]  # noqa: Y015
+    _WhichOneofArgType__ttl_seconds: _TypeAlias = _typing.Literal["_ttl_seconds", b"_ttl_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_ms) -> _WhichOneofReturnType__ttft_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_seconds) -> _WhichOneofReturnType__ttl_seconds | None: ...
+
+Global___RequestRecord: _TypeAlias = RequestRecord  # noqa: Y015

@@ -115,6 +115,11 @@ class AdminServiceStub:
                 request_serializer=warmkv_dot_v1_dot_admin__pb2.WatchStatsRequest.SerializeToString,
                 response_deserializer=warmkv_dot_v1_dot_admin__pb2.WatchStatsResponse.FromString,
                 _registered_method=True)
+        self.WatchRequests = channel.unary_stream(
+                '/warmkv.v1.AdminService/WatchRequests',
+                request_serializer=warmkv_dot_v1_dot_admin__pb2.WatchRequestsRequest.SerializeToString,
+                response_deserializer=warmkv_dot_v1_dot_admin__pb2.WatchRequestsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -233,6 +238,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchRequests(self, request, context):
+        """What became of each request, as it ends: what a trace is recorded from.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -315,6 +327,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.WatchStats,
                     request_deserializer=warmkv_dot_v1_dot_admin__pb2.WatchStatsRequest.FromString,
                     response_serializer=warmkv_dot_v1_dot_admin__pb2.WatchStatsResponse.SerializeToString,
+            ),
+            'WatchRequests': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchRequests,
+                    request_deserializer=warmkv_dot_v1_dot_admin__pb2.WatchRequestsRequest.FromString,
+                    response_serializer=warmkv_dot_v1_dot_admin__pb2.WatchRequestsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -750,6 +767,33 @@ class AdminService:
             '/warmkv.v1.AdminService/WatchStats',
             warmkv_dot_v1_dot_admin__pb2.WatchStatsRequest.SerializeToString,
             warmkv_dot_v1_dot_admin__pb2.WatchStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/warmkv.v1.AdminService/WatchRequests',
+            warmkv_dot_v1_dot_admin__pb2.WatchRequestsRequest.SerializeToString,
+            warmkv_dot_v1_dot_admin__pb2.WatchRequestsResponse.FromString,
             options,
             channel_credentials,
             insecure,

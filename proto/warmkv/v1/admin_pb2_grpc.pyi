@@ -65,6 +65,8 @@ class AdminServiceStub:
     """Audits the stores of workers: index against blocks."""
     WatchStats: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchStatsRequest, _admin_pb2.WatchStatsResponse]
     """The numbers behind the dashboard, one message a period."""
+    WatchRequests: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchRequestsRequest, _admin_pb2.WatchRequestsResponse]
+    """What became of each request, as it ends: what a trace is recorded from."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -103,6 +105,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Audits the stores of workers: index against blocks."""
     WatchStats: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchStatsRequest, _admin_pb2.WatchStatsResponse]  # type: ignore[assignment]
     """The numbers behind the dashboard, one message a period."""
+    WatchRequests: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchRequestsRequest, _admin_pb2.WatchRequestsResponse]  # type: ignore[assignment]
+    """What became of each request, as it ends: what a trace is recorded from."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """What operators call. Needs the role `admin`."""
@@ -234,5 +238,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchStatsResponse], _abc.AsyncIterator[_admin_pb2.WatchStatsResponse]]:
         """The numbers behind the dashboard, one message a period."""
+
+    @_abc_1.abstractmethod
+    def WatchRequests(
+        self,
+        request: _admin_pb2.WatchRequestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchRequestsResponse], _abc.AsyncIterator[_admin_pb2.WatchRequestsResponse]]:
+        """What became of each request, as it ends: what a trace is recorded from."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
