@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from router.cost import DEFAULT_FIT, NO_LOAD, PrefillFit, Price, WorkerLoad, pool_fits, price, queue_ms
 from router.fleet import Fleet
-from router.index import NO_OVERLAP, Overlap, PrefixIndex
+from router.index import NO_OVERLAP, Overlap
 from router.link import WorkerLink
 from router.peers import Holder, Holders, holders
 from router.policies.protocol import NO_BLOCK_LOAD, BlockLoad, Candidate, Decision, Policy, RouteRequest
@@ -77,10 +78,18 @@ class Choice:
         return self.price.ttft_ms if self.policy.predicts else 0.0
 
 
+class Matches(Protocol):
+    """Who holds what of a chain: the index, or `beliefs` over it."""
+
+    def match(self, hashes: Sequence[bytes]) -> dict[str, Overlap]:
+        """As `PrefixIndex.match`."""
+        ...
+
+
 class Decider:
     """Asks. Holds no state but the number of decisions that were made."""
 
-    def __init__(self, fleet: Fleet, index: PrefixIndex, traffic: Traffic, clock: Callable[[], float]) -> None:
+    def __init__(self, fleet: Fleet, index: Matches, traffic: Traffic, clock: Callable[[], float]) -> None:
         self._fleet = fleet
         self._index = index
         self._traffic = traffic
