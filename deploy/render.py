@@ -190,9 +190,10 @@ def _audit_text(trusts: Sequence[admin_pb2.IndexTrust]) -> str:
     words = []
     if guessed := sum(trust.approximate for trust in trusts):
         words.append(f"{guessed} of {len(trusts)} workers send no events")
-    for name in ("precision", "recall"):
-        if known := [getattr(trust, name) for trust in trusts if trust.HasField(name)]:
-            words.append(f"{name} {min(known):.1%}")
+    figures = {
+        name: [getattr(trust, name) for trust in trusts if trust.HasField(name)] for name in ("precision", "recall")
+    }
+    words += [f"{name} {min(known):.1%}" for name, known in figures.items() if known]
     probed = sum(trust.probed for trust in trusts)
     return ", ".join([*words, f"{probed} blocks probed"]) if words else ""
 

@@ -9,8 +9,8 @@ A block is believed from the first token of a prompt that has it until one of th
 - `ttl_s` have passed since it was last sent there (120 s, as peers take it, until answers show that it lives longer);
 - more recent blocks fill the tier: as many as the worker reports room for, or fewer where that was learnt;
 - an answer reuses less than was believed. The first missing block was evicted, and a worker evicts in the order of use:
-  whatever was used no later than that block is gone as well. How many remain is what this router may count on: the rest
-  of the room is used by others (other routers, answers), and the limit is set to that number.
+  whatever was used no later than that block is gone as well. How many were used since is what this router may count on:
+  the rest of the room is used by others (other routers, answers), and the limit is set to that number.
 
 When an answer reuses a block that was given up, the reason for giving it up was wrong: the limit grows by the blocks
 that were there, or the time doubles, up to `LONGEST_TTL_S`.
@@ -47,6 +47,7 @@ class _Level:
         self.limit: int | None = None  # learnt; None: nothing speaks against the capacity
         self._least_ttl_s = self.ttl_s = ttl_s
         self._used: OrderedDict[bytes, tuple[float, bytes | None]] = OrderedDict()  # when, and the block before it
+        # Why blocks are not believed any more; one that is sent again stays here until its answer is known.
         self._given_up: OrderedDict[bytes, _GivenUp] = OrderedDict()
 
     def __len__(self) -> int:
@@ -69,14 +70,14 @@ class _Level:
 
     def use(self, hashes: Sequence[bytes], now: float) -> Iterator[KvEvent]:
         """A chain is there now; the events that say so, and which blocks had to go for it."""
-        kept = hashes[: self.room]
+        kept = hashes[: self.capacity]
         yield from self._stored(kept)
         for at in range(len(kept) - 1, -1, -1):  # last first: a worker evicts the tail of a chain before its head
             block = kept[at]
             self._used[block] = (now, kept[at - 1] if at else None)
             self._used.move_to_end(block)
-            self._given_up.pop(block, None)
-        yield from self._give_up(len(self._used) - self.room, _GivenUp.ROOM, RemovalCause.EVICTED)
+        room = max(len(kept), self.room)  # it has just been there, whatever others use
+        yield from self._give_up(len(self._used) - room, _GivenUp.ROOM, RemovalCause.EVICTED)
 
     def expire(self, now: float) -> Iterator[KvEvent]:
         """Blocks whose time is over."""
@@ -87,15 +88,18 @@ class _Level:
             late += 1
         yield from self._give_up(late, _GivenUp.TIME, RemovalCause.EXPIRED)
 
-    def refuted(self, used_at: float, now: float) -> Iterator[KvEvent]:
-        """A block that was last used then was not there: nor are those that were used no later."""
+    def refuted(self, used_at: float, missing: int, now: float) -> Iterator[KvEvent]:
+        """A block that was last used then was not there: nor are those that were used no later.
+
+        `missing`: blocks of its prompt from there on; they have been used again since.
+        """
         gone = 0
         for at, _ in self._used.values():
             if at > used_at:
                 break
             gone += 1
         self.ttl_s = max(self._least_ttl_s, min(self.ttl_s, now - used_at))
-        self.limit = max(1, len(self._used) - gone)
+        self.limit = max(1, len(self._used) - gone - missing)
         yield from self._give_up(gone, _GivenUp.ROOM, RemovalCause.ABSENT)
 
     def surprised(self, hashes: Sequence[bytes]) -> None:
@@ -229,7 +233,7 @@ class Approximate:
             return
         level = known.levels[number]
         if found < len(believed):
-            self._tell(worker, known, level.refuted(believed[found], self._clock()))
+            self._tell(worker, known, level.refuted(believed[found], len(hashes) - found, self._clock()))
         else:
             level.surprised(hashes[len(believed) : found])
 
