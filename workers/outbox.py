@@ -81,6 +81,8 @@ class Outbox:
         self._open: dict[int, worker_pb2.SequenceOutput] = {}  # a job's last one of those, while it may grow
         self._events: deque[WireEvents] = deque()
         self._event_bytes = 0
+        self._probed: deque[tuple[int, worker_pb2.Probed]] = deque()  # and how many batches of events come before it
+        self._batches_added = self._batches_sent = 0
         self._behind_since: float | None = None  # when the oldest event came that a forgetting router must hear again
         self._answers: deque[worker_pb2.ConnectResponse] = deque()
         self._sync = _Sync.UNSYNCED
@@ -109,6 +111,7 @@ class Outbox:
         if self._sync in (_Sync.UNSYNCED, _Sync.ASKED) or not events.events:
             return
         self._events.append(events)
+        self._batches_added += 1
         self._event_bytes += events.nbytes
         if self._event_bytes > self._limits.max_event_bytes:
             self.overflows += 1
@@ -123,9 +126,12 @@ class Outbox:
             self._answers.append(worker_pb2.ConnectResponse(cache_done=answer))
 
     def add_probed(self, probed: worker_pb2.Probed) -> None:
-        """Goes out behind the events that came before it, if these do; a router that gets no answer asks again."""
+        """Goes out between the events that came before it and those that come after, if the former do.
+
+        A router that gets no answer asks again.
+        """
         if self._sync not in (_Sync.UNSYNCED, _Sync.ASKED):
-            self._answers.append(worker_pb2.ConnectResponse(probed=probed))
+            self._probed.append((self._batches_added, probed))
 
     def set_fleet(self, record: worker_pb2.FleetRecord) -> None:
         """Only the newest is sent."""
@@ -168,7 +174,8 @@ class Outbox:
         if self._sync is not _Sync.ASKED:
             self._sync = _Sync.UNSYNCED
         self._pieces = iter(())
-        self._answers = deque(answer for answer in self._answers if not answer.HasField("probed"))
+        self._probed.clear()
+        self._batches_added = self._batches_sent = 0
         self._events.clear()
         self._event_bytes = 0
 
@@ -202,6 +209,8 @@ class Outbox:
         if self._fleet is not None:
             fleet, self._fleet = self._fleet, None
             return worker_pb2.ConnectResponse(fleet=fleet)
+        if self._probed and self._batches_sent >= self._probed[0][0]:
+            return worker_pb2.ConnectResponse(probed=self._probed.popleft()[1])
         if self._answers and not self._events:
             return self._answers.popleft()
         # Pieces and steps take turns: neither can starve the other.
@@ -240,7 +249,10 @@ class Outbox:
     def _move_events(self, step: worker_pb2.Step) -> None:
         moved = 0
         while self._events and (not moved or moved + self._events[0].nbytes <= self._limits.message_bytes):
+            if self._probed and self._batches_sent == self._probed[0][0]:
+                break  # its answer is true here, and not behind the next ones
             batch = self._events.popleft()
+            self._batches_sent += 1
             step.events.extend(batch.events)
             moved += batch.nbytes
         self._event_bytes -= moved
