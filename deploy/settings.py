@@ -226,7 +226,7 @@ class RouterSettings(_Section):
         default=5.0, description="How long requests to a new router wait at most for what all workers hold."
     )
     belief_ttl: Duration = Field(
-        default=120.0,
+        default=600.0,
         gt=0,
         description="How long a block is believed at first that was sent to a worker without K/V events.",
     )

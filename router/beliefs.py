@@ -6,13 +6,13 @@ Covers: bringing together the index, the books of workers without events, and cr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from router.approximate import DEFAULT_TTL_S, Approximate, Placement
+from router.approximate import DEFAULT_TTL_S, Approximate, Placement, Room
 from router.credit import Credits, discounted
 from router.index import Overlap, PrefixIndex
 from router.link import WorkerLink
-from warmkv.v1 import common_pb2, worker_pb2
+from warmkv.v1 import common_pb2
 
 
 class Beliefs:
@@ -56,8 +56,7 @@ class Beliefs:
         """
         if link.name not in self.approximate:
             return None
-        if link.hello is not None and link.report is not None:
-            self.approximate.resize(link.name, *_rooms(link.report.message, link.hello.block_nbytes))
+        self._note_rooms(link)
         return Placement(self.approximate, link.name, hashes, reads=reads, stores=stores)
 
     def synced(self, link: WorkerLink) -> None:
@@ -82,13 +81,20 @@ class Beliefs:
         self.approximate.cleared(link.name)
         link.resync()
 
-    def tick(self) -> None:
-        """Give up what has been believed long enough."""
+    def tick(self, links: Iterable[WorkerLink]) -> None:
+        """Give up what has been believed long enough, by what workers report of themselves."""
+        for link in links:
+            if link.name in self.approximate:
+                self._note_rooms(link)
         self.approximate.expire()
 
-
-def _rooms(load: worker_pb2.Load, block_nbytes: int) -> tuple[int, int]:
-    """Blocks that fit into device and host."""
-    bytes_of = {tier.tier: tier.capacity_bytes for tier in load.tiers}
-    size = max(1, block_nbytes)
-    return bytes_of.get(common_pb2.TIER_DEVICE, 0) // size, bytes_of.get(common_pb2.TIER_HOST, 0) // size
+    def _note_rooms(self, link: WorkerLink) -> None:
+        if link.hello is None or link.report is None:
+            return
+        size = max(1, link.hello.block_nbytes)
+        rooms = {
+            tier.tier: Room(tier.capacity_bytes // size, sum(tier.removals.values()))
+            for tier in link.report.message.tiers
+        }
+        device, host = (rooms.get(tier, Room(0)) for tier in (common_pb2.TIER_DEVICE, common_pb2.TIER_HOST))
+        self.approximate.reported(link.name, device, host)

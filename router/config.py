@@ -62,7 +62,7 @@ class RouterConfig:
     max_in_flight: int = 1024
     max_in_flight_per_tenant: int = 512
     default_deadline_s: float | None = 600.0
-    belief_ttl_s: float = 120.0
+    belief_ttl_s: float = 600.0
     audit_interval_s: float | None = 10.0
     catch_up_s: float = 5.0
     drain_grace_s: float = 30.0

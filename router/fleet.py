@@ -417,7 +417,7 @@ class Fleet:
                     link.judge_silence()
             last = now
             self._index.sweep(_SWEEP_BLOCKS)
-            self._beliefs.tick()
+            self._beliefs.tick(self.links())
             if self._catching_up.waiting:
                 self._catching_up.note(self.links())
                 self._changed.set()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.events import TierName
-from router.approximate import LONGEST_TTL_S, Approximate, Placement
+from router.approximate import LONGEST_TTL_S, Approximate, Placement, Room
 from router.index import NO_OVERLAP, Overlap, PrefixIndex
 
 SIZE = 16
@@ -34,7 +34,14 @@ class Rig:
         self.index = PrefixIndex(self.clock)
         self.books = Approximate(self.index, self.clock, ttl_s=ttl_s)
         self.join(1)
-        self.books.resize("w", device, host)
+        self.rooms = device, host
+        self.removals = 0
+        self.report()
+
+    def report(self, removals: int = 0) -> None:
+        """The worker says how many more blocks have left its tiers."""
+        self.removals += removals
+        self.books.reported("w", *(Room(blocks, self.removals) for blocks in self.rooms))
 
     def join(self, incarnation: int) -> None:
         """As the link does: an empty snapshot."""
@@ -79,10 +86,22 @@ def test_time_ends_a_belief_and_use_prolongs_it() -> None:
     rig.send(chain(2, 5))
     rig.clock.now += 40
     rig.send(chain(1, 3), device=3)
+    rig.report(removals=1)
     rig.clock.now += 30
     assert rig.believed(chain(1, 5)).device == 3
     assert rig.believed(chain(2, 5)).device == 0
     assert rig.index.gone(chain(2, 5)[0]) == "expired"
+
+
+def test_while_a_worker_reports_no_removal_nothing_has_gone_however_old() -> None:
+    rig = Rig(ttl_s=60.0)
+    rig.report(removals=7)
+    rig.clock.now += 1
+    rig.send(chain(1, 5))
+    rig.clock.now += 1000
+    assert rig.believed(chain(1, 5)).device == 5
+    rig.report(removals=1)
+    assert rig.believed(chain(1, 5)).device == 0
 
 
 def test_a_tier_is_believed_to_hold_no_more_than_it_has_room_for_and_the_head_of_a_chain_stays_longest() -> None:
@@ -139,17 +158,21 @@ def test_a_block_that_outlived_its_time_doubles_the_time() -> None:
     rig = Rig(ttl_s=60.0)
     rig.send(chain(1, 5))
     rig.clock.now += 100
+    rig.report(removals=1)
     assert rig.believed(chain(1, 5)).device == 0
     rig.send(chain(1, 5), device=5)
     rig.clock.now += 100
+    rig.report(removals=1)
     assert rig.believed(chain(1, 5)).device == 5
     rig.clock.now += 100
     assert rig.believed(chain(1, 5)).device == 0
     for _ in range(20):
         rig.clock.now += 5000
+        rig.report(removals=1)
         rig.books.expire()
         rig.send(chain(1, 5), device=5)
     rig.clock.now += LONGEST_TTL_S + 2
+    rig.report(removals=1)
     assert rig.believed(chain(1, 5)).device == 0
 
 
@@ -157,6 +180,7 @@ def test_reusing_what_was_never_sent_teaches_nothing() -> None:
     rig = Rig(ttl_s=60.0)
     rig.send(chain(1, 5), device=5)  # another router sent it
     rig.clock.now += 61
+    rig.report(removals=1)
     assert rig.believed(chain(1, 5)).device == 0
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from kvstore.events import BlockStored, TierName
+from router.approximate import Room
 from router.beliefs import Beliefs
 from router.core import Router
 from router.index import PrefixIndex
@@ -181,7 +182,7 @@ def test_who_has_not_answered_is_not_asked_again_at_once_and_who_reads_a_snapsho
 def test_a_worker_without_events_is_corrected_and_what_others_sent_there_is_held_against_nobody() -> None:
     rig = Rig(range(400), range(0), range(100, 400))
     rig.beliefs.approximate.joined("w", 1)
-    rig.beliefs.approximate.resize("w", 1000, 0)
+    rig.beliefs.approximate.reported("w", Room(1000), Room(0))
     for n in range(200):
         rig.beliefs.approximate.used("w", [name(n)[:16]])
     rig.ask(20)
