@@ -6,7 +6,7 @@ believed there, ties by worker). Every router knows every queue; what differs is
 
 Rows `<case>_<mode>_hit` (share of prompt tokens reused), `_ttft_s` (mean, queue and prefill) and `_phantom` (share of
 the believed blocks that were not there when the request came); `<case>_exact_gain` is the hit rate of exact less that
-of approximate. Cases: `roomy` (nothing is evicted), `pressed` and `tight` (a pool holds 800k and 400k tokens), and these
+of approximate. Cases: `roomy` (nothing is evicted), `pressed` and `tight` (pools of 800k and 400k tokens), and these
 with `_two` (each request comes to one of two routers by chance). Modes: `exact` (events, 20 ms late), `approximate`
 (own decisions, corrected by answers), `never_corrected` (the same, without learning from answers).
 """
