@@ -9,7 +9,7 @@ from kvstore.events import TierName
 from tests.workers.engine_rig import make_rig
 from tests.workers.serving import INFO, config, routers, serving, simulated
 from tests.workers.stream_client import job
-from tests.workers.test_outbox import LIMITS, kinds, live_outbox, pop_all, stored
+from tests.workers.test_outbox import kinds, live_outbox, pop_all, stored
 from warmkv.v1 import worker_pb2
 from workers.outbox import OutboxLimits
 from workers.protocol import Load
@@ -143,4 +143,8 @@ def test_an_answer_whose_events_were_forgotten_is_not_sent() -> None:
     outbox.add_events(stored(*range(10, 50)))
     outbox.add_probed(worker_pb2.Probed(probe_id=2))
     assert kinds(pop_all(outbox)) == ["clear_done"]
-    assert LIMITS.max_event_bytes < 1000
+    outbox.snapshot_asked(1.0)
+    outbox.set_snapshot([])
+    for number in range(5):
+        outbox.add_events(stored(number))
+    assert set(kinds(pop_all(outbox, 1.0))) == {"snapshot", "step"}
