@@ -90,7 +90,7 @@ def test_a_worker_without_events_says_so_and_tells_of_no_block() -> None:
         client.wait_finished(1)
         client.send(resync=worker_pb2.Resync())
         client.wait_for(lambda: client.mirror.snapshots == 2 and client.mirror.complete)
-        assert not client.mirror.blocks
+        assert not any(message.step.events or message.snapshot.blocks for message in client.messages)
         client.send(probe=worker_pb2.Probe(probe_id=5, hashes=names(ids)[0]))
         client.wait_for(lambda: probed(client))
         assert probed(client)[0].tiers == b"\3"
