@@ -23,6 +23,7 @@ from bench.router_peer import add_peer_rows
 from bench.router_submit import submits
 from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.events import BlockStored, TierName
+from router.beliefs import Beliefs
 from router.decide import Decider, Question
 from router.discovery import StaticDiscovery
 from router.fleet import Fleet, _Member
@@ -56,6 +57,7 @@ class World:
         self._rng = random.Random(f"{workers} {tokens}")
         self.index = PrefixIndex(time.monotonic)
         self.traffic = Traffic(time.monotonic)
+        beliefs = Beliefs(self.index, time.monotonic)
         self.fleet = Fleet(
             StaticDiscovery([]),
             self.index,
@@ -66,8 +68,9 @@ class World:
             clock=time.monotonic,
             jitter=self._rng.random,
             on_worker_gone=self.traffic.forget,
+            beliefs=beliefs,
         )
-        self.decider = Decider(self.fleet, self.index, self.traffic, time.monotonic)
+        self.decider = Decider(self.fleet, beliefs, self.traffic, time.monotonic)
         self.links = [self._join(f"worker-{n:02}") for n in range(workers)]
         beginning = self.tokens(SYSTEM)
         self.sessions = [beginning + self.tokens(tokens - SYSTEM) for _ in range(sessions)]

@@ -346,6 +346,13 @@ def _node_findings(settings: Settings, record: ClusterRecord | None) -> Iterator
         )
 
 
+def check_index(settings: Settings, state_dir: Path) -> Iterator[Finding]:
+    """Whether the router that runs here may rely on what it believes of its workers."""
+    from deploy.doctor_index import findings
+
+    yield from findings(settings)
+
+
 def check_host(settings: Settings, state_dir: Path) -> Iterator[Finding]:
     """What other nodes would see of this one."""
     load = os.getloadavg()[0]
@@ -372,4 +379,5 @@ CHECKS: tuple[Check, ...] = (
     check_shm,
     check_redis,
     check_ray,
+    check_index,
 )

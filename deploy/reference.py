@@ -24,7 +24,7 @@ from router.ledger import FATES
 from router.metrics import Metrics, RouterGauges, WorkerGauges
 from router.policy import POLICIES, Policy
 from warmkv.errors import _BY_CODE, ServerError
-from warmkv.v1 import common_pb2, worker_pb2
+from warmkv.v1 import admin_pb2, common_pb2, worker_pb2
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 _MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
@@ -161,7 +161,7 @@ def _families(metrics: Metrics) -> list[Metric]:
     tier = worker_pb2.TierLoad(
         tier=common_pb2.TIER_DEVICE, misses={"absent": 1}, removals={"evicted": 1}, store_failures={"full": 1}
     )
-    worker = WorkerGauges("w0", "ready", 1, worker_pb2.Load(tiers=[tier]))
+    worker = WorkerGauges("w0", "ready", 1, worker_pb2.Load(tiers=[tier]), admin_pb2.IndexTrust())
     gauges = RouterGauges(in_flight=0, index_blocks=0, fleet_version=0, utilisation=0.0, workers=[worker])
     metrics.export_gauges(lambda: gauges)
     return list(metrics.registry.collect())

@@ -77,12 +77,17 @@ def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
     header = ("worker", "state", "address", "run", "wait", "ms/1k prefill", "tiers")
     parts = [table(header, (_worker_row(worker) for worker in stats.workers))] if stats.workers else ["no workers"]
     parts += [f"{worker.name}: {worker.problem}" for worker in stats.workers if worker.problem]
+    parts += [f"{worker.name}: {doubt}" for worker in stats.workers if (doubt := _doubt(worker.index))]
+    if stats.catching_up:
+        parts.append(f"this router is catching up: it waits for what {', '.join(stats.catching_up)} hold")
     parts.append("")
     parts.append(f"policy     {stats.policy.name} {weights_text(stats.policy.weights)}".rstrip())
     parts.append(f"prompts    {fates_text(stats.prompt_tokens)}")
     reads = "on" if stats.shared_tier_reads else "off"
     shared = stats.shared_tier  # a fleet that has none says nothing of its health
     state = _cut_off(shared) if shared.capacity_bytes or shared.blocks else ""
+    if known := _audit_text([worker.index for worker in stats.workers]):
+        parts.append(f"index      {known}")
     parts.append(f"shared     {_tier_text(shared)}{state}; reads {reads}")
     ttft = stats.ttft
     if ttft.count:
@@ -175,6 +180,24 @@ def _worker_row(worker: admin_pb2.WorkerInfo) -> tuple[str, ...]:
     return worker.name, state, worker.address, str(worker.running), str(worker.waiting), prefill, tiers
 
 
+def _doubt(trust: admin_pb2.IndexTrust) -> str:
+    """Why what a worker is believed to hold counts less; empty: it does not."""
+    return f"suspect: {trust.suspect}; its blocks count {trust.credit:.0%}" if trust.suspect else ""
+
+
+def _audit_text(trusts: Sequence[admin_pb2.IndexTrust]) -> str:
+    """How the workers tell of their blocks, and the worst of what probes found; empty where there is nothing to say."""
+    words = []
+    if guessed := sum(trust.approximate for trust in trusts):
+        words.append(f"{guessed} of {len(trusts)} workers send no events")
+    figures = {
+        name: [getattr(trust, name) for trust in trusts if trust.HasField(name)] for name in ("precision", "recall")
+    }
+    words += [f"{name} {min(known):.1%}" for name, known in figures.items() if known]
+    probed = sum(trust.probed for trust in trusts)
+    return ", ".join([*words, f"{probed} blocks probed"]) if words else ""
+
+
 def _tier_text(tier: admin_pb2.TierUsage) -> str:
     used = f"{tier.used_bytes / _MIB:.0f}"
     return f"{used}/{tier.capacity_bytes / _MIB:.0f} MiB" if tier.capacity_bytes else f"{tier.blocks} blocks"
@@ -189,5 +212,9 @@ def _candidate_row(candidate: inference_pb2.Candidate) -> tuple[str, ...]:
         f"{fate} {count}" for fate in FATES if fate != "computed" and (count := getattr(candidate.tokens, fate))
     )
     terms = " + ".join(f"{term.name} {term.ms:.1f}*{term.weight:.3g}" for term in candidate.terms)
-    why = "" if candidate.eligible else candidate.excluded_because
+    why = "; ".join(filter(None, ["" if candidate.eligible else candidate.excluded_because, _suspicion(candidate)]))
     return candidate.worker, cached or "-", f"{candidate.cost:.1f}", f"{candidate.predicted_ttft_ms:.1f}", terms, why
+
+
+def _suspicion(candidate: inference_pb2.Candidate) -> str:
+    return f"suspect: {candidate.suspect}" if candidate.suspect else ""

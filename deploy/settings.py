@@ -115,6 +115,10 @@ class WorkersSettings(_Section):
     )
     max_batch_tokens: int = Field(default=2048, ge=1, description="Tokens a step.")
     max_running: int = Field(default=64, ge=1, description="Sequences a step.")
+    kv_events: Literal["on", "off"] = Field(
+        default="on",
+        description="off: workers tell routers of no block, and each router goes by what it sent to them itself.",
+    )
     bind_host: str | None = Field(
         default=None, description="Where workers listen; none: loopback on an own Ray, else the node's address."
     )
@@ -193,6 +197,10 @@ class RedisSettings(_Section):
         default="listen",
         description="Whether to hear of removals from the server; configure: turn its notifications on for that.",
     )
+    recall: Duration = Field(
+        default=5.0,
+        description="How long a starting worker waits to learn what lies there already; 0: it does not ask.",
+    )
 
 
 class RouterSettings(_Section):
@@ -222,6 +230,17 @@ class RouterSettings(_Section):
     max_in_flight: int = Field(default=1024, ge=1, description="Requests at once.")
     max_in_flight_per_tenant: int = Field(default=512, ge=1, description="Requests at once of one tenant.")
     default_deadline: OptionalDuration = Field(default=600.0, description="For callers that set none, or never.")
+    catch_up: Duration = Field(
+        default=5.0, description="How long requests to a new router wait at most for what all workers hold."
+    )
+    belief_ttl: Duration = Field(
+        default=600.0,
+        gt=0,
+        description="How long a block is believed at first that was sent to a worker without K/V events.",
+    )
+    audit_interval: OptionalDuration = Field(
+        default=10.0, gt=0, description="Between two probes of what one worker really holds, or never."
+    )
     drain_grace: Duration = Field(default=30.0, description="How long running requests may take after SIGTERM.")
     show_prompts: bool = Field(
         default=False, description="Show first words of prompts to admins that ask, and let them record prompts."
@@ -361,6 +380,8 @@ class Settings(BaseSettings):
             redis_url=None if url is None else url.get_secret_value(),
             redis_timeout_s=self.redis.timeout,
             redis_watch=self.redis.watch,
+            redis_recall_s=self.redis.recall,
+            kv_events=self.workers.kv_events,
             peers=self.store.peers,
             peer_port=self.workers.peer_port,
             block_size=self.store.block_size,
@@ -405,6 +426,9 @@ class Settings(BaseSettings):
             max_in_flight=router.max_in_flight,
             max_in_flight_per_tenant=router.max_in_flight_per_tenant,
             default_deadline_s=router.default_deadline,
+            catch_up_s=router.catch_up,
+            belief_ttl_s=router.belief_ttl,
+            audit_interval_s=router.audit_interval,
             drain_grace_s=router.drain_grace,
             show_prompts=router.show_prompts,
             reflection=router.reflection,

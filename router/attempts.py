@@ -14,6 +14,7 @@ import time
 from itertools import count
 
 from router import worker_errors
+from router.beliefs import Beliefs
 from router.board import Recent
 from router.decide import Choice, Decider
 from router.errors import InternalError, NoWorkerAvailable, PoisonRequest, RouterError, WorkerLost
@@ -43,9 +44,11 @@ class Attempts:
         recent: Recent,
         shadow: Shadow,
         metrics: Metrics,
+        beliefs: Beliefs,
     ) -> None:
         self._shadow = shadow
         self._fleet = fleet
+        self._beliefs = beliefs
         self._decider = decider
         self._traffic = traffic
         self._index = index
@@ -86,7 +89,8 @@ class Attempts:
             self._fleet.link(work.flight.worker).cancel(work.flight)
 
     async def _choose(self, work: Request, prepared: PreparedPrompt) -> Choice:
-        """Decide; while no worker can take it, wait for one, but not for long."""
+        """Decide; while no worker can take it, wait for one, but not for long. A new router first hears them all."""
+        await self._readiness.caught_up(work.context.deadline)
         until = self._readiness.until()
         while True:
             started = time.perf_counter()
@@ -122,17 +126,23 @@ class Attempts:
         )
         self._index.placed(question.hashes)
         self._note(work, choice, question.prompt_tokens)
+        link = self._fleet.link(choice.worker)
+        cache = job.cache
+        placement = self._beliefs.placed(link, question.hashes, reads=not cache.no_read, stores=not cache.no_store)
 
         def on_tokens(tokens: int) -> None:
             self._traffic.first_token(key)
+            if placement is not None:
+                placement.computed()
             work.tokens_came(tokens)
 
         def on_end(end: FlightEnd) -> None:
             self._traffic.ended(key)
             if not work.worker_done(end):
                 self._metrics.fates_corrected.labels(choice.worker).inc()
+            if placement is not None:
+                placement.ended(work.fates, question.block_size)
 
-        link = self._fleet.link(choice.worker)
         sent = _for_one_link(job, work.context.deadline)
         sent.peers.extend(worker_pb2.PeerHint(address=peer.address, blocks=peer.blocks) for peer in choice.peers)
         work.flight = link.submit(sent, on_tokens, on_end)

@@ -76,7 +76,15 @@ class Recent:
 class Board:
     """Builds messages for operators."""
 
-    def __init__(self, fleet: Fleet, index: PrefixIndex, prefixes: PrefixMap, recent: Recent) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        index: PrefixIndex,
+        prefixes: PrefixMap,
+        recent: Recent,
+        trust: Callable[[WorkerLink], admin_pb2.IndexTrust],
+    ) -> None:
+        self._trust = trust
         self._fleet = fleet
         self._index = index
         self._prefixes = prefixes
@@ -101,6 +109,7 @@ class Board:
             reused_tokens=totals.reused,
             shared_tier=self._shared_tier(),
             shared_tier_reads=self._fleet.record.shared_tier_reads,
+            catching_up=self._fleet.catching_up,
         )
 
     def workers(self) -> list[admin_pb2.WorkerInfo]:
@@ -125,6 +134,7 @@ class Board:
             problem=link.problem,
             model=link.hello.model if link.hello else "",
             device=link.hello.device if link.hello else "",
+            index=self._trust(link) if link.synced else None,
         )
         if link.report is not None and link.connected:
             load, fit = link.report.message, link.report.load.fit

@@ -37,6 +37,9 @@ class RouterConfig:
         index_bytes: memory of the index; when it ends, the least recently placed run of blocks is forgotten.
         max_in_flight: requests at once; more are refused. max_in_flight_per_tenant: likewise for one tenant.
         default_deadline_s: for callers that set none; None: unlimited.
+        belief_ttl_s: how long a block that was sent to a worker without K/V events is believed there, at least.
+        audit_interval_s: between two probes of one worker; None: none. catch_up_s: how long requests wait at most for
+        the snapshots of all workers that a new router meets first.
         drain_grace_s: how long running requests may take after SIGTERM.
         show_prompts: hand out first words of prompts in statistics to admins that ask.
         reflection: serve gRPC reflection.
@@ -64,6 +67,9 @@ class RouterConfig:
     max_in_flight: int = 1024
     max_in_flight_per_tenant: int = 512
     default_deadline_s: float | None = 600.0
+    belief_ttl_s: float = 600.0
+    audit_interval_s: float | None = 10.0
+    catch_up_s: float = 5.0
     drain_grace_s: float = 30.0
     show_prompts: bool = False
     reflection: bool = True

@@ -21,17 +21,19 @@ from kvstore.blocks import block_hashes, short
 from router.admission import Admission
 from router.attempts import Attempts
 from router.audit import audited
+from router.beliefs import Beliefs
 from router.board import Board, Recent
 from router.cache_admin import CacheAdmin
 from router.config import RouterConfig
 from router.decide import Decider
 from router.errors import InternalError, RouterError
 from router.explain import explained
-from router.fleet import Fleet
+from router.fleet import Fleet, report_failure
 from router.fleet_record import FleetRecord
 from router.handshake import Expected
 from router.index import PrefixIndex
 from router.ledger import Entry, Ledger
+from router.link import WorkerLink
 from router.metrics import Metrics, RouterGauges, WorkerGauges
 from router.misses import AnswerMemory
 from router.operators import Operators
@@ -42,6 +44,7 @@ from router.protocol import Caller, Discovery, Encoder, RequestContext
 from router.readiness import Readiness, time_left
 from router.record_file import keeper, restored
 from router.request import PreparedPrompt, Request, job_for
+from router.self_audit import SelfAudit
 from router.shadow import Shadow
 from router.traffic import Traffic
 from router.validation import check_cache, check_model, check_priority, filled_cache, filled_sampling
@@ -93,6 +96,7 @@ class Router:
         self.metrics = Metrics(router=config.name, model=config.model_name, version=_package_version())
         self._admission = Admission(config.max_in_flight, config.max_in_flight_per_tenant)
         self._index = PrefixIndex(clock, limit_bytes=config.index_bytes)
+        self._beliefs = Beliefs(self._index, clock, ttl_s=config.belief_ttl_s)
         self._traffic = Traffic(clock)
         self._ledger = Ledger()
         self._answers = AnswerMemory()
@@ -103,24 +107,40 @@ class Router:
             clock, wall_clock, self._block_size, secret=config.fleet_secret, show_prompts=config.show_prompts
         )
         readiness = Readiness(self.fleet, clock, patience_s=wait_for_worker_s)
-        self._decider = Decider(self.fleet, self._index, self._traffic, clock)
+        self._decider = Decider(self.fleet, self._beliefs, self._traffic, clock)
         self._preparer = Preparer(config, encoder, self.fleet, readiness, self.metrics, trust_group_of=trust_group_of)
         shadow = Shadow(wall_clock, self.metrics)
         self._attempts = Attempts(
-            self.fleet, self._decider, self._traffic, self._index, readiness, self._recent, shadow, self.metrics
+            self.fleet,
+            self._decider,
+            self._traffic,
+            self._index,
+            readiness,
+            self._recent,
+            shadow,
+            self.metrics,
+            self._beliefs,
         )
-        self._board = Board(self.fleet, self._index, self._prefixes, self._recent)
+        self._audit = SelfAudit(
+            self.fleet, self._beliefs, self.metrics, self._rng, clock, every_s=config.audit_interval_s
+        )
+        self._board = Board(self.fleet, self._index, self._prefixes, self._recent, self._trust)
         self.cache = CacheAdmin(self.fleet, self._index, self._preparer, self._decider, wall_clock=wall_clock)
         self._operators = Operators(config.name, self.fleet, self._board, self._preparer, shadow, wall_clock=wall_clock)
+        self._auditing: asyncio.Task[None] | None = None
         self.metrics.export_gauges(self._gauges)
 
     async def start(self) -> None:
         """Begin to follow the fleet; requests wait until a worker is ready."""
         self.fleet.start()
+        self._auditing = asyncio.create_task(self._audit.run(), name="self-audit")
+        self._auditing.add_done_callback(report_failure)
 
     async def close(self) -> None:
         """Leave the fleet; requests that still run end with an error."""
         self._admission.drain()
+        if self._auditing is not None:
+            self._auditing.cancel()
         await self.fleet.close()
 
     def drain(self) -> None:
@@ -178,6 +198,7 @@ class Router:
             choice,
             fleet=self.fleet,
             index=self._index,
+            beliefs=self._beliefs,
             decider=self._decider,
             changed=self._answers.changed_turn(prepared.root, prepared.prompt, answers, prepared.question.hashes),
         )
@@ -256,8 +277,10 @@ class Router:
         )
 
     def ready(self) -> bool:
-        """Whether a request could be served now."""
-        return not self._admission.draining and any(self.fleet.takes_requests(link) for link in self.fleet.links())
+        """Whether a request could be served now, by what all workers hold."""
+        if self._admission.draining or self.fleet.catching_up:
+            return False
+        return any(self.fleet.takes_requests(link) for link in self.fleet.links())
 
     # The steps of a request
 
@@ -267,6 +290,7 @@ class Router:
         check_cache(body.cache, wall=self._wall_clock())
         prepared = await self._preparer.prepare(body.input, work.caller, body.cache, deadline=work.context.deadline)
         work.prompt_tokens = prepared.question.prompt_tokens
+        self._audit.seen.add(prepared.names)
         return prepared
 
     def _job(self, body: inference_pb2.GenerateRequest, work: Request, prepared: PreparedPrompt) -> worker_pb2.Job:
@@ -341,12 +365,26 @@ class Router:
             clock=self._clock,
             jitter=self._rng.random,
             on_worker_gone=self._traffic.forget,
+            beliefs=self._beliefs,
+            catch_up_s=config.catch_up_s,
             wall_clock=self._wall_clock,
             keep_record=keeper(file, record.setting) if file else _kept_nowhere,
         )
 
     def _block_size(self) -> int:
         return self.fleet.identity.scheme.block_size if self.fleet.identity else 0
+
+    def _trust(self, link: WorkerLink) -> admin_pb2.IndexTrust:
+        """How far this router relies on what it believes of a worker, and what it found out about that."""
+        tally, credit = self._audit.tally(link), self._beliefs.credits.of(link.name)
+        return admin_pb2.IndexTrust(
+            approximate=link.name in self._beliefs.approximate,
+            credit=credit.factor,
+            suspect=credit.why,
+            precision=tally.precision,
+            recall=tally.recall,
+            probed=tally.probed,
+        )
 
     def _label(self, given: inference_pb2.Input) -> str:
         """The first words that a person wrote, kept only where the settings allow to show them."""
@@ -367,12 +405,14 @@ class Router:
             index_evicted_blocks=self._index.evicted_blocks,
             fleet_version=self.fleet.record.version,
             utilisation=self._decider.utilisation(ready),
+            catching_up=len(self.fleet.catching_up),
             workers=[
                 WorkerGauges(
                     link.name,
                     admin_pb2.WorkerState.Name(self.fleet.state(link)).removeprefix("WORKER_STATE_").lower(),
                     link.incarnation,
                     link.report.message if link.report and link.connected else None,
+                    self._trust(link) if link.whole else None,
                 )
                 for link in links
             ],

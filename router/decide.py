@@ -9,13 +9,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from kvstore.events import TierName
 from router.chain_tree import Runs
 from router.cost import NO_LOAD, PrefillFit, Price, pool_fits, price, queue_ms
 from router.fleet import Fleet
 from router.fleet_record import FleetRecord
-from router.index import NO_OVERLAP, Overlap, PrefixIndex
+from router.index import NO_OVERLAP, Overlap
 from router.link import WorkerLink
 from router.peers import Holder, Holders, holders
 from router.policies.protocol import BlockLoad, Candidate, Decision, Policy, RouteRequest
@@ -89,12 +90,20 @@ class Choice:
         return self.price.ttft_ms if self.policy.predicts else 0.0
 
 
+class Matches(Protocol):
+    """Who holds what of a chain: the index, or `beliefs` over it."""
+
+    def match(self, hashes: Sequence[bytes]) -> dict[str, Overlap]:
+        """As `PrefixIndex.match`."""
+        ...
+
+
 class Decider:
     """Asks. Holds no state but the number of decisions that were made, and what it worked out of settings and reports
     last time, for as long as those are the same: they change every few milliseconds at most, decisions may come faster.
     """
 
-    def __init__(self, fleet: Fleet, index: PrefixIndex, traffic: Traffic, clock: Callable[[], float]) -> None:
+    def __init__(self, fleet: Fleet, index: Matches, traffic: Traffic, clock: Callable[[], float]) -> None:
         self._fleet = fleet
         self._index = index
         self._traffic = traffic

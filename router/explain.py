@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from router.beliefs import Beliefs
 from router.decide import Choice, Decider
 from router.fleet import Fleet
 from router.index import PrefixIndex
@@ -24,6 +25,7 @@ def explained(
     *,
     fleet: Fleet,
     index: PrefixIndex,
+    beliefs: Beliefs,
     decider: Decider,
     changed: ChangedTurn | None,
 ) -> inference_pb2.ExplainResponse:
@@ -31,6 +33,13 @@ def explained(
     record, question = fleet.record, prepared.question
     policy = find_policy(record.policy)
     missing = explain_miss(index, question.hashes, changed)
+    candidates = [
+        *(_eligible(choice, question.prompt_tokens) if choice else []),
+        *_excluded(prepared, choice, fleet, beliefs, decider),
+    ]
+    for candidate in candidates:
+        credit = beliefs.credits.of(candidate.worker)
+        candidate.suspect = f"{credit.why}; blocks count {credit.factor:.0%}" if credit.why else ""
     return inference_pb2.ExplainResponse(
         prompt_tokens=question.prompt_tokens,
         block_size=question.block_size,
@@ -40,10 +49,7 @@ def explained(
         worker=choice.worker if choice else "",
         reason=choice.decision.reason if choice else "",
         cost_unit=policy.cost_unit,
-        candidates=[
-            *(_eligible(choice, question.prompt_tokens) if choice else []),
-            *_excluded(prepared, choice, fleet, index, decider),
-        ],
+        candidates=candidates,
         miss=_miss(missing) if missing else None,
     )
 
@@ -66,11 +72,11 @@ def _eligible(choice: Choice, prompt_tokens: int) -> list[inference_pb2.Candidat
 
 
 def _excluded(
-    prepared: PreparedPrompt, choice: Choice | None, fleet: Fleet, index: PrefixIndex, decider: Decider
+    prepared: PreparedPrompt, choice: Choice | None, fleet: Fleet, beliefs: Beliefs, decider: Decider
 ) -> list[inference_pb2.Candidate]:
     able = {candidate.worker for candidate in choice.candidates} if choice else set()
     links: Sequence[WorkerLink] = [link for link in fleet.links() if link.name not in able]
-    overlaps = {} if prepared.question.no_read else index.match(prepared.question.hashes)
+    overlaps = {} if prepared.question.no_read else beliefs.match(prepared.question.hashes)
     messages = []
     candidates = decider.candidates(prepared.question, links, overlaps, decider.peers(overlaps))
     for link, candidate in zip(links, candidates, strict=True):

@@ -18,6 +18,8 @@ from itertools import count
 
 from kvstore.past_clears import PastClear, merged
 from router import fleet_record
+from router.beliefs import Beliefs
+from router.catching_up import CatchingUp
 from router.errors import NoWorkerAvailable, RouterError, WorkerLost, WorkerNotFound
 from router.fleet_record import FleetRecord
 from router.handshake import Expected, FleetIdentity, identity_of, misfit
@@ -69,6 +71,8 @@ class Fleet:
         clock: Callable[[], float],
         jitter: Callable[[], float],
         on_worker_gone: Callable[[str], None],
+        beliefs: Beliefs,
+        catch_up_s: float = 0.0,
         wall_clock: Callable[[], float] = time.time,
         keep_record: Callable[[FleetRecord], None] = lambda _record: None,
     ) -> None:
@@ -90,6 +94,8 @@ class Fleet:
         self._clock = clock
         self._jitter = jitter
         self._on_worker_gone = on_worker_gone
+        self._beliefs = beliefs
+        self._catching_up = CatchingUp(clock, patience_s=catch_up_s)
         self._members: dict[str, _Member] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
@@ -98,7 +104,7 @@ class Fleet:
         """Follow discovery and watch over the links, until `close`."""
         self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._tick())]
         for task in self._tasks:
-            task.add_done_callback(_report_failure)
+            task.add_done_callback(report_failure)
 
     async def close(self) -> None:
         """End all links; jobs that still run on them are lost."""
@@ -148,6 +154,11 @@ class Fleet:
         """Why it gets nothing new; empty: it can."""
         words = _WORDS.get(self.state(link), "")
         return f"{words}: {link.problem}" if words and link.problem else words
+
+    @property
+    def catching_up(self) -> tuple[str, ...]:
+        """Workers whose first snapshots are waited for; empty: decisions know all that can be known."""
+        return self._catching_up.waiting
 
     def context_length(self) -> int:
         """The longest sequence that every connected worker takes; while there is none, as last known; first zero."""
@@ -261,6 +272,7 @@ class Fleet:
         if hellos := self._hellos():
             self._context_length = min(hello.context_length for hello in hellos)
             self._vocab_size = min(hello.vocab_size for hello in hellos)
+        self._catching_up.note(self.links())
         if link.connected and not link.synced:
             link.send_record(self.record.to_wire())
             self._owed.ask(link, self.record.clears)
@@ -272,11 +284,28 @@ class Fleet:
     def lost(self, link: WorkerLink, why: str) -> None:
         """Count it."""
         self._metrics.losses.labels(link.name).inc()
+        self._beliefs.lost(link.name)
         self._on_worker_gone(link.name)
 
     def resynced(self, link: WorkerLink) -> None:
         """Count it."""
         self._metrics.resyncs.labels(link.name).inc()
+
+    def missed(self, link: WorkerLink) -> None:
+        """Doubt it."""
+        self._beliefs.credits.missed_messages(link.name)
+
+    def behind(self, link: WorkerLink, seconds: float) -> None:
+        """Doubt it as far as that goes."""
+        self._beliefs.credits.is_behind(link.name, seconds)
+
+    def snapped(self, link: WorkerLink) -> None:
+        """Believe it."""
+        self._beliefs.synced(link)
+
+    def cleared(self, link: WorkerLink) -> None:
+        """One that sends no events has not said what it dropped."""
+        self._beliefs.approximate.cleared(link.name)
 
     # Inside
 
@@ -366,6 +395,7 @@ class Fleet:
     def _meet(self, workers: list[WorkerAddress]) -> None:
         now = self._clock()
         listed = {worker.name: worker for worker in workers}
+        self._catching_up.met(listed)
         for name, worker in listed.items():
             if name in self._members:
                 self._members[name].missing_since = None
@@ -380,7 +410,7 @@ class Fleet:
     def _member(self, worker: WorkerAddress) -> _Member:
         link = WorkerLink(worker, self._index, self, self._settings, clock=self._clock, jitter=self._jitter)
         task = asyncio.create_task(link.run(), name=f"link-{worker.name}")
-        task.add_done_callback(_report_failure)
+        task.add_done_callback(report_failure)
         self._owed.ask(link, self.record.clears)
         return _Member(link, task)
 
@@ -394,6 +424,10 @@ class Fleet:
                     link.judge_silence()
             last = now
             self._index.sweep(_SWEEP_BLOCKS)
+            self._beliefs.tick(self.links())
+            if self._catching_up.waiting:
+                self._catching_up.note(self.links())
+                self._changed.set()
             self._forget_missing(now)
 
     def _forget_missing(self, now: float) -> None:
@@ -404,6 +438,7 @@ class Fleet:
                 member.task.cancel()
                 del self._members[name]
                 self._index.drop(name)
+                self._beliefs.gone(name)
                 self._owed.forget(name)
 
 
@@ -439,7 +474,7 @@ def _not_confirmed(problems: Mapping[str, str]) -> WorkerLost:
     )
 
 
-def _report_failure(task: asyncio.Task[None]) -> None:
+def report_failure(task: asyncio.Task[None]) -> None:
     """These tasks run until they are cancelled: another end is a defect that must not be silent."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.critical(

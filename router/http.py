@@ -18,7 +18,7 @@ import contextlib
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -143,7 +143,8 @@ class _Handlers:
 
     async def readyz(self, _: web.Request) -> web.Response:
         if not self._router.ready():
-            raise _not_ready(self._router.list_workers())
+            stats = self._router.stats(show_prompts=False)
+            raise _not_ready(stats.workers, stats.catching_up)
         return web.json_response({"status": "ready"})
 
     async def stats(self, request: web.Request) -> web.Response:
@@ -204,7 +205,10 @@ def _set_policy_request(body: bytes) -> admin_pb2.SetPolicyRequest:
         ) from error
 
 
-def _not_ready(workers: list[admin_pb2.WorkerInfo]) -> RouterError:
+def _not_ready(workers: Sequence[admin_pb2.WorkerInfo], catching_up: Sequence[str]) -> RouterError:
+    if catching_up:
+        names = ", ".join(catching_up)
+        return NoWorkerAvailable(f"This router has yet to hear what {names} hold. Wait; it does so for seconds only.")
     states = [admin_pb2.WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower() for worker in workers]
     if "ready" in states:
         return Draining("This router is shutting down. Send requests to another one.")

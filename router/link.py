@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -60,7 +60,23 @@ class Listener(Protocol):
         ...
 
     def resynced(self, link: WorkerLink) -> None:
-        """Messages were missed and a snapshot was asked for."""
+        """A snapshot was asked for, because messages were missed or what is believed was found wrong."""
+        ...
+
+    def missed(self, link: WorkerLink) -> None:
+        """Messages were missed."""
+        ...
+
+    def behind(self, link: WorkerLink, seconds: float) -> None:
+        """So old is its oldest K/V event that has not come."""
+        ...
+
+    def snapped(self, link: WorkerLink) -> None:
+        """Its snapshot is complete."""
+        ...
+
+    def cleared(self, link: WorkerLink) -> None:
+        """It dropped blocks as it was told."""
         ...
 
 
@@ -85,7 +101,7 @@ class _Clearing:
 
 
 class WorkerLink:
-    """The link to one worker. `run` keeps it up until it is cancelled."""
+    """The link to one worker. `run` keeps it up until it is cancelled. `snapshots`: complete ones, ever."""
 
     def __init__(
         self,
@@ -108,6 +124,7 @@ class WorkerLink:
         self.suspect = False
         self.refused = False
         self.was_up = False
+        self.snapshots = 0
         self._index = index
         self._listener = listener
         self._settings = settings
@@ -116,12 +133,15 @@ class WorkerLink:
         self._flights: dict[int, Flight] = {}
         self._clears: dict[int, _Clearing] = {}
         self._orders: dict[int, asyncio.Future[worker_pb2.CacheDone]] = {}
+        self._probes: dict[int, Callable[[worker_pb2.Probed], None]] = {}
+        self._behind_s = 0.0
         self._ids = count(1)
         self._stream: WorkerStream | None = None
         self._retry_now = asyncio.Event()
         self._heard_at = 0.0
         self._seq = 0
         self._skipping = False
+        self._reading_snapshot = False
 
     @property
     def incarnation(self) -> int:
@@ -132,6 +152,11 @@ class WorkerLink:
     def jobs(self) -> int:
         """Jobs of this router that run or wait there."""
         return len(self._flights)
+
+    @property
+    def whole(self) -> bool:
+        """Whether what the index has of it is a whole snapshot and all events since."""
+        return self.synced and not self._skipping and not self._reading_snapshot
 
     @property
     def owes_clear(self) -> bool:
@@ -213,6 +238,22 @@ class WorkerLink:
         self._send(worker_pb2.ConnectRequest(cache=command))
         return done
 
+    def probe(self, names: Sequence[bytes], answered: Callable[[worker_pb2.Probed], None]) -> None:
+        """Ask where blocks lie (names of 32 bytes). `answered` is called at the answer's place in the stream.
+
+        It is not called where a snapshot is under way by then, the answer is lost or the worker is.
+        """
+        number = next(self._ids)
+        self._probes = {number: answered}  # one at a time: who asks again has given up the one before
+        self._send(worker_pb2.ConnectRequest(probe=worker_pb2.Probe(probe_id=number, hashes=b"".join(names))))
+
+    def resync(self) -> None:
+        """Believe nothing of what it holds until a new snapshot is complete, and ask for that."""
+        self._index.distrust(self.name)
+        self._skipping = True
+        self._send(worker_pb2.ConnectRequest(resync=worker_pb2.Resync()))
+        self._listener.resynced(self)
+
     def release_peers(self, hold: int) -> None:
         """Tell the worker that the clear with this `peers_hold` is over; one that cannot hear it finds out in time."""
         if self.connected:
@@ -259,7 +300,7 @@ class WorkerLink:
         if self.hello is None or hello.incarnation != self.hello.incarnation:
             self.joined_at = self._clock()
         self.hello = hello
-        self._seq, self._skipping = first.seq, True  # until the snapshot begins
+        self._seq, self._skipping, self._reading_snapshot = first.seq, True, False  # until the snapshot begins
         self._heard_at = self._clock()
         self.connected, self.was_up, self.refused, self.suspect, self.synced = True, True, False, False, False
         self.problem = ""
@@ -283,15 +324,22 @@ class WorkerLink:
                 self._on_snapshot(message.snapshot)
             case "clear_done":
                 self._on_clear_done(message.clear_done)
+            case "probed":
+                answered = self._probes.pop(message.probed.probe_id, None)
+                if answered is not None and self.whole:
+                    answered(message.probed)
             case "cache_done":
                 self._answer_order(message.cache_done.command_id, message.cache_done)
             case "fleet":
                 self._listener.heard_record(self, message.fleet)
 
     def _resync(self, seq: int) -> None:
-        """Messages are missing. Their events may be in a new snapshot; tokens would be gone, so no job goes on."""
+        """Messages are missing. Their events may be in a new snapshot; tokens would be gone, so no job goes on.
+
+        What was believed before counts on, discounted, until the snapshot begins.
+        """
         log.warning("a stream had a gap", extra={"worker": self.name, "expected": self._seq + 1, "seq": seq})
-        self._index.distrust(self.name)
+        self._listener.missed(self)
         self._skipping = True
         for flight in list(self._flights.values()):
             self.cancel(flight)
@@ -305,6 +353,7 @@ class WorkerLink:
             self._index.apply(self.name, self.incarnation, kv_wire.events(step.events))
         if step.HasField("load"):
             self.report = Report(step.load, self._heard_at, self.hello.block_nbytes if self.hello else 0)
+            self._note_lag(step.load.events_behind_ms / 1000.0)
         for output in step.outputs:
             flight = self._flights.get(output.job_id)
             if flight is not None:
@@ -313,17 +362,25 @@ class WorkerLink:
     def _on_snapshot(self, piece: worker_pb2.Snapshot) -> None:
         if piece.first:
             self._index.begin_snapshot(self.name, self.incarnation)
-            self._skipping = False
+            self._skipping, self._reading_snapshot = False, True
         if self._skipping:
             return
         self._index.snapshot(self.name, self.incarnation, kv_wire.stored(piece.blocks))
         if piece.last:
             self._index.end_snapshot(self.name, self.incarnation)
-            self.synced = True
+            self.synced, self._reading_snapshot, self._behind_s = True, False, 0.0
+            self.snapshots += 1
+            self._listener.snapped(self)
             self._listener.changed(self)
+
+    def _note_lag(self, seconds: float) -> None:
+        if seconds != self._behind_s:
+            self._behind_s = seconds
+            self._listener.behind(self, seconds)
 
     def _on_clear_done(self, done: worker_pb2.ClearDone) -> None:
         clearing = self._clears.pop(done.clear_id, None)
+        self._listener.cleared(self)
         if clearing is not None and not clearing.done.done():
             clearing.done.set_result(done)
 
@@ -346,6 +403,8 @@ class WorkerLink:
         for flight in list(self._flights.values()):
             flight.lose(f"worker {self.name} was lost: {why}")
         self._fail_orders(f"it was lost: {why}; try again when it is back")
+        self._probes.clear()
+        self._behind_s = 0.0
         if was_connected:
             log.warning("a worker was lost", extra={"worker": self.name, "why": why})
             self._listener.lost(self, why)

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from router.ledger import Entry
-from warmkv.v1 import common_pb2, worker_pb2
+from warmkv.v1 import admin_pb2, common_pb2, worker_pb2
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _MICRO = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5, 2.5)
@@ -29,6 +29,7 @@ class WorkerGauges:
     state: str
     incarnation: int
     load: worker_pb2.Load | None
+    trust: admin_pb2.IndexTrust | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class RouterGauges:
     index_bytes: int = 0
     index_limit_bytes: int = 0
     index_evicted_blocks: int = 0
+    catching_up: int = 0
 
 
 class Metrics:
@@ -106,6 +108,12 @@ class Metrics:
             "request_duration_seconds", "From a request's arrival to its end.", _SECONDS, "model"
         )
         self.resyncs = declare.counter("index_resyncs", "Snapshots asked for because events were missed.", "worker")
+        self.probed_blocks = declare.counter(
+            "index_probed_blocks",
+            "Blocks that the index asked workers for, to audit itself, by what it believed and what was so; weighed.",
+            "worker",
+            "verdict",
+        )
         self.fates_corrected = declare.counter(
             "fates_corrected", "Finished requests whose worker reported fates that did not sum to the prompt.", "worker"
         )
@@ -236,7 +244,13 @@ class _Gauges(Collector):
             "Share of the ready workers' time that prefills take, as `cache_aware` prices with.",
             now.utilisation,
         )
+        yield _gauge(
+            "warmkv_router_catching_up",
+            "Workers whose first snapshot a new router still waits for before it decides.",
+            now.catching_up,
+        )
         yield _states(now.workers)
+        yield from _trusts([(w.worker, w.trust) for w in now.workers if w.trust is not None])
         reporting = [(w.worker, w.load) for w in now.workers if w.load is not None]
         yield from _loads(reporting)
         yield from _tiers(reporting)
@@ -257,6 +271,21 @@ def _states(workers: list[WorkerGauges]) -> Metric:
         for state in _STATES:
             family.add_metric((worker.worker, state), float(worker.state == state))
     return family
+
+
+def _trusts(trusts: list[tuple[str, admin_pb2.IndexTrust]]) -> Iterator[Metric]:
+    credit = GaugeMetricFamily(
+        "warmkv_index_credit_ratio",
+        "What a worker's believed blocks count, 1 is in full: lower after a gap, behind events, or when probes refute.",
+        labels=("worker",),
+    )
+    approximate = GaugeMetricFamily(
+        "warmkv_index_approximate", "1 for a worker without K/V events, 0 for others.", labels=("worker",)
+    )
+    for worker, trust in trusts:
+        credit.add_metric((worker,), trust.credit)
+        approximate.add_metric((worker,), float(trust.approximate))
+    yield from (credit, approximate)
 
 
 def _loads(reporting: _Reporting) -> Iterator[Metric]:

@@ -12,6 +12,8 @@ from router.errors import DeadlineExceeded, NoWorkerAvailable
 from router.fleet import Fleet
 from router.handshake import FleetIdentity
 
+_LOOK_AGAIN_S = 1.0  # the fleet tells of every change; this is for one that it would not tell
+
 
 class Readiness:
     """`patience_s`: how long a request waits while no worker is ready."""
@@ -31,6 +33,18 @@ class Readiness:
         while self._fleet.identity is None:
             await self.wait(until, deadline)
         return self._fleet.identity
+
+    async def caught_up(self, deadline: float | None) -> None:
+        """Until the workers that this router met first have said what they hold, or that takes too long.
+
+        Raises:
+            DeadlineExceeded: the caller's deadline came first.
+        """
+        while self._fleet.catching_up:
+            left = _LOOK_AGAIN_S if deadline is None else min(_LOOK_AGAIN_S, time_left(deadline))
+            if left <= 0:
+                raise too_late()
+            await self._fleet.wait_for_change(left)
 
     def known_identity(self) -> FleetIdentity:
         """The same without waiting. Raises NoWorkerAvailable."""

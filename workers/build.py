@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from kvstore.host.tier import HostTier
 from kvstore.layout import DTYPE_BYTES, KVLayout
 from kvstore.redis.cluster import RedisClusterTier
 from kvstore.redis.open import open_redis
+from kvstore.redis.recall import Recalling
 from kvstore.redis.tier import RedisTier
 from kvstore.redis.watch import Watching
 from kvstore.store import TieredStore
@@ -34,6 +36,8 @@ from workers.protocol import EngineInfo
 from workers.step_times import StepTimes
 
 LOCK_WAIT_S = 10.0
+
+log = logging.getLogger(__name__)
 
 
 def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> TorchEngine:
@@ -57,6 +61,7 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     codec = _codec(config, layout, scheme)
     disk = _disk(config, codec, scheme, clock, spare)
     shared = _shared(config, codec)
+    recalling = Recalling(shared) if shared is not None and config.redis_recall_s > 0 else None
     rule = make_admission(config.admission)
     peers = open_peers(config, host, codec, clock)
     store = TieredStore(
@@ -72,6 +77,8 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         shared_admission=_redis_rule(config, rule),
         load_slack_s=config.load_slack_s,
     )
+    if recalling is not None and not recalling.wait(config.redis_recall_s):
+        log.warning("the shared tier holds so much that the start does not wait until it is learnt")
     return TorchEngine(
         runner,
         store,

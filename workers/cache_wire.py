@@ -1,10 +1,12 @@
 """Between the wire's cache commands and the plain ones. Pure.
 
-Covers: `CacheCommand` and `CacheDone`, and the refusal of commands that make no sense. Does not cover: the other
-messages (`wire`).
+Covers: `CacheCommand` and `CacheDone`, `Probe` and `Probed`, and the refusal of commands that make no sense. Does not
+cover: the other messages (`wire`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
@@ -26,6 +28,8 @@ from workers.protocol import CachedBlock
 from workers.wire import TIERS
 
 HASH_BYTES = 32
+MAX_PROBED = 256
+_PROBED_BITS = {TierName.DEVICE: 1, TierName.HOST: 2, TierName.DISK: 4}
 _NAMES = {number: name for name, number in TIERS.items()}
 
 
@@ -70,6 +74,22 @@ def done_to_wire(command_id: int, answer: CacheAnswer, error: str) -> worker_pb2
         ],
         started=answer.started,
         wrong=answer.wrong,
+    )
+
+
+def probe_from_wire(message: worker_pb2.Probe) -> list[BlockHash]:
+    """The blocks that a router asks for.
+
+    Raises:
+        CommandRefused: they are no whole hashes, or more than MAX_PROBED.
+    """
+    return _chain("hashes", message.hashes, MAX_PROBED)
+
+
+def probed_to_wire(probe_id: int, tiers: Sequence[Sequence[TierName]]) -> worker_pb2.Probed:
+    """Where the blocks lie, one byte each."""
+    return worker_pb2.Probed(
+        probe_id=probe_id, tiers=bytes(sum(_PROBED_BITS.get(tier, 0) for tier in held) for held in tiers)
     )
 
 

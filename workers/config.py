@@ -29,7 +29,9 @@ class WorkerConfig:
         `authenticate` or `encrypt`, what is done with it.
         redis_url: the shared tier; None: without.
         redis_timeout_s: longest silence of the server before a read is a miss. redis_watch: a value of
-        `kvstore.redis.watch.Watching`.
+        `kvstore.redis.watch.Watching`. redis_recall_s: how long a worker that starts waits to learn what lies there
+        already; it goes on learning while it serves. Zero: it does not ask.
+        kv_events: `on`, or `off`: routers are told of no block and go by what they sent.
         peers: whether it reads blocks from other workers' host tiers and serves those of its own; only with a
         fleet_secret. peer_port: where it serves them, on bind_host; zero: any.
         block_size: None: `KVLayout.with_chosen_block_size`.
@@ -64,6 +66,8 @@ class WorkerConfig:
     redis_url: str | None = None
     redis_timeout_s: float = 0.05
     redis_watch: str = "listen"
+    redis_recall_s: float = 5.0
+    kv_events: str = "on"
     peers: bool = False
     peer_port: int = 0
     block_size: int | None = None

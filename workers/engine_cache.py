@@ -99,6 +99,11 @@ class EngineCache:
         """Allow it again; how many leases each tier ended."""
         return self._store.end_leases(hashes)
 
+    def where(self, hashes: Items[BlockHash]) -> list[tuple[TierName, ...]]:
+        """For each block the tiers of this worker alone that hold it now. A question; no I/O."""
+        tiers = [tier for tier in (self._store.device, self._store.host, self._store.disk) if tier is not None]
+        return [tuple(tier.name for tier in tiers if tier.find(name) is not None) for name in hashes]
+
     def check(self) -> None:
         """Audit the store. Raises InvariantError: its books are wrong; says how."""
         self._store.check()

@@ -3,8 +3,8 @@
 Covers: when to step, sleep or wait for I/O; at which point snapshots are taken and clears are answered. Does not cover:
 who is told (`streams`). The thread never waits for anybody who listens: `publish` must only put its argument somewhere.
 
-A turn: commands, one step, publish, then snapshots. A snapshot is therefore taken when the step has just drained the
-store's events, and what is published later follows it. The answer to a clear is published behind the clear's events.
+A turn: commands, one step, publish, then snapshots and probes. These are therefore taken when the step has just drained
+the store's events, and what is published later follows them. The answer to a clear is published behind its events.
 
 The shared tier is cleared in a thread of its own, since walking a server's keys takes seconds: blocks of this worker go
 at once, and the answer follows when the server's are gone. A turn carries out one order of operators at most: a fleet's
@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -77,13 +77,22 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
+class Located:
+    """Where the blocks of a probe lie, when all that was published before it has happened and nothing else."""
+
+    asker: Hashable
+    probe_id: int
+    tiers: list[tuple[TierName, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The engine raised; nothing comes after this."""
 
     error: BaseException
 
 
-Published = Stepped | Snapped | Cleared | Answered | Failed
+Published = Stepped | Snapped | Cleared | Answered | Located | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,15 @@ class Order:
     command: CacheCommand
 
 
+@dataclass(frozen=True, slots=True)
+class ProbeRequest:
+    """Which blocks a router wants to know the whereabouts of."""
+
+    asker: Hashable
+    probe_id: int
+    hashes: Sequence[BlockHash]
+
+
 @dataclass(slots=True)
 class _Mailbox:
     """What other threads leave for the engine's; guarded by `changed`."""
@@ -117,11 +135,12 @@ class _Mailbox:
     cleared: deque[Cleared] = field(default_factory=deque)  # of the shared tier, in the other thread
     orders: deque[Order] = field(default_factory=deque)
     snapshots: list[Hashable] = field(default_factory=list)
+    probes: list[ProbeRequest] = field(default_factory=list)
     flush_s: float | None = None  # set: end, flushing the store for at most so long
 
     @property
     def empty(self) -> bool:
-        waiting = self.commands or self.clears or self.cleared or self.orders or self.snapshots
+        waiting = self.commands or self.clears or self.cleared or self.orders or self.snapshots or self.probes
         return not waiting and self.flush_s is None
 
 
@@ -154,6 +173,12 @@ class EngineThread:
         """A `Snapped` follows the step that comes next. Any thread."""
         with self._mailbox.changed:
             self._mailbox.snapshots.append(asker)
+            self._mailbox.changed.notify()
+
+    def probe(self, request: ProbeRequest) -> None:
+        """A `Located` follows the step that comes next. Any thread."""
+        with self._mailbox.changed:
+            self._mailbox.probes.append(request)
             self._mailbox.changed.notify()
 
     def ask_clear(self, request: ClearRequest) -> None:
@@ -194,6 +219,7 @@ class EngineThread:
             commands, self._mailbox.commands = self._mailbox.commands, deque()
             clears, self._mailbox.clears = self._mailbox.clears, deque()
             snapshots, self._mailbox.snapshots = self._mailbox.snapshots, []
+            probes, self._mailbox.probes = self._mailbox.probes, []
             cleared, self._mailbox.cleared = self._mailbox.cleared, deque()
             order = self._mailbox.orders.popleft() if self._mailbox.orders else None
         for command in commands:
@@ -209,6 +235,9 @@ class EngineThread:
             self._publish(answer)
         for asker in snapshots:
             self._publish(Snapped(asker, self._engine.snapshot()))
+        # As snapshots: the step has drained the store's events, so what is found here is what was told.
+        for probe in probes:
+            self._publish(Located(probe.asker, probe.probe_id, self._engine.cache.where(probe.hashes)))
         # No tokens: either a prompt is being computed, and wait returns at once, or all wait for blocks.
         if not made_tokens and self._mailbox.empty and self._engine.has_work():
             self._engine.wait(IO_WAIT_S)

@@ -13,7 +13,8 @@ Events follow the snapshot's life: UNSYNCED (forget events: the snapshot to come
 engine was asked) -> SENDING (hold events back until the last piece went out) -> LIVE (send them). An overflow or a
 Resync leads back to UNSYNCED. A snapshot costs the engine time, so it is wanted at most once in
 `snapshot_interval_s`, and should be asked for only when the router is ready to read: a sick router must not slow the
-others.
+others. How far a router is behind, from the oldest event that it was not sent to the end of the snapshot that makes it
+good, goes out with the load. An answer to a probe counts only where all events before it were sent: else it is dropped.
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ class OutboxLimits:
 
 @dataclass(frozen=True, slots=True)
 class WireEvents:
-    """A step's K/V events, translated once for all routers; `nbytes` is their serialised size."""
+    """A step's K/V events, translated once for all routers; `nbytes` is their serialised size, `at` when they came."""
 
     events: Sequence[kv_events_pb2.KvEvent]
     nbytes: int
+    at: float = 0.0
 
 
 class _Sync(Enum):
@@ -79,6 +81,9 @@ class Outbox:
         self._open: dict[int, worker_pb2.SequenceOutput] = {}  # a job's last one of those, while it may grow
         self._events: deque[WireEvents] = deque()
         self._event_bytes = 0
+        self._probed: deque[tuple[int, worker_pb2.Probed]] = deque()  # and how many batches of events come before it
+        self._batches_added = self._batches_sent = 0
+        self._behind_since: float | None = None  # when the oldest event came that a forgetting router must hear again
         self._answers: deque[worker_pb2.ConnectResponse] = deque()
         self._sync = _Sync.UNSYNCED
         self._pieces: Iterator[worker_pb2.Snapshot] = iter(())
@@ -106,9 +111,11 @@ class Outbox:
         if self._sync in (_Sync.UNSYNCED, _Sync.ASKED) or not events.events:
             return
         self._events.append(events)
+        self._batches_added += 1
         self._event_bytes += events.nbytes
         if self._event_bytes > self._limits.max_event_bytes:
             self.overflows += 1
+            self._behind_since = self._events[0].at if self._behind_since is None else self._behind_since
             self.resync()
 
     def add_answer(self, answer: worker_pb2.ClearDone | worker_pb2.CacheDone) -> None:
@@ -117,6 +124,14 @@ class Outbox:
             self._answers.append(worker_pb2.ConnectResponse(clear_done=answer))
         else:
             self._answers.append(worker_pb2.ConnectResponse(cache_done=answer))
+
+    def add_probed(self, probed: worker_pb2.Probed) -> None:
+        """Goes out between the events that came before it and those that come after, if the former do.
+
+        A router that gets no answer asks again.
+        """
+        if self._sync not in (_Sync.UNSYNCED, _Sync.ASKED):
+            self._probed.append((self._batches_added, probed))
 
     def set_fleet(self, record: worker_pb2.FleetRecord) -> None:
         """Only the newest is sent."""
@@ -159,6 +174,8 @@ class Outbox:
         if self._sync is not _Sync.ASKED:
             self._sync = _Sync.UNSYNCED
         self._pieces = iter(())
+        self._probed.clear()
+        self._batches_added = self._batches_sent = 0
         self._events.clear()
         self._event_bytes = 0
 
@@ -192,6 +209,8 @@ class Outbox:
         if self._fleet is not None:
             fleet, self._fleet = self._fleet, None
             return worker_pb2.ConnectResponse(fleet=fleet)
+        if self._probed and self._batches_sent >= self._probed[0][0]:
+            return worker_pb2.ConnectResponse(probed=self._probed.popleft()[1])
         if self._answers and not self._events:
             return self._answers.popleft()
         # Pieces and steps take turns: neither can starve the other.
@@ -205,6 +224,7 @@ class Outbox:
         self._piece_is_next = False
         if piece.last:
             self._sync = _Sync.LIVE
+            self._behind_since = None
         return piece
 
     def _has_step(self, now: float) -> bool:
@@ -229,7 +249,10 @@ class Outbox:
     def _move_events(self, step: worker_pb2.Step) -> None:
         moved = 0
         while self._events and (not moved or moved + self._events[0].nbytes <= self._limits.message_bytes):
+            if self._probed and self._batches_sent == self._probed[0][0]:
+                break  # its answer is true here, and not behind the next ones
             batch = self._events.popleft()
+            self._batches_sent += 1
             step.events.extend(batch.events)
             moved += batch.nbytes
         self._event_bytes -= moved
@@ -249,8 +272,15 @@ class Outbox:
         may_send = self._load_is_new and self._load_sent_at + self._limits.load_interval_s <= now
         if may_send or self._must_send_load(now):
             step.load.CopyFrom(self._load)
+            step.load.events_behind_ms = self._behind_ms(now)
             self._load_is_new = self._load_is_due = False
             self._load_sent_at = now
+
+    def _behind_ms(self, now: float) -> float:
+        """Milliseconds since the oldest event that the router has not been sent."""
+        waiting = self._events[0].at if self._events else None
+        since = min((at for at in (self._behind_since, waiting) if at is not None), default=now)
+        return max(0.0, now - since) * 1000
 
 
 def _merge(into: worker_pb2.SequenceOutput, later: worker_pb2.SequenceOutput) -> None:

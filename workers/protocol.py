@@ -262,6 +262,10 @@ class Cache(Protocol):
         """Allow it again; how many leases each tier ended."""
         ...
 
+    def where(self, hashes: Sequence[BlockHash]) -> list[tuple[TierName, ...]]:
+        """For each block the tiers of this worker alone (device, host, disk) that hold it now. A question; no I/O."""
+        ...
+
     def check(self) -> None:
         """Audit the store.
 

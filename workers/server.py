@@ -162,6 +162,7 @@ class WorkerServer:
             secret=self._config.fleet_secret,
             clock=self._clock,
             limits=self._limits,
+            kv_events_off=self._config.kv_events == "off",
         )
         server = grpc.aio.server(options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._streams, server)
@@ -187,6 +188,8 @@ def _check(config: WorkerConfig) -> None:
         raise ValueError("tls_cert and tls_key belong together; set both, or neither for plaintext")
     if config.tls_client_ca is not None and config.tls_cert is None:
         raise ValueError("tls_client_ca needs tls_cert and tls_key; set them, or leave it out")
+    if config.kv_events not in ("on", "off"):
+        raise ValueError(f"kv_events is {config.kv_events!r}; set it to on or off")
     if not config.fleet_secret and not _is_loopback(config.bind_host):
         raise ValueError(f"{config.bind_host} can be reached by others; set fleet_secret, or bind to 127.0.0.1")
 

@@ -82,6 +82,10 @@ class SimulatedCache:
         """Allow it again; how many leases ended."""
         return {self._tiers[-1].name: self._tiers[-1].end_leases(hashes)}
 
+    def where(self, hashes: Items[BlockHash]) -> list[tuple[TierName, ...]]:
+        """For each block the tiers that hold it now. A question."""
+        return [tuple(tier.name for tier in self._tiers if name in tier) for name in hashes]
+
     def set_shared_reads(self, *, enabled: bool) -> None:
         """Remember it; `shared_reads` tells."""
         self.shared_reads = enabled

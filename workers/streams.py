@@ -24,14 +24,23 @@ from kvstore.blocks import BlockHash
 from kvstore.tier import Clock
 from warmkv.v1 import worker_pb2, worker_pb2_grpc
 from workers.cache_commands import CacheAnswer
-from workers.cache_wire import HASH_BYTES, CommandRefused, command_from_wire, done_to_wire
+from workers.cache_wire import (
+    HASH_BYTES,
+    CommandRefused,
+    command_from_wire,
+    done_to_wire,
+    probe_from_wire,
+    probed_to_wire,
+)
 from workers.engine_thread import (
     Answered,
     Cleared,
     ClearRequest,
     EngineThread,
     Failed,
+    Located,
     Order,
+    ProbeRequest,
     Published,
     Snapped,
     Stepped,
@@ -61,7 +70,7 @@ HELLO_TIMEOUT_S = 10.0
 class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
     """The servicer. `deliver` takes what the engine thread published, on the event loop and in order.
 
-    `info` tells what the engine says of itself now.
+    `info` tells what the engine says of itself now. `kv_events_off`: routers are told of no block.
     """
 
     def __init__(
@@ -74,7 +83,9 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         secret: str,
         clock: Clock,
         limits: OutboxLimits | None = None,
+        kv_events_off: bool = False,
     ) -> None:
+        self._kv_events_off = kv_events_off
         self._info = info
         self._engine = engine
         self._worker, self._incarnation = worker, incarnation
@@ -118,7 +129,11 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 self._deliver_step(item)
             case Snapped():
                 if (stream := self._of(item.asker)) is not None:
-                    stream.outbox.set_snapshot(item.blocks)
+                    stream.outbox.set_snapshot([] if self._kv_events_off else item.blocks)
+                    stream.wake()
+            case Located():
+                if (stream := self._of(item.asker)) is not None:
+                    stream.outbox.add_probed(probed_to_wire(item.probe_id, item.tiers))
                     stream.wake()
             case Cleared():
                 if (stream := self._of(item.asker)) is not None:
@@ -191,7 +206,9 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
 
     def _open(self, router: str) -> RouterStream:
         # Asked anew each time: the shared tier's server may have come, or restarted.
-        hello = hello_to_wire(self._info(), worker=self._worker, incarnation=self._incarnation)
+        hello = hello_to_wire(
+            self._info(), worker=self._worker, incarnation=self._incarnation, kv_events_off=self._kv_events_off
+        )
         outbox = Outbox(hello, self._limits)
         if self._fleet is not None:
             outbox.set_fleet(self._fleet)
@@ -213,6 +230,8 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 self._clear(stream, request.clear)
             case "cache":
                 self._order(stream, request.cache)
+            case "probe":
+                self._probe(stream, request.probe)
             case "peers_released":
                 key = (stream.router, request.peers_released.peers_hold)
                 self._engine.post(lambda engine: engine.cache.release_peers(key))
@@ -279,6 +298,15 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
             return
         self._engine.order(Order(stream.number, message.command_id, command))
 
+    def _probe(self, stream: RouterStream, message: worker_pb2.Probe) -> None:
+        try:
+            hashes = probe_from_wire(message)
+        except CommandRefused as refused:
+            stream.outbox.add_probed(worker_pb2.Probed(probe_id=message.probe_id, error=f"{refused}"))
+            stream.wake()
+            return
+        self._engine.probe(ProbeRequest(stream.number, message.probe_id, hashes))
+
     def _offer_fleet(self, stream: RouterStream, record: worker_pb2.FleetRecord) -> None:
         """Keep the greatest record and all clears, and tell those that do not have them."""
         before = self._fleet
@@ -296,8 +324,9 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
 
     def _deliver_step(self, item: Stepped) -> None:
         outputs = self._outputs_by_stream(item.report.outputs)
-        wire = [event_to_wire(event) for event in item.report.events]
-        events = WireEvents(wire, sum(event.ByteSize() for event in wire))
+        told = [] if self._kv_events_off else item.report.events
+        wire = [event_to_wire(event) for event in told]
+        events = WireEvents(wire, sum(event.ByteSize() for event in wire), self._clock())
         if item.load is not None:
             self._load = load_to_wire(item.load)
         for stream in self._streams.values():

@@ -86,8 +86,10 @@ def package_version() -> str:
     return version("warmkv")
 
 
-def hello_to_wire(info: EngineInfo, *, worker: str, incarnation: int) -> worker_pb2.WorkerHello:
-    """What the worker says of itself, once a stream."""
+def hello_to_wire(
+    info: EngineInfo, *, worker: str, incarnation: int, kv_events_off: bool = False
+) -> worker_pb2.WorkerHello:
+    """What the worker says of itself, once a stream. `kv_events_off`: it will not tell which blocks it holds."""
     scheme = info.scheme
     return worker_pb2.WorkerHello(
         protocol_version=PROTOCOL_VERSION,
@@ -113,6 +115,7 @@ def hello_to_wire(info: EngineInfo, *, worker: str, incarnation: int) -> worker_
         shared_tier_id=info.shared_tier_id,
         eos_token_ids=info.eos_token_ids,
         peer_address=info.peer_address,
+        kv_events_off=kv_events_off,
     )
 
 

@@ -6,22 +6,26 @@ which removals are worth an event and with which TTL a block is touched; they ne
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
 from kvstore.blocks import BlockHash, short
-from kvstore.chains import consecutive_runs, stored_events
+from kvstore.chains import consecutive_runs, parent_of, stored_events, tree_runs
 from kvstore.errors import InvariantError, MissReason
 from kvstore.events import AllBlocksCleared, BlockRemoved, KvEvent, RemovalCause, TierName
+from kvstore.lifetime import shortest
 from kvstore.tier import BlockMeta, Clock, Honours, TierStats, select
 
 MAX_BELIEFS = 1 << 16  # about 25 MB
 _MAX_HEARD = 1 << 14
 TOLD_S = 10.0
+
+Found = tuple[BlockMeta, float | None]  # a block that lies there, and the seconds that it has left (None: no end)
 
 
 class RedisBooks:
@@ -43,6 +47,8 @@ class RedisBooks:
         self._doubtful: list[BlockHash] = []
         self._told: OrderedDict[BlockHash, float] = OrderedDict()  # as gone, and not believed there since; when
         self._flushes = 0
+        self._removed_meanwhile: set[BlockHash] | None = None  # set while somebody looks at all that is there
+        self._emptied_meanwhile = False
 
     def missed(self, reason: MissReason) -> None:
         """A block was not delivered."""
@@ -104,6 +110,22 @@ class RedisBooks:
             self._announce_removal([name for name in names if name in gone], RemovalCause.ABSENT)
 
     @contextmanager
+    def recalling(self) -> Iterator[Callable[[Sequence[Found]], int]]:
+        """Somebody asks a server for all that it holds; one at a time. Gives what to tell the answer to.
+
+        That tells of the blocks, the chains' order kept, and returns how many are believed since now. What was removed
+        between question and answer is not believed, nothing at all is if the server was emptied, and what was seen by
+        use stays longer in memory.
+        """
+        with self._lock:
+            self._removed_meanwhile, self._emptied_meanwhile = set(), False
+        try:
+            yield self._recalled
+        finally:
+            with self._lock:
+                self._removed_meanwhile = None
+
+    @contextmanager
     def doubting(self) -> Iterator[set[BlockHash]]:
         """The server is being asked which blocks are gone; the set collects those that are seen on it meanwhile."""
         seen: set[BlockHash] = set()
@@ -157,6 +179,7 @@ class RedisBooks:
         """Somebody emptied a server: tell that nothing is held. What is held nevertheless must be told again."""
         with self._lock:
             self._flushes += 1
+            self._emptied_meanwhile = True
             self._events.append(AllBlocksCleared(TierName.REDIS))
 
     def tell_again(self, names: Iterable[BlockHash]) -> None:
@@ -175,6 +198,7 @@ class RedisBooks:
             self._removals.update({RemovalCause.CLEARED: dropped} if dropped else {})
             self._note_told(self._believed)
             self._believed.clear()
+            self._emptied_meanwhile = True
             self._events.append(AllBlocksCleared(TierName.REDIS))
 
     def drain_events(self) -> list[KvEvent]:
@@ -227,6 +251,23 @@ class RedisBooks:
             self._believed.popitem(last=False)
         self._announce(fresh)
 
+    def _recalled(self, found: Sequence[Found]) -> int:
+        with self._lock:
+            if self._emptied_meanwhile:
+                return 0
+            gone = self._removed_meanwhile or set()
+            room = self._max_beliefs - len(self._believed)
+            news = [(meta, s) for meta, s in found if meta.hash not in self._believed and meta.hash not in gone][:room]
+            for meta, _ in news:
+                self._believed[meta.hash] = meta
+                self._believed.move_to_end(meta.hash, last=False)
+                self._told.pop(meta.hash, None)
+                for seen in self._doubts:
+                    seen.add(meta.hash)
+            for left_s, parents in _by_time_left(news):
+                self._events += stored_events(TierName.REDIS, tree_runs(parents), left_s)
+            return len(news)
+
     def _note_heard(self, names: Iterable[BlockHash]) -> None:
         self._heard.update(dict.fromkeys(names))
         while len(self._heard) > _MAX_HEARD:
@@ -251,9 +292,22 @@ class RedisBooks:
         return told_at is not None and abs(self._wall_clock() - told_at) < TOLD_S
 
     def _announce_removal(self, names: Sequence[BlockHash], cause: RemovalCause) -> None:
+        if self._removed_meanwhile is not None:
+            self._removed_meanwhile.update(names)
         if names:
             self._note_told(names)
             self._events.append(BlockRemoved(TierName.REDIS, tuple(short(name) for name in names), cause))
+
+
+def _by_time_left(found: Sequence[Found]) -> Iterator[tuple[float | None, dict[bytes, bytes | None]]]:
+    """Blocks and the blocks before them, those together whose ends differ by less than a tenth; the least counts."""
+    groups: dict[int | None, tuple[float | None, dict[bytes, bytes | None]]] = {}
+    for meta, left_s in found:
+        kind = None if left_s is None else round(math.log(max(left_s, 1e-3)) / math.log(1.1))
+        least, parents = groups.get(kind, (left_s, {}))
+        parents[meta.hash] = parent_of(meta)
+        groups[kind] = (shortest((least, left_s)), parents)
+    yield from groups.values()
 
 
 class FromBooks:

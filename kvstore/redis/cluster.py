@@ -23,7 +23,7 @@ from kvstore.codec import BlockCodec, Header
 from kvstore.errors import MissReason, TierError
 from kvstore.events import RemovalCause
 from kvstore.redis.address import parse_seeds
-from kvstore.redis.books import FromBooks
+from kvstore.redis.books import MAX_BELIEFS, FromBooks
 from kvstore.redis.clear import choose
 from kvstore.redis.commands import BlockCommands
 from kvstore.redis.link import Purpose, UnavailableError
@@ -188,6 +188,14 @@ class RedisClusterTier(FromBooks):
         if fault is not None:
             raise TierError(f"Redis was not cleared, {len(dropped)} blocks went; {fault}; then clear again")
         return len(dropped)
+
+    def recall(self) -> int:
+        """As `RedisTier.recall`, of the nodes that answer."""
+        run = self.run_id()
+        with self._books.recalling() as recalled:
+            answers = self._topology.ask_all(lambda node: node.survey(MAX_BELIEFS))
+            found = [pair for answer in answers if not isinstance(answer, UnavailableError) for pair in answer]
+            return recalled(found) if self.run_id() == run else 0
 
     def stats(self) -> TierStats:
         """As `RedisTier.stats`, summed over the nodes; healthy while any of them is."""

@@ -182,6 +182,19 @@ class BlockCommands:
             if cursor == b"0":
                 return
 
+    def survey(self, wire: Wire, names: Sequence[BlockHash]) -> Iterator[tuple[BlockMeta, float | None]]:
+        """What each block's header says of it and the seconds that it has left (None: no end). Those without are left
+        out, and so are those whose header speaks of another block. Not verified.
+        """
+        for start in range(0, len(names), HEADER_BATCH):
+            batch = names[start : start + HEADER_BATCH]
+            headers = self.headers(wire, batch)
+            found = [(name, header.meta) for name, header in headers if header and header.meta.hash == name]
+            if found:
+                left = map(_integer, self._ask_of_each(wire, b"PTTL", [name for name, _ in found]))
+                there = [(meta, ms) for (_, meta), ms in zip(found, left, strict=True) if ms >= -1]
+                yield from ((meta, None if ms == -1 else ms / 1e3) for meta, ms in there)
+
     def unlink(self, wire: Wire, names: Sequence[BlockHash]) -> Iterator[BlockHash]:
         """Drop blocks, telling each that was there."""
         for start in range(0, len(names), UNLINK_BATCH):

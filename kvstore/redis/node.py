@@ -208,6 +208,17 @@ class RedisNode:
         with self._contact(purpose, self._write_timeout_s) as wire:
             return list(self._commands.headers(wire, names))
 
+    def survey(self, limit: int) -> list[tuple[BlockMeta, float | None]]:
+        """What it holds of the namespace, at most `limit` blocks, and the seconds that each has left (None: no end)."""
+        with self._contact(Purpose.REMOVALS, self._write_timeout_s) as wire:
+            names: dict[BlockHash, None] = {}
+            for name in self._commands.scan(wire):
+                names[name] = None
+                if len(names) >= limit:
+                    break
+        with self._contact(Purpose.REMOVALS, self._write_timeout_s) as wire:
+            return list(self._commands.survey(wire, list(names)))
+
     @property
     def problem(self) -> str:
         """What is wrong and what to do; empty when nothing is."""

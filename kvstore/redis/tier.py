@@ -22,7 +22,7 @@ from kvstore.blocks import BlockHash
 from kvstore.codec import BlockCodec
 from kvstore.errors import MissReason, TierError
 from kvstore.events import RemovalCause
-from kvstore.redis.books import FromBooks
+from kvstore.redis.books import MAX_BELIEFS, FromBooks
 from kvstore.redis.clear import choose
 from kvstore.redis.commands import BlockCommands
 from kvstore.redis.link import Purpose, UnavailableError
@@ -180,6 +180,20 @@ class RedisTier(FromBooks):
         if fault is not None:
             raise TierError(f"Redis was not cleared, {len(dropped)} blocks went; {fault}; then clear again") from fault
         return len(dropped)
+
+    def recall(self) -> int:
+        """Learn what lies there already, for events to tell; how many blocks are known now that were not before.
+
+        Walks the keys of the namespace and asks for a header each, in small steps; at most `books.MAX_BELIEFS`. What
+        goes or comes meanwhile is told as always. Of a server that gives no answer nothing is learnt.
+        """
+        run = self.run_id()
+        with self._books.recalling() as recalled:
+            try:
+                found = self._server.survey(MAX_BELIEFS)
+            except UnavailableError:
+                return 0
+            return recalled(found) if self.run_id() == run else 0
 
     def stats(self) -> TierStats:
         """As `Tier.stats`, without asking: fill is the whole server's, some seconds old; blocks are those believed."""

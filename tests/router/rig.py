@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from kvstore.events import BlockStored
 from kvstore.layout import KVLayout
 from router.config import RouterConfig
 from router.core import Router
@@ -76,12 +78,24 @@ def worker_server(
     fingerprint: bytes = b"f" * 32,
     secret: str = SECRET,
     context_length: int = 8192,
+    kv_events: str = "on",
+    snapshot_takes_s: float = 0.0,
 ) -> WorkerServer:
     info = simulated_info(
         fingerprint=fingerprint, layout=LAYOUT, model="sim", vocab_size=1000, context_length=context_length
     )
     engine = SimulatedEngine(info, device_blocks=device_blocks, host_blocks=host_blocks, timing=timing)
-    config = WorkerConfig(name=name, model_dir="", model_name="sim", fleet_secret=secret, port=port)
+    if snapshot_takes_s:
+        whole = engine.snapshot
+
+        def slowly() -> list[BlockStored]:
+            time.sleep(snapshot_takes_s)
+            return whole()
+
+        engine.snapshot = slowly  # type: ignore[method-assign]
+    config = WorkerConfig(
+        name=name, model_dir="", model_name="sim", fleet_secret=secret, port=port, kv_events=kv_events
+    )
     return WorkerServer(config, engine, incarnation=incarnation)
 
 

@@ -95,7 +95,7 @@ async def test_long_silence_loses_the_worker(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.asyncio
-async def test_a_gap_in_the_stream_asks_for_a_snapshot_and_gives_no_credit_until_it_came() -> None:
+async def test_a_gap_in_the_stream_asks_for_a_snapshot_and_halves_the_credit_until_it_came() -> None:
     worker = FakeWorker("w0")
     async with fakes(worker) as (_, router):
         await all_ready(router, 1)
@@ -106,11 +106,19 @@ async def test_a_gap_in_the_stream_asks_for_a_snapshot_and_gives_no_credit_until
         assert device_tokens(await explain(router, tokens(1, 48))) == {"w0": 47}
         worker.skip()
         await eventually(lambda: "resync" in worker.kinds())
-        assert device_tokens(await explain(router, tokens(1, 48))) == {"w0": 0}
+        doubted = await explain(router, tokens(1, 48))
+        assert device_tokens(doubted) == {"w0": 16}  # half of three blocks, in whole blocks
+        assert "messages were missed" in doubted.candidates[0].suspect
         assert states(router)["w0"] == "READY"
-        worker.holds(hashes[0])
+        assert "messages were missed" in router.list_workers()[0].index.suspect
+        worker.holds(*hashes[:2], last=False)
         await asyncio.sleep(0.1)
-        assert device_tokens(await explain(router, tokens(1, 48))) == {"w0": 16}
+        assert device_tokens(await explain(router, tokens(1, 48))) == {"w0": 0}  # what it names may not be all
+        worker.holds(first=False)
+        await asyncio.sleep(0.1)
+        trusted = await explain(router, tokens(1, 48))
+        assert device_tokens(trusted) == {"w0": 32}
+        assert trusted.candidates[0].suspect == ""
         assert router.metrics.registry.get_sample_value("warmkv_index_resyncs_total", {"worker": "w0"}) == 1
 
 
@@ -404,7 +412,7 @@ async def test_a_defect_while_a_link_is_read_is_a_broken_link_that_heals(
             def fails(*_: object) -> None:
                 raise KeyError("a defect")
 
-            broken.setattr(router._index, "distrust", fails)
+            broken.setattr(router.fleet, "missed", fails)
             worker.skip()
             await eventually(lambda: "a link failed by a defect" in caplog.text)
         await eventually(lambda: worker.connects >= 2)

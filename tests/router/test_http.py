@@ -137,6 +137,11 @@ async def test_readiness_says_why_not() -> None:
         async with client.get("/readyz") as response:
             status, reason, message = await error_of(response)
         assert (status, reason) == (503, "DRAINING")
+        router.now.catching_up.append("w1")
+        async with client.get("/readyz") as response:
+            status, reason, message = await error_of(response)
+        assert (status, reason, "w1" in message) == (503, "NO_WORKER_AVAILABLE", True)
+        del router.now.catching_up[:]
         router.now.workers[0].state = admin_pb2.WORKER_STATE_LOST
         router.now.workers[1].state = admin_pb2.WORKER_STATE_JOINING
         async with client.get("/readyz") as response:

@@ -119,6 +119,7 @@ class WorkerInfo(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
     PREFILL_MS_PER_1K_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     address: _builtins.str
@@ -143,6 +144,10 @@ class WorkerInfo(_message.Message):
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierUsage]:
         """How full its tiers are."""
 
+    @_builtins.property
+    def index(self) -> Global___IndexTrust:
+        """How far this router relies on what it believes that the worker holds."""
+
     def __init__(
         self,
         *,
@@ -157,14 +162,64 @@ class WorkerInfo(_message.Message):
         waiting: _builtins.int = ...,
         tiers: _abc.Iterable[Global___TierUsage] | None = ...,
         prefill_ms_per_1k: _builtins.float = ...,
+        index: Global___IndexTrust | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "model", b"model", "name", b"name", "prefill_ms_per_1k", b"prefill_ms_per_1k", "problem", b"problem", "running", b"running", "state", b"state", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "index", b"index", "model", b"model", "name", b"name", "prefill_ms_per_1k", b"prefill_ms_per_1k", "problem", b"problem", "running", b"running", "state", b"state", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class IndexTrust(_message.Message):
+    """How far a router relies on what it believes that a worker holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPROXIMATE_FIELD_NUMBER: _builtins.int
+    CREDIT_FIELD_NUMBER: _builtins.int
+    SUSPECT_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
+    PROBED_FIELD_NUMBER: _builtins.int
+    approximate: _builtins.bool
+    """The worker sends no events: this router goes by what it sent there itself."""
+    credit: _builtins.float
+    """What the believed blocks are multiplied by, 0 to 1."""
+    suspect: _builtins.str
+    """Why it is below 1; empty when it is not."""
+    precision: _builtins.float
+    """Share of the believed blocks that the worker holds, of those that were probed; unset: too few were."""
+    recall: _builtins.float
+    """Share of the held blocks that the router believes it holds, of those that were probed; unset: too few were."""
+    probed: _builtins.int
+    """Blocks that were probed since the worker joined."""
+    def __init__(
+        self,
+        *,
+        approximate: _builtins.bool = ...,
+        credit: _builtins.float = ...,
+        suspect: _builtins.str = ...,
+        precision: _builtins.float | None = ...,
+        recall: _builtins.float | None = ...,
+        probed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_precision", b"_precision", "_recall", b"_recall", "precision", b"precision", "recall", b"recall"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_precision", b"_precision", "_recall", b"_recall", "approximate", b"approximate", "credit", b"credit", "precision", b"precision", "probed", b"probed", "recall", b"recall", "suspect", b"suspect"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
+    _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
+    _WhichOneofReturnType__recall: _TypeAlias = _typing.Literal["recall"]  # noqa: Y015
+    _WhichOneofArgType__recall: _TypeAlias = _typing.Literal["_recall", b"_recall"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recall) -> _WhichOneofReturnType__recall | None: ...
+
+Global___IndexTrust: _TypeAlias = IndexTrust  # noqa: Y015
 
 @_typing.final
 class TierUsage(_message.Message):
@@ -1896,6 +1951,7 @@ class WatchStatsResponse(_message.Message):
     REUSED_TOKENS_FIELD_NUMBER: _builtins.int
     SHARED_TIER_FIELD_NUMBER: _builtins.int
     SHARED_TIER_READS_FIELD_NUMBER: _builtins.int
+    CATCHING_UP_FIELD_NUMBER: _builtins.int
     time_ms: _builtins.int
     """Milliseconds since 1970."""
     generated_tokens: _builtins.int
@@ -1946,6 +2002,10 @@ class WatchStatsResponse(_message.Message):
     def shared_tier(self) -> Global___TierUsage:
         """What the shared tier holds, as this router knows it."""
 
+    @_builtins.property
+    def catching_up(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of workers whose snapshots this router still waits for since it started; requests wait for them a moment."""
+
     def __init__(
         self,
         *,
@@ -1965,10 +2025,11 @@ class WatchStatsResponse(_message.Message):
         reused_tokens: _builtins.int = ...,
         shared_tier: Global___TierUsage | None = ...,
         shared_tier_reads: _builtins.bool = ...,
+        catching_up: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "prompt_tokens", b"prompt_tokens", "shared_tier", b"shared_tier", "ttft", b"ttft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "generated_tokens", b"generated_tokens", "in_flight", b"in_flight", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "prefixes", b"prefixes", "prompt_tokens", b"prompt_tokens", "recent", b"recent", "requests", b"requests", "reused_tokens", b"reused_tokens", "shared_tier", b"shared_tier", "shared_tier_reads", b"shared_tier_reads", "time_ms", b"time_ms", "ttft", b"ttft", "window_seconds", b"window_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catching_up", b"catching_up", "decisions", b"decisions", "generated_tokens", b"generated_tokens", "in_flight", b"in_flight", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "prefixes", b"prefixes", "prompt_tokens", b"prompt_tokens", "recent", b"recent", "requests", b"requests", "reused_tokens", b"reused_tokens", "shared_tier", b"shared_tier", "shared_tier_reads", b"shared_tier_reads", "time_ms", b"time_ms", "ttft", b"ttft", "window_seconds", b"window_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -455,6 +455,7 @@ class Candidate(_message.Message):
     COST_MS_FIELD_NUMBER: _builtins.int
     PREDICTED_TTFT_MS_FIELD_NUMBER: _builtins.int
     ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
+    SUSPECT_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
@@ -468,6 +469,8 @@ class Candidate(_message.Message):
     """Predicted time to the first token, milliseconds: queue + load + compute, unweighted."""
     active_requests: _builtins.int
     """Requests that run or wait there."""
+    suspect: _builtins.str
+    """Why the blocks that it is believed to hold count less than in full, and how much less; empty: they count in full."""
     cost: _builtins.float
     """What the policy minimises, in ExplainResponse.cost_unit; of policies that predict, the same as cost_ms."""
     @_builtins.property
@@ -489,11 +492,12 @@ class Candidate(_message.Message):
         cost_ms: _builtins.float = ...,
         predicted_ttft_ms: _builtins.float = ...,
         active_requests: _builtins.int = ...,
+        suspect: _builtins.str = ...,
         cost: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "cost", b"cost", "cost_ms", b"cost_ms", "eligible", b"eligible", "excluded_because", b"excluded_because", "predicted_ttft_ms", b"predicted_ttft_ms", "terms", b"terms", "tokens", b"tokens", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "cost", b"cost", "cost_ms", b"cost_ms", "eligible", b"eligible", "excluded_because", b"excluded_because", "predicted_ttft_ms", b"predicted_ttft_ms", "suspect", b"suspect", "terms", b"terms", "tokens", b"tokens", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

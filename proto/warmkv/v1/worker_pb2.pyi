@@ -34,6 +34,7 @@ class ConnectRequest(_message.Message):
     RESYNC_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     PEERS_RELEASED_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """The first message."""
@@ -66,6 +67,10 @@ class ConnectRequest(_message.Message):
     def peers_released(self) -> Global___PeersReleased:
         """A clear of the whole fleet is over."""
 
+    @_builtins.property
+    def probe(self) -> Global___Probe:
+        """Where some blocks lie, to audit what the router believes."""
+
     def __init__(
         self,
         *,
@@ -77,12 +82,13 @@ class ConnectRequest(_message.Message):
         resync: Global___Resync | None = ...,
         cache: Global___CacheCommand | None = ...,
         peers_released: Global___PeersReleased | None = ...,
+        probe: Global___Probe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "probe", b"probe", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "probe", b"probe", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "clear", "fleet", "resync", "cache", "peers_released"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "clear", "fleet", "resync", "cache", "peers_released", "probe"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -148,6 +154,7 @@ class ConnectResponse(_message.Message):
     CLEAR_DONE_FIELD_NUMBER: _builtins.int
     FLEET_FIELD_NUMBER: _builtins.int
     CACHE_DONE_FIELD_NUMBER: _builtins.int
+    PROBED_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """1, 2, 3, ... A gap means that the router must resync."""
     @_builtins.property
@@ -174,6 +181,10 @@ class ConnectResponse(_message.Message):
     def cache_done(self) -> Global___CacheDone:
         """The answer to CacheCommand."""
 
+    @_builtins.property
+    def probed(self) -> Global___Probed:
+        """The answer to Probe."""
+
     def __init__(
         self,
         *,
@@ -184,12 +195,13 @@ class ConnectResponse(_message.Message):
         clear_done: Global___ClearDone | None = ...,
         fleet: Global___FleetRecord | None = ...,
         cache_done: Global___CacheDone | None = ...,
+        probed: Global___Probed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_done", b"cache_done", "clear_done", b"clear_done", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_done", b"cache_done", "clear_done", b"clear_done", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "probed", b"probed", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_done", b"cache_done", "clear_done", b"clear_done", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "seq", b"seq", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_done", b"cache_done", "clear_done", b"clear_done", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "probed", b"probed", "seq", b"seq", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "snapshot", "step", "clear_done", "fleet", "cache_done"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "snapshot", "step", "clear_done", "fleet", "cache_done", "probed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -215,6 +227,7 @@ class WorkerHello(_message.Message):
     SHARED_TIER_ID_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PEER_ADDRESS_FIELD_NUMBER: _builtins.int
+    KV_EVENTS_OFF_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The stream's protocol."""
     package_version: _builtins.str
@@ -239,6 +252,8 @@ class WorkerHello(_message.Message):
     """Identifies the shared tier's server (its run_id); empty without one."""
     peer_address: _builtins.str
     """Where other workers read blocks from its host RAM, host:port; empty: it serves none."""
+    kv_events_off: _builtins.bool
+    """It publishes no K/V events and its snapshots are empty: routers go by what they sent to it."""
     @_builtins.property
     def scheme(self) -> Global___HashScheme:
         """What salts its hash chains."""
@@ -264,10 +279,11 @@ class WorkerHello(_message.Message):
         shared_tier_id: _builtins.str = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         peer_address: _builtins.str = ...,
+        kv_events_off: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["scheme", b"scheme"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_nbytes", b"block_nbytes", "context_length", b"context_length", "device", b"device", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "model", b"model", "package_version", b"package_version", "peer_address", b"peer_address", "protocol_version", b"protocol_version", "scheme", b"scheme", "shared_tier_id", b"shared_tier_id", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_nbytes", b"block_nbytes", "context_length", b"context_length", "device", b"device", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "kv_events_off", b"kv_events_off", "model", b"model", "package_version", b"package_version", "peer_address", b"peer_address", "protocol_version", b"protocol_version", "scheme", b"scheme", "shared_tier_id", b"shared_tier_id", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -903,6 +919,62 @@ class CacheDone(_message.Message):
 Global___CacheDone: _TypeAlias = CacheDone  # noqa: Y015
 
 @_typing.final
+class Probe(_message.Message):
+    """Asks where some blocks lie on this worker. Changes nothing. Carried out between two steps: a few look-ups a block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBE_ID_FIELD_NUMBER: _builtins.int
+    HASHES_FIELD_NUMBER: _builtins.int
+    probe_id: _builtins.int
+    """Answered by Probed with the same id."""
+    hashes: _builtins.bytes
+    """The blocks, 32 bytes each, joined; at most 256."""
+    def __init__(
+        self,
+        *,
+        probe_id: _builtins.int = ...,
+        hashes: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hashes", b"hashes", "probe_id", b"probe_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Probe: _TypeAlias = Probe  # noqa: Y015
+
+@_typing.final
+class Probed(_message.Message):
+    """Where blocks lie. True at its place in the stream: all events that came before it are in it, and none that come after."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBE_ID_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    probe_id: _builtins.int
+    """Which."""
+    tiers: _builtins.bytes
+    """One byte for each block in the order of the question: bit 0 device, bit 1 host, bit 2 disk; zero: nowhere here."""
+    error: _builtins.str
+    """What was wrong with the question; empty when nothing was."""
+    def __init__(
+        self,
+        *,
+        probe_id: _builtins.int = ...,
+        tiers: _builtins.bytes = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "probe_id", b"probe_id", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Probed: _TypeAlias = Probed  # noqa: Y015
+
+@_typing.final
 class FleetRecord(_message.Message):
     """What all routers must agree on. Carried by the workers, so that any router hears of a change from any worker: the
     greatest (version, author) wins.
@@ -1211,6 +1283,7 @@ class Load(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    EVENTS_BEHIND_MS_FIELD_NUMBER: _builtins.int
     PREFILL_SHARE_FIELD_NUMBER: _builtins.int
     PREFILL_ERROR_FIELD_NUMBER: _builtins.int
     running: _builtins.int
@@ -1235,6 +1308,8 @@ class Load(_message.Message):
     """Engine steps since start."""
     preemptions: _builtins.int
     """Sequences that were preempted, since start."""
+    events_behind_ms: _builtins.float
+    """Milliseconds since the oldest K/V event that this router has not been sent; zero: it has been sent all of them."""
     prefill_share: _builtins.float
     """Share of its time lately that it spent in steps that prefill (memory: 30 s). Absent: it does not tell."""
     prefill_error: _builtins.float
@@ -1257,12 +1332,13 @@ class Load(_message.Message):
         tiers: _abc.Iterable[Global___TierLoad] | None = ...,
         steps: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        events_behind_ms: _builtins.float = ...,
         prefill_share: _builtins.float | None = ...,
         prefill_error: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "prefill_share", b"prefill_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_error", b"prefill_error", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_share", b"prefill_share", "prefill_token_ms", b"prefill_token_ms", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "events_behind_ms", b"events_behind_ms", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_error", b"prefill_error", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_share", b"prefill_share", "prefill_token_ms", b"prefill_token_ms", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prefill_share: _TypeAlias = _typing.Literal["prefill_share"]  # noqa: Y015
     _WhichOneofArgType__prefill_share: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share"]  # noqa: Y015
