@@ -15,6 +15,40 @@ class TlsFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class OverloadConfig:
+    """What happens when more is asked than the workers can take.
+
+    Attributes:
+        max_worker_queue_s: a request is sent when the chosen worker's predicted queue is at most this, else it waits
+        here; None: everything is sent at once, and nothing waits here.
+        max_queued, max_queued_per_tenant: requests that wait here; more are refused.
+        max_queued_tokens, max_queued_tokens_per_tenant: likewise of their prompts.
+        max_queue_wait_s: who waits longer is refused.
+        tenant_weights: shares of the workers' time while tenants compete; 1 for those that are not named.
+        tokens_per_minute: quotas of the fleet, by tenant. default_tokens_per_minute: of every other; None: unlimited.
+        cached_token_weight: what a cached prompt token counts for a quota and for a turn, where a computed one counts 1.
+        output_token_weight: what a generated token counts for a turn.
+    """
+
+    max_worker_queue_s: float | None = 2.0
+    max_queued: int = 512
+    max_queued_per_tenant: int = 256
+    max_queued_tokens: int = 4_000_000
+    max_queued_tokens_per_tenant: int = 2_000_000
+    max_queue_wait_s: float = 60.0
+    tenant_weights: dict[str, float] = field(default_factory=dict)
+    tokens_per_minute: dict[str, int] = field(default_factory=dict)
+    default_tokens_per_minute: int | None = None
+    cached_token_weight: float = 0.1
+    output_token_weight: float = 2.0
+
+
+def named_tenants(config: OverloadConfig) -> frozenset[str]:
+    """Those that an operator gave a weight or a quota: few enough for labels of metrics."""
+    return frozenset(config.tenant_weights) | frozenset(config.tokens_per_minute)
+
+
+@dataclass(frozen=True, slots=True)
 class RouterConfig:
     """One router's settings.
 
@@ -33,6 +67,7 @@ class RouterConfig:
         policy, weights: in force until the fleet record says otherwise. shared_tier_reads: likewise.
         max_prompt_bytes: larger prompts are refused before they are encoded.
         max_in_flight: requests at once; more are refused. max_in_flight_per_tenant: likewise for one tenant.
+        overload: who waits, who is refused, and whose turn it is when workers cannot keep up.
         default_deadline_s: for callers that set none; None: unlimited.
         drain_grace_s: how long running requests may take after SIGTERM.
         show_prompts: hand out first words of prompts in statistics to admins that ask.
@@ -58,6 +93,7 @@ class RouterConfig:
     max_prompt_bytes: int = 16 << 20
     max_in_flight: int = 1024
     max_in_flight_per_tenant: int = 512
+    overload: OverloadConfig = field(default_factory=OverloadConfig)
     default_deadline_s: float | None = 600.0
     drain_grace_s: float = 30.0
     show_prompts: bool = False

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import PackageNotFoundError, version
 
@@ -20,9 +21,9 @@ from router.admission import Admission
 from router.attempts import Attempts
 from router.board import Board, Recent
 from router.cache_admin import CacheAdmin
-from router.config import RouterConfig
+from router.config import RouterConfig, named_tenants
 from router.decide import Decider
-from router.errors import InternalError, RouterError
+from router.errors import Draining, InternalError, Overloaded, RouterError
 from router.explain import explained
 from router.fleet import Fleet
 from router.fleet_record import FleetRecord
@@ -40,6 +41,7 @@ from router.readiness import Readiness, time_left
 from router.request import PreparedPrompt, Request, job_for
 from router.traffic import Traffic
 from router.validation import check_cache, check_model, check_priority, filled_cache, filled_sampling
+from router.waiting_room import WaitingRoom
 from router.worker_stream import LinkSettings
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 
@@ -83,7 +85,12 @@ class Router:
         self._config = config
         self._clock, self._wall_clock = clock, wall_clock
         self._rng = rng or random.Random()
-        self.metrics = Metrics(router=config.name, model=config.model_name, version=_package_version())
+        self.metrics = Metrics(
+            router=config.name,
+            model=config.model_name,
+            version=_package_version(),
+            tenants=named_tenants(config.overload),
+        )
         self._admission = Admission(config.max_in_flight, config.max_in_flight_per_tenant)
         self._index = PrefixIndex(clock)
         self._traffic = Traffic(clock)
@@ -91,11 +98,15 @@ class Router:
         self._answers = AnswerMemory()
         self._prefixes = PrefixMap()
         self._recent = Recent(clock)
+        self._refused: Counter[str] = Counter()
         self.fleet = self._make_fleet(encoder, discovery, credentials)
         readiness = Readiness(self.fleet, clock, patience_s=wait_for_worker_s)
         self._decider = Decider(self.fleet, self._index, self._traffic, clock)
         self._preparer = Preparer(config, encoder, self.fleet, readiness, self.metrics, trust_group_of=trust_group_of)
-        self._attempts = Attempts(self.fleet, self._decider, self._traffic, readiness, self._recent, self.metrics)
+        self._room = WaitingRoom(config.overload, self.fleet, self._decider, readiness, self.metrics, clock)
+        self._attempts = Attempts(
+            self.fleet, self._decider, self._traffic, readiness, self._room, self._recent, self.metrics
+        )
         self._board = Board(self.fleet, self._index, self._prefixes, self._recent)
         self.cache = CacheAdmin(self.fleet, self._index, self._preparer, self._decider, wall_clock=wall_clock)
         self._operators = Operators(config.name, self.fleet, self._board, self._preparer)
@@ -107,12 +118,13 @@ class Router:
 
     async def close(self) -> None:
         """Leave the fleet; requests that still run end with an error."""
-        self._admission.drain()
+        self.drain()
         await self.fleet.close()
 
     def drain(self) -> None:
-        """Admit nothing new; what runs goes on."""
+        """Admit nothing new, and send those that wait elsewhere; what runs goes on."""
         self._admission.drain()
+        self._room.drain()
 
     # Requests
 
@@ -137,6 +149,7 @@ class Router:
             code = grpc.StatusCode.OK
         except RouterError as error:
             code = error.code
+            self._count_refusal(error)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             code = _code_of_leaving(context)
@@ -165,6 +178,7 @@ class Router:
             index=self._index,
             decider=self._decider,
             retokenized_at=self._answers.retokenized_at(prepared.root, prepared.prompt, prepared.question.hashes),
+            router_wait_ms=self._room.wait_ms(caller.tenant, 0),
         )
 
     async def tokenize(
@@ -216,6 +230,8 @@ class Router:
         return self._board.stats(
             self._ledger.totals,
             in_flight=self._admission.in_flight,
+            queued=(len(self._room), self._room.tokens),
+            refused=self._refused,
             show_prompts=show_prompts and self._config.show_prompts,
         )
 
@@ -228,6 +244,7 @@ class Router:
     async def _prepared(self, body: inference_pb2.GenerateRequest, work: Request) -> PreparedPrompt:
         check_model(body.model, self._config.model_name)
         check_priority(body.priority)
+        self._room.check_quota(work.caller.tenant)
         check_cache(body.cache, wall=self._wall_clock())
         prepared = await self._preparer.prepare(body.input, work.caller, body.cache, deadline=work.context.deadline)
         work.prompt_tokens = prepared.question.prompt_tokens
@@ -262,12 +279,16 @@ class Router:
 
     def _first_token(self, work: Request, now: float) -> None:
         self._recent.first_token(work.ttft_ms)
-        self.metrics.observe_ttft(now - work.started, work.choice.predicted_ttft_ms if work.choice else 0.0)
+        predicted_ms = work.choice.predicted_ttft_ms if work.choice else 0.0
+        self.metrics.observe_ttft(now - work.started, predicted_ms + work.waited_ms if predicted_ms else 0.0)
+        if work.guest is not None:
+            self._room.answered(work.guest, work.ttft_ms)
         if work.record is not None:
             work.record.ttft_ms = work.ttft_ms
 
     def _settle(self, work: Request, entry: Entry) -> None:
         self._ledger.record(entry)
+        self._room.settle(work.guest, entry)
         self.metrics.count(entry)
         self.metrics.observe_request(self._clock() - work.started)
         if work.record is not None and entry.fates:
@@ -285,6 +306,12 @@ class Router:
         names = [*prepared.question.hashes, *(short(name) for name in block_hashes(tail, parent, size))]
         self._answers.remember(prepared.root, prepared.prompt.rendered, "".join(work.answer), names)
 
+    def _count_refusal(self, error: RouterError) -> None:
+        if isinstance(error, Overloaded | Draining):
+            limit = error.metadata.get("limit", error.reason.lower())
+            self._refused[limit] += 1
+            self.metrics.refused.labels(limit).inc()
+
     # Small things
 
     def _make_fleet(self, encoder: Encoder, discovery: Discovery, credentials: grpc.ChannelCredentials | None) -> Fleet:
@@ -299,6 +326,7 @@ class Router:
             clock=self._clock,
             jitter=self._rng.random,
             on_worker_gone=self._traffic.forget,
+            on_load=lambda: self._room.look_again(),
             wall_clock=self._wall_clock,
         )
 
@@ -314,6 +342,8 @@ class Router:
         ready = sum(self.fleet.takes_requests(link) for link in links)
         return RouterGauges(
             in_flight=self._admission.in_flight,
+            queued=len(self._room),
+            queued_tokens=self._room.tokens,
             index_blocks=len(self._index),
             fleet_version=self.fleet.record.version,
             utilisation=self._traffic.utilisation(ready),

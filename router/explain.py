@@ -26,6 +26,7 @@ def explained(
     index: PrefixIndex,
     decider: Decider,
     retokenized_at: int | None,
+    router_wait_ms: float,
 ) -> inference_pb2.ExplainResponse:
     """The message. `choice` None: no worker is eligible."""
     record, question = fleet.record, prepared.question
@@ -44,6 +45,7 @@ def explained(
             *_excluded(prepared, choice, fleet, index, decider),
         ],
         miss=_miss(missing) if missing else None,
+        router_wait_ms=router_wait_ms,
     )
 
 

@@ -58,6 +58,10 @@ class Listener(Protocol):
         """A stream that had been up is down."""
         ...
 
+    def reported(self, link: WorkerLink) -> None:
+        """It has a new report of its load."""
+        ...
+
     def resynced(self, link: WorkerLink) -> None:
         """Messages were missed and a snapshot was asked for."""
         ...
@@ -300,6 +304,7 @@ class WorkerLink:
             self._index.apply(self.name, self.incarnation, kv_wire.events(step.events))
         if step.HasField("load"):
             self.report = Report(step.load, self._heard_at)
+            self._listener.reported(self)
         for output in step.outputs:
             flight = self._flights.get(output.job_id)
             if flight is not None:

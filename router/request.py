@@ -17,6 +17,7 @@ from router.decide import Choice, Question
 from router.flight import Flight, FlightEnd
 from router.ledger import Entry, settled_fates
 from router.protocol import Caller, Prompt, RequestContext
+from router.waiting_room import Guest
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 
 
@@ -51,6 +52,7 @@ class Request:
     on_gap: Callable[[float, int], None]
     prompt_tokens: int = 0  # zero before it was encoded
     choice: Choice | None = None
+    guest: Guest | None = None  # set when it first came to the door
     record: admin_pb2.DecisionRecord | None = None
     flight: Flight | None = None
     lost: list[str] = field(default_factory=list)
@@ -63,6 +65,11 @@ class Request:
     fates: dict[str, int] = field(default_factory=dict)
     generated: int = 0
     _last_token_at: float = 0.0
+
+    @property
+    def waited_ms(self) -> float:
+        """How long it waited in this router for its turn."""
+        return self.guest.waited_ms if self.guest else 0.0
 
     def tokens_came(self, tokens: int) -> None:
         """Some tokens of the answer arrived at the router."""
@@ -110,6 +117,7 @@ class Request:
             retries=len(self.lost) + len(self.gaps),
             router=router,
             request_id=self.context.request_id,
+            router_wait_ms=self.waited_ms,
         )
         if self.choice is not None:
             route.worker = self.choice.worker

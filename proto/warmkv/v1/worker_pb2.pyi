@@ -1199,6 +1199,7 @@ class Load(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    ROUTERS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the running batch."""
     waiting: _builtins.int
@@ -1221,6 +1222,8 @@ class Load(_message.Message):
     """Engine steps since start."""
     preemptions: _builtins.int
     """Sequences that were preempted, since start."""
+    routers: _builtins.int
+    """Routers that are connected to the worker; they share what is limited for the fleet."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierLoad]:
         """What is known of each tier."""
@@ -1239,10 +1242,11 @@ class Load(_message.Message):
         tiers: _abc.Iterable[Global___TierLoad] | None = ...,
         steps: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        routers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_token_ms", b"prefill_token_ms", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_token_ms", b"prefill_token_ms", "routers", b"routers", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
