@@ -1,11 +1,11 @@
 """Overload: what late binding, fair turns and refusals at once are worth. On a virtual clock, exact for a seed.
 
-`python -m bench.overload [--quick] [--json]`. Conversations come in an open loop at 0.5, 1, 1.5 and 2 times what the fleet
-would serve if every turn found its history cached. Four simulated workers, each with room for two thirds of its share of
-the conversations. Every request has a deadline for its answer. `at_once` sends everything to a worker the moment it
-comes (`router.max_worker_queue = never`); `late` is the default. In the rows: `hit` is the share of prompt tokens that
-were not computed; `good` the share of requests whose answer came before their deadline; `ttft_p99_s` of those;
-`refused` those that were told at once to come back; `died` those that were let in and missed their deadline.
+`python -m bench.overload [--quick] [--json]`. Conversations come in an open loop at so many times what the fleet
+would serve if every turn found its history cached. Four simulated workers, each with room for its share of the
+conversations and little more. Every request has a deadline for its answer. `at_once` sends everything to a worker the
+moment it comes (`router.max_worker_queue = never`); `late` is the default. In the rows: `hit` is the share of prompt
+tokens that were not computed; `good` the share of requests whose answer came before their deadline; `ttft_p99_s` of
+those; `refused` those that were told at once to come back; `died` those that were let in and missed their deadline.
 """
 
 from __future__ import annotations
@@ -128,7 +128,12 @@ async def _ask(router: VirtualRouter, each: Arrival, name: str, outcome: Outcome
 
 def run(overload: OverloadConfig, arrivals: Sequence[Arrival], *, seed: int = 1, **fleet: int) -> dict[str, Outcome]:
     """One run on a clock of its own."""
-    shape = {"workers": WORKERS, "device_blocks": DEVICE_BLOCKS, "max_running": MAX_RUNNING, "max_batch_tokens": MAX_BATCH_TOKENS}
+    shape = {
+        "workers": WORKERS,
+        "device_blocks": DEVICE_BLOCKS,
+        "max_running": MAX_RUNNING,
+        "max_batch_tokens": MAX_BATCH_TOKENS,
+    }
     shape |= fleet
 
     async def main() -> dict[str, Outcome]:

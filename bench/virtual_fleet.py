@@ -13,8 +13,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from typing import Any, TypeVar, cast
 
-import grpc
-
 from kvstore.layout import KVLayout
 from router import kv_wire
 from router.config import RouterConfig
@@ -79,7 +77,9 @@ class VirtualLink:
     problem = ""
     address = "virtual"
 
-    def __init__(self, name: str, engine: SimulatedEngine, fleet: Fleet, index: PrefixIndex, slept: list[float]) -> None:
+    def __init__(
+        self, name: str, engine: SimulatedEngine, fleet: Fleet, index: PrefixIndex, slept: list[float]
+    ) -> None:
         self.name = name
         self.engine = engine
         self.hello = hello_to_wire(engine.info, worker=name, incarnation=1)
@@ -159,14 +159,20 @@ class VirtualRouter(Router):
     """A router over virtual workers. Use it inside `run_virtually`."""
 
     def __init__(
-        self, workers: int, *, timing: Timing, device_blocks: int, seed: int = 0, max_running: int = 64, max_batch_tokens: int = 2048, **settings: Any
+        self,
+        workers: int,
+        *,
+        timing: Timing,
+        device_blocks: int,
+        seed: int = 0,
+        max_running: int = 64,
+        max_batch_tokens: int = 2048,
+        **settings: Any,
     ) -> None:
         """`settings` are those of a `RouterConfig`."""
         config = RouterConfig(name="r0", model_dir="", model_name="simulated", **settings)
         clock = asyncio.get_running_loop().time
-        super().__init__(
-            config, _Ids(), StaticDiscovery([]), clock=clock, wall_clock=clock, rng=random.Random(seed)
-        )
+        super().__init__(config, _Ids(), StaticDiscovery([]), clock=clock, wall_clock=clock, rng=random.Random(seed))
         self.links = [
             self._link(
                 f"w{n}", timing, device_blocks=device_blocks, max_running=max_running, max_batch_tokens=max_batch_tokens
@@ -230,6 +236,3 @@ def question(ids: Sequence[int], *, max_tokens: int, priority: int = 0) -> infer
     body.sampling.temperature = 0
     body.sampling.ignore_eos = True
     return body
-
-
-CANCELLED = grpc.StatusCode.CANCELLED

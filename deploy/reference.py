@@ -164,7 +164,9 @@ def _families(metrics: Metrics) -> list[Metric]:
         tier=common_pb2.TIER_DEVICE, misses={"absent": 1}, removals={"evicted": 1}, store_failures={"full": 1}
     )
     worker = WorkerGauges("w0", "ready", 1, worker_pb2.Load(tiers=[tier]))
-    gauges = RouterGauges(in_flight=0, queued=0, queued_tokens=0, index_blocks=0, fleet_version=0, utilisation=0.0, workers=[worker])
+    gauges = RouterGauges(
+        in_flight=0, queued=0, queued_tokens=0, index_blocks=0, fleet_version=0, utilisation=0.0, workers=[worker]
+    )
     metrics.export_gauges(lambda: gauges)
     return list(metrics.registry.collect())
 

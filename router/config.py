@@ -26,7 +26,7 @@ class OverloadConfig:
         max_queue_wait_s: who waits longer is refused.
         tenant_weights: shares of the workers' time while tenants compete; 1 for those that are not named.
         tokens_per_minute: quotas of the fleet, by tenant. default_tokens_per_minute: of every other; None: unlimited.
-        cached_token_weight: what a cached prompt token counts for a quota and for a turn, where a computed one counts 1.
+        cached_token_weight: what a cached prompt token counts for quotas and turns, where a computed one counts 1.
         output_token_weight: what a generated token counts for a turn.
     """
 

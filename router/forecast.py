@@ -3,7 +3,7 @@
 Covers: the measured rate at which the queue drains, the measured error of past forecasts, the margin that follows.
 Does not cover: the order of the queue (`fair_queue`) or what a worker will take (`cost`).
 
-The margin. Of the last `_SAMPLES` requests of the last two minutes the forecast that was made at their admission is held
+The margin. Of the last `_SAMPLES` requests of two minutes the forecast that was made at their admission is held
 against what came. A request is hopeless when it would be late even if its forecast were as far too high as one in ten
 forecasts was (the tenth percentile of real to predicted time, real times 50 ms longer, which is what small predictions
 miss by). With fewer than `_LEAST_SAMPLES` of them nothing is hopeless: so a forecast that is so wrong that it refuses

@@ -102,7 +102,7 @@ class Metrics:
         )
         self.queue_wait_seconds = declare.histogram(
             "queue_wait_seconds",
-            "How long requests waited in the router until they were sent or refused; those sent at once are not counted.",
+            "How long requests waited in the router until they were sent or refused; those sent at once do not count.",
             _SECONDS,
         )
         self.tenant_tokens = declare.counter(

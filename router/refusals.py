@@ -23,9 +23,7 @@ _ROOM = 0.1  # come back when a tenth of the queue has left it: not all who were
 class Refusals:
     """The checks."""
 
-    def __init__(
-        self, config: OverloadConfig, queue: FairQueue[Any], quotas: TokenQuotas, forecast: Forecast
-    ) -> None:
+    def __init__(self, config: OverloadConfig, queue: FairQueue[Any], quotas: TokenQuotas, forecast: Forecast) -> None:
         self._config = config
         self._queue = queue
         self._quotas = quotas

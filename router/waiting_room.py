@@ -7,8 +7,8 @@ A request is sent when the queue of the worker that was chosen for it is predict
 `max_worker_queue_s`. While nobody waits that is all that happens. Else it waits, and is decided again when its turn
 comes: what was cached meanwhile counts, a higher priority can still overtake, and leaving costs the workers nothing.
 One pass sends as many as fit; each is on the books before the next is decided, so a pass cannot send a storm. A request
-whose own worker is full lets those pass whose worker is not, and is not decided again before that worker is predicted to
-have room. Passes follow reports, first tokens and ends, at most every `_PASS_EVERY_S`, and that moment. Owned by the
+whose own worker is full lets those pass whose worker is not, and is not decided again before that worker is predicted
+to have room. Passes follow reports, first tokens and ends, at most every `_PASS_EVERY_S`, and that moment. Owned by the
 event loop.
 """
 
@@ -278,7 +278,7 @@ class WaitingRoom:
             guest.charge.cost = charge.cost
         try:
             self._send(guest, choice)
-        except Exception as error:  # the caller's to handle, and no reason to stop serving the others
+        except Exception as error:  # noqa: BLE001 - the caller's to handle, and no reason to stop serving the others
             self._left(guest, error)
         else:
             self._left(guest)
