@@ -1,15 +1,16 @@
 """Whose turn it is when more is asked than the workers can take: a fair queue of requests. Pure and synchronous.
 
 Start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) over tenants, with costs that are settled when they are
-known, as the virtual token counters of Sheng and others (OSDI 2024) are. A tenant has a virtual start: what it was served so
-far, in tokens of work divided by its weight. The least start goes first; whoever comes back from idleness starts at the
-virtual time, which is the start that was served last, so idleness earns nothing. While two tenants wait, what they are
-served divided by their weights differs by at most one largest request of each. A tenant of any weight is always served.
+known, as the virtual token counters of Sheng and others (OSDI 2024) are. A tenant has a virtual start: what it was
+served so far, in tokens of work divided by its weight. The least start goes first; whoever comes back from idleness
+starts at the virtual time, which is the start that was served last, so idleness earns nothing. While two tenants
+wait, what they are served divided by their weights differs by at most one largest request of each. A tenant of any
+weight is always served.
 
 Within a tenant the higher priority goes first and equals in their order of arrival, but every `_OLDEST_EVERY`-th turn
-of a tenant belongs to the request that waits longest: one that has n older ones of its tenant before it is served after at
-most `_OLDEST_EVERY` * (n + 1) turns of the tenant, however many of higher priority come. A priority cannot take
-anything from another tenant.
+of a tenant belongs to the request that waits longest: one that has n older ones of its tenant before it is served
+after at most `_OLDEST_EVERY` * (n + 1) turns of the tenant, however many of higher priority come. A priority cannot
+take anything from another tenant.
 
 Invariants (`check`): requests, costs and tokens add up, a tenant's requests stand in their order, and exactly the
 tenants with requests are looked at. Worst case: `next` and `ahead` look at every tenant that waits.
