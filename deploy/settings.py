@@ -226,7 +226,7 @@ class RouterSettings(_Section):
     max_in_flight: int = Field(default=1024, ge=1, description="Requests at once.")
     max_in_flight_per_tenant: int = Field(default=512, ge=1, description="Requests at once of one tenant.")
     max_worker_queue: OptionalDuration = Field(
-        default=2.0,
+        default=0.5,
         gt=0,
         description="Requests whose worker has a longer queue than this wait in the router; never: none waits there.",
     )

@@ -30,7 +30,7 @@ class OverloadConfig:
         output_token_weight: what a generated token counts for a turn.
     """
 
-    max_worker_queue_s: float | None = 2.0
+    max_worker_queue_s: float | None = 0.5
     max_queued: int = 512
     max_queued_per_tenant: int = 256
     max_queued_tokens: int = 4_000_000

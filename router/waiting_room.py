@@ -38,7 +38,7 @@ _LOOK_AGAIN_S = 0.25  # at the latest
 _MOST_DECIDED = 8  # of those that turn out not to fit, in a pass: a decision costs a tenth of a millisecond and more
 _MOST_SKIPPED = 64
 _JUDGE_EVERY_S = 0.25
-_STUCK = 5.0  # a worker that is late by so many times the longest queue is not waited for
+_STUCK_AFTER_S = 10.0  # a worker that is so late is not waited for: others are chosen
 
 
 @dataclass(slots=True, eq=False)
@@ -339,7 +339,7 @@ class WaitingRoom:
 
     def _stuck(self) -> frozenset[str]:
         limit_s = self._config.max_worker_queue_s
-        return frozenset() if limit_s is None else self._pace.late(limit_s * _STUCK)
+        return frozenset() if limit_s is None else self._pace.late(max(limit_s, _STUCK_AFTER_S))
 
     def _has_room(self, choice: Choice) -> bool:
         return self._is_short(choice.decision.chosen)

@@ -81,6 +81,18 @@ def test_idleness_earns_nothing_and_there_is_always_somebody_to_serve(data: st.D
         assert abs(served["a"] / WEIGHTS["a"] - served["b"] / WEIGHTS["b"]) <= bound
 
 
+def test_who_was_idle_while_another_was_served_has_no_claim_on_that() -> None:
+    queue = Queue({})
+    queue.charge("a", 10)
+    for _ in range(100):
+        queue.charge("b", 10)
+    for _ in range(30):
+        add(queue, "a", 10)
+        add(queue, "b", 10)
+    turns = [serve_next(queue).tenant for _ in range(20)]
+    assert abs(turns.count("a") - turns.count("b")) <= 1
+
+
 def test_three_tenants_share_by_their_weights() -> None:
     queue = Queue(WEIGHTS)
     for _ in range(400):
