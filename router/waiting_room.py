@@ -257,11 +257,11 @@ class WaitingRoom:
                     self._nobody()
                     break
                 self._nobody_until = None
+                guest.own_ms = choice.price.ttft_ms
                 if self._has_room(choice):
                     self._serve(ticket, choice)
                     continue
                 guest.not_before = now + self._room_in_s(choice.decision.chosen)
-                guest.own_ms = choice.price.ttft_ms
                 left = left - 1 if self._anybody_has_room(choice) else 0
             skipped.add(ticket)
             wake_s = min(wake_s, guest.not_before - now)
@@ -270,6 +270,11 @@ class WaitingRoom:
 
     def _serve(self, ticket: Ticket[Guest], choice: Choice) -> None:
         guest = ticket.body
+        try:
+            self._check_deadline(guest, 0.0)
+        except RouterError as error:
+            self._turn_away(ticket, error)
+            return
         charge = self._charge(guest, choice)
         self._queue.serve(ticket, charge.cost)
         self._forecast.rate.served(charge.cost)
