@@ -37,12 +37,12 @@ class RouterGauges:
     """Numbers that are read when the metrics are asked for."""
 
     in_flight: int
-    queued: int
-    queued_tokens: int
     index_blocks: int
     fleet_version: int
     utilisation: float
     workers: list[WorkerGauges]
+    queued: int = 0
+    queued_tokens: int = 0
 
 
 class Metrics:
