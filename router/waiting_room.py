@@ -35,6 +35,7 @@ from router.refusals import Refusals
 
 _PASS_EVERY_S = 0.01
 _LOOK_AGAIN_S = 0.25  # at the latest
+_ROOM_AGAIN_S = 0.05  # predictions of room are that wrong at times, and others must not take it
 _MOST_DECIDED = 8  # of those that turn out not to fit, in a pass: a decision costs a tenth of a millisecond and more
 _MOST_SKIPPED = 64
 _JUDGE_EVERY_S = 0.25
@@ -51,7 +52,7 @@ class Guest:
         charge: what it was charged, once it was let in. forecast_ms: of its first token, from its arrival; own_ms: of
         that what its worker takes.
         queued_at: on the router's clock, when it waits. waited_ms: how long it waited here. not_before: when its worker
-        may have room.
+        may have room; waits_for: that worker.
     """
 
     tenant: str
@@ -67,6 +68,7 @@ class Guest:
     queued_at: float = 0.0
     waited_ms: float = 0.0
     not_before: float = 0.0
+    waits_for: str = ""
     left: asyncio.Future[None] | None = field(default=None, repr=False)
 
 
@@ -248,6 +250,7 @@ class WaitingRoom:
         self._passed_at = asyncio.get_running_loop().time()
         self._judge()
         skipped: set[Ticket[Guest]] = set()
+        claimed: set[str] = set()  # full workers that somebody waits for whose turn comes first
         now, left, wake_s = self._clock(), _MOST_DECIDED, _LOOK_AGAIN_S
         while left and len(skipped) < _MOST_SKIPPED and (ticket := self._queue.next(skipped)) is not None:
             guest = ticket.body
@@ -258,12 +261,14 @@ class WaitingRoom:
                     break
                 self._nobody_until = None
                 guest.own_ms = choice.price.ttft_ms
-                if self._has_room(choice):
+                if choice.worker not in claimed and self._has_room(choice):
                     self._serve(ticket, choice)
                     continue
+                guest.waits_for = choice.worker
                 guest.not_before = now + self._room_in_s(choice.decision.chosen)
                 left = left - 1 if self._anybody_has_room(choice) else 0
             skipped.add(ticket)
+            claimed.add(guest.waits_for)
             wake_s = min(wake_s, guest.not_before - now)
         if self._queue:
             self._look_in(wake_s)
@@ -362,7 +367,7 @@ class WaitingRoom:
     def _room_in_s(self, candidate: Candidate) -> float:
         """A queue is predicted to shrink by a second in a second."""
         over_s = candidate.price.queue_ms / 1000.0 - (self._config.max_worker_queue_s or 0.0)
-        return min(_LOOK_AGAIN_S, max(_PASS_EVERY_S, over_s))
+        return min(_ROOM_AGAIN_S, max(_PASS_EVERY_S, over_s))
 
 
 def _gone() -> Draining:
