@@ -11,13 +11,14 @@ import random
 import time
 from collections.abc import Callable
 
+from bench.ready_ids import ReadyIds
 from kvstore.layout import KVLayout
 from router.config import RouterConfig
 from router.core import Router
 from router.discovery import StaticDiscovery
 from router.flight import Flight, FlightEnd
 from router.link import WorkerLink
-from router.protocol import Caller, EarlierAnswer, Prompt, RequestContext, Role, WorkerAddress
+from router.protocol import Caller, Prompt, RequestContext, Role, WorkerAddress
 from warmkv.v1 import common_pb2, inference_pb2, worker_pb2
 from workers.config import WorkerConfig
 from workers.server import WorkerServer
@@ -30,23 +31,14 @@ _VOCABULARY = 128_000
 _CALLER = Caller("bench", Role.USER, "bench")
 
 
-class _Ready:
+class _Ready(ReadyIds):
     """An encoder whose next prompt is set."""
-
-    tokenizer_sha256 = b""
-    vocab_size = None
 
     def __init__(self) -> None:
         self.prompt = Prompt([])
 
     async def encode(self, input: inference_pb2.Input) -> Prompt:
         return self.prompt
-
-    async def earlier_answers(self, input: inference_pb2.Input, prompt: Prompt) -> tuple[EarlierAnswer, ...]:
-        return ()
-
-    def said(self, input: inference_pb2.Input, answer: str) -> bytes:
-        return b""
 
 
 async def submits(rounds: int, *, workers: int = 8, tokens: int = 32_768, turn: int = 256) -> list[float]:

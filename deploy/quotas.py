@@ -35,21 +35,31 @@ def salted_shares(settings: Settings, fleet_secret: str) -> dict[str, float]:
     return {group_salt(fleet_secret, group).hex(): share for group, share in group_shares(settings).items()}
 
 
-def _group(settings: Settings, tenant: str) -> str:
+def check_tenants(settings: Settings) -> None:
+    """Look whether the tenants that have a weight or a token quota exist.
+
+    Raises:
+        as `group_shares`.
+    """
+    for name in ("tenant_weights", "tokens_per_minute"):
+        for tenant in getattr(settings.router, name):
+            _group(settings, tenant, f"router.{name} names {tenant!r}")
+
+
+def _group(settings: Settings, tenant: str, said: str = "") -> str:
     from router.auth import ApiKeys
 
-    auth = settings.auth
+    auth, said = settings.auth, said or f"store.quotas gives {tenant!r} a share"
     if auth.api_keys_file is None:
         if tenant != auth.default_tenant:
             raise SettingsProblem(
-                f"store.quotas gives {tenant!r} a share, and without auth.api_keys_file every caller is the tenant "
-                f"{auth.default_tenant!r}; name a keys file, or leave the share out"
+                f"{said}, and without auth.api_keys_file every caller is the tenant "
+                f"{auth.default_tenant!r}; name a keys file, or leave it out"
             )
         return tenant
     keys = ApiKeys(auth.api_keys_file)
     if tenant not in keys.tenants():
         raise SettingsProblem(
-            f"store.quotas gives {tenant!r} a share, and {auth.api_keys_file} has no key of that tenant; "
-            "correct the name, or add its key first"
+            f"{said}, and {auth.api_keys_file} has no key of that tenant; correct the name, or add its key first"
         )
     return keys.trust_group_of(tenant)

@@ -39,6 +39,8 @@ _REMEDIES = {
     "MODEL_NOT_FOUND": "Leave the model's name empty, or send the name in the message.",
     "WORKER_NOT_FOUND": "Use a name that `warmkv status` shows.",
     "OVERLOADED": "Retry after `RetryInfo` says; add workers, or raise the limit in `metadata.limit`.",
+    "DEADLINE_UNREACHABLE": "Retry after `RetryInfo` says, allow more time, or add workers.",
+    "QUOTA_EXCEEDED": "Retry after `RetryInfo` says: the quota has refilled then; ask the operator for a higher one.",
     "POISON_REQUEST": "Do not retry; look for the request id in the logs of the workers in the metadata.",
     "NO_WORKER_AVAILABLE": "Retry after `RetryInfo` says; `warmkv status` tells what each worker is at.",
     "WORKER_LOST": "Send it again, unless `lost_workers` is set: then look into what the prompt does to workers first.",
@@ -162,7 +164,9 @@ def _families(metrics: Metrics) -> list[Metric]:
         tier=common_pb2.TIER_DEVICE, misses={"absent": 1}, removals={"evicted": 1}, store_failures={"full": 1}
     )
     worker = WorkerGauges("w0", "ready", 1, worker_pb2.Load(tiers=[tier]), admin_pb2.IndexTrust())
-    gauges = RouterGauges(in_flight=0, index_blocks=0, fleet_version=0, utilisation=0.0, workers=[worker])
+    gauges = RouterGauges(
+        in_flight=0, queued=0, queued_tokens=0, index_blocks=0, fleet_version=0, utilisation=0.0, workers=[worker]
+    )
     metrics.export_gauges(lambda: gauges)
     return list(metrics.registry.collect())
 

@@ -94,7 +94,10 @@ def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
         window = f"the last {stats.window_seconds:g} s, {ttft.count} requests"
         parts.append(f"TTFT       p50 {ttft.p50_ms:.0f} ms, p95 {ttft.p95_ms:.0f} ms ({window})")
     done = ", ".join(f"{count} {code}" for code, count in sorted(stats.requests.items())) or "none yet"
-    parts.append(f"requests   {done}; {stats.in_flight} in flight")
+    waiting = f", {stats.queued} of them waiting in the router" if stats.queued else ""
+    parts.append(f"requests   {done}; {stats.in_flight} in flight{waiting}")
+    if stats.refused:
+        parts.append("refused    " + ", ".join(f"{n} by {limit}" for limit, n in sorted(stats.refused.items())))
     return "\n".join(parts)
 
 
@@ -136,10 +139,11 @@ def policy_text(answer: admin_pb2.GetPolicyResponse) -> str:
 def generation_text(stream: Generation) -> str:
     """One line: cache, length, route."""
     usage, route = stream.usage, stream.route
+    waited = f", {route.router_wait_ms:.0f} of it in the router's queue" if route.router_wait_ms else ""
     predicted = f", predicted {route.predicted_ttft_ms:.0f}" if route.predicted_ttft_ms else ""
     return (
         f"[{fates_text(usage.prompt_tokens_by_fate)}; {usage.completion_tokens} generated, {stream.finish_reason}; "
-        f"{route.worker} because {route.reason}; first token after {route.ttft_ms:.0f} ms{predicted}]"
+        f"{route.worker} because {route.reason}; first token after {route.ttft_ms:.0f} ms{waited}{predicted}]"
     )
 
 
@@ -160,7 +164,8 @@ def explain_text(answer: inference_pb2.ExplainResponse) -> str:
     lines = [f"{answer.prompt_tokens} tokens, {answer.blocks} full blocks of {answer.block_size}"]
     lines.append(f"policy {answer.policy} {weights_text(answer.weights)}".rstrip())
     chosen = f"{answer.worker}, because {answer.reason}" if answer.worker else "nobody: no worker takes requests"
-    lines += [f"would go to {chosen}", ""]
+    waits = f", after about {answer.router_wait_ms:.0f} ms in the router's queue" if answer.router_wait_ms else ""
+    lines += [f"would go to {chosen}{waits}", ""]
     header = ("worker", "cached", f"cost {answer.cost_unit}".rstrip(), "TTFT ms", "terms", "")
     lines.append(table(header, (_candidate_row(candidate) for candidate in answer.candidates)))
     if answer.HasField("miss"):

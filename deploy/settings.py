@@ -8,7 +8,7 @@ line `--set store.host_bytes=4GiB`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -26,12 +26,13 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from deploy.quantities import Duration, OptionalDuration, Size, format_size
 from kvstore.eviction.tail import DEFAULT_THRESHOLD_S
 from kvstore.patience import DEFAULT_SLACK_S
-from router.config import RouterConfig, TlsFiles
+from router.config import OverloadConfig, RouterConfig, TlsFiles
 from router.index import DEFAULT_BYTES
 from workers.config import WorkerConfig
 
 LOOPBACK = "127.0.0.1"
 _LEAST_INDEX_BYTES = 16 << 20
+T = TypeVar("T", int, float)
 _REDIS_KINDS = ("redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster", "unix")
 _REDIS_SCHEMES = tuple(f"{kind}://" for kind in _REDIS_KINDS)
 
@@ -67,6 +68,17 @@ def _shares(value: dict[str, float]) -> dict[str, float]:
 
 
 Shares = Annotated[dict[str, float], AfterValidator(_shares)]
+
+
+def _positive_by_tenant(value: dict[str, T]) -> dict[str, T]:
+    wrong = [tenant for tenant, number in value.items() if not (tenant and 0 < number < 1e15)]
+    if wrong:
+        raise ValueError(f"the number of {wrong[0]!r} is not above 0; correct it, or leave the tenant out")
+    return value
+
+
+TenantWeights = Annotated[dict[str, float], AfterValidator(_positive_by_tenant)]
+TenantTokens = Annotated[dict[str, int], AfterValidator(_positive_by_tenant)]
 
 HostNames = Annotated[
     tuple[str, ...], NoDecode, BeforeValidator(_host_names), PlainSerializer(_joined, return_type=str)
@@ -229,6 +241,31 @@ class RouterSettings(_Section):
     )
     max_in_flight: int = Field(default=1024, ge=1, description="Requests at once.")
     max_in_flight_per_tenant: int = Field(default=512, ge=1, description="Requests at once of one tenant.")
+    max_worker_queue: OptionalDuration = Field(
+        default=0.5,
+        gt=0,
+        description="Requests whose worker has a longer queue than this wait in the router; never: none waits there.",
+    )
+    max_queued: int = Field(default=512, ge=1, description="Requests that may wait in the router.")
+    max_queued_per_tenant: int = Field(default=256, ge=1, description="Of one tenant.")
+    max_queued_tokens: int = Field(default=4_000_000, ge=1, description="Tokens of the prompts that may wait there.")
+    max_queued_tokens_per_tenant: int = Field(default=2_000_000, ge=1, description="Of one tenant's.")
+    max_queue_wait: Duration = Field(default=60.0, gt=0, description="How long a request may wait there.")
+    tenant_weights: TenantWeights = Field(
+        default_factory=dict, description="Shares of the workers' time while tenants compete; 1 for all others."
+    )
+    tokens_per_minute: TenantTokens = Field(
+        default_factory=dict, description="Tokens a minute that tenants may use, prompts and answers, of all routers."
+    )
+    default_tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="The same for each tenant that is not named there; none: unlimited."
+    )
+    cached_token_weight: float = Field(
+        default=0.1, ge=0, le=1, description="What a cached prompt token counts, where a computed one counts 1."
+    )
+    output_token_weight: float = Field(
+        default=2.0, ge=0, le=1000, description="What a generated token counts for a tenant's turn; for its quota 1."
+    )
     default_deadline: OptionalDuration = Field(default=600.0, description="For callers that set none, or never.")
     catch_up: Duration = Field(
         default=5.0, description="How long requests to a new router wait at most for what all workers hold."
@@ -425,6 +462,7 @@ class Settings(BaseSettings):
             index_bytes=router.index_bytes,
             max_in_flight=router.max_in_flight,
             max_in_flight_per_tenant=router.max_in_flight_per_tenant,
+            overload=self._overload_config(),
             default_deadline_s=router.default_deadline,
             catch_up_s=router.catch_up,
             belief_ttl_s=router.belief_ttl,
@@ -432,6 +470,22 @@ class Settings(BaseSettings):
             drain_grace_s=router.drain_grace,
             show_prompts=router.show_prompts,
             reflection=router.reflection,
+        )
+
+    def _overload_config(self) -> OverloadConfig:
+        router = self.router
+        return OverloadConfig(
+            max_worker_queue_s=router.max_worker_queue,
+            max_queued=router.max_queued,
+            max_queued_per_tenant=router.max_queued_per_tenant,
+            max_queued_tokens=router.max_queued_tokens,
+            max_queued_tokens_per_tenant=router.max_queued_tokens_per_tenant,
+            max_queue_wait_s=router.max_queue_wait,
+            tenant_weights=dict(router.tenant_weights),
+            tokens_per_minute=dict(router.tokens_per_minute),
+            default_tokens_per_minute=router.default_tokens_per_minute,
+            cached_token_weight=router.cached_token_weight,
+            output_token_weight=router.output_token_weight,
         )
 
     def _quotas(self, fleet_secret: str) -> dict[str, float]:

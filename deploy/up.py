@@ -25,7 +25,7 @@ from deploy.cluster import ClusterProblem, end_own_ray, ray_environment, start_o
 from deploy.discovery import Borrowed, RayDiscovery
 from deploy.kept_secret import kept_secret
 from deploy.layers import Loaded, SettingsProblem
-from deploy.quotas import group_shares
+from deploy.quotas import check_tenants, group_shares
 from deploy.rollout import Rollout, Say, own_secret, since
 from deploy.settings import Settings
 from deploy.state import ClusterRecord, lives, read_record
@@ -213,6 +213,7 @@ def check_router(settings: Settings) -> None:
 
     Raises:
         InvalidRequest: no such policy or weight. ListenError: a port is taken. KeysFileError, TlsFilesError: see there.
+        SettingsProblem: a tenant with a weight or a quota has no key.
     """
     from router.auth import ApiKeys
     from router.config import TlsFiles
@@ -227,6 +228,7 @@ def check_router(settings: Settings) -> None:
         check_free(chosen.http_host, chosen.http_port, "--http-port")
     if settings.auth.api_keys_file is not None:
         ApiKeys(settings.auth.api_keys_file)
+    check_tenants(settings)
     tls = settings.tls
     if tls.cert is not None and tls.key is not None:
         server_credentials(TlsFiles(str(tls.cert), str(tls.key), str(tls.client_ca) if tls.client_ca else None))

@@ -1,7 +1,7 @@
 """Who may start a request now. Covers: limits on requests in flight, in all and for a tenant, and draining.
 
-Does not cover: queueing (workers queue) or prompt sizes (`core`). Pure; nothing waits here: a caller that must not
-start is told when to come back.
+Does not cover: turns, quotas and deadlines (`waiting_room`) or prompt sizes (`core`). Pure; nothing waits here: a
+caller that must not start is told when to come back. Requests that wait for their turn are in flight.
 """
 
 from __future__ import annotations

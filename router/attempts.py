@@ -1,6 +1,7 @@
 """Getting an answer out of the fleet: choose, submit, listen, and once more where a worker was lost without a word.
 
-Covers: the life of a request's jobs. Does not cover: preparing it, or what its caller is sent (`core`).
+Covers: the life of a request's jobs. Does not cover: preparing it, when it is sent (`waiting_room`), or what its caller
+is sent (`core`).
 
 A request whose worker is lost before it said anything is sent to another one, once: a request that has lost two workers
 may be what kills them. A gap in the stream of a healthy worker is no such sign: it is sent again, to
@@ -26,6 +27,7 @@ from router.readiness import Readiness, time_left, too_late
 from router.request import PreparedPrompt, Request
 from router.shadow import Shadow
 from router.traffic import Traffic
+from router.waiting_room import Guest, WaitingRoom
 from warmkv.v1 import common_pb2, worker_pb2
 
 _MAX_LOST = 2
@@ -41,6 +43,7 @@ class Attempts:
         traffic: Traffic,
         index: PrefixIndex,
         readiness: Readiness,
+        room: WaitingRoom,
         recent: Recent,
         shadow: Shadow,
         metrics: Metrics,
@@ -49,6 +52,7 @@ class Attempts:
         self._shadow = shadow
         self._fleet = fleet
         self._beliefs = beliefs
+        self._room = room
         self._decider = decider
         self._traffic = traffic
         self._index = index
@@ -68,7 +72,7 @@ class Attempts:
         """
         while True:
             if work.flight is None:
-                self._submit(work, prepared, job, await self._choose(work, prepared))
+                await self._place(work, prepared, job)
             try:
                 output = await self._heard(work)
             except FlightLost as loss:
@@ -87,6 +91,23 @@ class Attempts:
         """The caller is gone: stop its worker if it is still at it; that worker's last word settles the bill."""
         if work.flight is not None and not work.flight.ended:
             self._fleet.link(work.flight.worker).cancel(work.flight)
+
+    async def _place(self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job) -> None:
+        """Send it to a worker. Only the first time it waits for its turn: what was let in once is not held up again."""
+        choice = await self._choose(work, prepared)
+        if work.guest is not None:
+            self._submit(work, prepared, job, choice)
+            return
+        work.guest = Guest(
+            tenant=work.caller.tenant,
+            priority=job.priority,
+            question=prepared.question,
+            max_tokens=job.sampling.max_tokens,
+            deadline=work.context.deadline,
+            arrived=work.started,
+            send=lambda best: self._submit(work, prepared, job, best),
+        )
+        await self._room.enter(work.guest, choice)
 
     async def _choose(self, work: Request, prepared: PreparedPrompt) -> Choice:
         """Decide; while no worker can take it, wait for one, but not for long. A new router first hears them all."""
@@ -125,6 +146,7 @@ class Attempts:
             cached_blocks=min(choice.held, choice.price.cached_tokens // question.block_size),
         )
         self._index.placed(question.hashes)
+        self._room.sent(key, choice)
         self._note(work, choice, question.prompt_tokens)
         link = self._fleet.link(choice.worker)
         cache = job.cache
@@ -134,10 +156,12 @@ class Attempts:
             self._traffic.first_token(key)
             if placement is not None:
                 placement.computed()
+            self._room.first_token(key, choice.worker)
             work.tokens_came(tokens)
 
         def on_end(end: FlightEnd) -> None:
             self._traffic.ended(key)
+            self._room.ended(key, choice.worker)
             if not work.worker_done(end):
                 self._metrics.fates_corrected.labels(choice.worker).inc()
             if placement is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from router.decide import Choice
 from router.fleet import Fleet
@@ -90,14 +91,25 @@ class Board:
         self._prefixes = prefixes
         self._recent = recent
 
-    def stats(self, totals: Totals, *, in_flight: int, show_prompts: bool) -> admin_pb2.WatchStatsResponse:
-        """Everything at this moment."""
+    def stats(
+        self,
+        totals: Totals,
+        *,
+        in_flight: int,
+        show_prompts: bool,
+        queued: tuple[int, int] = (0, 0),
+        refused: Mapping[str, int] = MappingProxyType({}),
+    ) -> admin_pb2.WatchStatsResponse:
+        """Everything at this moment. `queued`: requests that wait in this router, tokens of their prompts."""
         return admin_pb2.WatchStatsResponse(
             time_ms=time.time_ns() // 1_000_000,
             prompt_tokens=admin_pb2.TokensByFate64(**{fate: totals.fates[fate] for fate in FATES}),
             generated_tokens=totals.generated_tokens,
             requests=dict(totals.requests),
             in_flight=in_flight,
+            queued=queued[0],
+            queued_tokens=queued[1],
+            refused=refused,
             ttft=self._recent.latency(),
             decisions=dict(self._recent.reasons),
             workers=self.workers(),

@@ -17,6 +17,40 @@ class TlsFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class OverloadConfig:
+    """What happens when more is asked than the workers can take.
+
+    Attributes:
+        max_worker_queue_s: a request is sent when the chosen worker's predicted queue is at most this, else it waits
+        here; None: everything is sent at once, and nothing waits here.
+        max_queued, max_queued_per_tenant: requests that wait here; more are refused.
+        max_queued_tokens, max_queued_tokens_per_tenant: likewise of their prompts.
+        max_queue_wait_s: who waits longer is refused.
+        tenant_weights: shares of the workers' time while tenants compete; 1 for those that are not named.
+        tokens_per_minute: quotas of the fleet, by tenant. default_tokens_per_minute: of every other; None: unlimited.
+        cached_token_weight: what a cached prompt token counts for quotas and turns, where a computed one counts 1.
+        output_token_weight: what a generated token counts for a turn.
+    """
+
+    max_worker_queue_s: float | None = 0.5
+    max_queued: int = 512
+    max_queued_per_tenant: int = 256
+    max_queued_tokens: int = 4_000_000
+    max_queued_tokens_per_tenant: int = 2_000_000
+    max_queue_wait_s: float = 60.0
+    tenant_weights: dict[str, float] = field(default_factory=dict)
+    tokens_per_minute: dict[str, int] = field(default_factory=dict)
+    default_tokens_per_minute: int | None = None
+    cached_token_weight: float = 0.1
+    output_token_weight: float = 2.0
+
+
+def named_tenants(config: OverloadConfig) -> frozenset[str]:
+    """Those that an operator gave a weight or a quota: few enough for labels of metrics."""
+    return frozenset(config.tenant_weights) | frozenset(config.tokens_per_minute)
+
+
+@dataclass(frozen=True, slots=True)
 class RouterConfig:
     """One router's settings.
 
@@ -36,6 +70,7 @@ class RouterConfig:
         max_prompt_bytes: larger prompts are refused before they are encoded.
         index_bytes: memory of the index; when it ends, the least recently placed run of blocks is forgotten.
         max_in_flight: requests at once; more are refused. max_in_flight_per_tenant: likewise for one tenant.
+        overload: who waits, who is refused, and whose turn it is when workers cannot keep up.
         default_deadline_s: for callers that set none; None: unlimited.
         belief_ttl_s: how long a block that was sent to a worker without K/V events is believed there, at least.
         audit_interval_s: between two probes of one worker; None: none. catch_up_s: how long requests wait at most for
@@ -66,6 +101,7 @@ class RouterConfig:
     index_bytes: int = DEFAULT_BYTES
     max_in_flight: int = 1024
     max_in_flight_per_tenant: int = 512
+    overload: OverloadConfig = field(default_factory=OverloadConfig)
     default_deadline_s: float | None = 600.0
     belief_ttl_s: float = 600.0
     audit_interval_s: float | None = 10.0

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
@@ -24,9 +25,9 @@ from router.audit import audited
 from router.beliefs import Beliefs
 from router.board import Board, Recent
 from router.cache_admin import CacheAdmin
-from router.config import RouterConfig
+from router.config import RouterConfig, named_tenants
 from router.decide import Decider
-from router.errors import InternalError, RouterError
+from router.errors import Draining, InternalError, Overloaded, RouterError
 from router.explain import explained
 from router.fleet import Fleet, report_failure
 from router.fleet_record import FleetRecord
@@ -48,6 +49,7 @@ from router.self_audit import SelfAudit
 from router.shadow import Shadow
 from router.traffic import Traffic
 from router.validation import check_cache, check_model, check_priority, filled_cache, filled_sampling
+from router.waiting_room import WaitingRoom
 from router.watching import Watchers
 from router.worker_stream import LinkSettings
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
@@ -93,7 +95,12 @@ class Router:
         self._encoder = encoder
         self._clock, self._wall_clock = clock, wall_clock
         self._rng = rng or random.Random()
-        self.metrics = Metrics(router=config.name, model=config.model_name, version=_package_version())
+        self.metrics = Metrics(
+            router=config.name,
+            model=config.model_name,
+            version=_package_version(),
+            tenants=named_tenants(config.overload),
+        )
         self._admission = Admission(config.max_in_flight, config.max_in_flight_per_tenant)
         self._index = PrefixIndex(clock, limit_bytes=config.index_bytes)
         self._beliefs = Beliefs(self._index, clock, ttl_s=config.belief_ttl_s)
@@ -102,6 +109,7 @@ class Router:
         self._answers = AnswerMemory()
         self._prefixes = PrefixMap()
         self._recent = Recent(clock)
+        self._refused: Counter[str] = Counter()
         self.fleet = self._make_fleet(encoder, discovery, credentials)
         self._watchers = Watchers(
             clock, wall_clock, self._block_size, secret=config.fleet_secret, show_prompts=config.show_prompts
@@ -110,12 +118,14 @@ class Router:
         self._decider = Decider(self.fleet, self._beliefs, self._traffic, clock)
         self._preparer = Preparer(config, encoder, self.fleet, readiness, self.metrics, trust_group_of=trust_group_of)
         shadow = Shadow(wall_clock, self.metrics)
+        self._room = WaitingRoom(config.overload, self.fleet, self._decider, readiness, self.metrics, clock)
         self._attempts = Attempts(
             self.fleet,
             self._decider,
             self._traffic,
             self._index,
             readiness,
+            self._room,
             self._recent,
             shadow,
             self.metrics,
@@ -138,14 +148,15 @@ class Router:
 
     async def close(self) -> None:
         """Leave the fleet; requests that still run end with an error."""
-        self._admission.drain()
+        self.drain()
         if self._auditing is not None:
             self._auditing.cancel()
         await self.fleet.close()
 
     def drain(self) -> None:
-        """Admit nothing new; what runs goes on."""
+        """Admit nothing new, and send those that wait elsewhere; what runs goes on."""
         self._admission.drain()
+        self._room.drain()
 
     # Requests
 
@@ -171,6 +182,7 @@ class Router:
             code = grpc.StatusCode.OK
         except RouterError as error:
             code = error.code
+            self._count_refusal(error)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             code = _code_of_leaving(context)
@@ -201,6 +213,7 @@ class Router:
             beliefs=self._beliefs,
             decider=self._decider,
             changed=self._answers.changed_turn(prepared.root, prepared.prompt, answers, prepared.question.hashes),
+            router_wait_ms=self._room.wait_ms(caller.tenant, 0),
         )
 
     async def tokenize(
@@ -273,6 +286,8 @@ class Router:
         return self._board.stats(
             self._ledger.totals,
             in_flight=self._admission.in_flight,
+            queued=(len(self._room), self._room.tokens),
+            refused=self._refused,
             show_prompts=show_prompts and self._config.show_prompts,
         )
 
@@ -287,6 +302,7 @@ class Router:
     async def _prepared(self, body: inference_pb2.GenerateRequest, work: Request) -> PreparedPrompt:
         check_model(body.model, self._config.model_name)
         check_priority(body.priority)
+        self._room.check_quota(work.caller.tenant)
         check_cache(body.cache, wall=self._wall_clock())
         prepared = await self._preparer.prepare(body.input, work.caller, body.cache, deadline=work.context.deadline)
         work.prompt_tokens = prepared.question.prompt_tokens
@@ -323,12 +339,16 @@ class Router:
     def _first_token(self, work: Request, now: float) -> None:
         self._recent.first_token(work.ttft_ms)
         predicted_ms, worker = (work.choice.predicted_ttft_ms, work.choice.worker) if work.choice else (0.0, "")
-        self.metrics.observe_ttft(now - work.started, predicted_ms, worker)
+        expected_ms = predicted_ms + work.waited_ms if predicted_ms else 0.0
+        self.metrics.observe_ttft(now - work.started, expected_ms, worker)
+        if work.guest is not None:
+            self._room.answered(work.guest, work.ttft_ms)
         if work.record is not None:
             work.record.ttft_ms = work.ttft_ms
 
     def _settle(self, work: Request, entry: Entry) -> None:
         self._ledger.record(entry)
+        self._room.settle(work.guest, entry)
         self.metrics.count(entry)
         self.metrics.observe_request(self._clock() - work.started)
         if work.record is not None and entry.fates:
@@ -349,6 +369,12 @@ class Router:
         said = self._encoder.said(prepared.given, answer)
         self._answers.remember(prepared.root, said, prepared.prompt.rendered, answer, names)
 
+    def _count_refusal(self, error: RouterError) -> None:
+        if isinstance(error, Overloaded | Draining):
+            limit = error.metadata.get("limit", error.reason.lower())
+            self._refused[limit] += 1
+            self.metrics.refused.labels(limit).inc()
+
     # Small things
 
     def _make_fleet(self, encoder: Encoder, discovery: Discovery, credentials: grpc.ChannelCredentials | None) -> Fleet:
@@ -367,6 +393,7 @@ class Router:
             on_worker_gone=self._traffic.forget,
             beliefs=self._beliefs,
             catch_up_s=config.catch_up_s,
+            on_load=lambda: self._room.look_again(),
             wall_clock=self._wall_clock,
             keep_record=keeper(file, record.setting) if file else _kept_nowhere,
         )
@@ -398,6 +425,8 @@ class Router:
         ready = [link for link in links if self.fleet.takes_requests(link)]
         return RouterGauges(
             in_flight=self._admission.in_flight,
+            queued=len(self._room),
+            queued_tokens=self._room.tokens,
             index_blocks=len(self._index),
             index_runs=self._index.runs,
             index_bytes=self._index.nbytes,

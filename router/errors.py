@@ -8,6 +8,8 @@
     ├── ModelNotFound             NOT_FOUND / 404
     ├── WorkerNotFound            NOT_FOUND / 404
     ├── Overloaded                RESOURCE_EXHAUSTED / 429, with RetryInfo
+    │   ├── DeadlineUnreachable
+    │   └── QuotaExceeded
     ├── PoisonRequest             FAILED_PRECONDITION / 409
     ├── NoWorkerAvailable         UNAVAILABLE / 503
     ├── WorkerLost                UNAVAILABLE / 503
@@ -95,11 +97,23 @@ class WorkerNotFound(RouterError):
 
 
 class Overloaded(RouterError):
-    """A queue or a quota is full."""
+    """A limit on requests is reached, or a queue is full."""
 
     reason = "OVERLOADED"
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     http_status = 429
+
+
+class DeadlineUnreachable(Overloaded):
+    """The first token would come after the caller's deadline, so the request was not begun, or not waited for."""
+
+    reason = "DEADLINE_UNREACHABLE"
+
+
+class QuotaExceeded(Overloaded):
+    """The tenant has used its tokens of this minute."""
+
+    reason = "QUOTA_EXCEEDED"
 
 
 class PoisonRequest(RouterError):

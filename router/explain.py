@@ -28,6 +28,7 @@ def explained(
     beliefs: Beliefs,
     decider: Decider,
     changed: ChangedTurn | None,
+    router_wait_ms: float,
 ) -> inference_pb2.ExplainResponse:
     """The message. `choice` None: no worker is eligible."""
     record, question = fleet.record, prepared.question
@@ -51,6 +52,7 @@ def explained(
         cost_unit=policy.cost_unit,
         candidates=candidates,
         miss=_miss(missing) if missing else None,
+        router_wait_ms=router_wait_ms,
     )
 
 

@@ -73,6 +73,7 @@ class Fleet:
         on_worker_gone: Callable[[str], None],
         beliefs: Beliefs,
         catch_up_s: float = 0.0,
+        on_load: Callable[[], None] = lambda: None,
         wall_clock: Callable[[], float] = time.time,
         keep_record: Callable[[FleetRecord], None] = lambda _record: None,
     ) -> None:
@@ -96,6 +97,7 @@ class Fleet:
         self._on_worker_gone = on_worker_gone
         self._beliefs = beliefs
         self._catching_up = CatchingUp(clock, patience_s=catch_up_s)
+        self._on_load = on_load
         self._members: dict[str, _Member] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
@@ -167,6 +169,11 @@ class Fleet:
     def vocab_size(self) -> int:
         """Likewise of token ids."""
         return self._vocab_size
+
+    def routers(self) -> int:
+        """How many routers the workers serve now, this one included; at least 1."""
+        reports = (member.link.report for member in self._members.values() if member.link.connected)
+        return max([1, *(report.message.routers for report in reports if report is not None)])
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Until some worker's state changed, or the time is up."""
@@ -280,6 +287,11 @@ class Fleet:
                 for debt in self._shared_debts:
                     self._pay(link, debt)
         self._changed.set()
+        self._on_load()
+
+    def reported(self, link: WorkerLink) -> None:
+        """Those who wait for a queue to shrink look at it."""
+        self._on_load()
 
     def lost(self, link: WorkerLink, why: str) -> None:
         """Count it."""

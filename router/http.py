@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -252,7 +253,7 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
 def _error_response(error: RouterError) -> web.Response:
     headers = {}
     if error.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if error.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return _error_json(error.http_status, error.reason, error.message, headers)

@@ -59,6 +59,10 @@ class Listener(Protocol):
         """A stream that had been up is down."""
         ...
 
+    def reported(self, link: WorkerLink) -> None:
+        """It has a new report of its load."""
+        ...
+
     def resynced(self, link: WorkerLink) -> None:
         """A snapshot was asked for, because messages were missed or what is believed was found wrong."""
         ...
@@ -354,6 +358,7 @@ class WorkerLink:
         if step.HasField("load"):
             self.report = Report(step.load, self._heard_at, self.hello.block_nbytes if self.hello else 0)
             self._note_lag(step.load.events_behind_ms / 1000.0)
+            self._listener.reported(self)
         for output in step.outputs:
             flight = self._flights.get(output.job_id)
             if flight is not None:

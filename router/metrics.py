@@ -7,7 +7,7 @@ served, so the sum over routers is the fleet's. Each router has a registry of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -18,6 +18,7 @@ from router.ledger import Entry
 from warmkv.v1 import admin_pb2, common_pb2, worker_pb2
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+OTHER_TENANTS = "other"
 _MICRO = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5, 2.5)
 
 
@@ -46,13 +47,17 @@ class RouterGauges:
     index_limit_bytes: int = 0
     index_evicted_blocks: int = 0
     catching_up: int = 0
+    queued: int = 0
+    queued_tokens: int = 0
 
 
 class Metrics:
     """The metrics of one router. `registry` is what /metrics exports."""
 
-    def __init__(self, *, router: str, model: str, version: str) -> None:
+    def __init__(self, *, router: str, model: str, version: str, tenants: Collection[str] = ()) -> None:
+        """`tenants`: those that get series of their own; the rest share one."""
         self.registry = CollectorRegistry()
+        self._tenants = frozenset(tenants)
         self._model = model
         declare = _Declare(self.registry)
         self.prompt_tokens = declare.counter(
@@ -117,6 +122,20 @@ class Metrics:
         self.fates_corrected = declare.counter(
             "fates_corrected", "Finished requests whose worker reported fates that did not sum to the prompt.", "worker"
         )
+        self.refused = declare.counter(
+            "requests_refused", "Requests that were refused, by the limit that refused them.", "limit"
+        )
+        self.queue_wait_seconds = declare.histogram(
+            "queue_wait_seconds",
+            "How long requests waited in the router until they were sent or refused; those sent at once do not count.",
+            _SECONDS,
+        )
+        self.tenant_tokens = declare.counter(
+            "tenant_tokens",
+            "Tokens served to tenants that have a weight or a quota; other: to all the rest.",
+            "tenant",
+            "kind",
+        )
         self.losses = declare.counter("worker_losses", "Streams to workers that broke or fell silent.", "worker")
         info = Gauge(
             "warmkv_build_info",
@@ -133,6 +152,7 @@ class Metrics:
             self.generation_tokens.labels(self._model, entry.worker).inc(entry.generated_tokens)
         for fate, tokens in entry.fates.items():
             self.prompt_tokens.labels(self._model, entry.worker, fate).inc(tokens)
+        self._count_tenant(entry)
         if entry.fates:
             self.overlap.labels(entry.worker, "predicted").inc(entry.predicted_cached)
             self.overlap.labels(entry.worker, "reused").inc(entry.reused)
@@ -143,6 +163,13 @@ class Metrics:
         self.shadow_decisions.labels(policy, "yes" if same else "no").inc()
         self.shadow_ttft_seconds.labels("in_force").inc(ttft_ms / 1000.0)
         self.shadow_ttft_seconds.labels("shadow").inc(shadow_ttft_ms / 1000.0)
+
+    def _count_tenant(self, entry: Entry) -> None:
+        tenant = entry.tenant if entry.tenant in self._tenants else OTHER_TENANTS
+        computed = entry.fates.get("computed", 0)
+        for kind, tokens in (("computed", computed), ("cached", entry.reused), ("generated", entry.generated_tokens)):
+            if tokens:
+                self.tenant_tokens.labels(tenant, kind).inc(tokens)
 
     def observe_ttft(self, seconds: float, predicted_ms: float, worker: str) -> None:
         """A first token came from a worker; `predicted_ms` zero: nothing was predicted."""
@@ -229,6 +256,12 @@ class _Gauges(Collector):
         """All families."""
         now = self._read()
         yield _gauge("warmkv_requests_in_flight", "Requests in flight on this router.", now.in_flight)
+        yield _gauge(
+            "warmkv_requests_queued",
+            "Of the requests in flight those that wait in this router for a worker's queue to be short enough.",
+            now.queued,
+        )
+        yield _gauge("warmkv_queued_tokens", "Tokens of the prompts that wait in this router.", now.queued_tokens)
         yield _gauge("warmkv_index_blocks", "Blocks in the prefix index.", now.index_blocks)
         yield _gauge("warmkv_index_runs", "Stretches of blocks with the same holders.", now.index_runs)
         yield _gauge("warmkv_index_bytes", "Memory that the prefix index takes.", now.index_bytes)

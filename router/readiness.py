@@ -49,7 +49,7 @@ class Readiness:
     def known_identity(self) -> FleetIdentity:
         """The same without waiting. Raises NoWorkerAvailable."""
         if self._fleet.identity is None:
-            raise self._none()
+            raise self.none_ready()
         return self._fleet.identity
 
     async def wait(self, until: float, deadline: float | None) -> None:
@@ -64,10 +64,11 @@ class Readiness:
                 raise too_late()
             left = min(left, time_left(deadline))
         if left <= 0:
-            raise self._none()
+            raise self.none_ready()
         await self._fleet.wait_for_change(left)
 
-    def _none(self) -> NoWorkerAvailable:
+    def none_ready(self) -> NoWorkerAvailable:
+        """The error for a patience that has ended."""
         return NoWorkerAvailable(self._why(), retry_after_s=1.0)
 
     def _why(self) -> str:

@@ -19,6 +19,7 @@ from router.flight import Flight, FlightEnd
 from router.hash_memo import Names
 from router.ledger import Entry, settled_fates
 from router.protocol import Caller, Prompt, RequestContext
+from router.waiting_room import Guest
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Request:
     on_gap: Callable[[float, int], None]
     prompt_tokens: int = 0  # zero before it was encoded
     choice: Choice | None = None
+    guest: Guest | None = None  # set when it first came to the door
     record: admin_pb2.DecisionRecord | None = None
     arrival: Arrival | None = None  # set while somebody watches
     flight: Flight | None = None
@@ -77,6 +79,11 @@ class Request:
     generated: int = 0
     finish_reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_UNSPECIFIED
     _last_token_at: float = 0.0
+
+    @property
+    def waited_ms(self) -> float:
+        """How long it waited in this router for its turn."""
+        return self.guest.waited_ms if self.guest else 0.0
 
     def tokens_came(self, tokens: int) -> None:
         """Some tokens of the answer arrived at the router."""
@@ -126,6 +133,7 @@ class Request:
             retries=len(self.lost) + len(self.gaps),
             router=router,
             request_id=self.context.request_id,
+            router_wait_ms=self.waited_ms,
         )
         if self.choice is not None:
             route.worker = self.choice.worker

@@ -120,6 +120,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
             )
         finally:
             del self._streams[stream.number]
+            self._recount_routers()
             logger.info("router disconnected", extra={"router": hello.router})
 
     def deliver(self, item: Published) -> None:
@@ -212,11 +213,21 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         outbox = Outbox(hello, self._limits)
         if self._fleet is not None:
             outbox.set_fleet(self._fleet)
-        if self._load is not None:
-            outbox.set_load(self._load)
         stream = RouterStream(next(self._numbers), router, outbox, self._clock)
         self._streams[stream.number] = stream
+        self._recount_routers()
         return stream
+
+    def _recount_routers(self) -> None:
+        """A router came or went: all learn how many there are, with the load that they know."""
+        if self._load is None:
+            return
+        load = worker_pb2.Load()
+        load.CopyFrom(self._load)
+        load.routers = len(set(self.routers))
+        self._load = load
+        for stream in self._streams.values():
+            stream.outbox.set_load(load)
 
     # What routers say.
 
@@ -329,6 +340,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         events = WireEvents(wire, sum(event.ByteSize() for event in wire), self._clock())
         if item.load is not None:
             self._load = load_to_wire(item.load)
+            self._load.routers = len(set(self.routers))
         for stream in self._streams.values():
             own = outputs.get(stream.number, [])
             stream.outbox.add_outputs(own)

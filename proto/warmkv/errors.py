@@ -5,7 +5,7 @@ WarmkvError
 ├── Unauthenticated     no API key, or an unknown one
 ├── PermissionDenied    the key's role does not allow this
 ├── NotFound            no such model or worker
-├── Overloaded          a queue or a quota is full; see `retry_after`
+├── Overloaded          a limit, a queue or a quota is full, or the deadline is out of reach; see `retry_after`
 ├── Refused             the request was refused for what it did before
 ├── Unavailable         no router, or no worker, could take the request, or one was lost
 ├── DeadlineExceeded    the deadline passed
@@ -70,7 +70,7 @@ class NotFound(WarmkvError):
 
 
 class Overloaded(WarmkvError):
-    """A queue or a quota is full, or a message is too large for the transport."""
+    """A limit, a queue or a quota is full, the deadline is out of reach, or a message is too large."""
 
 
 class Refused(WarmkvError):

@@ -33,7 +33,8 @@ function renderRates(stats, history) {
   tile("token-rate", perSecond(window?.perSecond("generated")));
   const failed = history.length > 0 ? history.value(history.length - 1, "failed") : 0;
   const sub = byId("request-rate-sub");
-  setText(sub, `${format.count(stats.in_flight)} in flight · ${format.count(failed)} failed`);
+  const queued = stats.queued ? ` (${format.count(stats.queued)} queued)` : "";
+  setText(sub, `${format.count(stats.in_flight)} in flight${queued} · ${format.count(failed)} failed`);
   setAttribute(sub, "class", failed > 0 ? "sub bad" : "sub");
   setAttribute(sub, "title", Object.entries(stats.requests).map(([code, count]) => `${code} ${format.count(count)}`).join(", "));
   setText(byId("token-rate-sub"), `${format.count(stats.generated_tokens)} since start`);

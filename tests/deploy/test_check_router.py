@@ -35,6 +35,18 @@ def test_bad_settings_are_named(flags: dict[str, object], word: str) -> None:
         check_router(loaded.settings)
 
 
+@pytest.mark.parametrize("setting", ["router.tenant_weights", "router.tokens_per_minute"])
+def test_a_tenant_without_a_key_has_no_weight_and_no_quota(setting: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[keys]]\nkey = "a"\ntenant = "team-a"\n', encoding="utf-8")
+    flags = {"router.grpc_port": 0, "router.http_port": 0, "auth.api_keys_file": keys}
+    check_router(load_settings(flags={**flags, setting: {"team-a": 5}}, environ={}).settings)
+    with pytest.raises(SettingsProblem, match=f"{setting} names 'team-x'"):
+        check_router(load_settings(flags={**flags, setting: {"team-x": 5}}, environ={}).settings)
+    with pytest.raises(SettingsProblem, match="'team-x' is not above 0"):
+        load_settings(flags={setting: {"team-x": 0}}, environ={})
+
+
 def test_a_taken_port_is_named_with_its_flag(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

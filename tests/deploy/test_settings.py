@@ -50,6 +50,11 @@ def test_every_value_reaches_its_part() -> None:
             "router.http_port": "none",
             "router.default_deadline": "never",
             "router.drain_grace": "1m",
+            "router.max_worker_queue": "never",
+            "router.max_queue_wait": "5s",
+            "router.tenant_weights": "{a = 2}",
+            "router.tokens_per_minute": "{b = 1000}",
+            "router.default_tokens_per_minute": 50,
             "tls.cert": "/c",
             "tls.key": "/k",
             "tls.worker_ca": "/w",
@@ -63,6 +68,9 @@ def test_every_value_reaches_its_part() -> None:
     assert worker.load_slack_s == 0.07
     router = settings.router_config("r", model_dir="d", fleet_secret="s")
     assert (router.weights, router.http_port, router.default_deadline_s) == ({"load": 2.0}, None, None)
+    over = router.overload
+    assert (over.max_worker_queue_s, over.max_queue_wait_s, over.default_tokens_per_minute) == (None, 5.0, 50)
+    assert (over.tenant_weights, over.tokens_per_minute) == ({"a": 2.0}, {"b": 1000})
     assert (router.drain_grace_s, router.tls, router.worker_ca) == (60.0, TlsFiles("/c", "/k"), "/w")
 
 

@@ -1935,6 +1935,26 @@ class WatchStatsResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class RefusedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TIME_MS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
@@ -1952,6 +1972,9 @@ class WatchStatsResponse(_message.Message):
     SHARED_TIER_FIELD_NUMBER: _builtins.int
     SHARED_TIER_READS_FIELD_NUMBER: _builtins.int
     CATCHING_UP_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     time_ms: _builtins.int
     """Milliseconds since 1970."""
     generated_tokens: _builtins.int
@@ -1966,6 +1989,10 @@ class WatchStatsResponse(_message.Message):
     """Prompt tokens that were reused."""
     shared_tier_reads: _builtins.bool
     """Whether workers read blocks from the shared tier."""
+    queued: _builtins.int
+    """Of the requests in flight here those that wait in this router for a worker's queue to be short enough."""
+    queued_tokens: _builtins.int
+    """Tokens of their prompts."""
     @_builtins.property
     def prompt_tokens(self) -> Global___TokensByFate64:
         """Prompt tokens by fate, of the requests that this router served."""
@@ -2006,6 +2033,10 @@ class WatchStatsResponse(_message.Message):
     def catching_up(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of workers whose snapshots this router still waits for since it started; requests wait for them a moment."""
 
+    @_builtins.property
+    def refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Requests that were refused, by the limit that refused them."""
+
     def __init__(
         self,
         *,
@@ -2026,10 +2057,13 @@ class WatchStatsResponse(_message.Message):
         shared_tier: Global___TierUsage | None = ...,
         shared_tier_reads: _builtins.bool = ...,
         catching_up: _abc.Iterable[_builtins.str] | None = ...,
+        queued: _builtins.int = ...,
+        queued_tokens: _builtins.int = ...,
+        refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "prompt_tokens", b"prompt_tokens", "shared_tier", b"shared_tier", "ttft", b"ttft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["catching_up", b"catching_up", "decisions", b"decisions", "generated_tokens", b"generated_tokens", "in_flight", b"in_flight", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "prefixes", b"prefixes", "prompt_tokens", b"prompt_tokens", "recent", b"recent", "requests", b"requests", "reused_tokens", b"reused_tokens", "shared_tier", b"shared_tier", "shared_tier_reads", b"shared_tier_reads", "time_ms", b"time_ms", "ttft", b"ttft", "window_seconds", b"window_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catching_up", b"catching_up", "decisions", b"decisions", "generated_tokens", b"generated_tokens", "in_flight", b"in_flight", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "prefixes", b"prefixes", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "recent", b"recent", "refused", b"refused", "requests", b"requests", "reused_tokens", b"reused_tokens", "shared_tier", b"shared_tier", "shared_tier_reads", b"shared_tier_reads", "time_ms", b"time_ms", "ttft", b"ttft", "window_seconds", b"window_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

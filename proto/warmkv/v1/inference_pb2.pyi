@@ -284,6 +284,7 @@ class Route(_message.Message):
     RETRIES_FIELD_NUMBER: _builtins.int
     ROUTER_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ROUTER_WAIT_MS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     policy: _builtins.str
@@ -302,6 +303,8 @@ class Route(_message.Message):
     """The router's name."""
     request_id: _builtins.str
     """The id under which every log line of this request is filed."""
+    router_wait_ms: _builtins.float
+    """How long it waited in the router until a worker's queue was short enough, milliseconds; part of ttft_ms."""
     def __init__(
         self,
         *,
@@ -314,10 +317,11 @@ class Route(_message.Message):
         retries: _builtins.int = ...,
         router: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        router_wait_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "reason", b"reason", "request_id", b"request_id", "retries", b"retries", "router", b"router", "ttft_ms", b"ttft_ms", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "reason", b"reason", "request_id", b"request_id", "retries", b"retries", "router", b"router", "router_wait_ms", b"router_wait_ms", "ttft_ms", b"ttft_ms", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -393,6 +397,7 @@ class ExplainResponse(_message.Message):
     CANDIDATES_FIELD_NUMBER: _builtins.int
     MISS_FIELD_NUMBER: _builtins.int
     COST_UNIT_FIELD_NUMBER: _builtins.int
+    ROUTER_WAIT_MS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Length of the prompt in tokens."""
     block_size: _builtins.int
@@ -407,6 +412,8 @@ class ExplainResponse(_message.Message):
     """Why."""
     cost_unit: _builtins.str
     """Of the candidates' costs: ms, blocks, or rank (a place in an order, from 0)."""
+    router_wait_ms: _builtins.float
+    """How long it would wait in the router's own queue first, milliseconds; zero: not at all, or nobody knows yet."""
     @_builtins.property
     def weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Its weights."""
@@ -432,10 +439,11 @@ class ExplainResponse(_message.Message):
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
         miss: Global___Miss | None = ...,
         cost_unit: _builtins.str = ...,
+        router_wait_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["miss", b"miss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "candidates", b"candidates", "cost_unit", b"cost_unit", "miss", b"miss", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "candidates", b"candidates", "cost_unit", b"cost_unit", "miss", b"miss", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "router_wait_ms", b"router_wait_ms", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1286,6 +1286,7 @@ class Load(_message.Message):
     EVENTS_BEHIND_MS_FIELD_NUMBER: _builtins.int
     PREFILL_SHARE_FIELD_NUMBER: _builtins.int
     PREFILL_ERROR_FIELD_NUMBER: _builtins.int
+    ROUTERS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the running batch."""
     waiting: _builtins.int
@@ -1314,6 +1315,8 @@ class Load(_message.Message):
     """Share of its time lately that it spent in steps that prefill (memory: 30 s). Absent: it does not tell."""
     prefill_error: _builtins.float
     """Mean relative error of the fitted prefill time, before each prefill was learnt from; fades like the fit."""
+    routers: _builtins.int
+    """Routers that are connected to the worker; they share what is limited for the fleet."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierLoad]:
         """What is known of each tier."""
@@ -1335,10 +1338,11 @@ class Load(_message.Message):
         events_behind_ms: _builtins.float = ...,
         prefill_share: _builtins.float | None = ...,
         prefill_error: _builtins.float = ...,
+        routers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "prefill_share", b"prefill_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "events_behind_ms", b"events_behind_ms", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_error", b"prefill_error", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_share", b"prefill_share", "prefill_token_ms", b"prefill_token_ms", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "events_behind_ms", b"events_behind_ms", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_error", b"prefill_error", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_share", b"prefill_share", "prefill_token_ms", b"prefill_token_ms", "routers", b"routers", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prefill_share: _TypeAlias = _typing.Literal["prefill_share"]  # noqa: Y015
     _WhichOneofArgType__prefill_share: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share"]  # noqa: Y015

@@ -1,0 +1,71 @@
+"""What a request is expected to take, in tokens, and what it took: the currency of fair shares and quotas.
+
+Covers: the weights of tokens, the expected length of answers, settling. Does not cover: whose turn it is
+(`fair_queue`) or how much is left (`quotas`). Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from router.config import OverloadConfig
+from router.fair_queue import FairQueue
+from router.ledger import Entry
+from router.quotas import TokenQuotas
+
+_FIRST_GUESS = 128.0  # tokens of an answer of a tenant that has had none
+_NEWEST = 1 / 16  # weight of the newest answer in the mean of a tenant's
+
+
+@dataclass(slots=True)
+class Charge:
+    """What was charged for a request and is settled at its end.
+
+    Attributes:
+        cost: tokens of work, for its tenant's turn. quota: tokens, of its tenant's quota.
+        sent: whether it has gone to a worker; until then its turn is charged nothing.
+    """
+
+    tenant: str
+    cost: float
+    quota: float
+    sent: bool = False
+
+
+class Charges:
+    """Estimates, and settles against a queue and the quotas."""
+
+    def __init__(self, config: OverloadConfig, queue: FairQueue[Any], quotas: TokenQuotas) -> None:
+        self._cached_weight = config.cached_token_weight
+        self._output_weight = config.output_token_weight
+        self._queue = queue
+        self._quotas = quotas
+        self._answers: dict[str, float] = {}
+
+    def expected(self, tenant: str, *, prompt_tokens: int, cached_tokens: int, max_tokens: int) -> Charge:
+        """For a prompt of which so much is predicted to be cached. Charges nothing."""
+        prompt = self._prompt(prompt_tokens - cached_tokens, cached_tokens)
+        answer = min(float(max_tokens), self._answers.get(tenant, _FIRST_GUESS))
+        return Charge(tenant, prompt + self._output_weight * answer, prompt + answer)
+
+    def settle(self, charge: Charge, entry: Entry) -> None:
+        """The request has ended, and no worker is at it any more.
+
+        One that no worker reported on, because it was lost, keeps what it was charged: it took nobody knows what.
+        """
+        if charge.sent and not entry.fates:
+            return
+        prompt = self._prompt(entry.fates.get("computed", 0), entry.reused)
+        if charge.sent:
+            self._queue.settle(charge.tenant, prompt + self._output_weight * entry.generated_tokens - charge.cost)
+        self._quotas.take(charge.tenant, prompt + entry.generated_tokens - charge.quota)
+        if entry.code == "OK":
+            self._learn(charge.tenant, entry.generated_tokens)
+
+    def _prompt(self, computed: int, cached: int) -> float:
+        return computed + self._cached_weight * cached
+
+    def _learn(self, tenant: str, generated: int) -> None:
+        mean = self._answers.get(tenant, float(generated))
+        self._answers[tenant] = mean + (generated - mean) * _NEWEST

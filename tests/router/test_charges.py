@@ -1,0 +1,73 @@
+"""What requests are expected to take, and the account after they have ended."""
+
+from __future__ import annotations
+
+import pytest
+
+from router.charges import Charges
+from router.config import OverloadConfig
+from router.fair_queue import FairQueue
+from router.ledger import Entry
+from router.quotas import TokenQuotas
+
+CONFIG = OverloadConfig(tokens_per_minute={"a": 60_000}, cached_token_weight=0.1, output_token_weight=2.0)
+
+
+def parts() -> tuple[Charges, FairQueue[str], TokenQuotas]:
+    queue: FairQueue[str] = FairQueue({})
+    quotas = TokenQuotas(CONFIG.tokens_per_minute, None, lambda: 0.0)
+    return Charges(CONFIG, queue, quotas), queue, quotas
+
+
+def ended(tenant: str = "a", code: str = "OK", *, computed: int, device: int, generated: int) -> Entry:
+    fates = {"computed": computed, "device": device}
+    return Entry(tenant, "w0", code, computed + device, fates, generated)
+
+
+def left(quotas: TokenQuotas) -> float:
+    """Tokens in the bucket: by how long a full one is away."""
+    return 60_000 - quotas.wait_s("a", 60_000) * 1000
+
+
+def test_cached_tokens_count_a_tenth_and_answers_twice_for_turns_and_once_for_quotas() -> None:
+    charges, _, _ = parts()
+    charge = charges.expected("a", prompt_tokens=1100, cached_tokens=1000, max_tokens=50)
+    assert (charge.cost, charge.quota) == (100 + 100 + 2 * 50, 100 + 100 + 50)
+
+
+def test_the_expected_answer_is_the_tenants_mean_and_at_most_what_it_asks_for() -> None:
+    charges, _, _ = parts()
+    for _ in range(100):
+        charge = charges.expected("a", prompt_tokens=10, cached_tokens=0, max_tokens=1000)
+        charge.sent = True
+        charges.settle(charge, ended(computed=10, device=0, generated=400))
+    assert charges.expected("a", prompt_tokens=0, cached_tokens=0, max_tokens=1000).quota == pytest.approx(400)
+    assert charges.expected("a", prompt_tokens=0, cached_tokens=0, max_tokens=7).quota == 7
+    assert charges.expected("b", prompt_tokens=0, cached_tokens=0, max_tokens=1000).quota == 128
+
+
+def test_a_quota_is_charged_what_the_request_took_in_the_end() -> None:
+    charges, _, quotas = parts()
+    charge = charges.expected("a", prompt_tokens=5000, cached_tokens=0, max_tokens=100)
+    quotas.take("a", charge.quota)
+    charge.sent = True
+    charges.settle(charge, ended(computed=1000, device=4000, generated=700))
+    assert left(quotas) == pytest.approx(60_000 - 1000 - 400 - 700)
+
+
+def test_what_was_never_sent_costs_nothing() -> None:
+    charges, queue, quotas = parts()
+    charge = charges.expected("a", prompt_tokens=5000, cached_tokens=0, max_tokens=100)
+    quotas.take("a", charge.quota)
+    charges.settle(charge, Entry("a", "", "CANCELLED", 5000))
+    assert left(quotas) == 60_000
+    assert not queue._flows
+
+
+def test_a_lost_request_keeps_what_it_was_charged() -> None:
+    charges, _, quotas = parts()
+    charge = charges.expected("a", prompt_tokens=5000, cached_tokens=0, max_tokens=100)
+    quotas.take("a", charge.quota)
+    charge.sent = True
+    charges.settle(charge, Entry("a", "w0", "UNAVAILABLE", 5000))
+    assert left(quotas) == pytest.approx(60_000 - charge.quota)
