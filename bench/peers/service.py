@@ -1,15 +1,14 @@
 """The service that every simulated worker gives, whatever protocol it speaks. Pure, standard library only.
 
-A worker computes prompts one after another, in order of arrival, at a fixed rate of tokens that are not cached; decoding
-runs beside it and takes a fixed time. Its cache holds whole blocks, least recently used first to go, and of one chain
-the end before the beginning. The last token of a prompt is always computed, since it gives the first new one.
+A worker computes prompts one after another, in order of arrival, at a fixed rate of tokens that are not cached;
+decoding runs beside it and takes a fixed time. Its cache holds whole blocks, least recently used first to go, and of
+one chain the end before the beginning. The last token of a prompt is always computed, since it gives the first new one.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 CHARS_PER_TOKEN = 4
@@ -100,11 +99,9 @@ class WorkerBooks:
     ttft_ms: list[float] = field(default_factory=list)
     first_at: float | None = None
 
-    def count(
-        self, ttft_s: float, prompt_tokens: int, cached_tokens: int, now: Callable[[], float] = time.time
-    ) -> None:
+    def count(self, ttft_s: float, prompt_tokens: int, cached_tokens: int) -> None:
         """One more prompt."""
-        self.first_at = now() if self.first_at is None else self.first_at
+        self.first_at = time.time() if self.first_at is None else self.first_at
         self.requests += 1
         self.prompt_tokens += prompt_tokens
         self.cached_tokens += cached_tokens
