@@ -233,9 +233,12 @@ def _worker_flags(number: int, ports: Ports, constants: Constants) -> list[str]:
 
 
 def _foreign_environment() -> dict[str, str]:
-    """No Python settings of ours but where this package lies, and no search for models on the network."""
+    """No Python settings of ours but where this package lies, and no search for models on the network.
+
+    The seed gives a block the same name on every worker; Dynamo's index drops events where names differ.
+    """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return {**clean, "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1"}
+    return {**clean, "PYTHONPATH": str(_ROOT), "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
 
 
 async def _until_answers(caller: Caller) -> None:
