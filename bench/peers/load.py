@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +25,11 @@ class LoadResult:
     latency_s: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def trouble(self) -> str:
+        """The commonest errors, counted; empty: none."""
+        return "; ".join(f"{n} x {text[:300]}" for text, n in Counter(self.errors).most_common(3))
 
     @property
     def requests_per_s(self) -> float:

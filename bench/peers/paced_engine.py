@@ -3,7 +3,8 @@
 SimulatedEngine sleeps through a step, and what arrives meanwhile waits to be noticed; decoding shares its steps with
 prefill. The other workers compute one prompt after another and decode beside that. So here SimulatedEngine runs on a
 clock of its own, ahead of the real one: a job is computed the moment it comes, the virtual clock tells when that
-would have been done, and tokens, events and load are reported when the real clock gets there.
+would have been done, and events, answers and load are reported when the real clock gets there. An answer comes whole,
+when its decoding is done, as the mock's does.
 """
 
 from __future__ import annotations
@@ -23,16 +24,13 @@ _ANY_LENGTH = 1 << 30
 Clock = Callable[[], float]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Answer:
-    """A job whose end is known: reported at `first_at`, and at `last_at`."""
+    """A job whose end is known: its prefill begins at `started_at` and ends at `first_at`."""
 
-    first: Output
-    last: Output
-    events: Sequence[KvEvent]
+    output: Output
     started_at: float
     first_at: float
-    last_at: float
 
 
 @dataclass(order=True, slots=True)
@@ -79,11 +77,10 @@ class PacedEngine:
             return
         ttft_s = self._virtual - now
         self.books.count(ttft_s, sum(output.fates.values()), output.fates["device"])
-        first, last = _halves(output, ttft_ms=ttft_s * 1000, queue_ms=(started_at - now) * 1000)
-        last_at = self._virtual + self._constants.decode_s
-        self._answers[job.job_id] = _Answer(first, last, events, started_at, self._virtual, last_at)
-        self._report(self._virtual, [first], events)
-        self._report(last_at, [last])
+        told = replace(output, worker_ttft_ms=ttft_s * 1000, queue_ms=(started_at - now) * 1000)
+        self._answers[job.job_id] = _Answer(told, started_at, self._virtual)
+        self._report(self._virtual, [], events)
+        self._report(self._virtual + self._constants.decode_s, [told])
 
     def cancel(self, job_id: JobId) -> None:
         """What it computed stays; its last output says that it was cancelled."""
@@ -92,7 +89,7 @@ class PacedEngine:
             return
         for due in self._due:
             due.outputs = [output for output in due.outputs if output.job_id != job_id]
-        self._report(self._clock(), [Output(job_id, finish=FinishReason.CANCELLED, fates=answer.last.fates)])
+        self._report(self._clock(), [Output(job_id, finish=FinishReason.CANCELLED, fates=answer.output.fates)])
 
     def has_work(self) -> bool:
         """Whether something is due."""
@@ -166,10 +163,3 @@ def serial_engine(
         clock=clock,
         sleep=sleep,
     )
-
-
-def _halves(output: Output, *, ttft_ms: float, queue_ms: float) -> tuple[Output, Output]:
-    """The first token as it comes, and the end of the answer when decoding is done."""
-    first = replace(output, finish=None, fates=None, worker_ttft_ms=ttft_ms, queue_ms=queue_ms)
-    last = Output(output.job_id, finish=output.finish, fates=output.fates, completion_tokens=output.completion_tokens)
-    return first, last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
@@ -104,6 +105,7 @@ async def play_kill(contender: Contender, seed: int, plan: KillPlan) -> Figures:
         finally:
             load.cancel()
             await caller.close()
+        _tell(fleet, result)
         books, ended_at = await fleet.books_of(_VICTIM), time.time()
         # None served: what is known is that it took longer than the load lasted.
         back_s = max(0.0, (ended_at if books.first_at is None else books.first_at) - ready_at)
@@ -162,7 +164,14 @@ async def _measured(
     finally:
         await caller.close()
     fleet.router.check()
+    _tell(fleet, result)
     return result, fleet.router.cpu_s() - before
+
+
+def _tell(fleet: TrialFleet, result: LoadResult) -> None:
+    """Errors are figures, but somebody will ask what they were."""
+    if result.trouble:
+        print(f"{fleet.contender.name}: {result.trouble}", file=sys.stderr, flush=True)
 
 
 def _load_figures(result: LoadResult, books: list[WorkerBooks], cpu_s: float, constants: Constants) -> Figures:
