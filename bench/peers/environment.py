@@ -44,13 +44,18 @@ def install(peer: str, folder: Path) -> Path:
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     stamp.unlink(missing_ok=True)
-    _run([sys.executable, "-m", "venv", "--clear", str(home)])
-    _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *REQUIREMENTS[peer]])
+    run([sys.executable, "-m", "venv", "--clear", str(home)])
+    run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *REQUIREMENTS[peer]])
     stamp.write_text(wanted, encoding="utf-8")
     return python
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
+    """Run it to its end.
+
+    Raises:
+        NotInstalled: it failed, or took too long.
+    """
     # Whoever runs this may have a source tree on the path; the peers must not see it.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     try:

@@ -21,6 +21,7 @@ from workers.simulated import SimulatedEngine
 from workers.simulated_sequence import Timing
 
 _ANY_LENGTH = 1 << 30
+_EARLY_S = 1e-6  # a timer may ring a rounding error too soon, and rings once
 Clock = Callable[[], float]
 
 
@@ -93,11 +94,11 @@ class PacedEngine:
 
     def has_work(self) -> bool:
         """Whether something is due."""
-        return bool(self._due) and self._due[0].at <= self._clock()
+        return bool(self._due) and self._due[0].at <= self._clock() + _EARLY_S
 
     def step(self) -> StepReport:
         """All that is due."""
-        report, now = StepReport(), self._clock()
+        report, now = StepReport(), self._clock() + _EARLY_S
         while self._due and self._due[0].at <= now:
             due = heapq.heappop(self._due)
             report.outputs += due.outputs
@@ -120,6 +121,7 @@ class PacedEngine:
             waiting=waiting,
             pending_prefill_tokens=round(max(0.0, self._virtual - now) * self._constants.tokens_per_s),
             decoding=sum(each.first_at <= now for each in answers),
+            decode_step_ms=0.0,  # prefill does not wait for it
         )
 
     def snapshot(self) -> list[BlockStored]:
@@ -150,10 +152,12 @@ class PacedEngine:
 def serial_engine(
     info: EngineInfo, constants: Constants, *, clock: Clock, sleep: Callable[[float], None]
 ) -> SimulatedEngine:
-    """One prompt after another, each in one step, at the service's rate; tiers and accounting are the engine's own."""
-    timing = Timing(
-        prefill_fixed_ms=0.0, prefill_token_ms=1000 / constants.tokens_per_s, prefill_pair_ms=0.0, decode_step_ms=0.0
-    )
+    """One prompt after another, each in one step, at the service's rate; tiers and accounting are the engine's own.
+
+    A prompt's last token, where all others are cached, is a step of decoding to it: so that costs what a token does.
+    """
+    token_ms = 1000 / constants.tokens_per_s
+    timing = Timing(prefill_fixed_ms=0.0, prefill_token_ms=token_ms, prefill_pair_ms=0.0, decode_step_ms=token_ms)
     return SimulatedEngine(
         info,
         device_blocks=constants.capacity_blocks,
