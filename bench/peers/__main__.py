@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ from bench.peers.scenarios import Figures, Scenario, scenarios
 from bench.peers.table import Trials, rows
 from workers.tiny import ModelShape, make_model_folder
 
-TRIAL_TIMEOUT_S = 900.0
+TRIAL_TIMEOUT_S = 1800.0
 _ATTEMPTS = 2
 ROUND_ROBIN = "sglang_round_robin"
 ROUTERS = (OWN, "sglang", "smg", "vllm", "dynamo", ROUND_ROBIN)
@@ -107,6 +108,7 @@ def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
 def main() -> None:
     """Print the table."""
     options = _options(list(scenarios(quick=True)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started shall end with it
     chosen = [each for name, each in scenarios(quick=options.quick).items() if name in options.scenarios]
     with tempfile.TemporaryDirectory(prefix="warmkv-peers-model-") as folder:
         model = make_model_folder(folder, ModelShape(layers=1, hidden=64, heads=4, kv_heads=2, vocab=VOCABULARY))

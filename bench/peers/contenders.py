@@ -83,7 +83,7 @@ class Contender(Protocol):
         """Until it sends to all workers.
 
         Raises:
-            NotStarted: it does not within a minute.
+            NotStarted: it does not within two minutes.
         """
         ...
 
@@ -215,7 +215,7 @@ class Dynamo:
 def peer_contenders(peer: str, python: Path) -> list[Contender]:
     """What is run of an installed peer; SGLang's gateway twice, its round robin being the floor to compare with."""
     sglang = ("-m", "sglang_router.launch_router")
-    return {
+    started: dict[str, list[Contender]] = {
         "sglang": [
             Peer("sglang", python, sglang, "cache_aware"),
             Peer("sglang_round_robin", python, sglang, "round_robin"),
@@ -223,7 +223,8 @@ def peer_contenders(peer: str, python: Path) -> list[Contender]:
         "smg": [Peer("smg", python, ("-m", "smg.cli", "launch"), "cache_aware")],
         "vllm": [Peer("vllm", python, ("-m", "vllm_router.launch_router"), "cache_aware", log_level="warning")],
         "dynamo": [Dynamo(python)],
-    }[peer]
+    }
+    return started[peer]
 
 
 def _worker_flags(number: int, ports: Ports, constants: Constants) -> list[str]:

@@ -8,7 +8,7 @@ import json
 import tempfile
 import urllib.request
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from bench.peers.callers import Caller
 from bench.peers.contenders import Contender, Ports
@@ -60,7 +60,7 @@ class TrialFleet:
         """Start it; returns when it is ready.
 
         Raises:
-            NotStarted: it is not within a minute.
+            NotStarted: it is not within two minutes.
         """
         self._router = self._start("router", self.contender.router_command(self.ports, self.constants))
         ready = asyncio.ensure_future(self.contender.until_ready(self.ports))
@@ -108,11 +108,11 @@ class TrialFleet:
         log = Path(self._folder.name) / f"{name}-{next(self._numbers)}.log"
         return Child(command, log, self.contender.environment())
 
-    async def _get(self, number: int, path: str) -> dict[str, object]:
+    async def _get(self, number: int, path: str) -> dict[str, Any]:
         url = f"http://127.0.0.1:{self.contender.books_port(number, self.ports)}{path}"
         return await asyncio.to_thread(_fetch, url)
 
 
-def _fetch(url: str) -> dict[str, object]:
+def _fetch(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(url, timeout=10) as answer:
         return dict(json.load(answer))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 
 
@@ -43,7 +43,7 @@ class Child:
         """Until its log has that text.
 
         Raises:
-            NotStarted: it ended, or a minute passed.
+            NotStarted: it ended, or two minutes passed.
         """
         give_up = time.monotonic() + START_TIMEOUT_S
         while text not in self.log:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -135,19 +135,30 @@ async def play_restart(contender: Contender, seed: int, *, sessions: int) -> Fig
 
 
 async def play_memory(contender: Contender, *, prompts: int) -> Figures:
-    """The router's growth under prompts that share nothing, before workers that answer at once."""
+    """The router's growth under prompts that share nothing, before workers that answer at once.
+
+    `late_growth_mib`: of the second half of the prompts; what is bounded does not grow any more then.
+    """
     async with TrialFleet(contender, _INSTANT) as fleet:
-        base, peak = fleet.router.rss_bytes(), 0
-        sessions = ([prompt] for prompt in unique_prompts(prompts, 1000))
-        load = asyncio.create_task(_measured(fleet, sessions, 64, 0.0))
+        base, peak, peak_by_half = fleet.router.rss_bytes(), 0, 0
+        sent = 0
+
+        def sessions() -> Iterator[list[Prompt]]:
+            nonlocal sent
+            for sent, prompt in enumerate(unique_prompts(prompts, 1000)):  # noqa: B007 - how far it is, is read below
+                yield [prompt]
+
+        load = asyncio.create_task(_measured(fleet, sessions(), 64, 0.0))
         while not load.done():
             peak = max(peak, fleet.router.rss_bytes())
+            peak_by_half = peak if sent <= prompts // 2 else peak_by_half
             await asyncio.wait([load], timeout=0.25)
         result, cpu_s = await load
-        grown = max(peak, fleet.router.rss_bytes()) - base
+        peak = max(peak, fleet.router.rss_bytes())
         return {
-            "growth_mib": grown / _MIB,
-            "growth_bytes_a_prompt": grown / prompts,
+            "growth_mib": (peak - base) / _MIB,
+            "growth_bytes_a_prompt": (peak - base) / prompts,
+            "late_growth_mib": (peak - max(base, peak_by_half)) / _MIB,
             "requests_per_s": result.requests_per_s,
             "cpu_us": cpu_s * 1e6 / max(1, len(result.answers)),
             "errors": float(len(result.errors)),
