@@ -43,7 +43,6 @@ def install(peer: str, folder: Path) -> Path:
     python, stamp = home / "bin" / "python", home / _STAMP
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
-    stamp.unlink(missing_ok=True)
     run([sys.executable, "-m", "venv", "--clear", str(home)])
     run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *REQUIREMENTS[peer]])
     stamp.write_text(wanted, encoding="utf-8")

@@ -71,8 +71,8 @@ class Naive:
         return self.free_at - now, cached
 
 
-# Up to nine blocks of a few first words, so that prompts share, repeat and evict one another.
-WORDS = st.lists(st.integers(0, 2), min_size=1, max_size=36).map(lambda ids: prompt_of(tuple(ids)))
+# Up to nine blocks that begin alike, so that prompts share, repeat and evict one another: twelve fit.
+WORDS = st.builds(lambda word, length: prompt_of((word,) * length), st.integers(0, 3), st.integers(1, 36))
 ARRIVALS = st.lists(st.tuples(st.integers(0, 30), WORDS), min_size=1, max_size=25)
 
 
