@@ -130,7 +130,7 @@ async def play_restart(contender: Contender, seed: int, *, sessions: int) -> Fig
         ready_s = time.monotonic() - killed_at
         after, _ = await _measured(fleet, [prompts[half:] for prompts in played], shape.concurrency, shape.think_s)
         errors = float(len(before.errors) + len(after.errors))
-        shares = {"blind_share_before": _blind_share(before, shape), "blind_share": _blind_share(after, shape)}
+        shares = {"blind_share_before": blind_share(before, shape), "blind_share": blind_share(after, shape)}
         return {**shares, "ready_s": ready_s, "errors": errors, "hit": _hit(await fleet.books())}
 
 
@@ -212,8 +212,8 @@ def _client_figures(result: LoadResult, constants: Constants) -> Figures:
     }
 
 
-def _blind_share(result: LoadResult, shape: Shape) -> float:
-    """Of the prompts that are not their session's first."""
+def blind_share(result: LoadResult, shape: Shape) -> float:
+    """Of the prompts that are not their session's first, those that found no more than their system prompt."""
     first = shape.system_tokens + shape.turn_tokens
     later = [answer.cached_tokens for answer in result.answers if answer.prompt_tokens > first]
     return sum(cached <= shape.system_tokens for cached in later) / max(1, len(later))

@@ -20,15 +20,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.peers import environment
+from bench.peers.__main__ import run
 from bench.peers.callers import Answer, CallFailed, HttpCaller
-from bench.peers.contenders import Ports
+from bench.peers.contenders import Contender, Own, Peer, Ports
 from bench.peers.environment import NotInstalled, install
-from bench.peers.load import closed_loop
+from bench.peers.load import LoadResult, closed_loop
 from bench.peers.mock_worker import Connection, MockWorker, token_ids
 from bench.peers.paced_engine import PacedEngine, serial_engine
 from bench.peers.processes import Child, NotStarted
 from bench.peers.prompts import Prompt, Shape, prompt_of, random_prompt, unique_prompts
-from bench.peers.scenarios import scenarios
+from bench.peers.scenarios import Figures, Scenario, blind_share, scenarios
 from bench.peers.service import Constants, Served, SimulatedService
 from bench.peers.table import rows, unit
 from kvstore.blocks import block_hashes
@@ -401,6 +402,29 @@ def test_rows_have_bars_for_ours_only_and_compare_with_the_best_peer_of_each_rou
         "requests",
         "1/s",
     ]
+
+
+def test_a_router_that_does_not_start_is_tried_again_and_then_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    played: list[tuple[str, int]] = []
+
+    async def trial(contender: Contender, seed: int) -> Figures:
+        played.append((contender.name, seed))
+        if contender.name == "smg" or played.count(("warmkv", 0)) == 1:
+            raise NotStarted("port in use")
+        return {"hit": 0.5}
+
+    found = [Own(Path("model")), Peer("smg", Path("python"), (), "cache_aware")]
+    trials = asyncio.run(run(found, [Scenario("hot_32", trial, rounds=2)]))
+    assert played == [("warmkv", 0), ("warmkv", 0), ("smg", 0), ("smg", 0), ("warmkv", 1)]
+    assert trials == {("warmkv", "hot_32"): [{"hit": 0.5}, {"hit": 0.5}]}
+    assert "smg is left out of hot_32" in capsys.readouterr().err
+
+
+def test_the_decision_of_a_restarted_router_is_blind_when_only_the_system_prompt_was_found() -> None:
+    shape = Shape(groups=1, sessions=1, concurrency=1, system_tokens=100, turn_tokens=20)
+    first, found, only_system, nothing = Answer(120, 96), Answer(140, 112), Answer(140, 96), Answer(160, 0)
+    result = LoadResult(answers=[first, found, only_system, nothing, found])
+    assert blind_share(result, shape) == 0.5, "a session's first prompt has no history to find"
 
 
 def test_quick_and_full_runs_have_the_same_scenarios() -> None:
