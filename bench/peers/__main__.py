@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 from bench.peers.contenders import OWN, Contender, Own, peer_contenders
 from bench.peers.environment import REQUIREMENTS, NotInstalled, cache_folder, install
 from bench.peers.processes import NotStarted
@@ -56,7 +58,7 @@ async def play(scenario: Scenario, contender: Contender, seed: int) -> Figures |
         try:
             async with asyncio.timeout(TRIAL_TIMEOUT_S):
                 return await scenario.play(contender, seed)
-        except (NotStarted, OSError, TimeoutError) as problem:
+        except (NotStarted, OSError, TimeoutError, psutil.Error) as problem:
             say(f"{contender.name} {scenario.name}, attempt {attempt + 1}: {type(problem).__name__}: {problem}")
     return None
 

@@ -76,9 +76,11 @@ class HttpCaller:
         status, answer = await self.request(b"POST", "/v1/completions", body)
         if status != 200:
             raise CallFailed(f"{status}: {answer[:200].decode(errors='replace')}")
-        usage: dict[str, Any] = json.loads(answer)["usage"]
-        details = usage.get("prompt_tokens_details") or {}
-        return Answer(usage["prompt_tokens"], details.get("cached_tokens", 0))
+        try:
+            usage: dict[str, Any] = json.loads(answer)["usage"]
+            return Answer(usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CallFailed(f"no completion with its usage: {answer[:200].decode(errors='replace')}") from error
 
     async def request(self, method: bytes, path: str, body: bytes = b"") -> tuple[int, bytes]:
         """Status and body of the answer.
