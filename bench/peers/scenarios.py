@@ -48,7 +48,7 @@ def scenarios(*, quick: bool) -> dict[str, Scenario]:
         Scenario("sequential", lambda c, seed: play_sequential(c, seed, repeats=4 if quick else 15)),
         Scenario("kill", lambda c, seed: play_kill(c, seed, KillPlan.quick() if quick else KillPlan())),
         Scenario("restart", lambda c, seed: play_restart(c, seed, sessions=80 if quick else 200)),
-        Scenario("memory", lambda c, seed: play_memory(c, prompts=10_000 if quick else 180_000)),
+        Scenario("memory", lambda c, seed: play_memory(c, prompts=16_000 if quick else 180_000)),
     ]
     return {each.name: each for each in listed}
 
