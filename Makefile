@@ -6,10 +6,10 @@ PY := $(VENV)/bin/python
 # PyTorch's CPU index: make setup TORCH_INDEX=URL
 TORCH_INDEX ?=
 
-.PHONY: help setup demo test check proto bench lock clean
+.PHONY: help setup demo test check proto bench bench-peers lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup: $(VENV)/.stamp  ## make .venv from requirements.lock
 
@@ -42,6 +42,9 @@ proto: setup  ## regenerate the Python stubs from proto/*.proto
 
 bench: setup  ## the benchmarks, quickly (python -m bench.NAME for one of them in full)
 	for name in reuse overhead e2e store faults eviction policies router; do $(PY) -m bench.$$name --quick || exit 1; done
+
+bench-peers: setup  ## other routers beside ours; installs their wheels into ~/.cache/warmkv (ARGS="--quick")
+	$(PY) -m bench.peers $(ARGS)
 
 lock: setup  ## write requirements.lock from what is installed
 	$(PY) -m pip freeze --exclude-editable > requirements.lock
