@@ -164,8 +164,8 @@ def figures(answer: Any) -> list[list[dict[str, object]]]:
 
 
 def test_more_tiers_below_a_batched_engine_find_more(warmkv: Warmkv) -> None:
-    arguments = ("replay", "mooncake_conversation", "--first", "600", "-p", "cache_aware", "--seeds", "1", "--json")
-    engine = ("-n", "2", "--capacity", "200k", "--engine", "h100_8b")
+    arguments = ("replay", "mooncake_conversation", "--first", "900", "-p", "cache_aware", "--seeds", "1", "--json")
+    engine = ("-n", "2", "--capacity", "200k", "--engine", "h100_8b", "--speed", "0.2")
     alone, with_host, with_all = (
         json.loads(warmkv.invoke(*arguments, *engine, *more).stdout)["policies"][0]["seeds"][0]["hit"]
         for more in ((), ("--host", "1M"), ("--host", "1M", "--redis", "20M"))

@@ -325,12 +325,8 @@ def test_a_worker_that_is_stuck_gets_nothing_more_and_others_serve() -> None:
         for each in held:
             each.cancel()
         await asyncio.gather(*held, return_exceptions=True)
-        stuck.flights.clear()
-        router._room._pace._silent.clear()
-        router._traffic._flights.clear()
-        router._traffic._arriving.clear()
-        for active in router._traffic._active.values():
-            active.__init__()  # type: ignore[misc]
+        for flight in list(stuck.flights.values()):
+            flight.lose("it is stuck for good")
 
     on_router(test, workers=2)
 
