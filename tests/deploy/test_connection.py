@@ -38,7 +38,7 @@ def test_every_command_that_asks_a_router_reaches_it_in_the_same_way() -> None:
             at = options.index("--router")
             reached[name] = tuple(options[at : at + len(REACH)])
     assert {"status", "generate", "cache ls", "policy set"} <= reached.keys()
-    assert len(reached) == 16
+    assert len(reached) == 20
     assert set(reached.values()) == {REACH}
 
 
