@@ -42,7 +42,7 @@ class CacheAware:
         Weight(
             "tie_ms", 20.0, 0.0, 10_000.0, "ms", "Costs closer than this go to the quietest worker, but see tie_share."
         ),
-        Weight("tie_share", 0.1, 0.0, 1.0, "", "A tie is never wider than this share of the prompt's cold prefill."),
+        Weight("tie_share", 0.05, 0.0, 1.0, "", "A tie is never wider than this share of the prompt's cold prefill."),
         Weight(
             "affinity_ms", 10.0, 0.0, 60_000.0, "ms", "Charged to workers that a request's affinity key does not name."
         ),

@@ -36,7 +36,7 @@ WEIGHTS = [
     ("price_floor", 1.5, 1.0, 100.0, "", "Price of compute in an idle fleet; higher keeps sessions warm."),
     ("price_cap", 10.0, 1.0, 1000.0, "", "Price of compute in a saturated fleet."),
     ("tie_ms", 20.0, 0.0, 10_000.0, "ms", "Costs closer than this go to the quietest worker, but see tie_share."),
-    ("tie_share", 0.1, 0.0, 1.0, "", "A tie is never wider than this share of the prompt's cold prefill."),
+    ("tie_share", 0.05, 0.0, 1.0, "", "A tie is never wider than this share of the prompt's cold prefill."),
     ("affinity_ms", 10.0, 0.0, 60_000.0, "ms", "Charged to workers that a request's affinity key does not name."),
 ]
 
