@@ -338,9 +338,10 @@ class Router:
 
     def _first_token(self, work: Request, now: float) -> None:
         self._recent.first_token(work.ttft_ms)
-        predicted_ms, worker = (work.choice.predicted_ttft_ms, work.choice.worker) if work.choice else (0.0, "")
-        expected_ms = predicted_ms + work.waited_ms if predicted_ms else 0.0
-        self.metrics.observe_ttft(now - work.started, expected_ms, worker)
+        self.metrics.observe_ttft(now - work.started)
+        if work.choice is not None:
+            predicted_ms = work.choice.predicted_ttft_ms
+            self.metrics.observe_ttft_error(now - work.sent_at, predicted_ms, work.choice.worker)
         if work.guest is not None:
             self._room.answered(work.guest, work.ttft_ms)
         if work.record is not None:

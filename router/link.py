@@ -27,10 +27,11 @@ from router.flight import Flight, FlightEnd
 from router.index import PrefixIndex
 from router.protocol import WorkerAddress
 from router.worker_stream import LinkBroken, LinkSettings, WorkerStream
-from warmkv.v1 import worker_pb2
+from warmkv.v1 import common_pb2, worker_pb2
 
 SUSPECT_AFTER_S = 2.0
 LOST_AFTER_S = 10.0
+OUTLIVED_AFTER_S = 30.0
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 1.0  # a worker that is ready is back within two seconds
 log = logging.getLogger(__name__)
@@ -83,6 +84,14 @@ class Listener(Protocol):
         """It dropped blocks as it was told."""
         ...
 
+    def restarted(self, link: WorkerLink) -> None:
+        """Another incarnation than before said hello."""
+        ...
+
+    def found_shared_tier(self, link: WorkerLink) -> None:
+        """It has a shared tier, though its hello named no server: that had not answered the worker yet."""
+        ...
+
 
 @dataclass(frozen=True)
 class Report:
@@ -105,7 +114,12 @@ class _Clearing:
 
 
 class WorkerLink:
-    """The link to one worker. `run` keeps it up until it is cancelled. `snapshots`: complete ones, ever."""
+    """The link to one worker. `run` keeps it up until it is cancelled.
+
+    Attributes:
+        joined_at: when this incarnation was first heard, on the link's clock. snapshots: complete ones, ever.
+        has_shared_tier: whether its incarnation is known to have one, be its server there or not.
+    """
 
     def __init__(
         self,
@@ -128,6 +142,7 @@ class WorkerLink:
         self.suspect = False
         self.refused = False
         self.was_up = False
+        self.has_shared_tier = False
         self.snapshots = 0
         self._index = index
         self._listener = listener
@@ -139,6 +154,7 @@ class WorkerLink:
         self._orders: dict[int, asyncio.Future[worker_pb2.CacheDone]] = {}
         self._probes: dict[int, Callable[[worker_pb2.Probed], None]] = {}
         self._behind_s = 0.0
+        self._older: tuple[int, float] | None = None  # an incarnation that was turned away, and since when
         self._ids = count(1)
         self._stream: WorkerStream | None = None
         self._retry_now = asyncio.Event()
@@ -297,13 +313,15 @@ class WorkerLink:
                 " correct the address or the name."
             )
         self._listener.greeted(self, hello)
-        if not self._index.join(self.name, hello.incarnation, shared_id=hello.shared_tier_id):
-            raise LinkBroken("an older incarnation answered; waiting for the newer one")
-        if self.hello is not None and hello.incarnation != self.hello.incarnation:
-            self.report = None
+        if not self._joined(hello):
+            raise LinkBroken(
+                f"an older incarnation answered; it is taken if no newer one does within {OUTLIVED_AFTER_S:.0f} s"
+            )
         if self.hello is None or hello.incarnation != self.hello.incarnation:
-            self.joined_at = self._clock()
+            self.report, self.joined_at, self.has_shared_tier = None, self._clock(), False
+            self._listener.restarted(self)
         self.hello = hello
+        self._note_shared_tier(known=bool(hello.shared_tier_id))
         self._seq, self._skipping, self._reading_snapshot = first.seq, True, False  # until the snapshot begins
         self._heard_at = self._clock()
         self.connected, self.was_up, self.refused, self.suspect, self.synced = True, True, False, False, False
@@ -312,6 +330,33 @@ class WorkerLink:
             self._send(worker_pb2.ConnectRequest(clear=owed.request))
         log.info("a worker joined", extra={"worker": self.name, "incarnation": hello.incarnation})
         self._listener.changed(self)
+
+    def _joined(self, hello: worker_pb2.WorkerHello) -> bool:
+        """Whether this incarnation is listened to: no later one was heard of, or not for a while.
+
+        Incarnations are times: a worker that starts again after its clock was set back has an older one for ever.
+        """
+        if self._index.join(self.name, hello.incarnation, shared_id=hello.shared_tier_id):
+            self._older = None
+            return True
+        now = self._clock()
+        if self._older is None or self._older[0] != hello.incarnation:
+            self._older = (hello.incarnation, now)
+        if now - self._older[1] <= OUTLIVED_AFTER_S:
+            return False
+        log.warning("a later incarnation did not come back; its clock was set back", extra={"worker": self.name})
+        self._index.unfence(self.name)
+        return self._joined(hello)
+
+    def _note_shared_tier(self, *, known: bool) -> None:
+        """`known`: by the hello; else by what the worker reports of its tiers."""
+        told = self.report.message.tiers if self.report is not None else ()
+        if known:
+            self.has_shared_tier = True
+        elif self.has_shared_tier or any(tier.tier == common_pb2.TIER_REDIS for tier in told):
+            self.has_shared_tier = True
+            self._index.shares(self.name)
+            self._listener.found_shared_tier(self)
 
     def _hear(self, message: worker_pb2.ConnectResponse) -> None:
         self._heard_at = self._clock()
@@ -358,6 +403,8 @@ class WorkerLink:
         if step.HasField("load"):
             self.report = Report(step.load, self._heard_at, self.hello.block_nbytes if self.hello else 0)
             self._note_lag(step.load.events_behind_ms / 1000.0)
+            if not self.has_shared_tier:
+                self._note_shared_tier(known=False)
             self._listener.reported(self)
         for output in step.outputs:
             flight = self._flights.get(output.job_id)
