@@ -174,8 +174,18 @@ class _Worker:
 class Placement:
     """One prompt on its way to a worker without events; tell it what became of it."""
 
-    def __init__(self, books: Approximate, worker: str, hashes: Sequence[bytes], *, reads: bool, stores: bool) -> None:
-        self._books, self._worker = books, worker
+    def __init__(
+        self,
+        books: Approximate,
+        worker: str,
+        hashes: Sequence[bytes],
+        *,
+        reads: bool,
+        stores: bool,
+        note_rooms: Callable[[], None] | None = None,
+    ) -> None:
+        """`note_rooms` tells the books what the worker reports: a prompt may be sent before its first report."""
+        self._books, self._worker, self._note_rooms = books, worker, note_rooms
         self._hashes, self._reads, self._stores = hashes, reads, stores
         self._believed = books.used_at(worker, hashes)
 
@@ -183,6 +193,8 @@ class Placement:
         """A token came, so all of the prompt is there; only the first one says something new."""
         if self._stores:
             self._stores = False
+            if self._note_rooms is not None:
+                self._note_rooms()
             self._books.used(self._worker, self._hashes)
 
     def ended(self, fates: Mapping[str, int], block_size: int) -> None:

@@ -61,8 +61,9 @@ class Beliefs:
         """
         if link.name not in self.approximate:
             return None
-        self._note_rooms(link)
-        return Placement(self.approximate, link.name, hashes, reads=reads, stores=stores)
+        return Placement(
+            self.approximate, link.name, hashes, reads=reads, stores=stores, note_rooms=lambda: self._note_rooms(link)
+        )
 
     def synced(self, link: WorkerLink) -> None:
         """Its snapshot is complete."""

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from router.core import Router
-from tests.router.fake_worker import FakeWorker
+from tests.router.fake_worker import FakeWorker, answers
 from tests.router.rig import (
     ADMIN,
     ALICE,
@@ -113,6 +113,29 @@ async def test_without_events_a_request_that_keeps_nothing_is_not_believed() -> 
         await all_ready(router, 1)
         await generate(router, request(tokens(1, 96), cache=common_pb2.CacheDirectives(no_store=True)))
         assert await explain(router, tokens(1, 96)) == {"w0": 0}
+
+
+@pytest.mark.asyncio
+async def test_without_events_a_prompt_sent_before_the_first_report_is_believed() -> None:
+    """How many blocks fit is known from reports, and the first one may come after the prompt was sent."""
+
+    def reports_then_answers(worker: FakeWorker, job: worker_pb2.Job) -> None:
+        room = worker_pb2.TierLoad(tier=common_pb2.TIER_DEVICE, capacity_bytes=100 * worker.hello.block_nbytes)
+        worker.say(step=worker_pb2.Step(load=worker_pb2.Load(tiers=[room])))
+        answers(worker, job)
+
+    worker = FakeWorker("w0", reports_then_answers, kv_events_off=True, block_nbytes=1024)
+    worker.beating = False
+    async with rig() as fleet:
+        fleet.addresses["w0"] = await worker.start()
+        router = await fleet.start_router()
+        try:
+            await all_ready(router, 1)
+            assert router.fleet.link("w0").report is None
+            await generate(router, request(tokens(1, 96)))
+            assert await explain(router, tokens(1, 96)) == {"w0": 95}
+        finally:
+            await worker.stop()
 
 
 @pytest.mark.asyncio
