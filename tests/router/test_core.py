@@ -15,10 +15,10 @@ from router.core import Router
 from router.policy import POLICIES
 from router.protocol import Caller, Role, RouterApi
 from router.request import turn_of
-from tests.router.fake_worker import FakeWorker, breaks, refuses, says_one_token, stays_quiet
+from tests.router.fake_worker import FakeWorker, answers, breaks, refuses, says_one_token, stays_quiet
 from tests.router.rig import ADMIN, ALICE, all_ready, context, eventually, generate, request, rig, states, tokens
 from tests.router.test_fleet import explain, fakes
-from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
+from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 from workers.simulated_sequence import Timing
 
 BOB = Caller("bob", Role.USER, "bob")
@@ -155,6 +155,28 @@ async def test_a_request_whose_worker_is_lost_before_it_spoke_is_answered_by_ano
         stats = await settled(router, 1)
         assert dict(stats.requests) == {"OK": 1}
         assert stats.prompt_tokens.computed == 20
+
+
+@pytest.mark.asyncio
+async def test_the_time_that_a_lost_worker_took_is_no_error_of_the_one_that_answers() -> None:
+    lost: list[str] = []
+
+    def first_is_lost(worker: FakeWorker, job: worker_pb2.Job) -> None:
+        if lost:
+            answers(worker, job)
+        else:
+            lost.append(worker.name)
+            asyncio.get_running_loop().call_later(1.0, worker.hang_up)
+
+    workers = FakeWorker("w0", first_is_lost), FakeWorker("w1", first_is_lost)
+    async with fakes(*workers) as (_, router):
+        await all_ready(router, 2)
+        answer = await generate(router, request(tokens(1, 96), max_tokens=1))
+        assert answer.route.retries == 1
+        assert answer.route.ttft_ms > 900.0
+        labels = {"worker": answer.route.worker, "sign": "late"}
+        late_s = router.metrics.registry.get_sample_value("warmkv_time_to_first_token_error_seconds_sum", labels)
+        assert (late_s or 0.0) < 0.9
 
 
 @pytest.mark.asyncio
