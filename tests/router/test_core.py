@@ -32,11 +32,18 @@ async def settled(router: Router, requests: int) -> admin_pb2.WatchStatsResponse
 
 
 async def warmed(router: Router, ids: list[int]) -> str:
-    """Run a prompt and wait until the index has heard of all its blocks; the worker."""
+    """Run a prompt and wait until the index has heard of all its blocks, and the router that it is over; the worker."""
     worker = (await generate(router, request(ids))).route.worker
     async with asyncio.timeout(10):
         while (await explain(router, ids)).HasField("miss"):  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0.01)
+
+    def is_idle() -> bool:
+        (told,) = [each for each in router.list_workers() if each.name == worker]
+        # A report from before the request shows nothing running either, and no blocks.
+        return not told.running and told.tiers[0].blocks >= len(ids) // 16
+
+    await eventually(is_idle)
     return worker
 
 
