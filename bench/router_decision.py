@@ -115,7 +115,7 @@ class World:
             jitter=self._rng.random,
         )
         link.hello = worker_pb2.WorkerHello(worker=name, incarnation=1, peer_address=f"{name}:1")
-        link.connected = link.synced = link.was_up = True
+        link.connected = link._feed.synced = link.was_up = True
         link.report = self._report()
         self.fleet._members[name] = _Member(link, cast("asyncio.Task[None]", None))
         self.index.join(name, 1)

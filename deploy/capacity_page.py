@@ -6,6 +6,7 @@ import html
 import math
 from pathlib import Path
 
+from deploy import svg_chart
 from deploy.capacity_answers import Answers
 from deploy.quantities import size_text as bytes_text
 from deploy.render_capacity import amount_text, capacity_text, split_title, tokens_text, ttl_text
@@ -17,11 +18,8 @@ _STEPS = 400
 
 
 def write_page(folder: Path, trace: Trace, answers: Answers) -> Path:
-    """Write `capacity.html` into the folder, which is made if it is not there. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "capacity.html"
-    file.write_text(capacity_page(trace, answers), encoding="utf-8")
-    return file
+    """Write `capacity.html` into the folder. Raises OSError."""
+    return svg_chart.write_page(folder, "capacity", capacity_page(trace, answers))
 
 
 def capacity_page(trace: Trace, answers: Answers) -> str:

@@ -10,6 +10,7 @@ import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 20, 40, 56
 _TICKS = 6
@@ -196,6 +197,14 @@ def axis_over(label: str, values: Iterable[float], show: Callable[[float], str],
         return Axis(label, low, high, show, log=True)
     room = (high - low) * 0.08 or abs(high) * 0.05 or 0.5
     return Axis(label, max(0.0, low - room) if low >= 0 else low - room, high + room, show)
+
+
+def write_page(folder: Path, name: str, text: str) -> Path:
+    """Write a page into the folder, which is made if it is not there. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.html"
+    file.write_text(text, encoding="utf-8")
+    return file
 
 
 def page(title: str, body: Sequence[str]) -> str:

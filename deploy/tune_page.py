@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from deploy import svg_chart
 from deploy.render_tune import HEADER, command_lines, held_out, mark, ordered, row, verdict
 from deploy.svg_chart import Axis, Chart, Dot, axis_over, html_table, page
 from replay.traces import Trace
@@ -18,11 +19,8 @@ _WORST = 3.0  # trials that are worse by more than this factor lie at the edge o
 
 
 def write_page(folder: Path, trace: Trace, tuned: Tuned) -> Path:
-    """Write `tune.html` into the folder, which is made if it is not there. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "tune.html"
-    file.write_text(tune_page(trace, tuned), encoding="utf-8")
-    return file
+    """Write `tune.html` into the folder. Raises OSError."""
+    return svg_chart.write_page(folder, "tune", tune_page(trace, tuned))
 
 
 def tune_page(trace: Trace, tuned: Tuned) -> str:

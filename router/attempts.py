@@ -172,7 +172,7 @@ class Attempts:
         work.flight = link.submit(sent, on_tokens, on_end)
 
     def _note(self, work: Request, choice: Choice, prompt_tokens: int) -> None:
-        work.choice = choice
+        work.choice, work.sent_at = choice, work.clock()
         self._metrics.decisions.labels(choice.policy.name, choice.decision.reason).inc()
         self._shadow.scored(choice, work.context.request_id)
         work.record = self._recent.decided(

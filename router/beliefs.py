@@ -46,6 +46,11 @@ class Beliefs:
         overlap = self._index.match([block]).get(worker)
         return overlap is not None and overlap.disk > 0
 
+    @property
+    def forgets(self) -> bool:
+        """Whether blocks have been forgotten for want of memory, so that a held block may be unknown for that alone."""
+        return self._index.evicted_blocks > 0
+
     # What is learnt
 
     def placed(

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import grpc
 
-from kvstore.blocks import block_hashes, short
+from router.accounts import Accounts
 from router.admission import Admission
 from router.attempts import Attempts
 from router.audit import audited
@@ -27,16 +26,13 @@ from router.board import Board, Recent
 from router.cache_admin import CacheAdmin
 from router.config import RouterConfig, named_tenants
 from router.decide import Decider
-from router.errors import Draining, InternalError, Overloaded, RouterError
+from router.errors import InternalError, RouterError
 from router.explain import explained
 from router.fleet import Fleet, report_failure
 from router.fleet_record import FleetRecord
 from router.handshake import Expected
 from router.index import PrefixIndex
-from router.ledger import Entry, Ledger
-from router.link import WorkerLink
-from router.metrics import Metrics, RouterGauges, WorkerGauges
-from router.misses import AnswerMemory
+from router.metrics import Metrics
 from router.operators import Operators
 from router.policy import checked_weights, find_policy
 from router.prefix_map import PrefixMap
@@ -47,6 +43,7 @@ from router.record_file import keeper, restored
 from router.request import PreparedPrompt, Request, job_for
 from router.self_audit import SelfAudit
 from router.shadow import Shadow
+from router.state import State
 from router.traffic import Traffic
 from router.validation import check_cache, check_model, check_priority, filled_cache, filled_sampling
 from router.waiting_room import WaitingRoom
@@ -105,11 +102,8 @@ class Router:
         self._index = PrefixIndex(clock, limit_bytes=config.index_bytes)
         self._beliefs = Beliefs(self._index, clock, ttl_s=config.belief_ttl_s)
         self._traffic = Traffic(clock)
-        self._ledger = Ledger()
-        self._answers = AnswerMemory()
         self._prefixes = PrefixMap()
         self._recent = Recent(clock)
-        self._refused: Counter[str] = Counter()
         self.fleet = self._make_fleet(encoder, discovery, credentials)
         self._watchers = Watchers(
             clock, wall_clock, self._block_size, secret=config.fleet_secret, show_prompts=config.show_prompts
@@ -134,11 +128,13 @@ class Router:
         self._audit = SelfAudit(
             self.fleet, self._beliefs, self.metrics, self._rng, clock, every_s=config.audit_interval_s
         )
-        self._board = Board(self.fleet, self._index, self._prefixes, self._recent, self._trust)
+        self._accounts = Accounts(self.metrics, self._recent, self._room, self._watchers, encoder, clock)
+        state = State(self.fleet, self._index, self._beliefs, self._audit, self._decider, self._admission, self._room)
+        self._board = Board(self.fleet, self._index, self._prefixes, self._recent, state.trust)
         self.cache = CacheAdmin(self.fleet, self._index, self._preparer, self._decider, wall_clock=wall_clock)
         self._operators = Operators(config.name, self.fleet, self._board, self._preparer, shadow, wall_clock=wall_clock)
         self._auditing: asyncio.Task[None] | None = None
-        self.metrics.export_gauges(self._gauges)
+        self.metrics.export_gauges(state.gauges)
 
     async def start(self) -> None:
         """Begin to follow the fleet; requests wait until a worker is ready."""
@@ -164,9 +160,8 @@ class Router:
         self, request: inference_pb2.GenerateRequest, *, caller: Caller, context: RequestContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Run a request. Closing the iterator cancels it. Raises RouterError."""
-        work = Request(
-            caller, context, self._clock(), self._clock, self._settle, self._first_token, self.metrics.observe_gap
-        )
+        to = self._accounts
+        work = Request(caller, context, self._clock(), self._clock, to.settle, to.first_token, self.metrics.observe_gap)
         code = grpc.StatusCode.CANCELLED
         try:
             with self._admission.admitted(caller.tenant):
@@ -182,7 +177,7 @@ class Router:
             code = grpc.StatusCode.OK
         except RouterError as error:
             code = error.code
-            self._count_refusal(error)
+            self._accounts.refuse(error)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             code = _code_of_leaving(context)
@@ -212,7 +207,9 @@ class Router:
             index=self._index,
             beliefs=self._beliefs,
             decider=self._decider,
-            changed=self._answers.changed_turn(prepared.root, prepared.prompt, answers, prepared.question.hashes),
+            changed=self._accounts.answers.changed_turn(
+                prepared.root, prepared.prompt, answers, prepared.question.hashes
+            ),
             router_wait_ms=self._room.wait_ms(caller.tenant, 0),
         )
 
@@ -284,10 +281,10 @@ class Router:
     def stats(self, *, show_prompts: bool) -> admin_pb2.WatchStatsResponse:
         """A snapshot of the numbers behind the dashboard. Words of prompts only where the settings allow it."""
         return self._board.stats(
-            self._ledger.totals,
+            self._accounts.ledger.totals,
             in_flight=self._admission.in_flight,
             queued=(len(self._room), self._room.tokens),
-            refused=self._refused,
+            refused=self._accounts.refused,
             show_prompts=show_prompts and self._config.show_prompts,
         )
 
@@ -331,49 +328,8 @@ class Router:
         if output.finish_reason:
             response.usage.CopyFrom(work.usage())
             response.route.CopyFrom(work.route(self._config.name))
-            self._remember_answer(work, prepared)
+            self._accounts.remember_answer(work, prepared)
         return response
-
-    # What follows from a request
-
-    def _first_token(self, work: Request, now: float) -> None:
-        self._recent.first_token(work.ttft_ms)
-        predicted_ms, worker = (work.choice.predicted_ttft_ms, work.choice.worker) if work.choice else (0.0, "")
-        expected_ms = predicted_ms + work.waited_ms if predicted_ms else 0.0
-        self.metrics.observe_ttft(now - work.started, expected_ms, worker)
-        if work.guest is not None:
-            self._room.answered(work.guest, work.ttft_ms)
-        if work.record is not None:
-            work.record.ttft_ms = work.ttft_ms
-
-    def _settle(self, work: Request, entry: Entry) -> None:
-        self._ledger.record(entry)
-        self._room.settle(work.guest, entry)
-        self.metrics.count(entry)
-        self.metrics.observe_request(self._clock() - work.started)
-        if work.record is not None and entry.fates:
-            work.record.reused_tokens = entry.reused
-        self._watchers.ended(work, entry)
-
-    def _remember_answer(self, work: Request, prepared: PreparedPrompt) -> None:
-        """So that a next turn under other names can be told why it missed."""
-        if len(work.answer_ids) < 2:
-            return
-        size = prepared.question.block_size
-        full = len(prepared.question.hashes) * size
-        # Without the last token: an end token is the template's business.
-        tail = [*prepared.prompt.token_ids[full:], *work.answer_ids[:-1]]
-        parent = prepared.chain.last or prepared.root
-        names = [*prepared.question.hashes, *(short(name) for name in block_hashes(tail, parent, size))]
-        answer = "".join(work.answer)
-        said = self._encoder.said(prepared.given, answer)
-        self._answers.remember(prepared.root, said, prepared.prompt.rendered, answer, names)
-
-    def _count_refusal(self, error: RouterError) -> None:
-        if isinstance(error, Overloaded | Draining):
-            limit = error.metadata.get("limit", error.reason.lower())
-            self._refused[limit] += 1
-            self.metrics.refused.labels(limit).inc()
 
     # Small things
 
@@ -401,51 +357,12 @@ class Router:
     def _block_size(self) -> int:
         return self.fleet.identity.scheme.block_size if self.fleet.identity else 0
 
-    def _trust(self, link: WorkerLink) -> admin_pb2.IndexTrust:
-        """How far this router relies on what it believes of a worker, and what it found out about that."""
-        tally, credit = self._audit.tally(link), self._beliefs.credits.of(link.name)
-        return admin_pb2.IndexTrust(
-            approximate=link.name in self._beliefs.approximate,
-            credit=credit.factor,
-            suspect=credit.why,
-            precision=tally.precision,
-            recall=tally.recall,
-            probed=tally.probed,
-        )
-
     def _label(self, given: inference_pb2.Input) -> str:
         """The first words that a person wrote, kept only where the settings allow to show them."""
         if not self._config.show_prompts:
             return ""
         words = given.chat.messages[0].content if given.chat.messages else given.text
         return " ".join(words[: 4 * _WORDS].split())[:_WORDS]
-
-    def _gauges(self) -> RouterGauges:
-        links = self.fleet.links()
-        ready = [link for link in links if self.fleet.takes_requests(link)]
-        return RouterGauges(
-            in_flight=self._admission.in_flight,
-            queued=len(self._room),
-            queued_tokens=self._room.tokens,
-            index_blocks=len(self._index),
-            index_runs=self._index.runs,
-            index_bytes=self._index.nbytes,
-            index_limit_bytes=self._index.limit_bytes,
-            index_evicted_blocks=self._index.evicted_blocks,
-            fleet_version=self.fleet.record.version,
-            utilisation=self._decider.utilisation(ready),
-            catching_up=len(self.fleet.catching_up),
-            workers=[
-                WorkerGauges(
-                    link.name,
-                    admin_pb2.WorkerState.Name(self.fleet.state(link)).removeprefix("WORKER_STATE_").lower(),
-                    link.incarnation,
-                    link.report.message if link.report and link.connected else None,
-                    self._trust(link) if link.whole else None,
-                )
-                for link in links
-            ],
-        )
 
 
 def _code_of_leaving(context: RequestContext) -> grpc.StatusCode:

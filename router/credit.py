@@ -12,7 +12,8 @@ an overlap. Does not cover: finding them out (`link`, `self_audit`). Pure and sy
 - precision: the share of the probed blocks believed held that were held. Below `REFUTED` nothing counts: a prefix is
   reused as far as it is whole, and half of its blocks are no prefix.
 - recall: the share of the blocks held that were believed so. In an exact worker a fall means that messages were missed,
-  which carried removals, too. Of a worker without events it says nothing: others may have sent to it.
+  which carried removals, too. Of a worker without events it says nothing: others may have sent to it. Nor does it once
+  the index has forgotten blocks for want of memory: a snapshot would only push out others.
 
 Precision and recall above `NOISE` count as 1: a block may be dropped between the worker's look and its own event.
 The shared tier is nobody's memory of a worker: what it holds counts in full, whoever reads it.

@@ -1,7 +1,7 @@
 """All workers that this router knows, and what the fleet agrees on.
 
-Covers: following discovery, one link a worker, liveness, the fleet record and its gossip, clearing everywhere. Does not
-cover: choosing a worker (`policy`) or a stream (`link`). Owned by the event loop.
+Covers: following discovery, one link a worker, liveness, the fleet record and its gossip. Does not cover: choosing a
+worker (`policy`), a stream (`link`), clearing everywhere (`fleet_clears`). Owned by the event loop.
 
 The record travels through the workers: a router sends a newer one down every link, a worker hands the newest that it
 knows to every router. So any router hears of a change from any worker, and there is no other server to run.
@@ -12,21 +12,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 
-from kvstore.past_clears import PastClear, merged
 from router import fleet_record
 from router.beliefs import Beliefs
 from router.catching_up import CatchingUp
-from router.errors import NoWorkerAvailable, RouterError, WorkerLost, WorkerNotFound
+from router.errors import RouterError, WorkerNotFound
+from router.fleet_clears import FleetClears, confirmed_since
 from router.fleet_record import FleetRecord
 from router.handshake import Expected, FleetIdentity, identity_of, misfit
 from router.index import PrefixIndex
 from router.link import Refused, WorkerLink
 from router.metrics import Metrics
-from router.owed_clears import OwedClears
 from router.policy import checked_weights, find_policy
 from router.protocol import Discovery, WorkerAddress
 from router.worker_stream import LinkSettings
@@ -36,7 +34,6 @@ _TICK_S = 0.25
 _LATE_S = 1.0  # a tick that comes later than this says more about this process than about any worker
 _SWEEP_BLOCKS = 20_000
 _FORGET_AFTER_S = 60.0
-_CLEAR_TIMEOUT_S = 30.0
 
 _WORDS = {
     admin_pb2.WORKER_STATE_JOINING: "is joining",
@@ -83,10 +80,7 @@ class Fleet:
         self.identity: FleetIdentity | None = None
         self._context_length = 0
         self._vocab_size = 0
-        self._holds = count(1)
-        self._owed = OwedClears(self._confirmed_late)
-        self._shared_debts: list[worker_pb2.Clear] = []
-        self._wall_clock = wall_clock
+        self._clears = FleetClears(self, settings.router, wall_clock)
         self._discovery = discovery
         self._index = index
         self._metrics = metrics
@@ -123,6 +117,10 @@ class Fleet:
     def links(self) -> list[WorkerLink]:
         """All of them, sorted by name."""
         return [member.link for member in self._members.values()]
+
+    def listed(self) -> list[WorkerLink]:
+        """Those that discovery names, sorted by name."""
+        return [member.link for member in self._members.values() if member.missing_since is None]
 
     def link(self, worker: str) -> WorkerLink:
         """Of that worker. Raises WorkerNotFound."""
@@ -195,63 +193,21 @@ class Fleet:
         checked_weights(find_policy(record.policy), record.weights)
         if record.shadow is not None:
             checked_weights(find_policy(record.shadow.name), record.shadow.weights)
-        self._tell(record)
+        self.tell(record)
+
+    def tell(self, record: FleetRecord) -> None:
+        """Put a record in force that is known to be allowed, tell every worker, ask each for the clears it owes."""
+        self.record = record
+        self._keep_record(record)
+        for link in self.links():
+            link.send_record(record.to_wire())
+        self._clears.ask(self.links())
+        self._clears.release_peers()
+        self._changed.set()
 
     async def clear(self, request: worker_pb2.Clear, *, shared_tier: bool) -> dict[str, worker_pb2.ClearDone]:
-        """Drop blocks on every worker, and on one of them those of the shared tier; what each dropped.
-
-        The fleet remembers it: a worker that did not confirm, or that no router knows yet, is cleared before its first
-        job when it is heard of, whichever router that is; the shared tier by the first worker that can.
-
-        Raises:
-            NoWorkerAvailable: none is connected. WorkerLost: some did not confirm; names them. Clearing again is safe.
-        """
-        up = [link for link in self.links() if link.connected]
-        away = [member for member in self._members.values() if member.link.was_up and not member.link.connected]
-        clear = self._remember(request)
-        self._owed.leave(clear, [link.name for link in up])
-        self._ask(link for link in self.links() if not link.connected)
-        if shared_tier:
-            self._owe_shared(request)
-        if not up:
-            raise NoWorkerAvailable(
-                "No worker is connected, so nothing was cleared yet; clear again when one is.", retry_after_s=1.0
-            )
-        # Until the last worker is cleared its blocks could be read by those that were cleared before it.
-        hold = next(self._holds) if any(link.hello and link.hello.peer_address for link in up) else 0
-        if hold:
-            self._owed.hold(hold, clear)
-        answers: dict[str, worker_pb2.ClearDone] = {}
-        try:
-            answers = await self._clear_all(up, request, shared_tier=shared_tier, hold=hold)
-        finally:
-            self._owed.take(clear, [link.name for link in up])
-            self._confirmed(clear, [name for name, answer in answers.items() if not answer.error])
-        # One that discovery no longer names was stopped: nobody can say when it is back.
-        problems = {member.link.name: "it is lost" for member in away if member.missing_since is None}
-        problems |= {name: answer.error for name, answer in answers.items() if answer.error}
-        if problems:
-            raise _not_confirmed(problems)
-        return answers
-
-    async def _clear_all(
-        self, up: Sequence[WorkerLink], request: worker_pb2.Clear, *, shared_tier: bool, hold: int
-    ) -> dict[str, worker_pb2.ClearDone]:
-        """The rounds of a clear; what each worker dropped, with `error` where it did not confirm."""
-        # First everybody drops what it was about to write there; only then can the shared tier be emptied for good.
-        local = _clear_request(request, shared=False)
-        local.peers_hold = hold
-        done = await asyncio.gather(*(self._clear_one(link, local) for link in up))
-        answers = {link.name: answer for link, answer in zip(up, done, strict=True)}
-        shared_by = next((link for link in up if shared_tier and _has_shared_tier(link)), None)
-        if shared_by is not None:
-            answer = answers[shared_by.name]
-            answer.MergeFrom(_shared_part(await self._clear_one(shared_by, _clear_request(request, shared=True))))
-            # What somebody read from there between the two has gone up again.
-            again = await asyncio.gather(*(self._clear_one(link, local) for link in up))
-            for link, more in zip(up, again, strict=True):
-                _add_dropped(answers[link.name], more)
-        return answers
+        """See `FleetClears.clear`."""
+        return await self._clears.clear(request, shared_tier=shared_tier)
 
     async def scale(self, workers: int) -> tuple[list[str], list[str]]:
         """See `Discovery.scale`."""
@@ -270,7 +226,11 @@ class Fleet:
         """Apply a newer record and pass it on, with the clears of both; answer an older one with ours."""
         theirs = fleet_record.from_wire(record)
         if not self.record.knows(theirs):
-            self._adopt(self.record.joined(theirs))
+            before = self.record
+            self._adopt(before.joined(theirs))
+            # Workers without events tell what a clear dropped to the router that asked for it, and to no other.
+            for worker in confirmed_since(before, self.record):
+                self._beliefs.approximate.cleared(worker)
         elif not theirs.knows(self.record):
             link.send_record(self.record.to_wire())
 
@@ -282,10 +242,7 @@ class Fleet:
         self._catching_up.note(self.links())
         if link.connected and not link.synced:
             link.send_record(self.record.to_wire())
-            self._owed.ask(link, self.record.clears)
-            if _has_shared_tier(link):
-                for debt in self._shared_debts:
-                    self._pay(link, debt)
+            self._clears.joined(link)
         self._changed.set()
         self._on_load()
 
@@ -297,7 +254,6 @@ class Fleet:
         """Count it."""
         self._metrics.losses.labels(link.name).inc()
         self._beliefs.lost(link.name)
-        self._on_worker_gone(link.name)
 
     def resynced(self, link: WorkerLink) -> None:
         """Count it."""
@@ -319,6 +275,14 @@ class Fleet:
         """One that sends no events has not said what it dropped."""
         self._beliefs.approximate.cleared(link.name)
 
+    def restarted(self, link: WorkerLink) -> None:
+        """What it was given before is no work of its any more."""
+        self._on_worker_gone(link.name)
+
+    def found_shared_tier(self, link: WorkerLink) -> None:
+        """It may owe the clear of that tier."""
+        self._clears.found_shared_tier(link)
+
     # Inside
 
     def _hellos(self) -> list[worker_pb2.WorkerHello]:
@@ -331,74 +295,7 @@ class Fleet:
         except RouterError as error:
             log.warning("a fleet record was not applied", extra={"author": record.author, "why": error.message})
             self.record = self.record.with_clears(record.clears)
-            self._ask(self.links())
-
-    def _tell(self, record: FleetRecord) -> None:
-        """Put it in force, tell every worker, and ask each for the clears that it owes."""
-        self.record = record
-        self._keep_record(record)
-        for link in self.links():
-            link.send_record(record.to_wire())
-        self._ask(self.links())
-        self._release_peers()
-        self._changed.set()
-
-    def _ask(self, links: Iterable[WorkerLink]) -> None:
-        for link in links:
-            self._owed.ask(link, self.record.clears)
-
-    def _remember(self, request: worker_pb2.Clear) -> PastClear:
-        """Note a clear that begins; the others hear of it when this router knows who has carried it out."""
-        last = max((clear.number for clear in self.record.clears), default=0)
-        number = max(last + 1, int(self._wall_clock() * 1000))
-        clear = PastClear(number, self._settings.router, request.chain_root, request.prefix_hash)
-        self.record = self.record.with_clears(merged(self.record.clears, [clear]))
-        return clear
-
-    def _confirmed_late(self, clear: PastClear, worker: str) -> None:
-        log.info("a worker that was away is cleared", extra={"worker": worker, "author": clear.author})
-        self._confirmed(clear, [worker])
-
-    def _confirmed(self, clear: PastClear, workers: Iterable[str]) -> None:
-        """Tell the fleet who has carried out a clear, unless a younger one has taken its place."""
-        clears = [one.confirmed_by(workers) if one.key == clear.key else one for one in self.record.clears]
-        self._tell(self.record.with_clears(clears))
-
-    def _release_peers(self) -> None:
-        """End the holds of clears that all have confirmed who may be asked for blocks."""
-        listed = [m.link.name for m in self._members.values() if m.link.was_up and m.missing_since is None]
-        for hold in self._owed.settled_holds(self.record.clears, listed):
-            for link in self.links():
-                link.release_peers(hold)
-
-    async def _clear_one(self, link: WorkerLink, request: worker_pb2.Clear) -> worker_pb2.ClearDone:
-        """Its answer, with `error` set where it gave none in time."""
-        try:
-            async with asyncio.timeout(_CLEAR_TIMEOUT_S):
-                done = await link.clear(request)
-        except TimeoutError:
-            return worker_pb2.ClearDone(error=f"no answer within {_CLEAR_TIMEOUT_S:.0f} s")
-        if request.shared_tier and not done.error:
-            self._paid(request)
-        return done
-
-    def _owe_shared(self, request: worker_pb2.Clear) -> None:
-        """Keep it until a worker confirmed that the shared tier is clear; no fleet without one owes it."""
-        debt = _clear_request(request, shared=True)
-        known = any(_has_shared_tier(member.link) for member in self._members.values())
-        if known and debt not in self._shared_debts:
-            self._shared_debts.append(debt)
-
-    def _pay(self, link: WorkerLink, debt: worker_pb2.Clear) -> None:
-        def confirmed(done: asyncio.Future[worker_pb2.ClearDone]) -> None:
-            if not done.cancelled() and not done.result().error:
-                self._paid(debt)
-
-        link.owe_clear(debt).add_done_callback(confirmed)
-
-    def _paid(self, debt: worker_pb2.Clear) -> None:
-        if debt in self._shared_debts:
-            self._shared_debts.remove(debt)
+            self._clears.ask(self.links())
 
     async def _follow(self) -> None:
         async for workers in self._discovery.watch():
@@ -423,7 +320,7 @@ class Fleet:
         link = WorkerLink(worker, self._index, self, self._settings, clock=self._clock, jitter=self._jitter)
         task = asyncio.create_task(link.run(), name=f"link-{worker.name}")
         task.add_done_callback(report_failure)
-        self._owed.ask(link, self.record.clears)
+        self._clears.ask([link])
         return _Member(link, task)
 
     async def _tick(self) -> None:
@@ -451,39 +348,8 @@ class Fleet:
                 del self._members[name]
                 self._index.drop(name)
                 self._beliefs.gone(name)
-                self._owed.forget(name)
-
-
-def _add_dropped(total: worker_pb2.ClearDone, more: worker_pb2.ClearDone) -> None:
-    total.device += more.device
-    total.host += more.host
-    total.disk += more.disk
-    total.error = total.error or more.error
-
-
-def _shared_part(done: worker_pb2.ClearDone) -> worker_pb2.ClearDone:
-    """What a second clear of the same worker adds to the answer of the first."""
-    return worker_pb2.ClearDone(redis=done.redis, error=done.error)
-
-
-def _clear_request(request: worker_pb2.Clear, *, shared: bool) -> worker_pb2.Clear:
-    one = worker_pb2.Clear()
-    one.CopyFrom(request)
-    one.shared_tier = shared
-    return one
-
-
-def _has_shared_tier(link: WorkerLink) -> bool:
-    return link.hello is not None and bool(link.hello.shared_tier_id)
-
-
-def _not_confirmed(problems: Mapping[str, str]) -> WorkerLost:
-    """`problems`: by worker, why it did not confirm a clear."""
-    told = "; ".join(f"{name}: {why}" for name, why in sorted(problems.items()))
-    return WorkerLost(
-        f"Not every worker confirmed that it cleared everything ({told}); clear again when they are back.",
-        workers=",".join(sorted(problems)),
-    )
+                self._clears.forget(name)
+                self._on_worker_gone(name)
 
 
 def report_failure(task: asyncio.Task[None]) -> None:

@@ -156,6 +156,16 @@ class PrefixIndex:
             self._shared_id = shared_id
         return True
 
+    def shares(self, worker: str) -> None:
+        """It reads from the shared tier after all: its hello named no server, which had not answered it yet."""
+        if known := self._workers.get(worker):
+            known.shares = True
+            self._count_bits()
+
+    def unfence(self, worker: str) -> None:
+        """Its latest incarnation is gone for good: whichever joins next is heard, be it an older one."""
+        self._incarnations.pop(worker, None)
+
     def drop(self, worker: str) -> None:
         """The worker is lost: its credit is zero from now on. The shared tier's credit stays."""
         known = self._workers.pop(worker, None)

@@ -1,8 +1,8 @@
 """The stream to one worker: kept open, read in order, fenced by incarnation.
 
-Covers: connecting and reconnecting, the handshake, gaps, silence, jobs under way, clears, operators' orders. Does not
-cover: which workers there are and what they agree on (`fleet`). One asyncio task a link; what it learns goes to the
-index and to its listener at once, in the order of the stream.
+Covers: connecting and reconnecting, the handshake, silence, jobs under way. Does not cover: which workers there are and
+what they agree on (`fleet`), what events do to the index (`event_feed`), what else a worker is asked (`asked`). One
+asyncio task a link; what it learns goes to the index and to its listener at once, in the order of the stream.
 
 A broken stream loses the worker at once. Silence makes it suspect after `SUSPECT_AFTER_S` (it gets nothing new; the
 next word from it ends that) and lost after `LOST_AFTER_S`. Jobs of a lost worker end with `FlightLost`.
@@ -14,23 +14,26 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from typing import Protocol
 
 import grpc
 
 from router import kv_wire
+from router.asked import Asked
 from router.cost import WorkerLoad
+from router.event_feed import EventFeed
 from router.flight import Flight, FlightEnd
 from router.index import PrefixIndex
+from router.link_listener import Listener
 from router.protocol import WorkerAddress
 from router.worker_stream import LinkBroken, LinkSettings, WorkerStream
-from warmkv.v1 import worker_pb2
+from warmkv.v1 import common_pb2, worker_pb2
 
 SUSPECT_AFTER_S = 2.0
 LOST_AFTER_S = 10.0
+OUTLIVED_AFTER_S = 30.0
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 1.0  # a worker that is ready is back within two seconds
 log = logging.getLogger(__name__)
@@ -38,50 +41,6 @@ log = logging.getLogger(__name__)
 
 class Refused(Exception):
     """The worker does not fit; the message names the field and the remedy."""
-
-
-class Listener(Protocol):
-    """Whom a link tells what it learns. Calls are made from the event loop and must not block."""
-
-    def greeted(self, link: WorkerLink, hello: worker_pb2.WorkerHello) -> None:
-        """The worker said hello. Raises Refused."""
-        ...
-
-    def heard_record(self, link: WorkerLink, record: worker_pb2.FleetRecord) -> None:
-        """The worker carries this fleet record."""
-        ...
-
-    def changed(self, link: WorkerLink) -> None:
-        """Its state, or what it can take, changed."""
-        ...
-
-    def lost(self, link: WorkerLink, why: str) -> None:
-        """A stream that had been up is down."""
-        ...
-
-    def reported(self, link: WorkerLink) -> None:
-        """It has a new report of its load."""
-        ...
-
-    def resynced(self, link: WorkerLink) -> None:
-        """A snapshot was asked for, because messages were missed or what is believed was found wrong."""
-        ...
-
-    def missed(self, link: WorkerLink) -> None:
-        """Messages were missed."""
-        ...
-
-    def behind(self, link: WorkerLink, seconds: float) -> None:
-        """So old is its oldest K/V event that has not come."""
-        ...
-
-    def snapped(self, link: WorkerLink) -> None:
-        """Its snapshot is complete."""
-        ...
-
-    def cleared(self, link: WorkerLink) -> None:
-        """It dropped blocks as it was told."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -98,14 +57,13 @@ class Report:
         return kv_wire.worker_load(self.message, self.block_nbytes)
 
 
-@dataclass(slots=True)
-class _Clearing:
-    request: worker_pb2.Clear
-    done: asyncio.Future[worker_pb2.ClearDone] = field(repr=False)
-
-
 class WorkerLink:
-    """The link to one worker. `run` keeps it up until it is cancelled. `snapshots`: complete ones, ever."""
+    """The link to one worker. `run` keeps it up until it is cancelled.
+
+    Attributes:
+        joined_at: when this incarnation was first heard, on the link's clock.
+        has_shared_tier: whether its incarnation is known to have one, be its server there or not.
+    """
 
     def __init__(
         self,
@@ -124,28 +82,23 @@ class WorkerLink:
         self.joined_at = -math.inf
         self.problem = ""
         self.connected = False
-        self.synced = False
         self.suspect = False
         self.refused = False
         self.was_up = False
-        self.snapshots = 0
+        self.has_shared_tier = False
         self._index = index
         self._listener = listener
         self._settings = settings
         self._clock = clock
         self._jitter = jitter
         self._flights: dict[int, Flight] = {}
-        self._clears: dict[int, _Clearing] = {}
-        self._orders: dict[int, asyncio.Future[worker_pb2.CacheDone]] = {}
-        self._probes: dict[int, Callable[[worker_pb2.Probed], None]] = {}
-        self._behind_s = 0.0
+        self._feed = EventFeed(self.name, index)
+        self._older: tuple[int, float] | None = None  # an incarnation that was turned away, and since when
         self._ids = count(1)
+        self._asked = Asked(self._ids, self._send)
         self._stream: WorkerStream | None = None
         self._retry_now = asyncio.Event()
         self._heard_at = 0.0
-        self._seq = 0
-        self._skipping = False
-        self._reading_snapshot = False
 
     @property
     def incarnation(self) -> int:
@@ -158,14 +111,24 @@ class WorkerLink:
         return len(self._flights)
 
     @property
+    def synced(self) -> bool:
+        """Whether it has said all that it holds since it was connected."""
+        return self._feed.synced
+
+    @property
     def whole(self) -> bool:
         """Whether what the index has of it is a whole snapshot and all events since."""
-        return self.synced and not self._skipping and not self._reading_snapshot
+        return self._feed.whole
+
+    @property
+    def snapshots(self) -> int:
+        """How many were complete, ever."""
+        return self._feed.snapshots
 
     @property
     def owes_clear(self) -> bool:
         """Whether it may hold blocks of its own that were cleared."""
-        return bool(self._clears) and any(not owed.request.shared_tier for owed in self._clears.values())
+        return self._asked.owes_clear
 
     # What the fleet asks for
 
@@ -219,27 +182,17 @@ class WorkerLink:
 
         A new incarnation is sent it before any job: its disk tier holds what the one before wrote.
         """
-        clearing = _Clearing(worker_pb2.Clear(), asyncio.get_running_loop().create_future())
-        clearing.request.CopyFrom(request)
-        clearing.request.clear_id = next(self._ids)
-        self._clears[clearing.request.clear_id] = clearing
-        if self.connected:
-            self._send(worker_pb2.ConnectRequest(clear=clearing.request))
-        return clearing.done
+        return self._asked.clear(request, is_connected=self.connected)
 
     def order(self, command: worker_pb2.CacheCommand) -> asyncio.Future[worker_pb2.CacheDone]:
         """Send an operator's order, whose id this fills in; its answer, with `error` set when the worker is lost.
 
         It is not owed: a worker that comes back is not asked again.
         """
-        command.command_id = next(self._ids)
+        if self.connected:
+            return self._asked.order(command)
         done: asyncio.Future[worker_pb2.CacheDone] = asyncio.get_running_loop().create_future()
-        if not self.connected:
-            done.set_result(worker_pb2.CacheDone(error="it is not connected; try again when it is back"))
-            return done
-        self._orders[command.command_id] = done
-        done.add_done_callback(lambda _: self._orders.pop(command.command_id, None))
-        self._send(worker_pb2.ConnectRequest(cache=command))
+        done.set_result(worker_pb2.CacheDone(error="it is not connected; try again when it is back"))
         return done
 
     def probe(self, names: Sequence[bytes], answered: Callable[[worker_pb2.Probed], None]) -> None:
@@ -247,16 +200,12 @@ class WorkerLink:
 
         It is not called where a snapshot is under way by then, the answer is lost or the worker is.
         """
-        number = next(self._ids)
-        self._probes = {number: answered}  # one at a time: who asks again has given up the one before
-        self._send(worker_pb2.ConnectRequest(probe=worker_pb2.Probe(probe_id=number, hashes=b"".join(names))))
+        self._asked.probe(names, answered)
 
     def resync(self) -> None:
         """Believe nothing of what it holds until a new snapshot is complete, and ask for that."""
-        self._index.distrust(self.name)
-        self._skipping = True
-        self._send(worker_pb2.ConnectRequest(resync=worker_pb2.Resync()))
-        self._listener.resynced(self)
+        self._feed.distrust()
+        self._ask_snapshot()
 
     def release_peers(self, hold: int) -> None:
         """Tell the worker that the clear with this `peers_hold` is over; one that cannot hear it finds out in time."""
@@ -297,119 +246,120 @@ class WorkerLink:
                 " correct the address or the name."
             )
         self._listener.greeted(self, hello)
-        if not self._index.join(self.name, hello.incarnation, shared_id=hello.shared_tier_id):
-            raise LinkBroken("an older incarnation answered; waiting for the newer one")
-        if self.hello is not None and hello.incarnation != self.hello.incarnation:
-            self.report = None
+        if not self._joined(hello):
+            raise LinkBroken(
+                f"an older incarnation answered; it is taken if no newer one does within {OUTLIVED_AFTER_S:.0f} s"
+            )
         if self.hello is None or hello.incarnation != self.hello.incarnation:
-            self.joined_at = self._clock()
+            self.report, self.joined_at, self.has_shared_tier = None, self._clock(), False
+            self._listener.restarted(self)
         self.hello = hello
-        self._seq, self._skipping, self._reading_snapshot = first.seq, True, False  # until the snapshot begins
+        self._note_shared_tier(known=bool(hello.shared_tier_id))
+        self._feed.begin(hello.incarnation, first.seq)
         self._heard_at = self._clock()
-        self.connected, self.was_up, self.refused, self.suspect, self.synced = True, True, False, False, False
+        self.connected, self.was_up, self.refused, self.suspect = True, True, False, False
         self.problem = ""
-        for owed in self._clears.values():
-            self._send(worker_pb2.ConnectRequest(clear=owed.request))
+        self._asked.clear_again()
         log.info("a worker joined", extra={"worker": self.name, "incarnation": hello.incarnation})
         self._listener.changed(self)
+
+    def _joined(self, hello: worker_pb2.WorkerHello) -> bool:
+        """Whether this incarnation is listened to: no later one was heard of, or not for a while.
+
+        Incarnations are times: a worker that starts again after its clock was set back has an older one for ever.
+        """
+        if self._index.join(self.name, hello.incarnation, shared_id=hello.shared_tier_id):
+            self._older = None
+            return True
+        now = self._clock()
+        if self._older is None or self._older[0] != hello.incarnation:
+            self._older = (hello.incarnation, now)
+        if now - self._older[1] <= OUTLIVED_AFTER_S:
+            return False
+        log.warning("a later incarnation did not come back; its clock was set back", extra={"worker": self.name})
+        self._index.unfence(self.name)
+        return self._joined(hello)
+
+    def _note_shared_tier(self, *, known: bool) -> None:
+        """`known`: by the hello; else by what the worker reports of its tiers."""
+        told = self.report.message.tiers if self.report is not None else ()
+        if known:
+            self.has_shared_tier = True
+        elif self.has_shared_tier or any(tier.tier == common_pb2.TIER_REDIS for tier in told):
+            self.has_shared_tier = True
+            self._index.shares(self.name)
+            self._listener.found_shared_tier(self)
 
     def _hear(self, message: worker_pb2.ConnectResponse) -> None:
         self._heard_at = self._clock()
         if self.suspect:
             self.suspect = False
             self._listener.changed(self)
-        if message.seq != self._seq + 1:
-            self._resync(message.seq)
-        self._seq = message.seq
+        if missed := self._feed.note_number(message.seq):
+            self._resync(missed)
         match message.WhichOneof("kind"):
             case "step":
                 self._on_step(message.step)
             case "snapshot":
-                self._on_snapshot(message.snapshot)
+                if self._feed.snapshot(message.snapshot):
+                    self._listener.snapped(self)
+                    self._listener.changed(self)
             case "clear_done":
-                self._on_clear_done(message.clear_done)
+                self._listener.cleared(self)
+                self._asked.cleared(message.clear_done)
             case "probed":
-                answered = self._probes.pop(message.probed.probe_id, None)
-                if answered is not None and self.whole:
-                    answered(message.probed)
+                self._asked.probed(message.probed, is_usable=self.whole)
             case "cache_done":
-                self._answer_order(message.cache_done.command_id, message.cache_done)
+                self._asked.ordered(message.cache_done)
             case "fleet":
                 self._listener.heard_record(self, message.fleet)
 
-    def _resync(self, seq: int) -> None:
+    def _resync(self, missed: int) -> None:
         """Messages are missing. Their events may be in a new snapshot; tokens would be gone, so no job goes on.
 
         What was believed before counts on, discounted, until the snapshot begins.
         """
-        log.warning("a stream had a gap", extra={"worker": self.name, "expected": self._seq + 1, "seq": seq})
+        log.warning("a stream had a gap", extra={"worker": self.name, "missed": missed})
         self._listener.missed(self)
-        self._skipping = True
         for flight in list(self._flights.values()):
             self.cancel(flight)
             flight.miss(f"messages from {self.name} were lost")
-        self._fail_orders("messages were lost, maybe its answer among them; try again")
+        self._asked.fail_orders("messages were lost, maybe its answer among them; try again")
+        self._ask_snapshot()
+
+    def _ask_snapshot(self) -> None:
         self._send(worker_pb2.ConnectRequest(resync=worker_pb2.Resync()))
         self._listener.resynced(self)
 
     def _on_step(self, step: worker_pb2.Step) -> None:
-        if step.events and not self._skipping:
-            self._index.apply(self.name, self.incarnation, kv_wire.events(step.events))
+        self._feed.events(step.events)
         if step.HasField("load"):
             self.report = Report(step.load, self._heard_at, self.hello.block_nbytes if self.hello else 0)
             self._note_lag(step.load.events_behind_ms / 1000.0)
+            if not self.has_shared_tier:
+                self._note_shared_tier(known=False)
             self._listener.reported(self)
         for output in step.outputs:
             flight = self._flights.get(output.job_id)
             if flight is not None:
                 flight.deliver(output)
 
-    def _on_snapshot(self, piece: worker_pb2.Snapshot) -> None:
-        if piece.first:
-            self._index.begin_snapshot(self.name, self.incarnation)
-            self._skipping, self._reading_snapshot = False, True
-        if self._skipping:
-            return
-        self._index.snapshot(self.name, self.incarnation, kv_wire.stored(piece.blocks))
-        if piece.last:
-            self._index.end_snapshot(self.name, self.incarnation)
-            self.synced, self._reading_snapshot, self._behind_s = True, False, 0.0
-            self.snapshots += 1
-            self._listener.snapped(self)
-            self._listener.changed(self)
-
     def _note_lag(self, seconds: float) -> None:
-        if seconds != self._behind_s:
-            self._behind_s = seconds
+        if seconds != self._feed.behind_s:
+            self._feed.behind_s = seconds
             self._listener.behind(self, seconds)
-
-    def _on_clear_done(self, done: worker_pb2.ClearDone) -> None:
-        clearing = self._clears.pop(done.clear_id, None)
-        self._listener.cleared(self)
-        if clearing is not None and not clearing.done.done():
-            clearing.done.set_result(done)
-
-    def _answer_order(self, command_id: int, done: worker_pb2.CacheDone) -> None:
-        waiting = self._orders.get(command_id)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(done)
-
-    def _fail_orders(self, error: str) -> None:
-        for command_id in list(self._orders):
-            self._answer_order(command_id, worker_pb2.CacheDone(error=error))
 
     # Endings
 
     def _down(self, why: str, *, refused: bool) -> None:
         self._stream = None
-        was_connected, self.connected, self.synced, self.suspect = self.connected, False, False, False
+        was_connected, self.connected, self.suspect = self.connected, False, False
         self.refused, self.problem = refused, why
-        self._index.drop(self.name)
+        self._feed.end()
         for flight in list(self._flights.values()):
             flight.lose(f"worker {self.name} was lost: {why}")
-        self._fail_orders(f"it was lost: {why}; try again when it is back")
-        self._probes.clear()
-        self._behind_s = 0.0
+        self._asked.fail_orders(f"it was lost: {why}; try again when it is back")
+        self._asked.forget_probes()
         if was_connected:
             log.warning("a worker was lost", extra={"worker": self.name, "why": why})
             self._listener.lost(self, why)

@@ -101,7 +101,7 @@ class Metrics:
         )
         self.ttft_error_seconds = declare.histogram(
             "time_to_first_token_error_seconds",
-            "Real minus predicted time to the first token, by worker and sign.",
+            "Real minus predicted time from sending a request to a worker to its first token, by worker and sign.",
             _SECONDS,
             "worker",
             "sign",
@@ -171,9 +171,12 @@ class Metrics:
             if tokens:
                 self.tenant_tokens.labels(tenant, kind).inc(tokens)
 
-    def observe_ttft(self, seconds: float, predicted_ms: float, worker: str) -> None:
-        """A first token came from a worker; `predicted_ms` zero: nothing was predicted."""
+    def observe_ttft(self, seconds: float) -> None:
+        """A first token came, so long after its request."""
         self.ttft_seconds.labels(self._model).observe(seconds)
+
+    def observe_ttft_error(self, seconds: float, predicted_ms: float, worker: str) -> None:
+        """A first token came so long after the worker was sent the request; `predicted_ms` zero: it was no forecast."""
         if predicted_ms:
             error = seconds - predicted_ms / 1000.0
             self.ttft_error_seconds.labels(worker, "late" if error >= 0 else "early").observe(abs(error))

@@ -64,6 +64,7 @@ class Request:
     on_gap: Callable[[float, int], None]
     prompt_tokens: int = 0  # zero before it was encoded
     choice: Choice | None = None
+    sent_at: float = 0.0  # when it went to the chosen worker; a request that lost one is sent again
     guest: Guest | None = None  # set when it first came to the door
     record: admin_pb2.DecisionRecord | None = None
     arrival: Arrival | None = None  # set while somebody watches

@@ -208,7 +208,8 @@ class SelfAudit:
 
     def _conclude(self, link: WorkerLink, state: _State) -> None:
         """Give credit as the figures say; where they refute the belief, ask for a snapshot, but not all the time."""
-        tally, is_exact = state.tally, link.name not in self._beliefs.approximate
+        tally = state.tally
+        is_exact = link.name not in self._beliefs.approximate and not self._beliefs.forgets
         precision = 1.0 if tally.precision is None else tally.precision
         recall = 1.0 if tally.recall is None or not is_exact else tally.recall
         self._beliefs.credits.judged(link.name, precision, recall)

@@ -1,8 +1,8 @@
 """WorkerService.Connect: any number of routers on one engine. Lives on the server's event loop.
 
-Covers: the handshake, jobs in, what the engine thread publishes out to whom it concerns, the fleet record. Does not
-cover: order and bounds of what one router is told (`outbox`), when the engine steps (`engine_thread`), sockets and
-threads (`server`).
+Covers: jobs in, what the engine thread publishes out to whom it concerns, the fleet record. Does not cover: who may
+come in (`joining`), what is asked of the cache (`cache_requests`), order and bounds of what one router is told
+(`outbox`), when the engine steps (`engine_thread`), sockets and threads (`server`).
 
 Every router gets all K/V events and the load, and the tokens of its own jobs. A router that leaves takes its jobs with
 it: nobody would read their tokens.
@@ -11,7 +11,6 @@ it: nobody would read their tokens.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -20,37 +19,26 @@ from itertools import count
 
 import grpc
 
-from kvstore.blocks import BlockHash
 from kvstore.tier import Clock
 from warmkv.v1 import worker_pb2, worker_pb2_grpc
-from workers.cache_commands import CacheAnswer
-from workers.cache_wire import (
-    HASH_BYTES,
-    CommandRefused,
-    command_from_wire,
-    done_to_wire,
-    probe_from_wire,
-    probed_to_wire,
-)
+from workers.cache_requests import CacheRequests
+from workers.cache_wire import done_to_wire, probed_to_wire
 from workers.engine_thread import (
     Answered,
     Cleared,
-    ClearRequest,
     EngineThread,
     Failed,
     Located,
-    Order,
-    ProbeRequest,
     Published,
     Snapped,
     Stepped,
 )
 from workers.fleet_gossip import is_news, joined
+from workers.joining import Door
 from workers.outbox import Outbox, OutboxLimits, WireEvents
 from workers.protocol import Engine, EngineInfo, FinishReason, JobError, Output
 from workers.router_stream import Context, ProtocolViolation, RouterStream, Status
 from workers.wire import (
-    PROTOCOL_VERSION,
     JobRefused,
     Refusal,
     clear_done_to_wire,
@@ -59,12 +47,9 @@ from workers.wire import (
     job_from_wire,
     load_to_wire,
     output_to_wire,
-    package_version,
 )
 
 logger = logging.getLogger(__name__)
-
-HELLO_TIMEOUT_S = 10.0
 
 
 class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
@@ -89,7 +74,8 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         self._info = info
         self._engine = engine
         self._worker, self._incarnation = worker, incarnation
-        self._authorization = f"Bearer {secret}".encode() if secret else b""
+        self._door = Door(worker, secret)
+        self._cache = CacheRequests(engine)
         self._clock = clock
         self._limits = limits
         self._numbers = count(1)
@@ -106,8 +92,10 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         self, request_iterator: AsyncIterator[worker_pb2.ConnectRequest], context: Context
     ) -> None:
         """One router's stream, from its hello to its end."""
-        await self._authenticate(context)
-        hello = await self._handshake(request_iterator, context)
+        await self._door.authenticate(context)
+        if self._closed is not None:
+            await context.abort(self._closed.code, self._closed.message)
+        hello = await self._door.greeted(request_iterator, context)
         stream = self._open(hello.router)
         logger.info("router connected", extra={"router": hello.router, "version": hello.package_version})
         try:
@@ -170,41 +158,6 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
 
     # Joining.
 
-    async def _authenticate(self, context: Context) -> None:
-        presented = dict(context.invocation_metadata() or ()).get("authorization", "")
-        token = presented if isinstance(presented, bytes) else presented.encode()
-        if self._authorization and not hmac.compare_digest(token, self._authorization):
-            logger.warning("caller without the fleet secret was refused", extra={"peer": context.peer()})
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "the bearer token is not this fleet's secret; give router and workers the same fleet_secret",
-            )
-
-    async def _handshake(
-        self, requests: AsyncIterator[worker_pb2.ConnectRequest], context: Context
-    ) -> worker_pb2.RouterHello:
-        if self._closed is not None:
-            await context.abort(self._closed.code, self._closed.message)
-        try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                first = await anext(aiter(requests), None)
-        except TimeoutError:
-            message = f"no RouterHello came within {HELLO_TIMEOUT_S:g} s; send it as the first message"
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, message)
-        if first is None or first.WhichOneof("kind") != "hello":
-            message = "the first message is not a RouterHello; send it before anything else"
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
-        if first.hello.protocol_version != PROTOCOL_VERSION:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self._version_mismatch(first.hello))
-        return first.hello
-
-    def _version_mismatch(self, hello: worker_pb2.RouterHello) -> str:
-        return (
-            f"protocol_version: worker {self._worker} (warmkv {package_version()}) speaks {PROTOCOL_VERSION}, "
-            f"router {hello.router} (warmkv {hello.package_version}) speaks {hello.protocol_version}; "
-            "install the same warmkv version on routers and workers"
-        )
-
     def _open(self, router: str) -> RouterStream:
         # Asked anew each time: the shared tier's server may have come, or restarted.
         hello = hello_to_wire(
@@ -238,14 +191,13 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
             case "cancel":
                 self._cancel(stream, request.cancel.job_id)
             case "clear":
-                self._clear(stream, request.clear)
+                self._cache.clear(stream, request.clear)
             case "cache":
-                self._order(stream, request.cache)
+                self._cache.order(stream, request.cache)
             case "probe":
-                self._probe(stream, request.probe)
+                self._cache.probe(stream, request.probe)
             case "peers_released":
-                key = (stream.router, request.peers_released.peers_hold)
-                self._engine.post(lambda engine: engine.cache.release_peers(key))
+                self._cache.release_peers(stream, request.peers_released)
             case "fleet":
                 self._offer_fleet(stream, request.fleet)
             case "resync":
@@ -280,43 +232,6 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
             self._cancel(stream, number)
         stream.jobs.clear()
         self._note_ended_jobs()
-
-    def _clear(self, stream: RouterStream, message: worker_pb2.Clear) -> None:
-        for field in ("chain_root", "prefix_hash"):
-            length = len(getattr(message, field))
-            if length not in (0, HASH_BYTES):
-                error = f"{field} has {length} bytes; send {HASH_BYTES} or none"
-                stream.outbox.add_answer(clear_done_to_wire(message.clear_id, {}, error))
-                stream.wake()
-                return
-        self._engine.ask_clear(
-            ClearRequest(
-                asker=stream.number,
-                clear_id=message.clear_id,
-                root=BlockHash(message.chain_root) or None,
-                prefix=BlockHash(message.prefix_hash) or None,
-                shared=message.shared_tier,
-                hold=(stream.router, message.peers_hold) if message.peers_hold else None,
-            )
-        )
-
-    def _order(self, stream: RouterStream, message: worker_pb2.CacheCommand) -> None:
-        try:
-            command = command_from_wire(message)
-        except CommandRefused as refused:
-            stream.outbox.add_answer(done_to_wire(message.command_id, CacheAnswer(), f"{refused}"))
-            stream.wake()
-            return
-        self._engine.order(Order(stream.number, message.command_id, command))
-
-    def _probe(self, stream: RouterStream, message: worker_pb2.Probe) -> None:
-        try:
-            hashes = probe_from_wire(message)
-        except CommandRefused as refused:
-            stream.outbox.add_probed(worker_pb2.Probed(probe_id=message.probe_id, error=f"{refused}"))
-            stream.wake()
-            return
-        self._engine.probe(ProbeRequest(stream.number, message.probe_id, hashes))
 
     def _offer_fleet(self, stream: RouterStream, record: worker_pb2.FleetRecord) -> None:
         """Keep the greatest record and all clears, and tell those that do not have them."""

@@ -135,8 +135,26 @@ class Own:
                 ready = sum(worker.state == admin_pb2.WORKER_STATE_READY for worker in workers)
 
 
+class _OverHttp:
+    """What routers of others have in common: mock workers that keep their own books, and OpenAI's HTTP."""
+
+    __slots__ = ()
+
+    def books_port(self, number: int, ports: Ports) -> int:
+        """See Contender."""
+        return ports.workers[number]
+
+    def caller(self, ports: Ports) -> Caller:
+        """See Contender."""
+        return HttpCaller(ports.router)
+
+    async def until_ready(self, ports: Ports) -> None:
+        """See Contender."""
+        await _until_answers(self.caller(ports))
+
+
 @dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(_OverHttp):
     """A router of others before mock workers. `program`: how its own Python starts it; its flags are the same."""
 
     name: str
@@ -162,21 +180,9 @@ class Peer:
         """See Contender."""
         return _foreign_environment()
 
-    def books_port(self, number: int, ports: Ports) -> int:
-        """See Contender."""
-        return ports.workers[number]
-
-    def caller(self, ports: Ports) -> Caller:
-        """See Contender."""
-        return HttpCaller(ports.router)
-
-    async def until_ready(self, ports: Ports) -> None:
-        """See Contender."""
-        await _until_answers(self.caller(ports))
-
 
 @dataclass(frozen=True, slots=True)
-class Dynamo:
+class Dynamo(_OverHttp):
     """Dynamo's selection service behind our shim (`dynamo_shim`), before mock workers that publish KV events."""
 
     python: Path
@@ -198,18 +204,6 @@ class Dynamo:
     def environment(self) -> dict[str, str]:
         """See Contender. It writes a line for each selection otherwise."""
         return {**_foreign_environment(), "DYN_LOG": "error"}
-
-    def books_port(self, number: int, ports: Ports) -> int:
-        """See Contender."""
-        return ports.workers[number]
-
-    def caller(self, ports: Ports) -> Caller:
-        """See Contender."""
-        return HttpCaller(ports.router)
-
-    async def until_ready(self, ports: Ports) -> None:
-        """See Contender."""
-        await _until_answers(self.caller(ports))
 
 
 def peer_contenders(peer: str, python: Path) -> list[Contender]:

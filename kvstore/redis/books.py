@@ -49,6 +49,7 @@ class RedisBooks:
         self._flushes = 0
         self._removed_meanwhile: set[BlockHash] | None = None  # set while somebody looks at all that is there
         self._emptied_meanwhile = False
+        self._cleared_meanwhile: list[tuple[BlockHash | None, BlockHash | None]] = []  # roots and prefixes
 
     def missed(self, reason: MissReason) -> None:
         """A block was not delivered."""
@@ -84,6 +85,8 @@ class RedisBooks:
     def forget(self, *, root: BlockHash | None, prefix: BlockHash | None) -> list[BlockMeta]:
         """Believe no more what a clear of that scope drops; tell nobody. What is still believed."""
         with self._lock:
+            if self._removed_meanwhile is not None:
+                self._cleared_meanwhile.append((root, prefix))
             for name in select(list(self._believed.values()), root, prefix):
                 self._believed.pop(name, None)
             return list(self._believed.values())
@@ -114,11 +117,12 @@ class RedisBooks:
         """Somebody asks a server for all that it holds; one at a time. Gives what to tell the answer to.
 
         That tells of the blocks, the chains' order kept, and returns how many are believed since now. What was removed
-        between question and answer is not believed, nothing at all is if the server was emptied, and what was seen by
-        use stays longer in memory.
+        or cleared between question and answer is not believed, nothing at all is if the server was emptied, and what
+        was seen by use stays longer in memory.
         """
         with self._lock:
             self._removed_meanwhile, self._emptied_meanwhile = set(), False
+            self._cleared_meanwhile = []
         try:
             yield self._recalled
         finally:
@@ -255,7 +259,9 @@ class RedisBooks:
         with self._lock:
             if self._emptied_meanwhile:
                 return 0
-            gone = self._removed_meanwhile or set()
+            gone = set(self._removed_meanwhile or ())
+            for root, prefix in self._cleared_meanwhile:
+                gone.update(select([meta for meta, _ in found], root, prefix))
             room = self._max_beliefs - len(self._believed)
             news = [(meta, s) for meta, s in found if meta.hash not in self._believed and meta.hash not in gone][:room]
             for meta, _ in news:

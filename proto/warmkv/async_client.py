@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
@@ -165,14 +166,9 @@ class AsyncClient:
     ) -> AsyncIterator[admin_pb2.WatchStatsResponse]:
         """The numbers behind the dashboard, one message a period, until the iterator is closed or `timeout` s over."""
         request = admin_pb2.WatchStatsRequest(period_ms=period_ms, show_prompts=show_prompts)
-        call = self._admin.WatchStats(request, timeout=timeout, metadata=self._calls.metadata())
-        try:
-            async for stats in call:
+        async with aclosing(self._followed(self._admin.WatchStats, request, timeout)) as messages:
+            async for stats in messages:
                 yield stats
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
-        finally:
-            call.cancel()
 
     async def watch_requests(
         self, *, salt: bytes = b"", with_text: bool = False, timeout: float | None = None
@@ -183,14 +179,9 @@ class AsyncClient:
         all routers of a fleet. `with_text` needs the router's setting show_prompts.
         """
         request = admin_pb2.WatchRequestsRequest(salt=salt, with_text=with_text)
-        call = self._admin.WatchRequests(request, timeout=timeout, metadata=self._calls.metadata())
-        try:
-            async for message in call:
+        async with aclosing(self._followed(self._admin.WatchRequests, request, timeout)) as messages:
+            async for message in messages:
                 yield message
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
-        finally:
-            call.cancel()
 
     async def close(self) -> None:
         """Close the connection; running calls end."""
@@ -213,6 +204,19 @@ class AsyncClient:
         return AsyncStream(
             lambda left: self._inference.Generate(request, timeout=left, metadata=metadata), waits, on_complete
         )
+
+    async def _followed(
+        self, method: grpc.aio.UnaryStreamMultiCallable[Q, A], request: Q, timeout: float | None
+    ) -> AsyncGenerator[A, None]:
+        """Messages until the iterator is closed; not asked again, for nobody could tell what was missed."""
+        call = method(request, timeout=timeout, metadata=self._calls.metadata())
+        try:
+            async for message in call:
+                yield message
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
 
     async def _ask(self, method: grpc.aio.UnaryUnaryMultiCallable[Q, A], request: Q) -> A:
         waits = self._calls.waits()

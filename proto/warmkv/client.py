@@ -200,13 +200,7 @@ class Client:
     ) -> Iterator[admin_pb2.WatchStatsResponse]:
         """The numbers behind the dashboard, one message a period, until the iterator is closed or `timeout` s over."""
         request = admin_pb2.WatchStatsRequest(period_ms=period_ms, show_prompts=show_prompts)
-        call = self._admin.WatchStats(request, timeout=timeout, metadata=self._calls.metadata())
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
-        finally:
-            call.cancel()
+        yield from self._followed(self._admin.WatchStats, request, timeout)
 
     def watch_requests(
         self, *, salt: bytes = b"", with_text: bool = False, timeout: float | None = None
@@ -217,13 +211,7 @@ class Client:
         all routers of a fleet. `with_text` needs the router's setting show_prompts.
         """
         request = admin_pb2.WatchRequestsRequest(salt=salt, with_text=with_text)
-        call = self._admin.WatchRequests(request, timeout=timeout, metadata=self._calls.metadata())
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
-        finally:
-            call.cancel()
+        yield from self._followed(self._admin.WatchRequests, request, timeout)
 
     def close(self) -> None:
         """Close the connection; running calls end."""
@@ -244,6 +232,16 @@ class Client:
         return Stream(
             lambda left: self._inference.Generate(request, timeout=left, metadata=metadata), waits, on_complete
         )
+
+    def _followed(self, method: grpc.UnaryStreamMultiCallable[Q, A], request: Q, timeout: float | None) -> Iterator[A]:
+        """Messages until the iterator is closed; not asked again, for nobody could tell what was missed."""
+        call = method(request, timeout=timeout, metadata=self._calls.metadata())
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
 
     def _ask(self, method: grpc.UnaryUnaryMultiCallable[Q, A], request: Q) -> A:
         waits = self._calls.waits()

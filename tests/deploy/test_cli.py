@@ -21,7 +21,7 @@ from deploy.local_fleet import FleetProblem
 from deploy.redis_server import RedisServerError
 from deploy.settings import Settings
 from router.cache_orders import ANSWER_TIMEOUT_S
-from router.fleet import _CLEAR_TIMEOUT_S
+from router.fleet_clears import CLEAR_TIMEOUT_S
 from router.warming import COMPUTE_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def test_a_fleet_or_a_redis_that_does_not_come_up_is_no_defect(
 def test_commands_that_wait_for_workers_outlast_the_bounds_of_the_router() -> None:
     settings = Settings()
     scaling_s = discovery._CALL_TIMEOUT_S + settings.router.drain_grace + settings.workers.flush
-    assert max(scaling_s, _CLEAR_TIMEOUT_S, COMPUTE_TIMEOUT_S, 2 * ANSWER_TIMEOUT_S) < WAIT_TIMEOUT_S
+    assert max(scaling_s, CLEAR_TIMEOUT_S, COMPUTE_TIMEOUT_S, 2 * ANSWER_TIMEOUT_S) < WAIT_TIMEOUT_S
 
 
 def test_status_gives_a_router_up_that_takes_the_call_and_says_nothing(

@@ -455,7 +455,7 @@ async def test_a_worker_that_does_not_answer_is_given_up(monkeypatch: pytest.Mon
             await router.cache.check(admin_pb2.CheckStoreRequest(), caller=ADMIN)
         (order,) = [each.cache for each in mute.heard if each.HasField("cache")]
         mute.say(cache_done=worker_pb2.CacheDone(command_id=order.command_id))  # too late, and harmless
-        await eventually(lambda: not router.fleet.link("w0")._orders)
+        await eventually(lambda: not router.fleet.link("w0")._asked._orders)
         assert states(router)["w0"] == "READY"
 
 

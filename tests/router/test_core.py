@@ -15,10 +15,10 @@ from router.core import Router
 from router.policy import POLICIES
 from router.protocol import Caller, Role, RouterApi
 from router.request import turn_of
-from tests.router.fake_worker import FakeWorker, breaks, refuses, says_one_token, stays_quiet
+from tests.router.fake_worker import FakeWorker, answers, breaks, refuses, says_one_token, stays_quiet
 from tests.router.rig import ADMIN, ALICE, all_ready, context, eventually, generate, request, rig, states, tokens
 from tests.router.test_fleet import explain, fakes
-from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
+from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 from workers.simulated_sequence import Timing
 
 BOB = Caller("bob", Role.USER, "bob")
@@ -32,11 +32,18 @@ async def settled(router: Router, requests: int) -> admin_pb2.WatchStatsResponse
 
 
 async def warmed(router: Router, ids: list[int]) -> str:
-    """Run a prompt and wait until the index has heard of all its blocks; the worker."""
+    """Run a prompt and wait until the index has heard of all its blocks, and the router that it is over; the worker."""
     worker = (await generate(router, request(ids))).route.worker
     async with asyncio.timeout(10):
         while (await explain(router, ids)).HasField("miss"):  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0.01)
+
+    def is_idle() -> bool:
+        (told,) = [each for each in router.list_workers() if each.name == worker]
+        # A report from before the request shows nothing running either, and no blocks.
+        return not told.running and told.tiers[0].blocks >= len(ids) // 16
+
+    await eventually(is_idle)
     return worker
 
 
@@ -155,6 +162,28 @@ async def test_a_request_whose_worker_is_lost_before_it_spoke_is_answered_by_ano
         stats = await settled(router, 1)
         assert dict(stats.requests) == {"OK": 1}
         assert stats.prompt_tokens.computed == 20
+
+
+@pytest.mark.asyncio
+async def test_the_time_that_a_lost_worker_took_is_no_error_of_the_one_that_answers() -> None:
+    lost: list[str] = []
+
+    def first_is_lost(worker: FakeWorker, job: worker_pb2.Job) -> None:
+        if lost:
+            answers(worker, job)
+        else:
+            lost.append(worker.name)
+            asyncio.get_running_loop().call_later(1.0, worker.hang_up)
+
+    workers = FakeWorker("w0", first_is_lost), FakeWorker("w1", first_is_lost)
+    async with fakes(*workers) as (_, router):
+        await all_ready(router, 2)
+        answer = await generate(router, request(tokens(1, 96), max_tokens=1))
+        assert answer.route.retries == 1
+        assert answer.route.ttft_ms > 900.0
+        labels = {"worker": answer.route.worker, "sign": "late"}
+        late_s = router.metrics.registry.get_sample_value("warmkv_time_to_first_token_error_seconds_sum", labels)
+        assert (late_s or 0.0) < 0.9
 
 
 @pytest.mark.asyncio

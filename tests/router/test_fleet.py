@@ -170,6 +170,42 @@ async def test_an_older_incarnation_is_not_listened_to() -> None:
 
 
 @pytest.mark.asyncio
+async def test_an_older_incarnation_is_taken_once_no_later_one_has_answered_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Incarnations are times: on a machine whose clock is behind, a worker that moved there would stay out for ever."""
+    monkeypatch.setattr("router.link.OUTLIVED_AFTER_S", 1.0)
+    worker = FakeWorker("w0", incarnation=5)
+    async with fakes(worker) as (_, router):
+        await all_ready(router, 1)
+        worker.hello.incarnation = 4
+        worker.hang_up()
+        await eventually(lambda: "older incarnation" in router.list_workers()[0].problem)
+        await all_ready(router, 1)
+        assert router.list_workers()[0].incarnation == 4
+        assert worker.connects >= 3
+
+
+@pytest.mark.asyncio
+async def test_a_broken_stream_does_not_make_a_worker_look_idle_and_a_restart_does() -> None:
+    async with rig(2) as fleet:
+        router = await fleet.start_router()
+        await all_ready(router, 2)
+        for seed in range(8):
+            await generate(router, request(tokens(seed, 160)))
+        link = router.fleet.link("w0")
+        before = router._traffic.recent_work_ms("w0", joined_at=link.joined_at)
+        link._break("the test says so")
+        await eventually(lambda: link.snapshots == 2 and states(router)["w0"] == "READY")
+        assert router._traffic.recent_work_ms("w0", joined_at=link.joined_at) > before / 2 > 0
+        port = int(fleet.addresses["w0"].rsplit(":", 1)[1])
+        await fleet.kill_worker("w0")
+        fleet.start_worker("w0", port=port)
+        await eventually(lambda: link.snapshots == 3 and states(router)["w0"] == "READY")
+        assert router._traffic.recent_work_ms("w0", joined_at=link.joined_at) == 0.0
+
+
+@pytest.mark.asyncio
 async def test_a_worker_that_does_not_fit_is_refused_with_field_and_remedy_and_joins_when_put_right() -> None:
     good, bad = FakeWorker("w0"), FakeWorker("w1")
     bad.hello.scheme.block_size = 32
@@ -368,7 +404,7 @@ async def test_a_clear_that_no_worker_can_hear_is_an_error_and_the_shared_tier_i
             asked = [one.clear for one in second.heard if one.HasField("clear")]
             assert [clear.shared_tier for clear in asked] == [False, True]
             second.say(clear_done={"clear_id": asked[1].clear_id})
-            await eventually(lambda: not router.fleet._shared_debts)
+            await eventually(lambda: not router.fleet._clears.shared_debts)
         finally:
             await second.stop()
 
@@ -377,7 +413,7 @@ async def test_a_clear_that_no_worker_can_hear_is_an_error_and_the_shared_tier_i
 async def test_a_worker_that_does_not_confirm_a_clear_is_named_and_still_owes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("router.fleet._CLEAR_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("router.fleet_clears.CLEAR_TIMEOUT_S", 0.2)
     mute = FakeWorker("w0", shared_tier_id="redis")
     async with fakes(mute) as (_, router):
         await all_ready(router, 1)

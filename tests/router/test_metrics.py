@@ -31,7 +31,8 @@ def busy() -> Metrics:
     metrics = Metrics(router="r", model="m", version="1")
     metrics.export_gauges(lambda: RouterGauges(1, 2, 3, 0.5, [WorkerGauges("w", "ready", 1, LOAD)]))
     metrics.count(Entry("t", "w", "OK", 10, {"computed": 4, "device": 6}, 5, 8))
-    metrics.observe_ttft(0.5, 400.0, "w")
+    metrics.observe_ttft(0.5)
+    metrics.observe_ttft_error(0.5, 400.0, "w")
     metrics.observe_gap(0.1, 2)
     metrics.observe_request(1.0)
     metrics.decisions.labels("cache_aware", "prefix").inc()
@@ -92,8 +93,8 @@ def test_two_routers_of_one_process_share_no_metric() -> None:
 
 def test_prediction_errors_keep_their_sign() -> None:
     metrics = busy()
-    metrics.observe_ttft(0.1, 400.0, "w")
-    metrics.observe_ttft(0.1, 0.0, "w")
+    metrics.observe_ttft_error(0.1, 400.0, "w")
+    metrics.observe_ttft_error(0.1, 0.0, "w")
     assert value(metrics, "warmkv_time_to_first_token_error_seconds_sum", worker="w", sign="late") == pytest.approx(0.1)
     assert value(metrics, "warmkv_time_to_first_token_error_seconds_sum", worker="w", sign="early") == pytest.approx(
         0.3

@@ -236,7 +236,7 @@ async def test_nobody_reads_from_others_from_its_clear_until_all_are_cleared() -
 async def test_peers_are_released_when_a_worker_that_did_not_confirm_does_so_late(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("router.fleet._CLEAR_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("router.fleet_clears.CLEAR_TIMEOUT_S", 0.2)
     mute = FakeWorker("w0", peer_address="w0:7")
     async with fakes(mute) as (_, router):
         await all_ready(router, 1)

@@ -14,6 +14,7 @@ from router.beliefs import Beliefs
 from router.core import Router
 from router.index import PrefixIndex
 from router.metrics import Metrics
+from router.runs import LEAST_BYTES
 from router.self_audit import HALF, LEAST, RESYNC_AFTER_S, SeenBlocks, SelfAudit
 from tests.router.rig import all_ready, eventually, generate, request, rig, tokens
 from warmkv.v1 import admin_pb2, worker_pb2
@@ -111,6 +112,24 @@ def test_a_probe_is_bounded_and_half_of_it_is_believed() -> None:
     (asked,) = rig.link.asked
     assert len(asked) <= 2 * HALF
     assert sum(int.from_bytes(each[:16], "big") < 500 for each in asked) >= HALF / 2
+
+
+def test_what_the_index_forgot_for_want_of_memory_is_no_sign_of_missed_messages() -> None:
+    """Its recall is low by design; a snapshot would only push out others, and come again half a minute later."""
+    rig = Rig(range(1000), range(300), range(900))
+    rig.index = PrefixIndex(rig.clock, limit_bytes=LEAST_BYTES)
+    rig.index.join("w", 1)
+    rig.index.begin_snapshot("w", 1)
+    rig.index.end_snapshot("w", 1)
+    many = tuple(name(n)[:16] for n in range(100_000, 180_000))
+    rig.index.apply("w", 1, [BlockStored(TierName.DEVICE, many)])
+    rig.believe(range(300))
+    assert rig.index.evicted_blocks > 0
+    rig.beliefs = rig.audit._beliefs = Beliefs(rig.index, rig.clock)
+    rig.ask(20)
+    assert rig.tally.recall == pytest.approx(1 / 3, abs=0.1)
+    assert rig.beliefs.credits.of("w").factor == 1.0
+    assert rig.link.resyncs == 0
 
 
 def test_lost_removals_lower_the_credit_and_refute_the_belief_in_the_end() -> None:

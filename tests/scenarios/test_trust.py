@@ -95,6 +95,18 @@ async def test_without_events_a_restart_or_a_clear_ends_the_belief_and_a_broken_
 
 
 @pytest.mark.asyncio
+async def test_without_events_a_clear_by_another_router_ends_the_belief() -> None:
+    async with rig(2, kv_events="off") as fleet:
+        first, second = await fleet.start_router("r0"), await fleet.start_router("r1")
+        await asyncio.gather(all_ready(first, 2), all_ready(second, 2))
+        home = (await generate(second, request(tokens(1, 96)))).route.worker
+        assert (await explain(second, tokens(1, 96)))[home] == 95
+        await first.clear_cache(admin_pb2.ClearCacheRequest(all=True), caller=ADMIN)
+        await eventually(lambda: [clear.confirmed for clear in second.fleet.record.clears] == [{"w0", "w1"}])
+        assert await explain(second, tokens(1, 96)) == {"w0": 0, "w1": 0}
+
+
+@pytest.mark.asyncio
 async def test_without_events_a_request_that_keeps_nothing_is_not_believed() -> None:
     async with rig(1, kv_events="off") as fleet:
         router = await fleet.start_router()

@@ -120,6 +120,21 @@ def test_what_was_removed_between_question_and_answer_is_not_believed() -> None:
     books.check()
 
 
+@pytest.mark.parametrize("scope", ["all", "root", "prefix"])
+def test_what_another_worker_cleared_between_question_and_answer_is_not_believed(scope: str) -> None:
+    """A clear of the fleet is carried out there by one worker; the others only forget what they believed."""
+    cleared, kept = chain(4, root=b"a" * 32), chain(2, first_token=1, root=b"b" * 32)
+    books = RedisBooks()
+    root = None if scope == "all" else cleared[0].root
+    prefix = cleared[2].hash if scope == "prefix" else None
+    with books.recalling() as recalled:
+        books.forget(root=root, prefix=prefix)
+        recalled([(meta, 9.0) for meta in (*cleared, *kept)])
+    left = {"all": [], "root": kept, "prefix": [*cleared[:2], *kept]}[scope]
+    assert set(books.names()) == {meta.hash for meta in left}
+    books.check()
+
+
 @pytest.mark.parametrize("emptied", [RedisBooks.flushed, RedisBooks.emptied])
 def test_of_a_server_that_was_emptied_meanwhile_nothing_is_believed(emptied: object) -> None:
     books = RedisBooks()
