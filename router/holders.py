@@ -57,6 +57,9 @@ class Holders:
         self.gone = Gone.EVICTED
 
 
+NOBODY = Holders(0, NEVER, 0)  # of what is no run any more
+
+
 class HolderSets:
     """All sets that some run has, for up to `slots` workers; `grow` makes room for more."""
 

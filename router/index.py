@@ -112,7 +112,7 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         """Blocks known, those that still wait for the sweep included."""
-        return self._runs.blocks
+        return self._runs.table.blocks
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +127,7 @@ class PrefixIndex:
     @property
     def runs(self) -> int:
         """Stretches of blocks with the same holders: the fewer, the faster."""
-        return len(self._runs)
+        return len(self._runs.table)
 
     @property
     def evicted_blocks(self) -> int:
@@ -223,8 +223,8 @@ class PrefixIndex:
         A lower bound when the chain lies in more than `max_probes` runs.
         """
         self._expire()
-        runs, alive, seen = self._runs, self._counted, None
-        rows, numbered, agreed = runs.rows, runs.numbered, runs.agreed
+        alive, seen = self._counted, None
+        rows, numbered = self._runs.table.rows, self._runs.table.numbered
         ends: list[tuple[int, int]] = []  # bits of reach that are lost, after so many blocks
         at, total = 0, len(hashes)
         for _ in range(self._max_probes):
@@ -247,7 +247,7 @@ class PrefixIndex:
             if run.proved == run.length and end <= total and hashes[end - 1] == run.last:
                 at = end
             else:
-                at += agreed(run, hashes, at)
+                at += run.agreed(hashes, at)
         ends.append((alive, at))
         return self._overlaps(ends)
 
@@ -259,7 +259,7 @@ class PrefixIndex:
             run = self._runs.find(hashes[depth])
             if run is None or not run.holders.mask & SHARED:
                 break
-            depth += self._runs.agreed(run, hashes, depth)
+            depth += run.agreed(hashes, depth)
         return depth
 
     def held(self, block: bytes) -> bool:

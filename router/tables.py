@@ -7,35 +7,38 @@ what one leaves behind is filled by the next. A dict of bytes and ints is none o
 a full collection does not look at the blocks.
 
 Where names come and go, a dict grows once the places of those that went are used up, to three times what it holds.
-`grown` looks at one dict for every `_LOOK_EVERY` names that came, copies one that is that wasteful, and reads its size;
-so `bytes` lags behind by less than a hundredth.
+`grown` looks at one dict now and then, at all of them while a thirty-second of the names came anew, copies one that is
+that wasteful, and reads its size; so `nbytes` lags behind by less than a hundredth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 _TABLES = 512
 _ROWS = 256
 _COLUMNS = 16
-_LOOK_EVERY = 8
+_LOOK_EVERY = 8  # names that come between two looks at a dict, or more where there are many names
+_LOOKS_SHIFT = 14  # names that are known, over 32 times the number of dicts
 _FULL = 0.75  # a copy that is fuller would soon grow again
 _ENTRY_BYTES = 24
 
 Table = dict[bytes, int]
+COLUMN_OF = bytes(byte & _COLUMNS - 1 for byte in range(256))  # of a name's last byte
 
 
 class Tables:
-    """The dicts. `rows[name[0]][name[-1] & 15]` is the one for a name. `bytes`: what they take."""
+    """The dicts. `rows[name[0]][name[-1] & 15]` is the one for a name. `nbytes`: what they take."""
 
     def __init__(self) -> None:
         self._tables: list[Table] = [{} for _ in range(_TABLES)]
-        self._owners = _shares()
-        self.rows: list[list[Table]] = []
-        for row in range(_ROWS):
-            self.rows.append([self._tables[n] for n in self._owners[row * _COLUMNS : (row + 1) * _COLUMNS]])
+        self._places = _places()
+        self.rows: list[list[Table]] = [[{}] * _COLUMNS for _ in range(_ROWS)]
+        for at, table in enumerate(self._tables):
+            self._replace(at, table)
         self._sizes = [table.__sizeof__() for table in self._tables]
-        self.bytes = sum(self._sizes) + sum(row.__sizeof__() for row in self.rows)
+        self.nbytes = sum(self._sizes) + sum(row.__sizeof__() for row in self.rows)
         self._unseen = 0
         self._next = 0
 
@@ -47,11 +50,12 @@ class Tables:
         """The dicts."""
         return iter(self._tables)
 
-    def grown(self, names: int) -> None:
-        """So many names came: look at some dicts. None of them may be in use."""
+    def grown(self, names: int, known: int) -> None:
+        """So many names came, and so many are known now: look at some dicts. None of them may be in use."""
         self._unseen += names
-        while self._unseen >= _LOOK_EVERY:
-            self._unseen -= _LOOK_EVERY
+        every = max(_LOOK_EVERY, known >> _LOOKS_SHIFT)
+        while self._unseen >= every:
+            self._unseen -= every
             at = self._next
             self._next = (at + 1) % _TABLES
             size = self._tables[at].__sizeof__()
@@ -65,23 +69,19 @@ class Tables:
             copy.update(table)
             self._replace(at, copy)
             size = copy.__sizeof__()
-        self.bytes += size - self._sizes[at]
+        self.nbytes += size - self._sizes[at]
         self._sizes[at] = size
 
     def _replace(self, at: int, table: Table) -> None:
-        first = self._owners.index(at)
-        for place in range(first, first + self._owners.count(at)):
+        for place in self._places[at]:
             self.rows[place // _COLUMNS][place % _COLUMNS] = table
         self._tables[at] = table
 
 
-def _shares() -> list[int]:
-    """For each place, row by row, the number of its dict; shares grow from 1 to 2 with equal ratios."""
-    ends = [round(_ROWS * _COLUMNS * (2 ** ((n + 1) / _TABLES) - 1)) for n in range(_TABLES)]
-    owners: list[int] = []
-    for number, end in enumerate(ends):
-        owners += [number] * (end - len(owners))
-    return owners
+def _places() -> list[range]:
+    """For each dict its places, row by row; shares grow from 1 to 2 with equal ratios."""
+    ends = [0, *(round(_ROWS * _COLUMNS * (2 ** ((n + 1) / _TABLES) - 1)) for n in range(_TABLES))]
+    return [range(first, end) for first, end in pairwise(ends)]
 
 
 def _is_wasteful(names: int, size: int) -> bool:

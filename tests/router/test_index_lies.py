@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import router.runs
+import router.run
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
 from router.index import NO_OVERLAP, Overlap, PrefixIndex
 from tests.router.test_index import Clock, chain, joined, name
@@ -57,7 +57,7 @@ class AgainstSets(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.longest, router.runs.LONGEST_RUN = router.runs.LONGEST_RUN, self.LONGEST
+        self.longest, router.run.LONGEST_RUN = router.run.LONGEST_RUN, self.LONGEST
         self.clock = Clock()
         self.index = PrefixIndex(self.clock)
         self.holds: dict[tuple[str, TierName], set[bytes]] = {(w, t): set() for w in WORKERS for t in LOCAL}
@@ -67,7 +67,7 @@ class AgainstSets(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "longest"):
-            router.runs.LONGEST_RUN = self.longest
+            router.run.LONGEST_RUN = self.longest
 
     workers = st.sampled_from(WORKERS)
     tiers = st.sampled_from([*LOCAL, REDIS])

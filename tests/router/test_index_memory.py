@@ -160,5 +160,5 @@ def test_the_process_grows_by_what_is_counted() -> None:
     done = subprocess.run([sys.executable, "-c", _FILL], capture_output=True, text=True, check=True)
     rss, counted, blocks = map(float, done.stdout.split())
     assert 0.9 < counted <= 1.0
-    assert 0.75 < rss < 1.25, "bytes of an entry differ from those in router/runs.py; measure them again"
+    assert 0.75 < rss < 1.25, "bytes of an entry differ from those in router/run_table.py; measure them again"
     assert blocks > 190_000
