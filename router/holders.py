@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import StrEnum
 from math import floor, frexp, inf, ldexp
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet, ref
 
 from kvstore.events import TierName
 
@@ -27,7 +27,7 @@ LEVELS = 4  # bits a lane
 NEVER = inf
 _OWN_BITS = 0b111
 _GRID_BITS = 6  # a life is told in 64 to 128 steps
-_TIER_BIT = {TierName.DEVICE: 0, TierName.HOST: 1, TierName.DISK: 2}
+_TIER_BIT = {TierName.HOST: 1, TierName.DISK: 2}
 _FIRST_SLOTS = 8
 _RECOUNT_AT = 64
 
@@ -68,7 +68,7 @@ class HolderSets:
         self.count = 0  # sets, those included that vanished since `recount`; at most twice those that there are
         self._recount_at = _RECOUNT_AT
         self._lanes = _lanes(self.slots)
-        self._interned: WeakValueDictionary[tuple[int, float], Holders] = WeakValueDictionary()
+        self._interned: dict[tuple[int, float], ref[Holders]] = {}  # those that vanished included, until `recount`
         self._all: WeakSet[Holders] = WeakSet()
         self._next_end = NEVER  # no set ends earlier; it may be too early, as sets vanish
 
@@ -78,14 +78,18 @@ class HolderSets:
     def recount(self) -> None:
         """Count the sets that are left."""
         self.count = len(self._all)
+        if len(self._interned) > self.count:
+            self._interned = {key: held for key, held in self._interned.items() if held() is not None}
         self._recount_at = max(_RECOUNT_AT, 2 * self.count)
 
     def get(self, mask: int, until: float = NEVER) -> Holders:
         """The set of that mask; `until` matters where the mask has the shared tier."""
         key = (mask, until)
-        holders = self._interned.get(key)
+        held = self._interned.get(key)
+        holders = held and held()
         if holders is None:
-            holders = self._interned[key] = Holders(mask, until, self.reach(mask))
+            holders = Holders(mask, until, self.reach(mask))
+            self._interned[key] = ref(holders)
             self._all.add(holders)
             self.count += 1
             if self.count >= self._recount_at:
@@ -126,15 +130,26 @@ class HolderSets:
 
     def _edit(self, touched: list[Holders], bits: int, cause: Gone) -> bool:
         for holders in touched:
+            held = self._interned.get((holders.mask, holders.until))
+            if held is not None and held() is holders:
+                del self._interned[holders.mask, holders.until]
+        for holders in touched:
             holders.mask &= ~bits
             holders.reach = self.reach(holders.mask)
             if not holders.mask & SHARED:
                 holders.until = NEVER
-            if not holders.mask:
+            if holders.mask:
+                self._hand_out(holders)
+            else:
                 holders.gone = cause
-        if touched:
-            self._interned = WeakValueDictionary({(h.mask, h.until): h for h in self._all if h.mask})
         return bool(touched)
+
+    def _hand_out(self, holders: Holders) -> None:
+        """Of sets that have become equal, the first one."""
+        key = (holders.mask, holders.until)
+        held = self._interned.get(key)
+        if held is None or held() is None:
+            self._interned[key] = ref(holders)
 
 
 def slot_mask(slot: int) -> int:
@@ -144,7 +159,10 @@ def slot_mask(slot: int) -> int:
 
 def tier_mask(slot: int, tier: TierName) -> int:
     """One tier of a worker; the shared tier's bit belongs to no worker."""
-    return SHARED if tier is TierName.REDIS else 1 << LEVELS * (slot + 1) + _TIER_BIT[tier]
+    device = 1 << LEVELS * (slot + 1)
+    if tier is TierName.DEVICE:  # most are
+        return device
+    return SHARED if tier is TierName.REDIS else device << _TIER_BIT[tier]
 
 
 def end_of_life(now: float, ttl_s: float | None) -> float:

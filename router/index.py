@@ -28,6 +28,7 @@ from kvstore.errors import InvariantError
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
 from router.holders import LEVELS, NEVER, SHARED, Gone, Holders, HolderSets, end_of_life, slot_mask, tier_mask
 from router.runs import LEAST_BYTES, TOMBSTONE_BYTES, Fewer, Fuller, Runs
+from router.settling import SETTLE_EVERY, Settle, settle_nothing
 from router.tombstones import Tombstones
 
 Clock = Callable[[], float]
@@ -85,12 +86,14 @@ class PrefixIndex:
         limit_bytes: int = DEFAULT_BYTES,
         max_tombstones: int = 65_536,
         max_probes: int = 512,
+        settle: Settle = settle_nothing,
     ) -> None:
         """Nothing is known.
 
         Args:
             limit_bytes: what blocks, runs, holder sets and tombstones may take together. max_tombstones: causes kept
-            of blocks that are gone. max_probes: runs that a question looks at.
+            of blocks that are gone. max_probes: runs that a question looks at. settle: called at once, and whenever some
+            thousands of objects were made that live on (see `settling`).
 
         Raises:
             ValueError: the memory is too small to work with.
@@ -108,6 +111,8 @@ class PrefixIndex:
         self._free: list[int] = []
         self._shared_id = ""
         self._max_probes = max_probes
+        self._settle, self._settled = settle, 0  # how many runs had been made
+        settle()
         self._levels: dict[int, tuple[int, ...]] = {}  # mask of reach -> numbers of its bits
 
     def __len__(self) -> int:
@@ -190,6 +195,8 @@ class PrefixIndex:
         for event in blocks:
             for kept in _without(event, known.removed or set()):
                 self._store(known, kept)
+        if self._runs.table.made - self._settled >= SETTLE_EVERY:
+            self._settle_runs()
 
     def end_snapshot(self, worker: str, incarnation: int) -> None:
         """The snapshot is complete: the worker's blocks count."""
@@ -207,12 +214,15 @@ class PrefixIndex:
         for event in events:
             match event:
                 case BlockStored():
-                    self._note_stored(known, event)
+                    if known.removed:
+                        known.removed.difference_update((event.tier, h) for h in event.hashes)
                     self._store(known, event)
                 case BlockRemoved():
                     self._remove(known, event)
                 case AllBlocksCleared():
                     self._clear(known, event.tier)
+        if self._runs.table.made - self._settled >= SETTLE_EVERY:
+            self._settle_runs()
         return True
 
     # Questions
@@ -311,10 +321,6 @@ class PrefixIndex:
         known = self._workers.get(worker)
         return known if known is not None and known.incarnation == incarnation else None
 
-    def _note_stored(self, known: _Worker, event: BlockStored) -> None:
-        if known.removed:
-            known.removed.difference_update((event.tier, h) for h in event.hashes)
-
     def _store(self, known: _Worker, event: BlockStored) -> None:
         if event.tier is TierName.REDIS:
             fuller = self._with_shared(end_of_life(self._clock(), event.ttl_s))
@@ -358,6 +364,10 @@ class PrefixIndex:
             self._runs.begin_sweep()
 
     # Upkeep, inside
+
+    def _settle_runs(self) -> None:
+        self._settled = self._runs.table.made
+        self._settle()
 
     def _take_out(self, bits: int, cause: Gone) -> None:
         if self._sets.take_out(bits, cause):

@@ -39,7 +39,7 @@ class Run:
 
     def takes(self, holders: Holders, count: int) -> bool:
         """Whether so many blocks with these holders may join it."""
-        return self.holders is holders and count <= self.room
+        return self.holders is holders and self.length + count <= LONGEST_RUN
 
     def relabel(self, holders: Holders) -> None:
         """All of its blocks have these holders now."""

@@ -1,7 +1,7 @@
 """The order in which runs were placed, and a sweep through it that survives every change. Pure.
 
-A linked list through the runs themselves: a run is placed, put beside another or taken out in constant time, and nothing
-is searched or rewritten in bulk.
+A linked list through the runs themselves: a run is placed, put beside another or taken out in constant time, and
+nothing is searched or rewritten in bulk.
 """
 
 from __future__ import annotations

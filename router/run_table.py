@@ -3,9 +3,9 @@
 Covers: finding a block's run, making runs and throwing them away, adding, moving and erasing the names of blocks, the
 count of bytes. Does not cover: which blocks belong together (`run_cuts`), who holds them (`runs`).
 
-Runs are made once and used again: Python's collector of garbage looks at young objects after so many were made *and not
-freed*, so an index at its bound, which frees one for each that it makes, would let all of its runs become young ones, and
-then look at a hundred thousand at once. `made` says how many there are, for whoever exempts them (`settling`).
+Runs are made once and used again: Python's collector of garbage looks at young objects after so many were made *and
+not freed*, so an index at its bound, which frees one for each that it makes, would let all of its runs become young
+ones, and then look at a hundred thousand at once. `made` says how many there are, for whoever exempts them (`settling`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from kvstore.errors import InvariantError
 from router.holders import NEVER, NOBODY, Holders
 from router.run import Run
 from router.run_order import PlacementOrder
-from router.tables import COLUMN_OF, Tables
+from router.tables import Tables
 
 # Bytes, measured against the process's memory (CPython 3.11, 64 bits); the dicts are measured as they are.
 BLOCK_BYTES = 64 + 17  # the key object; its name in the run, with the slack of a growing array
 RUN_BYTES = 440  # the object, its array, number, last name, neighbours' names, and a place in the list
 SPARE_BYTES = 160  # a run that waits to be used again, and its place
 _HOLES = 1.15  # dicts that grew leave some behind
+_GROWTH_SHIFT = 6  # one dict of 512 gets up to four times as large, and two or three may do so at once
 _SPARE_SHARE = 8  # spare runs are at most one for so many
 _FEW_SPARE = 64
 
@@ -33,7 +34,7 @@ class RunTable:
     """Blocks and runs.
 
     Attributes:
-        rows, numbered: `rows[block[0]][block[-1] & 15]` is the dict from a block to its run's place in `numbered`.
+        rows: `rows[block[0]][block[-1] & 15]` is the dict from a block to its run's number. numbered: runs by number.
         order: in which they were placed. width: bytes of every name; zero: none was seen.
         blocks: that are known. begun: runs that were begun, ever. made: objects that were made for them, which are fewer.
     """
@@ -49,7 +50,9 @@ class RunTable:
         self.rows = self._tables.rows
         self._spare: list[Run] = []
         self._free: list[int] = []  # places in `numbered`
-        self._used = 0  # by blocks and runs, without the tables
+        self.nbytes = 0
+        self.growth = 0
+        self._note_tables(self._tables.nbytes)
         self._gone = Run()  # stands in free places
         self._format = ""
 
@@ -57,20 +60,9 @@ class RunTable:
         """Runs."""
         return len(self.numbered) - len(self._free)
 
-    @property
-    def nbytes(self) -> int:
-        """What all of this takes."""
-        return self._used + int(self._tables.nbytes * _HOLES)
-
-    @property
-    def growth(self) -> int:
-        """By how much one call may make `nbytes` grow beyond what its blocks take: a dict or two get larger."""
-        return self._tables.nbytes >> 6
-
     def learn_width(self, block: bytes) -> None:
         """The first name is seen: all are as long."""
-        if not self.width:
-            self.width, self._format = len(block), f"{len(block)}s"
+        self.width, self._format = len(block), f"{len(block)}s"
 
     def find(self, block: bytes) -> Run | None:
         """The run of a block; None: nobody is known to hold it."""
@@ -91,24 +83,24 @@ class RunTable:
         else:
             run.number = len(self.numbered)
             self.numbered.append(run)
-        self._used += RUN_BYTES
+        self.nbytes += RUN_BYTES
         return run
 
     def discard(self, run: Run) -> None:
         """The run has no blocks any more, or they are none of its own."""
         self.order.remove(run)
-        self._used -= RUN_BYTES
+        self.nbytes -= RUN_BYTES
         self.numbered[run.number] = self._gone
         self._free.append(run.number)
         run.length, run.holders, run.names, run.last = 0, NOBODY, bytearray(), b""
         run.before = run.after = None
         if len(self._spare) < _FEW_SPARE + len(self) // _SPARE_SHARE:
             self._spare.append(run)
-            self._used += SPARE_BYTES
+            self.nbytes += SPARE_BYTES
 
     def _unused(self) -> Run:
         if self._spare:
-            self._used -= SPARE_BYTES
+            self.nbytes -= SPARE_BYTES
             return self._spare.pop()
         self.made += 1
         return Run()
@@ -120,47 +112,47 @@ class RunTable:
 
         `joined`: their names, joined.
         """
-        number, rows, width = run.number, self.rows, self.width
+        number, rows = run.number, self.rows
         left = iter(part)
-        for block, row, column in zip(left, joined[::width], joined[width - 1 :: width].translate(COLUMN_OF), strict=True):
-            table = rows[row][column]
+        for block in left:
+            table = rows[block[0]][block[-1] & 15]
             if block in table:
                 part = part[: len(part) - length_hint(left) - 1]
                 break
             table[block] = number
         count = len(part)
-        run.names += joined[: count * width]
+        run.names += joined[: count * self.width]
         run.length += count
         run.last = part[-1]
         run.after = None
         run.holders.blocks += count
         self.blocks += count
-        self._used += count * BLOCK_BYTES
-        self._tables.grown(count, self.blocks)
+        self.nbytes += count * BLOCK_BYTES
+        if resized := self._tables.grown(count, self.blocks):
+            self._note_tables(resized)
         return count
 
     def point(self, run: Run, names: bytearray) -> None:
         """These known blocks are in this run now."""
         number, rows = run.number, self.rows
-        for block, row, column in zip(*self._split(names), strict=True):
-            rows[row][column][block] = number
+        for (block,) in iter_unpack(self._format, names):
+            rows[block[0]][block[-1] & 15][block] = number
 
     def erase(self, run: Run, names: bytearray) -> Sequence[bytes]:
         """These blocks of a run are not known any more: they, by name. The run is left as it was."""
         rows = self.rows
-        blocks, first, last = self._split(names)
-        for block, row, column in zip(blocks, first, last, strict=True):
-            del rows[row][column][block]
+        blocks = [block for (block,) in iter_unpack(self._format, names)]
+        for block in blocks:
+            del rows[block[0]][block[-1] & 15][block]
         self.blocks -= len(blocks)
-        self._used -= len(blocks) * BLOCK_BYTES
+        self.nbytes -= len(blocks) * BLOCK_BYTES
         run.holders.blocks -= len(blocks)
         return blocks
 
-    def _split(self, names: bytearray) -> tuple[list[bytes], bytearray, bytearray]:
-        """The names, and for each its row and its column."""
-        width = self.width
-        blocks = [block for (block,) in iter_unpack(self._format, names)]
-        return blocks, names[::width], names[width - 1 :: width].translate(COLUMN_OF)
+    def _note_tables(self, change: int) -> None:
+        now = self._tables.nbytes
+        self.nbytes += int(now * _HOLES) - int((now - change) * _HOLES)
+        self.growth = now >> _GROWTH_SHIFT
 
     def check(self) -> None:
         """Raises InvariantError when the books are wrong. O(everything)."""
@@ -172,7 +164,8 @@ class RunTable:
         expect(runs == len(self), "runs were lost or forgotten twice")
         expect(blocks == self.blocks == len(self._tables), "blocks are known that are in no run")
         used = blocks * BLOCK_BYTES + runs * RUN_BYTES + len(self._spare) * SPARE_BYTES
-        expect(used == self._used, f"{self._used} bytes were counted, {used} are used")
+        used += int(self._tables.nbytes * _HOLES)
+        expect(used == self.nbytes, f"{self.nbytes} bytes were counted, {used} are used")
         expect(all(not run.length and run.holders is NOBODY for run in self._spare), "a spare run is in use")
 
     def _check_run(self, run: Run) -> None:

@@ -71,10 +71,11 @@ class Runs:
         """
         if not hashes:
             return
-        self.table.learn_width(hashes[0])
-        joined, width = b"".join(hashes), self.table.width
-        if len(joined) != len(hashes) * width:
-            raise ValueError(f"a block's name has other than {width} bytes; give the index short hashes")
+        if not self.table.width:
+            self.table.learn_width(hashes[0])
+        joined = b"".join(hashes)
+        if len(joined) != len(hashes) * self.table.width:
+            raise ValueError(f"a block's name has other than {self.table.width} bytes; give the index short hashes")
         self._store(hashes, joined, parent, fuller)
         self._keep_limit(0)
 
@@ -171,7 +172,7 @@ class Runs:
         end = min(len(hashes), at + run.room)
         part, width = hashes[at:end], self.table.width
         count = self.table.add(run, part, joined[at * width : end * width])
-        self._tombstones.forget(part[:count])
+        self._tombstones.forget(part if count == len(part) else part[:count])
         return run, count
 
     def _fill(
@@ -241,8 +242,7 @@ class Runs:
 
     def _keep_limit(self, headroom: int) -> None:
         """Forget the runs placed longest ago until so many bytes are free, and somewhat more for a dict that grows."""
-        room = self.limit - self.nbytes
-        if room >= headroom + self.table.growth:
+        if self.limit - self.nbytes >= headroom + self.table.growth:
             return
         self._sets.recount()
         room = self.limit - self.nbytes

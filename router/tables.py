@@ -7,8 +7,8 @@ what one leaves behind is filled by the next. A dict of bytes and ints is none o
 a full collection does not look at the blocks.
 
 Where names come and go, a dict grows once the places of those that went are used up, to three times what it holds.
-`grown` looks at one dict now and then, at all of them while a thirty-second of the names came anew, copies one that is
-that wasteful, and reads its size; so `nbytes` lags behind by less than a hundredth.
+`grown` looks at some dicts now and then, at all of them while a thirty-second of the names came anew, copies one that
+is that wasteful, and reads its size; so `nbytes` lags behind by less than a hundredth.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _TABLES = 512
 _ROWS = 256
 _COLUMNS = 16
 _LOOK_EVERY = 8  # names that come between two looks at a dict, or more where there are many names
+_AT_ONCE = 8  # dicts that are looked at
 _LOOKS_SHIFT = 14  # names that are known, over 32 times the number of dicts
 _FULL = 0.75  # a copy that is fuller would soon grow again
 _ENTRY_BYTES = 24
 
 Table = dict[bytes, int]
-COLUMN_OF = bytes(byte & _COLUMNS - 1 for byte in range(256))  # of a name's last byte
 
 
 class Tables:
@@ -50,17 +50,23 @@ class Tables:
         """The dicts."""
         return iter(self._tables)
 
-    def grown(self, names: int, known: int) -> None:
-        """So many names came, and so many are known now: look at some dicts. None of them may be in use."""
+    def grown(self, names: int, known: int) -> int:
+        """So many names came, and so many are known now: look at some dicts, none of which may be in use.
+
+        By how many bytes they were found to have changed.
+        """
         self._unseen += names
-        every = max(_LOOK_EVERY, known >> _LOOKS_SHIFT)
+        every, before = max(_LOOK_EVERY, known >> _LOOKS_SHIFT) * _AT_ONCE, self.nbytes
         while self._unseen >= every:
             self._unseen -= every
-            at = self._next
-            self._next = (at + 1) % _TABLES
-            size = self._tables[at].__sizeof__()
-            if size != self._sizes[at]:
-                self._resized(at, size)
+            first, end = self._next, self._next + _AT_ONCE
+            self._next = end % _TABLES
+            sizes = list(map(dict.__sizeof__, self._tables[first:end]))
+            if sizes != self._sizes[first:end]:
+                for at, size in enumerate(sizes, first):
+                    if size != self._sizes[at]:
+                        self._resized(at, size)
+        return self.nbytes - before
 
     def _resized(self, at: int, size: int) -> None:
         table = self._tables[at]
