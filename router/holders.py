@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
+from heapq import heappop, heappush
 from math import floor, frexp, inf, ldexp
 from weakref import WeakSet, ref
 
@@ -70,7 +71,8 @@ class HolderSets:
         self._lanes = _lanes(self.slots)
         self._interned: dict[tuple[int, float], ref[Holders]] = {}  # those that vanished included, until `recount`
         self._all: WeakSet[Holders] = WeakSet()
-        self._next_end = NEVER  # no set ends earlier; it may be too early, as sets vanish
+        self._ends: list[float] = []  # a heap of the keys of `_ending`
+        self._ending: dict[float, list[ref[Holders]]] = {}  # by `until` when they were made
 
     def __iter__(self) -> Iterator[Holders]:
         return iter(self._all)
@@ -78,9 +80,11 @@ class HolderSets:
     def recount(self) -> None:
         """Count the sets that are left."""
         self.count = len(self._all)
-        if len(self._interned) > self.count:
-            self._interned = {key: held for key, held in self._interned.items() if held() is not None}
         self._recount_at = max(_RECOUNT_AT, 2 * self.count)
+        if len(self._interned) > self._recount_at:
+            self._interned = {key: held for key, held in self._interned.items() if held() is not None}
+            for end, ending in self._ending.items():
+                self._ending[end] = [held for held in ending if held() is not None]
 
     def get(self, mask: int, until: float = NEVER) -> Holders:
         """The set of that mask; `until` matters where the mask has the shared tier."""
@@ -89,12 +93,13 @@ class HolderSets:
         holders = held and held()
         if holders is None:
             holders = Holders(mask, until, self.reach(mask))
-            self._interned[key] = ref(holders)
+            self._interned[key] = held = ref(holders)
             self._all.add(holders)
             self.count += 1
+            if until < NEVER:
+                self._note_end(until, held)
             if self.count >= self._recount_at:
                 self.recount()
-            self._next_end = min(self._next_end, until)
         return holders
 
     def take_out(self, bits: int, cause: Gone) -> bool:
@@ -106,12 +111,12 @@ class HolderSets:
         return self._edit([holders for holders in self._all if holders.mask & bits], bits, cause)
 
     def expire(self, now: float) -> bool:
-        """End the shared lives whose time has come; whether any did. O(1) until then, else O(different sets)."""
-        if now < self._next_end:
-            return False
-        ended = self._edit([holders for holders in self._all if holders.until <= now], SHARED, Gone.EXPIRED)
-        self._next_end = min((holders.until for holders in self._all), default=NEVER)
-        return ended
+        """End the shared lives whose time has come; whether any did. O(sets that end)."""
+        ended = []
+        while self._ends and self._ends[0] <= now:
+            held = [each() for each in self._ending.pop(heappop(self._ends))]
+            ended += [holders for holders in held if holders is not None and holders.until <= now]
+        return self._edit(ended, SHARED, Gone.EXPIRED) if ended else False
 
     def grow(self) -> None:
         """Twice as many slots."""
@@ -127,6 +132,12 @@ class HolderSets:
         host = device | own >> 1 & lanes
         disk = host | own >> 2 & lanes
         return device | host << 1 | disk << 2 | (lanes if mask & SHARED else disk) << 3
+
+    def _note_end(self, until: float, held: ref[Holders]) -> None:
+        if until not in self._ending:
+            self._ending[until] = []
+            heappush(self._ends, until)
+        self._ending[until].append(held)
 
     def _edit(self, touched: list[Holders], bits: int, cause: Gone) -> bool:
         for holders in touched:

@@ -92,8 +92,8 @@ class PrefixIndex:
 
         Args:
             limit_bytes: what blocks, runs, holder sets and tombstones may take together. max_tombstones: causes kept
-            of blocks that are gone. max_probes: runs that a question looks at. settle: called at once, and whenever some
-            thousands of objects were made that live on (see `settling`).
+            of blocks that are gone. max_probes: runs that a question looks at. settle: called at once, and whenever
+            some thousands of objects were made that live on (see `settling`).
 
         Raises:
             ValueError: the memory is too small to work with.

@@ -5,7 +5,7 @@ count of bytes. Does not cover: which blocks belong together (`run_cuts`), who h
 
 Runs are made once and used again: Python's collector of garbage looks at young objects after so many were made *and
 not freed*, so an index at its bound, which frees one for each that it makes, would let all of its runs become young
-ones, and then look at a hundred thousand at once. `made` says how many there are, for whoever exempts them (`settling`).
+ones, and then look at a hundred thousand at once. `made` counts them, for whoever exempts them (`settling`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class RunTable:
     """Blocks and runs.
 
     Attributes:
-        rows: `rows[block[0]][block[-1] & 15]` is the dict from a block to its run's number. numbered: runs by number.
+        rows: as in `Tables`, from blocks to their runs' numbers. numbered: runs by number.
         order: in which they were placed. width: bytes of every name; zero: none was seen.
-        blocks: that are known. begun: runs that were begun, ever. made: objects that were made for them, which are fewer.
+        nbytes: what all of this takes. growth: by how much dicts that get larger may add to it in one call.
+        blocks: that are known. begun: runs that were begun, ever. made: objects made for them, which are fewer.
     """
 
     def __init__(self) -> None:
