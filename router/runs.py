@@ -46,10 +46,14 @@ Fewer = Callable[[Holders], Holders | None]
 
 
 class Runs:
-    """All runs. `table`: where they are found. `evicted`: blocks forgotten for want of memory."""
+    """All runs. `table`: where they are found. `evicted`: blocks forgotten for want of memory.
+
+    `aside`: bytes that others take of the same memory.
+    """
 
     def __init__(self, sets: HolderSets, tombstones: Tombstones, *, limit: int) -> None:
         self.evicted = 0
+        self.aside = 0
         self.limit = limit
         self.table = RunTable()
         self.find = self.table.find
@@ -59,7 +63,8 @@ class Runs:
     @property
     def nbytes(self) -> int:
         """What all of this takes."""
-        return self.table.nbytes + len(self._tombstones) * TOMBSTONE_BYTES + self._sets.count * SET_BYTES
+        tombstones, sets = len(self._tombstones) * TOMBSTONE_BYTES, self._sets.count * SET_BYTES
+        return self.table.nbytes + tombstones + sets + self.aside
 
     # Changes
 
