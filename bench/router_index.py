@@ -22,6 +22,7 @@ from typing import Any
 from bench.report import Report, arguments, ratios
 from kvstore.events import BlockRemoved, BlockStored, RemovalCause, TierName
 from router.index import PrefixIndex
+from router.settling import settle_process
 
 EVENT_BLOCKS = 64
 CHAIN_BLOCKS = 2048
@@ -37,8 +38,9 @@ def add_index_rows(report: Report, *, quick: bool) -> None:
     """Add the index's rows. `quick`: 1 M blocks of background instead of 10 M, and a smaller bound."""
     _bound(report, prompts=24_000 if quick else 180_000, limit=(64 if quick else 256) << 20)
     blocks = 1_000_000 if quick else 10_000_000
-    index = _joined(PrefixIndex(time.monotonic, limit_bytes=_ROOM), 8 if quick else 64)
+    index = _joined(PrefixIndex(time.monotonic, limit_bytes=_ROOM, settle=settle_process), 8 if quick else 64)
     _ingest(report, index, blocks)
+    _many_runs(report, 16_000 if quick else 160_000)
     _other_events(report, index)
     _questions(report, index)
     if quick:
@@ -92,6 +94,14 @@ def _ingest(report: Report, index: PrefixIndex, blocks: int) -> None:
     report.add("full_collection_ms", [_seconds(gc.collect) * 1e3], "ms")
     report.add("bytes_per_block", [grown / len(index)], "B")
     report.add("bytes_counted_per_block", [index.nbytes / len(index)], "B")
+
+
+def _many_runs(report: Report, runs: int) -> None:
+    """As many runs as 10 M blocks are where each prompt is one: what pauses by the run, collections of garbage too."""
+    index = _joined(PrefixIndex(time.monotonic, limit_bytes=_ROOM, settle=settle_process), 8)
+    events = ([BlockStored(_DEVICE, new_chain(3))] for _ in range(runs))
+    worst = max(_seconds(index.apply, f"w{number % 8}", 1, event) for number, event in enumerate(events))
+    report.add("worst_pause_of_runs_ms", [worst * 1e3], "ms", bar=f"<= 10 ({runs // 1000} k runs)")
 
 
 def _other_events(report: Report, index: PrefixIndex) -> None:
@@ -252,7 +262,7 @@ def fill(prompts: int, limit: int) -> dict[str, float]:
     """What becomes of an index that is told of so many prompts of `PROMPT_BLOCKS` blocks that nobody sends again."""
     gc.collect()
     before = _rss_bytes()
-    index = _joined(PrefixIndex(lambda: now, limit_bytes=limit), 8)
+    index = _joined(PrefixIndex(lambda: now, limit_bytes=limit, settle=settle_process), 8)
     counted, rss, took, worst = 0, 0, 0.0, 0.0
     for number in range(prompts):
         now = number / 6000

@@ -25,6 +25,7 @@ from router.listen import ListenError
 from router.model_folder import ModelFolderError
 from router.protocol import Discovery
 from router.server import RouterServer
+from router.settling import settle_process
 from router.tls import TlsFilesError
 from router.tokenizer import PromptEncoder
 
@@ -79,6 +80,7 @@ async def serving(config: RouterConfig, discovery: Discovery) -> AsyncIterator[R
         discovery,
         credentials=_worker_credentials(config),
         trust_group_of=keys.trust_group_of if keys is not None else None,
+        settle=settle_process,
     )
     http_app = create_app(router, config, registry=router.metrics.registry, authenticate=authenticate)
     server = RouterServer(router, config, authenticate=authenticate, http_app=http_app, on_drain=router.drain)

@@ -42,6 +42,7 @@ from router.readiness import Readiness, time_left
 from router.record_file import keeper, restored
 from router.request import PreparedPrompt, Request, job_for
 from router.self_audit import SelfAudit
+from router.settling import Settle, settle_nothing
 from router.shadow import Shadow
 from router.state import State
 from router.traffic import Traffic
@@ -76,6 +77,7 @@ class Router:
         wall_clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
         wait_for_worker_s: float = _WAIT_FOR_WORKER_S,
+        settle: Settle = settle_nothing,
     ) -> None:
         """Wire it; nothing runs yet.
 
@@ -83,6 +85,7 @@ class Router:
             credentials: of the channels to workers; None: plaintext. trust_group_of: the group of a tenant that
             an operator names; None: as last seen with that tenant, else its own. wait_for_worker_s: how long a request
             waits while no worker is ready. wall_clock: seconds since the epoch, for directives that name a time.
+            settle: see `PrefixIndex`; a process of the router's own gives `settle_process`.
 
         Raises:
             InvalidRequest: the settings name an unknown policy or weight.
@@ -99,7 +102,7 @@ class Router:
             tenants=named_tenants(config.overload),
         )
         self._admission = Admission(config.max_in_flight, config.max_in_flight_per_tenant)
-        self._index = PrefixIndex(clock, limit_bytes=config.index_bytes)
+        self._index = PrefixIndex(clock, limit_bytes=config.index_bytes, settle=settle)
         self._beliefs = Beliefs(self._index, clock, ttl_s=config.belief_ttl_s)
         self._traffic = Traffic(clock)
         self._prefixes = PrefixMap()

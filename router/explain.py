@@ -18,6 +18,8 @@ from router.policy import Candidate, checked_weights, find_policy
 from router.request import PreparedPrompt
 from warmkv.v1 import common_pb2, inference_pb2
 
+_LOWER_BOUND = "who holds what changes too often along this prompt: it may hold more than was looked at"
+
 
 def explained(
     prepared: PreparedPrompt,
@@ -38,9 +40,13 @@ def explained(
         *(_eligible(choice, question.prompt_tokens) if choice else []),
         *_excluded(prepared, choice, fleet, beliefs, decider),
     ]
+    bounds = frozenset[str]() if question.no_read else index.lower_bounds(question.hashes)
     for candidate in candidates:
         credit = beliefs.credits.of(candidate.worker)
-        candidate.suspect = f"{credit.why}; blocks count {credit.factor:.0%}" if credit.why else ""
+        whys = [f"{credit.why}; blocks count {credit.factor:.0%}"] if credit.why else []
+        if candidate.worker in bounds:
+            whys.append(_LOWER_BOUND)
+        candidate.suspect = "; ".join(whys)
     return inference_pb2.ExplainResponse(
         prompt_tokens=question.prompt_tokens,
         block_size=question.block_size,

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
+from heapq import heappop, heappush
 from math import floor, frexp, inf, ldexp
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet, ref
 
 from kvstore.events import TierName
 
@@ -27,7 +28,7 @@ LEVELS = 4  # bits a lane
 NEVER = inf
 _OWN_BITS = 0b111
 _GRID_BITS = 6  # a life is told in 64 to 128 steps
-_TIER_BIT = {TierName.DEVICE: 0, TierName.HOST: 1, TierName.DISK: 2}
+_TIER_BIT = {TierName.HOST: 1, TierName.DISK: 2}
 _FIRST_SLOTS = 8
 _RECOUNT_AT = 64
 
@@ -57,6 +58,9 @@ class Holders:
         self.gone = Gone.EVICTED
 
 
+NOBODY = Holders(0, NEVER, 0)  # of what is no run any more
+
+
 class HolderSets:
     """All sets that some run has, for up to `slots` workers; `grow` makes room for more."""
 
@@ -65,9 +69,10 @@ class HolderSets:
         self.count = 0  # sets, those included that vanished since `recount`; at most twice those that there are
         self._recount_at = _RECOUNT_AT
         self._lanes = _lanes(self.slots)
-        self._interned: WeakValueDictionary[tuple[int, float], Holders] = WeakValueDictionary()
+        self._interned: dict[tuple[int, float], ref[Holders]] = {}  # those that vanished included, until `recount`
         self._all: WeakSet[Holders] = WeakSet()
-        self._next_end = NEVER  # no set ends earlier; it may be too early, as sets vanish
+        self._ends: list[float] = []  # a heap of the keys of `_ending`
+        self._ending: dict[float, list[ref[Holders]]] = {}  # by `until` when they were made
 
     def __iter__(self) -> Iterator[Holders]:
         return iter(self._all)
@@ -76,18 +81,25 @@ class HolderSets:
         """Count the sets that are left."""
         self.count = len(self._all)
         self._recount_at = max(_RECOUNT_AT, 2 * self.count)
+        if len(self._interned) > self._recount_at:
+            self._interned = {key: held for key, held in self._interned.items() if held() is not None}
+            for end, ending in self._ending.items():
+                self._ending[end] = [held for held in ending if held() is not None]
 
     def get(self, mask: int, until: float = NEVER) -> Holders:
         """The set of that mask; `until` matters where the mask has the shared tier."""
         key = (mask, until)
-        holders = self._interned.get(key)
+        held = self._interned.get(key)
+        holders = held and held()
         if holders is None:
-            holders = self._interned[key] = Holders(mask, until, self.reach(mask))
+            holders = Holders(mask, until, self.reach(mask))
+            self._interned[key] = held = ref(holders)
             self._all.add(holders)
             self.count += 1
+            if until < NEVER:
+                self._note_end(until, held)
             if self.count >= self._recount_at:
                 self.recount()
-            self._next_end = min(self._next_end, until)
         return holders
 
     def take_out(self, bits: int, cause: Gone) -> bool:
@@ -99,12 +111,12 @@ class HolderSets:
         return self._edit([holders for holders in self._all if holders.mask & bits], bits, cause)
 
     def expire(self, now: float) -> bool:
-        """End the shared lives whose time has come; whether any did. O(1) until then, else O(different sets)."""
-        if now < self._next_end:
-            return False
-        ended = self._edit([holders for holders in self._all if holders.until <= now], SHARED, Gone.EXPIRED)
-        self._next_end = min((holders.until for holders in self._all), default=NEVER)
-        return ended
+        """End the shared lives whose time has come; whether any did. O(sets that end)."""
+        ended = []
+        while self._ends and self._ends[0] <= now:
+            held = [each() for each in self._ending.pop(heappop(self._ends))]
+            ended += [holders for holders in held if holders is not None and holders.until <= now]
+        return self._edit(ended, SHARED, Gone.EXPIRED) if ended else False
 
     def grow(self) -> None:
         """Twice as many slots."""
@@ -121,17 +133,34 @@ class HolderSets:
         disk = host | own >> 2 & lanes
         return device | host << 1 | disk << 2 | (lanes if mask & SHARED else disk) << 3
 
+    def _note_end(self, until: float, held: ref[Holders]) -> None:
+        if until not in self._ending:
+            self._ending[until] = []
+            heappush(self._ends, until)
+        self._ending[until].append(held)
+
     def _edit(self, touched: list[Holders], bits: int, cause: Gone) -> bool:
+        for holders in touched:
+            held = self._interned.get((holders.mask, holders.until))
+            if held is not None and held() is holders:
+                del self._interned[holders.mask, holders.until]
         for holders in touched:
             holders.mask &= ~bits
             holders.reach = self.reach(holders.mask)
             if not holders.mask & SHARED:
                 holders.until = NEVER
-            if not holders.mask:
+            if holders.mask:
+                self._hand_out(holders)
+            else:
                 holders.gone = cause
-        if touched:
-            self._interned = WeakValueDictionary({(h.mask, h.until): h for h in self._all if h.mask})
         return bool(touched)
+
+    def _hand_out(self, holders: Holders) -> None:
+        """Of sets that have become equal, the first one."""
+        key = (holders.mask, holders.until)
+        held = self._interned.get(key)
+        if held is None or held() is None:
+            self._interned[key] = ref(holders)
 
 
 def slot_mask(slot: int) -> int:
@@ -141,7 +170,10 @@ def slot_mask(slot: int) -> int:
 
 def tier_mask(slot: int, tier: TierName) -> int:
     """One tier of a worker; the shared tier's bit belongs to no worker."""
-    return SHARED if tier is TierName.REDIS else 1 << LEVELS * (slot + 1) + _TIER_BIT[tier]
+    device = 1 << LEVELS * (slot + 1)
+    if tier is TierName.DEVICE:  # most are
+        return device
+    return SHARED if tier is TierName.REDIS else device << _TIER_BIT[tier]
 
 
 def end_of_life(now: float, ttl_s: float | None) -> float:

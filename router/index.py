@@ -21,20 +21,25 @@ What the index says is a prediction: the worker checks what it holds, so a wrong
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 from kvstore.chains import consecutive_runs
 from kvstore.errors import InvariantError
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
-from router.holders import LEVELS, NEVER, SHARED, Gone, Holders, HolderSets, end_of_life, slot_mask, tier_mask
+from router.holders import NEVER, SHARED, Gone, Holders, HolderSets, end_of_life, slot_mask, tier_mask
+from router.index_workers import IndexWorker, IndexWorkers
+from router.overlap import NO_OVERLAP, End, Overlap, Overlaps
 from router.runs import LEAST_BYTES, TOMBSTONE_BYTES, Fewer, Fuller, Runs
+from router.settling import SETTLE_EVERY, Settle, settle_nothing
 from router.tombstones import Tombstones
+
+__all__ = ["DEFAULT_BYTES", "NO_OVERLAP", "Overlap", "PrefixIndex"]
 
 Clock = Callable[[], float]
 
 DEFAULT_BYTES = 2 << 30
 _TOMBSTONES_SHARE = 16  # at most this part of the memory
-_REMEMBERED_MASKS = 4096
+_REMOVED_BYTES = 200  # a removal that is remembered while a snapshot is read
+_REMOVED_SHARE = 8  # at most this part of the memory
 
 _GONE = {
     RemovalCause.EVICTED: Gone.EVICTED,
@@ -44,35 +49,6 @@ _GONE = {
     RemovalCause.INVALID: Gone.EVICTED,
     RemovalCause.ABSENT: Gone.EVICTED,
 }
-
-
-class Overlap(NamedTuple):
-    """Leading blocks of a prompt that a worker could reuse, cumulative from the fastest tier to the slowest.
-
-    `device` blocks lie in its paged pool; `host` in pool or host RAM; `disk` in those or on its disk; `shared` in any
-    of those or in the shared tier. device <= host <= disk <= shared.
-    """
-
-    device: int
-    host: int
-    disk: int
-    shared: int
-
-
-NO_OVERLAP = Overlap(0, 0, 0, 0)
-
-
-class _Worker:
-    """What the index knows of a worker. `removed` collects removals while a snapshot is being read."""
-
-    __slots__ = ("counted", "incarnation", "removed", "shares", "slot")
-
-    def __init__(self, slot: int, incarnation: int, *, shares: bool) -> None:
-        self.slot = slot
-        self.incarnation = incarnation
-        self.shares = shares
-        self.counted = False
-        self.removed: set[tuple[TierName, bytes]] | None = None
 
 
 class PrefixIndex:
@@ -85,12 +61,14 @@ class PrefixIndex:
         limit_bytes: int = DEFAULT_BYTES,
         max_tombstones: int = 65_536,
         max_probes: int = 512,
+        settle: Settle = settle_nothing,
     ) -> None:
         """Nothing is known.
 
         Args:
             limit_bytes: what blocks, runs, holder sets and tombstones may take together. max_tombstones: causes kept
-            of blocks that are gone. max_probes: runs that a question looks at.
+            of blocks that are gone. max_probes: runs that a question looks at. settle: called at once, and whenever
+            some thousands of objects were made that live on (see `settling`).
 
         Raises:
             ValueError: the memory is too small to work with.
@@ -101,18 +79,16 @@ class PrefixIndex:
         self._sets = HolderSets()
         self._tombstones = Tombstones(min(max_tombstones, limit_bytes // _TOMBSTONES_SHARE // TOMBSTONE_BYTES))
         self._runs = Runs(self._sets, self._tombstones, limit=limit_bytes)
-        self._workers: dict[str, _Worker] = {}
-        self._names: dict[int, str] = {}  # of the workers, by slot
-        self._counted = 0  # what of every holder set's reach counts
-        self._incarnations: dict[str, int] = {}
-        self._free: list[int] = []
+        self._workers = IndexWorkers()
         self._shared_id = ""
         self._max_probes = max_probes
-        self._levels: dict[int, tuple[int, ...]] = {}  # mask of reach -> numbers of its bits
+        self._settle, self._settled = settle, 0  # how many runs had been made
+        settle()
+        self._overlaps = Overlaps()
 
     def __len__(self) -> int:
         """Blocks known, those that still wait for the sweep included."""
-        return self._runs.blocks
+        return self._runs.table.blocks
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +103,7 @@ class PrefixIndex:
     @property
     def runs(self) -> int:
         """Stretches of blocks with the same holders: the fewer, the faster."""
-        return len(self._runs)
+        return len(self._runs.table)
 
     @property
     def evicted_blocks(self) -> int:
@@ -143,13 +119,11 @@ class PrefixIndex:
         another one than before (the server was replaced) forgets what the shared tier held. The first name that is
         heard is that of the server that was spoken of before without one.
         """
-        if incarnation < self._incarnations.get(worker, 0):
+        if self._workers.is_past(worker, incarnation):
             return False
         self.drop(worker)
-        self._incarnations[worker] = incarnation
-        slot = self._take_slot()
-        self._workers[worker] = _Worker(slot, incarnation, shares=bool(shared_id))
-        self._names[slot] = worker
+        if self._workers.add(worker, incarnation, shares=bool(shared_id)) >= self._sets.slots:
+            self._sets.grow()
         if shared_id and shared_id != self._shared_id:
             if self._shared_id:
                 self._take_out(SHARED, Gone.CLEARED)
@@ -168,61 +142,67 @@ class PrefixIndex:
 
     def drop(self, worker: str) -> None:
         """The worker is lost: its credit is zero from now on. The shared tier's credit stays."""
-        known = self._workers.pop(worker, None)
-        if known is None:
-            return
-        self._take_out(slot_mask(known.slot), Gone.WORKER_LOST)
-        del self._names[known.slot]
-        self._free.append(known.slot)
-        self._count_bits()
+        if known := self._workers.get(worker):
+            self._forget_removed(known)
+        slot = self._workers.remove(worker)
+        if slot is not None:
+            self._take_out(slot_mask(slot), Gone.WORKER_LOST)
 
     def distrust(self, worker: str) -> None:
         """Events were missed: no credit until a new snapshot is complete."""
         if known := self._workers.get(worker):
             known.counted = False
-            self._count_bits()
+            self._workers.count()
 
     def begin_snapshot(self, worker: str, incarnation: int) -> None:
         """Forget the worker's blocks; `apply` fills them in, and they count from `end_snapshot` on."""
-        known = self._fenced(worker, incarnation)
+        known = self._workers.fenced(worker, incarnation)
         if known is None:
             return
         self._take_out(slot_mask(known.slot), Gone.EVICTED)
-        known.counted = False
+        known.counted = known.deaf = False
+        self._forget_removed(known)
         known.removed = set()
-        self._count_bits()
+        self._workers.count()
 
     def snapshot(self, worker: str, incarnation: int, blocks: Iterable[BlockStored]) -> None:
         """A piece of a snapshot. Blocks whose removal was reported since it began stay removed."""
-        known = self._fenced(worker, incarnation)
+        known = self._workers.fenced(worker, incarnation)
         if known is None:
             return
         for event in blocks:
+            if known.deaf:
+                break
             for kept in _without(event, known.removed or set()):
                 self._store(known, kept)
+        if self._runs.table.made - self._settled >= SETTLE_EVERY:
+            self._settle_runs()
 
     def end_snapshot(self, worker: str, incarnation: int) -> None:
         """The snapshot is complete: the worker's blocks count."""
-        known = self._fenced(worker, incarnation)
+        known = self._workers.fenced(worker, incarnation)
         if known is not None:
             known.counted = True
-            known.removed = None
-            self._count_bits()
+            self._forget_removed(known)
+            self._workers.count()
 
     def apply(self, worker: str, incarnation: int, events: Iterable[KvEvent]) -> bool:
         """Apply a worker's events in order. False, and nothing happened, when it is not that incarnation's turn."""
-        known = self._fenced(worker, incarnation)
+        known = self._workers.fenced(worker, incarnation)
         if known is None:
             return False
         for event in events:
             match event:
                 case BlockStored():
-                    self._note_stored(known, event)
+                    if known.removed:
+                        self._note_back(known.removed, event)
                     self._store(known, event)
                 case BlockRemoved():
                     self._remove(known, event)
                 case AllBlocksCleared():
                     self._clear(known, event.tier)
+        if self._runs.table.made - self._settled >= SETTLE_EVERY:
+            self._settle_runs()
         return True
 
     # Questions
@@ -230,12 +210,22 @@ class PrefixIndex:
     def match(self, hashes: Sequence[bytes]) -> dict[str, Overlap]:
         """For every known worker the leading blocks of a chain of short hashes. O(runs + workers).
 
-        A lower bound when the chain lies in more than `max_probes` runs.
+        Exact, but for the workers in `lower_bounds`.
         """
+        ends, _ = self._follow(hashes)
+        return self._overlaps.of(ends, self._workers, self._workers.names)
+
+    def lower_bounds(self, hashes: Sequence[bytes]) -> frozenset[str]:
+        """The workers of which `match` answers a lower bound: they hold the chain past `max_probes` runs of it."""
+        _, open_bits = self._follow(hashes)
+        return frozenset(self._workers.names[slot] for slot in self._overlaps.slots(open_bits))
+
+    def _follow(self, hashes: Sequence[bytes]) -> tuple[list[End], int]:
+        """Where bits of reach end along a chain, and which were not followed to their end."""
         self._expire()
-        runs, alive, seen = self._runs, self._counted, None
-        rows, numbered, agreed = runs.rows, runs.numbered, runs.agreed
-        ends: list[tuple[int, int]] = []  # bits of reach that are lost, after so many blocks
+        alive, seen = self._workers.counted, None
+        rows, numbered = self._runs.table.rows, self._runs.table.numbered
+        ends: list[End] = []
         at, total = 0, len(hashes)
         for _ in range(self._max_probes):
             if at >= total:
@@ -257,9 +247,13 @@ class PrefixIndex:
             if run.proved == run.length and end <= total and hashes[end - 1] == run.last:
                 at = end
             else:
-                at += agreed(run, hashes, at)
+                at += run.agreed(hashes, at)
+        else:
+            ends.append((alive, at))
+            beyond = self._runs.find(hashes[at]) if at < total else None
+            return ends, alive & beyond.holders.reach if beyond is not None else 0
         ends.append((alive, at))
-        return self._overlaps(ends)
+        return ends, 0
 
     def shared_run(self, hashes: Sequence[bytes]) -> int:
         """Leading blocks that the shared tier alone holds."""
@@ -269,7 +263,7 @@ class PrefixIndex:
             run = self._runs.find(hashes[depth])
             if run is None or not run.holders.mask & SHARED:
                 break
-            depth += self._runs.agreed(run, hashes, depth)
+            depth += run.agreed(hashes, depth)
         return depth
 
     def held(self, block: bytes) -> bool:
@@ -304,28 +298,17 @@ class PrefixIndex:
     def check(self) -> None:
         """Raises InvariantError when the books are wrong. O(everything): for tests and diagnosis."""
         self._runs.check()
-        taken = SHARED
-        for known in self._workers.values():
-            taken |= slot_mask(known.slot)
+        taken = self._workers.taken()
         for holders in self._sets:
             _expect(not holders.mask & ~taken, "a block is held by a worker that is gone")
             _expect(holders.reach == self._sets.reach(holders.mask), "a holder set has a stale reach")
         _expect(len(self._tombstones) <= self._tombstones.limit, "more tombstones than allowed")
-        slots = [known.slot for known in self._workers.values()] + self._free
-        _expect(len(slots) == len(set(slots)), "a slot has two owners")
-        _expect(self._names == {known.slot: name for name, known in self._workers.items()}, "a slot has another's name")
+        _expect(self._workers.is_sound(), "a slot has two owners, or another's name")
+        _expect(self._runs.aside >= 0, "more removals were forgotten than remembered")
 
     # Events
 
-    def _fenced(self, worker: str, incarnation: int) -> _Worker | None:
-        known = self._workers.get(worker)
-        return known if known is not None and known.incarnation == incarnation else None
-
-    def _note_stored(self, known: _Worker, event: BlockStored) -> None:
-        if known.removed:
-            known.removed.difference_update((event.tier, h) for h in event.hashes)
-
-    def _store(self, known: _Worker, event: BlockStored) -> None:
+    def _store(self, known: IndexWorker, event: BlockStored) -> None:
         if event.tier is TierName.REDIS:
             fuller = self._with_shared(end_of_life(self._clock(), event.ttl_s))
         else:
@@ -346,11 +329,29 @@ class PrefixIndex:
     def _with_shared(self, until: float) -> Fuller:
         return lambda old: self._sets.get((old.mask if old else 0) | SHARED, until)
 
-    def _remove(self, known: _Worker, event: BlockRemoved) -> None:
-        if known.removed is not None:
-            known.removed.update((event.tier, h) for h in event.hashes)
+    def _remove(self, known: IndexWorker, event: BlockRemoved) -> None:
+        if known.removed is not None and not known.deaf:
+            self._note_removed(known, known.removed, event)
         bit = tier_mask(known.slot, event.tier)
         self._runs.take(event.hashes, bit, self._without_bit(bit), _GONE[event.cause])
+
+    def _note_removed(self, known: IndexWorker, removed: set[tuple[TierName, bytes]], event: BlockRemoved) -> None:
+        """A snapshot that is being read may still name these. Of too many, none is remembered and none believed."""
+        before = len(removed)
+        removed.update((event.tier, block) for block in event.hashes)
+        self._runs.aside += (len(removed) - before) * _REMOVED_BYTES
+        if self._runs.aside > self._runs.limit // _REMOVED_SHARE:
+            self._forget_removed(known)
+            known.deaf = True
+
+    def _note_back(self, removed: set[tuple[TierName, bytes]], event: BlockStored) -> None:
+        before = len(removed)
+        removed.difference_update((event.tier, block) for block in event.hashes)
+        self._runs.aside -= (before - len(removed)) * _REMOVED_BYTES
+
+    def _forget_removed(self, known: IndexWorker) -> None:
+        self._runs.aside -= len(known.removed or ()) * _REMOVED_BYTES
+        known.removed = None
 
     def _without_bit(self, bit: int) -> Fewer:
         def fewer(old: Holders) -> Holders | None:
@@ -359,7 +360,7 @@ class PrefixIndex:
 
         return fewer
 
-    def _clear(self, known: _Worker, tier: TierName) -> None:
+    def _clear(self, known: IndexWorker, tier: TierName) -> None:
         self._take_out(tier_mask(known.slot, tier), Gone.CLEARED)
 
     def _expire(self) -> None:
@@ -369,54 +370,13 @@ class PrefixIndex:
 
     # Upkeep, inside
 
+    def _settle_runs(self) -> None:
+        self._settled = self._runs.table.made
+        self._settle()
+
     def _take_out(self, bits: int, cause: Gone) -> None:
         if self._sets.take_out(bits, cause):
             self._runs.begin_sweep()
-
-    # Answers
-
-    def _overlaps(self, ends: list[tuple[int, int]]) -> dict[str, Overlap]:
-        depths: dict[int, list[int]] = {}  # of the slots that have any, by level
-        for bits, depth in ends:
-            if not depth:
-                continue
-            for level in self._levels.get(bits) or self._levels_of(bits):
-                slot = level // LEVELS
-                if slot not in depths:
-                    depths[slot] = [0] * LEVELS
-                depths[slot][level % LEVELS] = depth
-        found = dict.fromkeys(self._workers, NO_OVERLAP)
-        for slot, (device, host, disk, shared) in depths.items():
-            found[self._names[slot]] = Overlap(device, host, disk, max(disk, shared))
-        return found
-
-    def _levels_of(self, bits: int) -> tuple[int, ...]:
-        """The numbers of the bits that are set, remembered."""
-        if len(self._levels) >= _REMEMBERED_MASKS:
-            self._levels.clear()
-        levels, rest = [], bits
-        while rest:
-            lowest = rest & -rest
-            levels.append(lowest.bit_length() - 1)
-            rest ^= lowest
-        self._levels[bits] = tuple(levels)
-        return self._levels[bits]
-
-    # Slots
-
-    def _take_slot(self) -> int:
-        if self._free:
-            return self._free.pop()
-        slot = len(self._workers)
-        if slot >= self._sets.slots:
-            self._sets.grow()
-        return slot
-
-    def _count_bits(self) -> None:
-        self._counted = 0
-        for known in self._workers.values():
-            if known.counted:
-                self._counted |= (0b1111 if known.shares else 0b0111) << (known.slot * LEVELS)
 
 
 def _without(event: BlockStored, gone: set[tuple[TierName, bytes]]) -> Iterable[BlockStored]:

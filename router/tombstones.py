@@ -36,6 +36,6 @@ class Tombstones:
     def forget(self, blocks: Sequence[bytes]) -> None:
         """These are known again."""
         causes = self._causes
-        if not causes.keys().isdisjoint(blocks):
+        if causes and not causes.keys().isdisjoint(blocks):
             for block in blocks:
                 causes.pop(block, None)

@@ -95,6 +95,26 @@ async def test_long_silence_loses_the_worker(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.asyncio
+async def test_explain_says_of_whom_only_a_lower_bound_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = FakeWorker("w0"), FakeWorker("w1")
+    async with fakes(one, other) as (_, router):
+        await all_ready(router, 2)
+        body = inference_pb2.TokenizeRequest(input=request(tokens(1, 80)).input)
+        hashes = (await router.tokenize(body, caller=ALICE)).block_hashes
+        one.holds(*hashes)
+        other.holds(hashes[0])
+        await asyncio.sleep(0.1)
+        exact = await explain(router, tokens(1, 80))
+        assert {c.worker: c.suspect for c in exact.candidates} == {"w0": "", "w1": ""}
+        monkeypatch.setattr(router._index, "_max_probes", 1)
+        cut = await explain(router, tokens(1, 80))
+        assert device_tokens(cut) == {"w0": 16, "w1": 16}
+        suspects = {c.worker: c.suspect for c in cut.candidates}
+        assert "may hold more than was looked at" in suspects["w0"]
+        assert suspects["w1"] == ""
+
+
+@pytest.mark.asyncio
 async def test_a_gap_in_the_stream_asks_for_a_snapshot_and_halves_the_credit_until_it_came() -> None:
     worker = FakeWorker("w0")
     async with fakes(worker) as (_, router):

@@ -225,7 +225,7 @@ def test_a_fleet_may_grow_past_any_number_of_slots() -> None:
 
 def test_check_notices_a_wrong_book(index: PrefixIndex) -> None:
     index.apply("a", 1, [BlockStored(DEVICE, chain(1))])
-    index._workers.pop("a")
+    index._workers.remove("a")
     with pytest.raises(InvariantError, match="worker that is gone"):
         index.check()
 

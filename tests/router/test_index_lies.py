@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import router.runs
+import router.run
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
 from router.index import NO_OVERLAP, Overlap, PrefixIndex
+from router.runs import LEAST_BYTES
 from tests.router.test_index import Clock, chain, joined, name
 
 DEVICE, HOST, DISK, REDIS = TierName.DEVICE, TierName.HOST, TierName.DISK, TierName.REDIS
@@ -57,7 +58,7 @@ class AgainstSets(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.longest, router.runs.LONGEST_RUN = router.runs.LONGEST_RUN, self.LONGEST
+        self.longest, router.run.LONGEST_RUN = router.run.LONGEST_RUN, self.LONGEST
         self.clock = Clock()
         self.index = PrefixIndex(self.clock)
         self.holds: dict[tuple[str, TierName], set[bytes]] = {(w, t): set() for w in WORKERS for t in LOCAL}
@@ -67,7 +68,7 @@ class AgainstSets(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "longest"):
-            router.runs.LONGEST_RUN = self.longest
+            router.run.LONGEST_RUN = self.longest
 
     workers = st.sampled_from(WORKERS)
     tiers = st.sampled_from([*LOCAL, REDIS])
@@ -239,6 +240,47 @@ def test_a_question_looks_at_so_many_runs_and_answers_a_lower_bound() -> None:
     index.apply("a", 1, [BlockStored(DEVICE, c)])
     index.apply("b", 1, [BlockStored(DEVICE, (block,)) for block in c[::2]])
     assert index.match(c) == {"a": Overlap(10, 10, 10, 10), "b": Overlap(1, 1, 1, 1)}
+    assert index.lower_bounds(c) == {"a"}
+    assert index.lower_bounds(c[:10]) == frozenset()
+    index.apply("a", 1, [BlockRemoved(DEVICE, c[10:11], RemovalCause.EVICTED)])
+    assert index.match(c)["a"].device == 10
+    assert index.lower_bounds(c) == frozenset(), "it holds no more"
+
+
+def test_blocks_that_were_moved_in_front_of_a_proved_run_are_not_believed_with_it(index: PrefixIndex) -> None:
+    c = chain(1, length=7)
+    told = (c[0], name(2, 1), *c[2:])  # one is no block of the chain
+    index.apply("a", 1, [BlockStored(DEVICE, told)])
+    index.apply("b", 1, [BlockStored(DEVICE, told[:3])])
+    assert index.match(c[3:])["a"].device == 4
+    index.apply("b", 1, [BlockRemoved(DEVICE, told[:3], RemovalCause.EVICTED)])
+    assert index.runs == 1
+    assert index.match(c[:4])["a"].device == 1
+
+
+def test_removals_while_a_snapshot_is_read_take_of_the_same_memory_and_never_more() -> None:
+    index = PrefixIndex(Clock(), limit_bytes=LEAST_BYTES)
+    joined(index, "a")
+    c = chain(1, length=4)
+    index.begin_snapshot("a", 1)
+    empty = index.nbytes
+    index.apply("a", 1, [BlockRemoved(DEVICE, chain(2, length=500), RemovalCause.EVICTED)])
+    assert index.nbytes > empty + 500 * 100
+    index.snapshot("a", 1, [BlockStored(DEVICE, c[:1])])
+    index.apply("a", 1, [BlockStored(DEVICE, chain(2, length=500))])
+    for n in range(3, 23):
+        index.apply("a", 1, [BlockRemoved(DEVICE, chain(n, length=500), RemovalCause.EVICTED)])
+        assert index.nbytes <= index.limit_bytes
+        index.check()
+    index.snapshot("a", 1, [BlockStored(DEVICE, c[1:]), BlockStored(DEVICE, chain(3))])
+    index.end_snapshot("a", 1)
+    assert index.match(c)["a"].device == 1, "what a snapshot says when it cannot be checked is not believed"
+    assert index.match(chain(3))["a"].device == 0
+    index.begin_snapshot("a", 1)
+    index.snapshot("a", 1, [BlockStored(DEVICE, c)])
+    index.end_snapshot("a", 1)
+    assert index.match(c)["a"].device == 4
+    index.check()
 
 
 def test_names_of_another_length_are_refused(index: PrefixIndex) -> None:

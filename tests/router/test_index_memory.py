@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from kvstore.events import BlockRemoved, BlockStored, RemovalCause, TierName
 from router.index import Overlap, PrefixIndex
+from router.run import Run
 from router.runs import LEAST_BYTES
 from tests.router.test_index import Clock, joined
 
@@ -160,5 +162,33 @@ def test_the_process_grows_by_what_is_counted() -> None:
     done = subprocess.run([sys.executable, "-c", _FILL], capture_output=True, text=True, check=True)
     rss, counted, blocks = map(float, done.stdout.split())
     assert 0.9 < counted <= 1.0
-    assert 0.75 < rss < 1.25, "bytes of an entry differ from those in router/runs.py; measure them again"
+    assert 0.75 < rss < 1.25, "bytes of an entry differ from those in router/run_table.py; measure them again"
     assert blocks > 190_000
+
+
+def test_an_index_at_its_bound_makes_no_objects_that_a_collection_would_have_to_look_at(index: PrefixIndex) -> None:
+    rng = random.Random(8)
+    fill(index, rng, 60_000)
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()  # what is made from here on stays young
+    try:
+        fill(index, rng, 20_000)
+        young = sum(isinstance(each, Run) for each in gc.get_objects(generation=0))
+    finally:
+        if was_on:
+            gc.enable()
+    assert index.evicted_blocks > 40_000
+    assert young < 10, "each of 400 events made a run and freed another"
+
+
+def test_runs_that_live_are_settled_by_the_thousand() -> None:
+    calls: list[int] = []
+    index = PrefixIndex(Clock(), limit_bytes=64 << 20, settle=lambda: calls.append(index.runs if calls else 0))
+    joined(index, "a")
+    rng = random.Random(9)
+    assert calls == [0], "what was there before the index is"
+    for _ in range(5000):
+        index.apply("a", 1, [BlockStored(DEVICE, new_chain(rng, 1))])
+    index.snapshot("a", 1, [BlockStored(DEVICE, new_chain(rng, 1)) for _ in range(5000)])
+    assert calls == [0, 4096, 10_000]
