@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from statistics import median
 from types import MappingProxyType
 from typing import NamedTuple
@@ -111,12 +110,13 @@ def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
         return dict.fromkeys(fits, DEFAULT_FIT)
     middle = PrefillFit(*map(median, zip(*known, strict=True)))
     theirs = middle.ms(_REFERENCE_TOKENS)
-
-    def pooled(own: PrefillFit) -> PrefillFit:
-        mine = own.ms(_REFERENCE_TOKENS)
-        return middle if mine <= theirs * _SAME_MACHINE and theirs <= mine * _SAME_MACHINE else own
-
-    return {name: middle if fit is None else pooled(fit) for name, fit in fits.items()}
+    most = theirs * _SAME_MACHINE
+    return {
+        name: middle
+        if fit is None or ((mine := fit.ms(_REFERENCE_TOKENS)) <= most and theirs <= mine * _SAME_MACHINE)
+        else fit
+        for name, fit in fits.items()
+    }
 
 
 def queue_ms(
@@ -137,9 +137,49 @@ def queue_ms(
     second one like it to another worker, which computes it all again.
     """
     backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
-    backlog = max(backlog - age_ms, keep * backlog)
-    step = load.decode_step_ms if load.decoding else 0.0
-    return max(backlog, doubtful_ms) + unreported_ms + step
+    left, kept = backlog - age_ms, keep * backlog
+    if left < kept:
+        left = kept
+    if left < doubtful_ms:
+        left = doubtful_ms
+    return left + unreported_ms + (load.decode_step_ms if load.decoding else 0.0)
+
+
+class Prices:
+    """Of one prompt on any number of workers; what several of them have in common is worked out once.
+
+    A price is that of the cheapest plan: how deep to read each tier, as the worker's store would decide (load or
+    compute).
+    """
+
+    def __init__(self, prompt_tokens: int, block_size: int, *, shared_reads: bool) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._block_size = block_size
+        self._shared_reads = shared_reads
+        self._fit: PrefillFit | None = None  # of the last worker: most have the same one
+        self._cold_ms = 0.0
+        self._of_pool: dict[int, _Plan] = {}  # for that fit, by blocks in the pool
+
+    def of(self, overlap: Overlap, load: WorkerLoad, fit: PrefillFit, queue: float, peers: int = 0) -> Price:
+        """On one worker. `queue`: its `queue_ms`; `peers`: leading blocks that one other worker holds in its reach."""
+        if fit is not self._fit:
+            self._fit, self._cold_ms, self._of_pool = fit, fit.ms(self._prompt_tokens), {}
+        device, host, disk, shared = overlap
+        if (shared if self._shared_reads else disk) == device:
+            plan = self._of_pool.get(device)
+            if plan is None:
+                spans = [(TierName.DEVICE, 0, device)]
+                plan = self._of_pool[device] = _best(spans, self._prompt_tokens, self._block_size, NO_LOAD, fit)
+        else:
+            plan = self._plan(_spans(overlap, shared_reads=self._shared_reads), load, fit)
+        if peers > host and TierName.PEER in load.reads:
+            for spans in _spans_with_peer(overlap, peers, shared_reads=self._shared_reads):
+                plan = min(plan, self._plan(spans, load, fit), key=_plan_ms)
+        load_ms, compute_ms, cached, cached_tokens = plan
+        return Price(queue, load_ms, compute_ms, self._cold_ms, cached, cached_tokens)
+
+    def _plan(self, spans: Sequence[_Span], load: WorkerLoad, fit: PrefillFit) -> _Plan:
+        return _best(spans, self._prompt_tokens, self._block_size, load, fit)
 
 
 def price(
@@ -153,42 +193,27 @@ def price(
     shared_reads: bool,
     peers: int = 0,
 ) -> Price:
-    """The cheapest plan on one worker: how deep to read each tier, as its store would decide (load or compute).
-
-    `queue` is its `queue_ms`; `peers`: leading blocks that one other worker holds in reach of this one.
-    """
-    if (overlap.shared if shared_reads else overlap.disk) == overlap.device:
-        best = _pool_plan(overlap.device, prompt_tokens, block_size, fit)
-    else:
-        best = _best(_spans(overlap, shared_reads=shared_reads), prompt_tokens, block_size, load, fit)
-    if peers > overlap.host and TierName.PEER in load.reads:
-        for spans in _spans_with_peer(overlap, peers, shared_reads=shared_reads):
-            best = min(best, _best(spans, prompt_tokens, block_size, load, fit), key=_plan_ms)
-    load_ms, compute_ms, cached, cached_tokens = best
-    return Price(queue, load_ms, compute_ms, fit.ms(prompt_tokens), cached, cached_tokens)
+    """The price on one worker; see `Prices`."""
+    return Prices(prompt_tokens, block_size, shared_reads=shared_reads).of(overlap, load, fit, queue, peers)
 
 
 def _best(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit) -> _Plan:
     """The cheapest plan that reads these spans up to some depth."""
-    best, least = None, math.inf
-    load_ms, total, cached = 0.0, 0, dict[TierName, int]()
+    best, least = (0.0, 0.0, 0), math.inf
+    load_ms, total, cached = 0.0, 0, list[tuple[TierName, int]]()
     for tier, start, end in spans:
         # One token is always computed: the forward that gives the first new token needs it.
-        cached[tier] = min(end * block_size, prompt_tokens - 1) - total
-        total += cached[tier]
+        before, total = total, min(end * block_size, prompt_tokens - 1)
+        cached.append((tier, total - before))
         if tier is not TierName.DEVICE:
             read = load.reads.get(tier)
             load_ms += math.inf if read is None else read.ms(end - start)
         compute_ms = fit.ms(prompt_tokens - total, total)
-        if best is None or load_ms + compute_ms < least:
-            best, least = (load_ms, compute_ms, cached.copy(), total), load_ms + compute_ms
-    return best or (0.0, fit.ms(prompt_tokens), cached, 0)
-
-
-@lru_cache(maxsize=256)  # in one decision it is the same for most workers of a fleet
-def _pool_plan(blocks: int, prompt_tokens: int, block_size: int, fit: PrefillFit) -> _Plan:
-    """The plan that reads nothing: so many blocks lie in the pool."""
-    return _best([(TierName.DEVICE, 0, blocks)], prompt_tokens, block_size, NO_LOAD, fit)
+        if not best[2] or load_ms + compute_ms < least:
+            best, least = (load_ms, compute_ms, len(cached)), load_ms + compute_ms
+    load_ms, compute_ms, spans_read = best
+    cached = cached[:spans_read]
+    return load_ms, compute_ms, dict(cached), sum(tokens for _, tokens in cached)
 
 
 def _plan_ms(plan: _Plan) -> float:

@@ -35,6 +35,8 @@ Clock = Callable[[], float]
 DEFAULT_BYTES = 2 << 30
 _TOMBSTONES_SHARE = 16  # at most this part of the memory
 _REMEMBERED_MASKS = 4096
+_LANE = (1 << LEVELS) - 1
+_Parts = tuple[list[str], list[tuple[int, int]]]
 
 _GONE = {
     RemovalCause.EVICTED: Gone.EVICTED,
@@ -108,7 +110,7 @@ class PrefixIndex:
         self._free: list[int] = []
         self._shared_id = ""
         self._max_probes = max_probes
-        self._levels: dict[int, tuple[int, ...]] = {}  # mask of reach -> numbers of its bits
+        self._parts: dict[int, _Parts] = {}  # mask of reach -> whose it is, while the same workers count
 
     def __len__(self) -> int:
         """Blocks known, those that still wait for the sweep included."""
@@ -366,31 +368,39 @@ class PrefixIndex:
     # Answers
 
     def _overlaps(self, ends: list[tuple[int, int]]) -> dict[str, Overlap]:
-        depths: dict[int, list[int]] = {}  # of the slots that have any, by level
+        found = dict.fromkeys(self._workers, NO_OVERLAP)
+        depths: dict[int, list[int]] = {}  # by level, of the slots whose tiers end at different depths
         for bits, depth in ends:
             if not depth:
                 continue
-            for level in self._levels.get(bits) or self._levels_of(bits):
-                slot = level // LEVELS
+            whole, levels = self._parts.get(bits) or self._parts_of(bits)
+            if whole:
+                overlap = Overlap(depth, depth, depth, depth)
+                for worker in whole:
+                    found[worker] = overlap
+            for slot, level in levels:
                 if slot not in depths:
                     depths[slot] = [0] * LEVELS
-                depths[slot][level % LEVELS] = depth
-        found = dict.fromkeys(self._workers, NO_OVERLAP)
+                depths[slot][level] = depth
         for slot, (device, host, disk, shared) in depths.items():
             found[self._names[slot]] = Overlap(device, host, disk, max(disk, shared))
         return found
 
-    def _levels_of(self, bits: int) -> tuple[int, ...]:
-        """The numbers of the bits that are set, remembered."""
-        if len(self._levels) >= _REMEMBERED_MASKS:
-            self._levels.clear()
-        levels, rest = [], bits
+    def _parts_of(self, bits: int) -> _Parts:
+        """Who loses all of its levels with these bits of reach, and the other levels, by slot; remembered."""
+        if len(self._parts) >= _REMEMBERED_MASKS:
+            self._parts.clear()
+        whole, levels, rest = [], [], bits
         while rest:
-            lowest = rest & -rest
-            levels.append(lowest.bit_length() - 1)
-            rest ^= lowest
-        self._levels[bits] = tuple(levels)
-        return self._levels[bits]
+            slot = ((rest & -rest).bit_length() - 1) // LEVELS
+            lane = rest >> slot * LEVELS & _LANE
+            rest ^= lane << slot * LEVELS
+            if lane == self._counted >> slot * LEVELS & _LANE:
+                whole.append(self._names[slot])
+            else:
+                levels += [(slot, level) for level in range(LEVELS) if lane >> level & 1]
+        self._parts[bits] = (whole, levels)
+        return self._parts[bits]
 
     # Slots
 
@@ -404,6 +414,7 @@ class PrefixIndex:
 
     def _count_bits(self) -> None:
         self._counted = 0
+        self._parts.clear()
         for known in self._workers.values():
             if known.counted:
                 self._counted |= (0b1111 if known.shares else 0b0111) << (known.slot * LEVELS)
