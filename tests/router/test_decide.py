@@ -179,7 +179,7 @@ def test_prices_of_many_workers_are_those_of_each_alone(
         assert sum(alone.cached.values()) == alone.cached_tokens < tokens
 
 
-@pytest.mark.parametrize("flags", product([False, True], repeat=5))
+@pytest.mark.parametrize("flags", list(product([False, True], repeat=5)))
 def test_requests_go_to_whom_the_fleet_calls_ready(flags: tuple[bool, ...]) -> None:
     connected, synced, suspect, refused, drained = flags
     record = FleetRecord(0, "test", "cache_aware", {}, frozenset({"w"} if drained else ()))
