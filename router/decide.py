@@ -128,7 +128,7 @@ class Decider:
         runner_up, extra_ms = _runner_up(candidates, decision, predicts=policy.predicts)
         chosen = decision.chosen.worker
         own = overlaps.get(chosen, NO_OVERLAP)
-        hints = peers.hints(chosen, own.host) if any([o.host > own.host for o in overlaps.values()]) else ()
+        hints = peers.hints(chosen, own.host) if any(o.host > own.host for o in overlaps.values()) else ()
         choice = Choice(policy, weights, request, candidates, decision, own.disk, hints, runner_up, extra_ms)
         shadow = self._fleet.record.shadow
         return choice if shadow is None else replace(choice, shadow=_scored(choice, shadow), shadowed_by=shadow)
