@@ -60,7 +60,7 @@ async def submits(rounds: int, *, workers: int = 8, tokens: int = 32_768, turn: 
         for n in range(-len(sessions), rounds):
             session = sessions[n % len(sessions)]
             session.extend([rng.randrange(_VOCABULARY) for _ in range(turn)])
-            encoder.prompt = Prompt(session[:])
+            encoder.prompt = Prompt(session[:], largest_id=_VOCABULARY - 1)
             started = time.thread_time()
             await _run(router)
             if n >= 0:  # the first round is what makes them seen
