@@ -188,7 +188,7 @@ def add_decision_rows(report: Report, *, quick: bool) -> None:
     for session in world.sessions:
         memo.names(session, ROOT, BLOCK)
     asks = {"decision": lambda s: world.ask(s, HashMemo()), "decision_seen": lambda s: world.ask(s, memo)}
-    add_peer_rows(report, world.sessions, asks, 16 if quick else 64)
+    add_peer_rows(report, [session.tolist() for session in world.sessions], asks, 16 if quick else 64)
 
 
 def add_asked(report: Report, name: str, asked: Sequence[Asked], bar_us: int) -> None:

@@ -17,7 +17,7 @@ import random
 import re
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from sys import getsizeof
 from typing import NamedTuple
 
@@ -38,9 +38,6 @@ class Encoded(NamedTuple):
 
     ids: array[int]
     largest: int
-
-
-_NOTHING = Encoded(u32(()), -1)
 
 
 class SegmentMemo:
@@ -77,10 +74,21 @@ class SegmentMemo:
                 piece += token + after
         return [*pieces, (before, piece)]
 
-    def unknown(self, pieces: Iterable[_Key]) -> list[_Key]:
-        """Those that must be encoded, each once."""
-        known = self._known
-        return list(dict.fromkeys([piece for piece in pieces if piece[1] and piece not in known]))
+    def recall(self, pieces: Iterable[_Key]) -> tuple[dict[_Key, Encoded], list[_Key]]:
+        """What is remembered of these pieces, to keep, for it may be forgotten at any time; and those that must be
+        encoded. Each once, and none that is empty.
+        """
+        known, found, unknown = self._known, dict[_Key, Encoded](), dict[_Key, None]()
+        for piece in pieces:
+            if not piece[1]:
+                continue
+            encoded = known.get(piece)
+            if encoded is None:
+                unknown[piece] = None
+            else:
+                found[piece] = encoded
+                known.move_to_end(piece)
+        return found, list(unknown)
 
     def encode(self, pieces: Sequence[_Key]) -> list[Encoded]:
         """The ids of each piece, without that of the token before it. Remembers nothing."""
@@ -102,26 +110,21 @@ class SegmentMemo:
                 self._nbytes -= _nbytes(*self._known.popitem(last=False))
             self._known[piece] = found
 
-    def joined(self, pieces: Sequence[_Key], new: dict[_Key, Encoded]) -> Encoded:
-        """The ids of a whole text, from what is remembered and from what was encoded for it."""
-        ids = u32(())
-        largest, known, special = -1, self._known, self._special
+    def joined(self, pieces: Iterable[_Key], encoded: Mapping[_Key, Encoded]) -> Encoded:
+        """The ids of a whole text. `encoded` has every piece of it that is not empty."""
+        ids, largest, special = u32(()), -1, self._special
         for piece in pieces:
             before, text = piece
             if before:
-                ids.append(token := special[before])
+                token = special[before]
+                ids.append(token)
                 if token > largest:
                     largest = token
-            if not text:
-                continue
-            found = known.get(piece)
-            if found is None:
-                found = new.get(piece, _NOTHING)
-            else:
-                known.move_to_end(piece)
-            ids += found.ids
-            if found.largest > largest:
-                largest = found.largest
+            if text:
+                found = encoded[piece]
+                ids += found.ids
+                if found.largest > largest:
+                    largest = found.largest
         return Encoded(ids, largest)
 
     def _keeps_the_rules(self) -> bool:

@@ -226,17 +226,15 @@ class PromptEncoder:
         """Each text on its own. Only what is not remembered is encoded."""
         memo = self._memo
         cut = [memo.pieces(text) if memo.works else [("", text)] for text in texts]
-        unknown = memo.unknown(piece for pieces in cut for piece in pieces)
-        new: dict[tuple[str, str], Encoded] = {}
+        known, unknown = memo.recall(piece for pieces in cut for piece in pieces)
         if unknown:
             # A character may take four bytes; this is about time, not about memory.
             size = sum(len(text) for _, text in unknown)
-            found = await self._run(size, lambda: memo.encode(unknown))
-            new = dict(zip(unknown, found, strict=True))
-        joined = [memo.joined(pieces, new) for pieces in cut]
-        if memo.works:
-            memo.remember(unknown, list(new.values()))
-        return joined
+            new = await self._run(size, lambda: memo.encode(unknown))
+            known.update(zip(unknown, new, strict=True))
+            if memo.works:
+                memo.remember(unknown, new)
+        return [memo.joined(pieces, known) for pieces in cut]
 
     async def _run(self, size: int, work: Callable[[], T], *, inline_bytes: int = INLINE_BYTES) -> T:
         """Short work here and now, long work in a thread."""

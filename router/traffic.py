@@ -135,6 +135,8 @@ class Traffic:
         self._sharing.remove(_FLEET, flight.names, flight.shared)
         after = self._active.remove(flight.worker, flight.names, len(flight.names))
         self._active_blocks[flight.worker] -= self._rest(flight.hashes, after)
+        if flight.worker not in self._work:  # it is gone, and this was one of its last
+            self.forget(flight.worker)
 
     def recent_work_ms(self, worker: str, *, joined_at: float = -math.inf) -> float:
         """Work given to the worker, with the memory of `MEMORY_S`.

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from kvstore.token_ids import u32
 from router.segment_memo import Encoded, SegmentMemo
 from router.sent_ids import SentIdsMemo
-from router.tokenizer import PromptEncoder
+from router.tokenizer import INLINE_BYTES, PromptEncoder
 from tests.router.small_tokenizers import SPECIAL, tokenizer_json, write_model_folder
 from warmkv.v1 import inference_pb2
 
@@ -33,9 +33,9 @@ def made(kind: str, *added: AddedToken) -> Tokenizer:
 
 def ids(memo: SegmentMemo, text: str) -> list[int]:
     pieces = memo.pieces(text)
-    unknown = memo.unknown(pieces)
+    known, unknown = memo.recall(pieces)
     encoded = memo.encode(unknown)
-    joined = memo.joined(pieces, dict(zip(unknown, encoded, strict=True)))
+    joined = memo.joined(pieces, known | dict(zip(unknown, encoded, strict=True)))
     memo.remember(unknown, encoded)
     assert joined.largest == max(joined.ids, default=-1)
     return joined.ids.tolist()
@@ -158,3 +158,22 @@ def test_a_text_of_wide_characters_is_counted_by_its_bytes() -> None:
     text = "\U0001f642" * 2000
     assert ids(memo, "<s>" + text)
     assert memo.nbytes >= 4 * len(text)
+
+
+def test_what_is_forgotten_while_a_thread_encodes_is_not_missing_from_the_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others' prompts may push out pieces between the question what is known and the joining."""
+    encoder = PromptEncoder.load(write_model_folder(tmp_path))
+    memo = encoder._memo
+    asyncio.run(encoder.encode(inference_pb2.Input(text="<s>first piece")))
+    whole = "<s>first piece</s>" + "second piece " * (INLINE_BYTES // 10)
+    encode = SegmentMemo.encode
+
+    def forgetting(self: SegmentMemo, pieces: list[tuple[str, str]]) -> object:
+        memo._known.clear()
+        return encode(self, pieces)
+
+    monkeypatch.setattr(SegmentMemo, "encode", forgetting)
+    prompt = asyncio.run(encoder.encode(inference_pb2.Input(text=whole)))
+    assert list(prompt.token_ids) == encoder._tokenizer.encode(whole).ids

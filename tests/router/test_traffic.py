@@ -250,3 +250,12 @@ def test_work_sent_shortly_before_a_report_is_doubtful(traffic: Traffic, clock: 
     assert traffic.unreported("w", reported_at)[:2] == (8.0, 2)
     assert traffic.unreported("w", reported_at).doubtful_ms == 5.0
     assert traffic.unreported("w", reported_at + 1.0).doubtful_ms == 0.0
+
+
+def test_a_worker_that_is_gone_leaves_nothing_when_its_last_request_ends(traffic: Traffic, clock: Clock) -> None:
+    for number in range(20):
+        traffic.sent(number, f"pod-{number}", chain(1, 2), work_ms=1, cached_blocks=0)
+        traffic.forget(f"pod-{number}")
+        traffic.ended(number)
+    books = (traffic._work, traffic._in_flight, traffic._active_blocks, traffic._prefilling, traffic._unreported)
+    assert [len(book) for book in books] == [0] * 5
