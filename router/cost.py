@@ -6,7 +6,6 @@ terms weigh (`policy`) or what was sent where (`traffic`). Pure functions over m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 from types import MappingProxyType
@@ -96,7 +95,7 @@ class Price(NamedTuple):
         return self.queue_ms + self.load_ms + self.compute_ms
 
 
-_Span = tuple[TierName, int, int]  # tier, first block, end block
+_End = tuple[TierName, int]  # how many leading blocks a tier has, with those before it
 _Plan = tuple[float, float, dict[TierName, int], int]  # milliseconds to load and to compute, tokens by tier, their sum
 
 
@@ -165,21 +164,40 @@ class Prices:
         if fit is not self._fit:
             self._fit, self._cold_ms, self._of_pool = fit, fit.ms(self._prompt_tokens), {}
         device, host, disk, shared = overlap
-        if (shared if self._shared_reads else disk) == device:
+        deepest = shared if self._shared_reads else disk
+        if deepest == device:
             plan = self._of_pool.get(device)
             if plan is None:
-                spans = [(TierName.DEVICE, 0, device)]
-                plan = self._of_pool[device] = _best(spans, self._prompt_tokens, self._block_size, NO_LOAD, fit)
+                plan = self._of_pool[device] = self._plan(device, (), load, fit)
         else:
-            plan = self._plan(_spans(overlap, shared_reads=self._shared_reads), load, fit)
+            own = (TierName.HOST, host), (TierName.DISK, disk), (TierName.REDIS, deepest)
+            plan = self._plan(device, own, load, fit)
         if peers > host and TierName.PEER in load.reads:
-            for spans in _spans_with_peer(overlap, peers, shared_reads=self._shared_reads):
-                plan = min(plan, self._plan(spans, load, fit), key=_plan_ms)
+            for ends in _ends_with_peer(overlap, deepest, peers):
+                plan = min(plan, self._plan(device, ends, load, fit), key=_plan_ms)
         load_ms, compute_ms, cached, cached_tokens = plan
         return Price(queue, load_ms, compute_ms, self._cold_ms, cached, cached_tokens)
 
-    def _plan(self, spans: Sequence[_Span], load: WorkerLoad, fit: PrefillFit) -> _Plan:
-        return _best(spans, self._prompt_tokens, self._block_size, load, fit)
+    def _plan(self, pool: int, ends: Sequence[_End], load: WorkerLoad, fit: PrefillFit) -> _Plan:
+        """The cheapest plan that takes `pool` blocks as they are and reads these tiers up to some depth, in order."""
+        size, most = self._block_size, self._prompt_tokens - 1  # the forward that gives the first token needs one
+        total, load_ms, at = min(pool * size, most), 0.0, pool
+        cached = {TierName.DEVICE: total}
+        compute_ms = fit.ms(self._prompt_tokens - total, total)
+        best, reads, found = (load_ms, compute_ms, cached, total), load.reads, cached
+        for tier, end in ends:
+            if end <= at:
+                continue
+            read = reads.get(tier)
+            if read is None:
+                break  # what lies behind it cannot be had without it
+            before, total = total, min(end * size, most)
+            load_ms, at = load_ms + read.ms(end - at), end
+            found = {**found, tier: total - before}
+            compute_ms = fit.ms(self._prompt_tokens - total, total)
+            if load_ms + compute_ms < best[0] + best[1]:
+                best = (load_ms, compute_ms, found, total)
+        return best
 
 
 def price(
@@ -197,51 +215,15 @@ def price(
     return Prices(prompt_tokens, block_size, shared_reads=shared_reads).of(overlap, load, fit, queue, peers)
 
 
-def _best(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit) -> _Plan:
-    """The cheapest plan that reads these spans up to some depth."""
-    best, least = (0.0, 0.0, 0), math.inf
-    load_ms, total, cached = 0.0, 0, list[tuple[TierName, int]]()
-    for tier, start, end in spans:
-        # One token is always computed: the forward that gives the first new token needs it.
-        before, total = total, min(end * block_size, prompt_tokens - 1)
-        cached.append((tier, total - before))
-        if tier is not TierName.DEVICE:
-            read = load.reads.get(tier)
-            load_ms += math.inf if read is None else read.ms(end - start)
-        compute_ms = fit.ms(prompt_tokens - total, total)
-        if not best[2] or load_ms + compute_ms < least:
-            best, least = (load_ms, compute_ms, len(cached)), load_ms + compute_ms
-    load_ms, compute_ms, spans_read = best
-    cached = cached[:spans_read]
-    return load_ms, compute_ms, dict(cached), sum(tokens for _, tokens in cached)
-
-
 def _plan_ms(plan: _Plan) -> float:
     return plan[0] + plan[1]
 
 
-def _spans(overlap: Overlap, *, shared_reads: bool) -> list[_Span]:
-    """The part that each tier adds, fastest first; the pool always stands first."""
-    deepest = overlap.shared if shared_reads else overlap.disk
-    host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
-    return _in_order(overlap.device, (host, disk, redis))
-
-
-def _spans_with_peer(overlap: Overlap, peers: int, *, shared_reads: bool) -> list[list[_Span]]:
-    """The same with a peer before and behind the disk: which one is faster depends on both machines."""
-    deepest = overlap.shared if shared_reads else overlap.disk
+def _ends_with_peer(overlap: Overlap, deepest: int, peers: int) -> list[tuple[_End, ...]]:
+    """The tiers with a peer before and behind the disk: which one is faster depends on both machines."""
     host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
     peer = (TierName.PEER, peers)
     orders = [(host, peer, disk, redis)]
     if peers > overlap.disk > overlap.host:
         orders.append((host, disk, peer, redis))
-    return [_in_order(overlap.device, order) for order in orders]
-
-
-def _in_order(pool: int, ends: Sequence[tuple[TierName, int]]) -> list[_Span]:
-    spans, at = [(TierName.DEVICE, 0, pool)], pool
-    for tier, end in ends:
-        if end > at:
-            spans.append((tier, at, end))
-            at = end
-    return spans
+    return orders
