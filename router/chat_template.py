@@ -240,9 +240,10 @@ class _Marks:
         ]
 
     def outside(self, marked: str, messages: Sequence[Message], answers: Sequence[int]) -> Sequence[str]:
-        """The texts before, between and after the answers; empty unless all came out whole, once and in order.
+        """The texts before, between and after the answers; empty unless all came out whole and in order.
 
-        Contents are compared where they lie: to cut them out first takes three times as long.
+        Contents are compared where they lie: to cut them out first takes three times as long. What stands in the texts
+        besides, marks of a content that came out twice say, does not fit the plain run.
         """
         texts, at = [], 0
         for i in answers:
@@ -253,8 +254,7 @@ class _Marks:
                 return ()
             texts.append(before)
             at = start + len(content) + len(close)
-        texts.append(marked[at:])
-        return texts if not any(f"{_MARK}{self.salt}." in text for text in texts) else ()
+        return [*texts, marked[at:]]
 
     def whole_in(self, parts: Sequence[str], messages: Sequence[Message]) -> list[int]:
         """Which messages came out once, in order, between their marks and unchanged. `parts`: as `split` gives them."""
