@@ -16,13 +16,14 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import cast
+from typing import NamedTuple, cast
 
 from bench.report import Report, ratios
 from bench.router_peer import add_peer_rows
 from bench.router_submit import submits
 from kvstore.blocks import BlockHash, block_hashes, short
 from kvstore.events import BlockStored, TierName
+from kvstore.token_ids import packed, u32
 from router.beliefs import Beliefs
 from router.decide import Decider, Question
 from router.discovery import StaticDiscovery
@@ -48,6 +49,13 @@ IN_FLIGHT = 64
 SYSTEM = 512  # tokens that all prompts begin with
 BACKGROUND_BLOCKS = 8_192  # of each worker, besides the sessions
 TIERS = (TierName.DEVICE, TierName.HOST, TierName.DISK)
+
+
+class Asked(NamedTuple):
+    """Microseconds of a decision, and of the bare chain over the tokens in it that were new, measured beside it."""
+
+    whole: float
+    sha: float
 
 
 class World:
@@ -82,9 +90,9 @@ class World:
             names = _names(session[: self._rng.randint(SYSTEM, tokens)])
             self.send(names, cached_blocks=len(names) // 2, prefilling=number % 4 == 0)
 
-    def tokens(self, number: int) -> list[int]:
-        """Random ones."""
-        return [self._rng.randrange(128_000) for _ in range(number)]
+    def tokens(self, number: int) -> array[int]:
+        """Random ones, as the router's encoder gives them."""
+        return u32([self._rng.randrange(128_000) for _ in range(number)])
 
     def send(self, names: list[bytes], *, cached_blocks: int, prefilling: bool) -> int:
         """One more request in flight; its key."""
@@ -94,10 +102,11 @@ class World:
             self.traffic.first_token(key)
         return key
 
-    def asked(self, session: Sequence[int], memo: HashMemo) -> float:
-        """Microseconds to hash, match and choose after a worker has reported."""
+    def asked(self, session: Sequence[int], memo: HashMemo, *, new: int | None = None) -> Asked:
+        """Hash, match and choose after a worker has reported. `new`: tokens at the end that nobody has seen; or all."""
         self._rng.choice(self.links).report = self._report()
-        return seconds(lambda: self.ask(session, memo)) * 1e6
+        whole = seconds(lambda: self.ask(session, memo)) * 1e6
+        return Asked(whole, seconds(lambda: bare_chain(session[-(new or 0) :])) * 1e6)
 
     def ask(self, session: Sequence[int], memo: HashMemo) -> None:
         """Hash, match, choose."""
@@ -130,7 +139,7 @@ class World:
         pieces = [BlockStored(tier, tuple(names[at : at + 64]), names[at - 1] if at else None) for at in starts]
         self.index.apply(worker, 1, pieces)
 
-    def _place(self, session: list[int]) -> None:
+    def _place(self, session: Sequence[int]) -> None:
         """Its beginning everywhere, ever more of it on some workers, all of it on one."""
         names = _names(session)
         for link in self.links:
@@ -166,27 +175,33 @@ def add_decision_rows(report: Report, *, quick: bool) -> None:
     """
     for workers, suffix, factor in ((8, "", 1), (64, "_64_workers", 2)):
         world = World(workers, SHORT)
-        report.add(f"decision_2k{suffix}_us", decisions(world, 60 if quick else 400), "us", bar=f"<= {120 * factor}")
+        add_asked(report, f"decision_2k{suffix}", decisions(world, 60 if quick else 400), 120 * factor)
     world = World(8, LONG)
-    report.add("decision_32k_us", decisions(world, 16 if quick else 60), "us", bar="<= 1500")
-    report.add("decision_32k_seen_us", decisions_of_seen(world, 24 if quick else 100), "us", bar="<= 350")
+    add_asked(report, "decision_32k", decisions(world, 16 if quick else 60), 1500)
+    add_asked(report, "decision_32k_seen", decisions_of_seen(world, 24 if quick else 100), 350)
     report.add("traffic_2048_us", in_and_out(world, 40 if quick else 200), "us", bar="<= 100")
     world = World(64, LONG, sessions=8)
-    report.add("decision_32k_64_workers_us", decisions(world, 8 if quick else 40), "us", bar="<= 3000")
+    add_asked(report, "decision_32k_64_workers", decisions(world, 8 if quick else 40), 3000)
     add_hash_rows(report, 12 if quick else 60)
     report.add("submit_32k_seen_us", asyncio.run(submits(24 if quick else 100)), "us")
     world, memo = World(8, LONG, sessions=8), HashMemo()
     for session in world.sessions:
         memo.names(session, ROOT, BLOCK)
     asks = {"decision": lambda s: world.ask(s, HashMemo()), "decision_seen": lambda s: world.ask(s, memo)}
-    add_peer_rows(report, world.sessions, asks, 16 if quick else 64)
+    add_peer_rows(report, [session.tolist() for session in world.sessions], asks, 16 if quick else 64)
+
+
+def add_asked(report: Report, name: str, asked: Sequence[Asked], bar_us: int) -> None:
+    """A decision, and what is left of it without the bare chain: the part that machines have in common."""
+    report.add(f"{name}_us", [each.whole for each in asked], "us", bar=f"<= {bar_us}")
+    report.add(f"{name}_without_hash_us", [each.whole - each.sha for each in asked], "us")
 
 
 def add_hash_rows(report: Report, rounds: int) -> None:
     """Names of a prompt nobody has seen, beside the bare chain over the same tokens, and of one that has grown.
 
-    Tokens come as a list, as tokenizers give them; to pack it is most of what a seen prompt costs, so that it is also
-    shown without.
+    Tokens come as a list here, as tokenizers give them; to pack it is most of what a seen prompt costs, so that it is
+    also shown as the router's encoder hands them on: packed.
     """
     rng, memo = random.Random(1), HashMemo()
     samples: dict[str, list[float]] = {name: [] for name in ("bare", "cold", "seen", "packed")}
@@ -202,7 +217,7 @@ def add_hash_rows(report: Report, rounds: int) -> None:
         take("bare", bare_chain, tokens)
         take("cold", names, tokens)
         take("seen", names, tokens + tokens[:TURN])
-        take("packed", names, array("I", tokens + tokens[: 2 * TURN]))
+        take("packed", names, u32(tokens + tokens[: 2 * TURN]))
     cold = samples["cold"]
     report.add("hash_32k_ms", [s * 1e3 for s in cold], "ms", bar="<= 0.9")
     report.add("hash_32k_raw_ms", [s * 1e3 for s in samples["bare"]], "ms")
@@ -214,19 +229,19 @@ def add_hash_rows(report: Report, rounds: int) -> None:
 
 def bare_chain(tokens: Sequence[int]) -> list[bytes]:
     """What hashing takes at least: packing, two compressions a block, and cutting the names."""
-    data, name, names, sha256 = array("I", tokens).tobytes(), bytes(ROOT), [], hashlib.sha256
+    data, name, names, sha256 = packed(tokens), bytes(ROOT), [], hashlib.sha256
     for at in range(0, len(data), 4 * BLOCK):
         name = sha256(name + data[at : at + 4 * BLOCK]).digest()
         names.append(name[:16])
     return names
 
 
-def decisions(world: World, rounds: int) -> list[float]:
-    """Microseconds to hash, match and choose, of prompts that no memo has seen."""
+def decisions(world: World, rounds: int) -> list[Asked]:
+    """To hash, match and choose, of prompts that no memo has seen."""
     return [world.asked(world.sessions[n % len(world.sessions)], HashMemo()) for n in range(rounds)]
 
 
-def decisions_of_seen(world: World, rounds: int) -> list[float]:
+def decisions_of_seen(world: World, rounds: int) -> list[Asked]:
     """The same of sessions that grow by a turn at a time."""
     memo = HashMemo()
     for session in world.sessions:
@@ -235,7 +250,7 @@ def decisions_of_seen(world: World, rounds: int) -> list[float]:
     for n in range(rounds):
         session = world.sessions[n % len(world.sessions)]
         session.extend(world.tokens(TURN))
-        samples.append(world.asked(session, memo))
+        samples.append(world.asked(session, memo, new=TURN))
     return samples
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from bench.ready_ids import ReadyIds
 from kvstore.layout import KVLayout
+from kvstore.token_ids import u32
 from router.config import RouterConfig
 from router.core import Router
 from router.discovery import StaticDiscovery
@@ -54,12 +55,12 @@ async def submits(rounds: int, *, workers: int = 8, tokens: int = 32_768, turn: 
             while sum(map(router.fleet.takes_requests, router.fleet.links())) < workers:
                 await router.fleet.wait_for_change(1.0)
         submitted = _intercepted(router.fleet.links())
-        sessions = [[rng.randrange(_VOCABULARY) for _ in range(tokens)] for _ in range(8)]
+        sessions = [u32([rng.randrange(_VOCABULARY) for _ in range(tokens)]) for _ in range(8)]
         samples = []
         for n in range(-len(sessions), rounds):
             session = sessions[n % len(sessions)]
-            session += [rng.randrange(_VOCABULARY) for _ in range(turn)]
-            encoder.prompt = Prompt(list(session))
+            session.extend([rng.randrange(_VOCABULARY) for _ in range(turn)])
+            encoder.prompt = Prompt(session[:], largest_id=_VOCABULARY - 1)
             started = time.thread_time()
             await _run(router)
             if n >= 0:  # the first round is what makes them seen
@@ -80,7 +81,7 @@ def _intercepted(links: list[WorkerLink]) -> list[float]:
         ) -> Flight:
             submitted.append(time.thread_time())
             flight = Flight(link.name, job, on_tokens=on_tokens, on_end=on_end)
-            fates = common_pb2.TokensByFate(computed=len(job.token_ids))
+            fates = common_pb2.TokensByFate(computed=len(job.packed_token_ids) // 4)
             flight.deliver(
                 worker_pb2.SequenceOutput(
                     token_ids=[1], completion_tokens=1, finish_reason=common_pb2.FINISH_REASON_LENGTH, fates=fates

@@ -306,7 +306,7 @@ class Router:
         check_cache(body.cache, wall=self._wall_clock())
         prepared = await self._preparer.prepare(body.input, work.caller, body.cache, deadline=work.context.deadline)
         work.prompt_tokens = prepared.question.prompt_tokens
-        self._audit.seen.add(prepared.names)
+        self._audit.seen.add(prepared.chain.joined)
         return prepared
 
     def _job(self, body: inference_pb2.GenerateRequest, work: Request, prepared: PreparedPrompt) -> worker_pb2.Job:

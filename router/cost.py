@@ -6,9 +6,7 @@ terms weigh (`policy`) or what was sent where (`traffic`). Pure functions over m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from statistics import median
 from types import MappingProxyType
 from typing import NamedTuple
@@ -97,7 +95,7 @@ class Price(NamedTuple):
         return self.queue_ms + self.load_ms + self.compute_ms
 
 
-_Span = tuple[TierName, int, int]  # tier, first block, end block
+_End = tuple[TierName, int]  # how many leading blocks a tier has, with those before it
 _Plan = tuple[float, float, dict[TierName, int], int]  # milliseconds to load and to compute, tokens by tier, their sum
 
 
@@ -111,12 +109,13 @@ def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
         return dict.fromkeys(fits, DEFAULT_FIT)
     middle = PrefillFit(*map(median, zip(*known, strict=True)))
     theirs = middle.ms(_REFERENCE_TOKENS)
-
-    def pooled(own: PrefillFit) -> PrefillFit:
-        mine = own.ms(_REFERENCE_TOKENS)
-        return middle if mine <= theirs * _SAME_MACHINE and theirs <= mine * _SAME_MACHINE else own
-
-    return {name: middle if fit is None else pooled(fit) for name, fit in fits.items()}
+    most = theirs * _SAME_MACHINE
+    return {
+        name: middle
+        if fit is None or ((mine := fit.ms(_REFERENCE_TOKENS)) <= most and theirs <= mine * _SAME_MACHINE)
+        else fit
+        for name, fit in fits.items()
+    }
 
 
 def queue_ms(
@@ -137,9 +136,68 @@ def queue_ms(
     second one like it to another worker, which computes it all again.
     """
     backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
-    backlog = max(backlog - age_ms, keep * backlog)
-    step = load.decode_step_ms if load.decoding else 0.0
-    return max(backlog, doubtful_ms) + unreported_ms + step
+    left, kept = backlog - age_ms, keep * backlog
+    if left < kept:
+        left = kept
+    if left < doubtful_ms:
+        left = doubtful_ms
+    return left + unreported_ms + (load.decode_step_ms if load.decoding else 0.0)
+
+
+class Prices:
+    """Of one prompt on any number of workers; what several of them have in common is worked out once.
+
+    A price is that of the cheapest plan: how deep to read each tier, as the worker's store would decide (load or
+    compute).
+    """
+
+    def __init__(self, prompt_tokens: int, block_size: int, *, shared_reads: bool) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._block_size = block_size
+        self._shared_reads = shared_reads
+        self._fit: PrefillFit | None = None  # of the last worker: most have the same one
+        self._cold_ms = 0.0
+        self._of_pool: dict[int, _Plan] = {}  # for that fit, by blocks in the pool
+
+    def of(self, overlap: Overlap, load: WorkerLoad, fit: PrefillFit, queue: float, peers: int = 0) -> Price:
+        """On one worker. `queue`: its `queue_ms`; `peers`: leading blocks that one other worker holds in its reach."""
+        if fit is not self._fit:
+            self._fit, self._cold_ms, self._of_pool = fit, fit.ms(self._prompt_tokens), {}
+        device, host, disk, shared = overlap
+        deepest = shared if self._shared_reads else disk
+        if deepest == device:
+            plan = self._of_pool.get(device)
+            if plan is None:
+                plan = self._of_pool[device] = self._plan(device, (), load, fit)
+        else:
+            own = (TierName.HOST, host), (TierName.DISK, disk), (TierName.REDIS, deepest)
+            plan = self._plan(device, own, load, fit)
+        if peers > host and TierName.PEER in load.reads:
+            for ends in _ends_with_peer(overlap, deepest, peers):
+                plan = min(plan, self._plan(device, ends, load, fit), key=_plan_ms)
+        load_ms, compute_ms, cached, cached_tokens = plan
+        return Price(queue, load_ms, compute_ms, self._cold_ms, cached, cached_tokens)
+
+    def _plan(self, pool: int, ends: Sequence[_End], load: WorkerLoad, fit: PrefillFit) -> _Plan:
+        """The cheapest plan that takes `pool` blocks as they are and reads these tiers up to some depth, in order."""
+        size, most = self._block_size, self._prompt_tokens - 1  # the forward that gives the first token needs one
+        total, load_ms, at = min(pool * size, most), 0.0, pool
+        cached = {TierName.DEVICE: total}
+        compute_ms = fit.ms(self._prompt_tokens - total, total)
+        best, reads, found = (load_ms, compute_ms, cached, total), load.reads, cached
+        for tier, end in ends:
+            if end <= at:
+                continue
+            read = reads.get(tier)
+            if read is None:
+                break  # what lies behind it cannot be had without it
+            before, total = total, min(end * size, most)
+            load_ms, at = load_ms + read.ms(end - at), end
+            found = {**found, tier: total - before}
+            compute_ms = fit.ms(self._prompt_tokens - total, total)
+            if load_ms + compute_ms < best[0] + best[1]:
+                best = (load_ms, compute_ms, found, total)
+        return best
 
 
 def price(
@@ -153,70 +211,19 @@ def price(
     shared_reads: bool,
     peers: int = 0,
 ) -> Price:
-    """The cheapest plan on one worker: how deep to read each tier, as its store would decide (load or compute).
-
-    `queue` is its `queue_ms`; `peers`: leading blocks that one other worker holds in reach of this one.
-    """
-    if (overlap.shared if shared_reads else overlap.disk) == overlap.device:
-        best = _pool_plan(overlap.device, prompt_tokens, block_size, fit)
-    else:
-        best = _best(_spans(overlap, shared_reads=shared_reads), prompt_tokens, block_size, load, fit)
-    if peers > overlap.host and TierName.PEER in load.reads:
-        for spans in _spans_with_peer(overlap, peers, shared_reads=shared_reads):
-            best = min(best, _best(spans, prompt_tokens, block_size, load, fit), key=_plan_ms)
-    load_ms, compute_ms, cached, cached_tokens = best
-    return Price(queue, load_ms, compute_ms, fit.ms(prompt_tokens), cached, cached_tokens)
-
-
-def _best(spans: Sequence[_Span], prompt_tokens: int, block_size: int, load: WorkerLoad, fit: PrefillFit) -> _Plan:
-    """The cheapest plan that reads these spans up to some depth."""
-    best, least = None, math.inf
-    load_ms, total, cached = 0.0, 0, dict[TierName, int]()
-    for tier, start, end in spans:
-        # One token is always computed: the forward that gives the first new token needs it.
-        cached[tier] = min(end * block_size, prompt_tokens - 1) - total
-        total += cached[tier]
-        if tier is not TierName.DEVICE:
-            read = load.reads.get(tier)
-            load_ms += math.inf if read is None else read.ms(end - start)
-        compute_ms = fit.ms(prompt_tokens - total, total)
-        if best is None or load_ms + compute_ms < least:
-            best, least = (load_ms, compute_ms, cached.copy(), total), load_ms + compute_ms
-    return best or (0.0, fit.ms(prompt_tokens), cached, 0)
-
-
-@lru_cache(maxsize=256)  # in one decision it is the same for most workers of a fleet
-def _pool_plan(blocks: int, prompt_tokens: int, block_size: int, fit: PrefillFit) -> _Plan:
-    """The plan that reads nothing: so many blocks lie in the pool."""
-    return _best([(TierName.DEVICE, 0, blocks)], prompt_tokens, block_size, NO_LOAD, fit)
+    """The price on one worker; see `Prices`."""
+    return Prices(prompt_tokens, block_size, shared_reads=shared_reads).of(overlap, load, fit, queue, peers)
 
 
 def _plan_ms(plan: _Plan) -> float:
     return plan[0] + plan[1]
 
 
-def _spans(overlap: Overlap, *, shared_reads: bool) -> list[_Span]:
-    """The part that each tier adds, fastest first; the pool always stands first."""
-    deepest = overlap.shared if shared_reads else overlap.disk
-    host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
-    return _in_order(overlap.device, (host, disk, redis))
-
-
-def _spans_with_peer(overlap: Overlap, peers: int, *, shared_reads: bool) -> list[list[_Span]]:
-    """The same with a peer before and behind the disk: which one is faster depends on both machines."""
-    deepest = overlap.shared if shared_reads else overlap.disk
+def _ends_with_peer(overlap: Overlap, deepest: int, peers: int) -> list[tuple[_End, ...]]:
+    """The tiers with a peer before and behind the disk: which one is faster depends on both machines."""
     host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
     peer = (TierName.PEER, peers)
-    orders = [(host, peer, disk, redis)]
+    orders: list[tuple[_End, ...]] = [(host, peer, disk, redis)]
     if peers > overlap.disk > overlap.host:
         orders.append((host, disk, peer, redis))
-    return [_in_order(overlap.device, order) for order in orders]
-
-
-def _in_order(pool: int, ends: Sequence[tuple[TierName, int]]) -> list[_Span]:
-    spans, at = [(TierName.DEVICE, 0, pool)], pool
-    for tier, end in ends:
-        if end > at:
-            spans.append((tier, at, end))
-            at = end
-    return spans
+    return orders

@@ -6,6 +6,7 @@ how any of these works. A question changes nothing, so `explain` and `generate` 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Protocol
 
 from kvstore.events import TierName
 from router.chain_tree import Runs
-from router.cost import NO_LOAD, PrefillFit, Price, pool_fits, price, queue_ms
+from router.cost import NO_LOAD, PrefillFit, Price, Prices, WorkerLoad, pool_fits, queue_ms
 from router.fleet import Fleet
 from router.fleet_record import FleetRecord
 from router.index import NO_OVERLAP, Overlap
@@ -110,11 +111,12 @@ class Decider:
         self._clock = clock
         self._turn = 0
         self._checked: tuple[FleetRecord | None, Policy, dict[str, float]] = (None, find_policy("cache_aware"), {})
-        self._fits: tuple[dict[str, PrefillFit | None], dict[str, PrefillFit]] = ({}, {})
+        self._fits: tuple[list[str], list[PrefillFit | None], list[PrefillFit]] = ([], [], [])
 
     def decide(self, question: Question) -> Choice | None:
         """What the policy in force chooses now; None when no worker is eligible. Changes nothing."""
-        able = [link for link in self._fleet.links() if self._able(link, question)]
+        takes, avoid = self._fleet.takes_requests, question.avoid
+        able = [link for link in self._fleet.links() if takes(link) and link.name not in avoid]
         if not able:
             return None
         policy, weights = self._rule()
@@ -126,8 +128,7 @@ class Decider:
         runner_up, extra_ms = _runner_up(candidates, decision, predicts=policy.predicts)
         chosen = decision.chosen.worker
         own = overlaps.get(chosen, NO_OVERLAP)
-        deepest = max((overlap.host for overlap in overlaps.values()), default=0)
-        hints = peers.hints(chosen, own.host) if deepest > own.host else ()
+        hints = peers.hints(chosen, own.host) if any(o.host > own.host for o in overlaps.values()) else ()
         choice = Choice(policy, weights, request, candidates, decision, own.disk, hints, runner_up, extra_ms)
         shadow = self._fleet.record.shadow
         return choice if shadow is None else replace(choice, shadow=_scored(choice, shadow), shadowed_by=shadow)
@@ -141,9 +142,10 @@ class Decider:
         return Holders(lambda: self._holders(overlaps)) if overlaps else Holders()
 
     def _holders(self, overlaps: Mapping[str, Overlap]) -> Iterable[Holder]:
-        depths = {name: overlap.host for name, overlap in overlaps.items() if overlap.host}
-        holding = [link for link in self._fleet.links() if link.name in depths]
-        holding.sort(key=lambda link: -depths[link.name])
+        depths = [
+            (-overlaps[link.name].host, n, link) for n, link in enumerate(self._fleet.links()) if link.name in overlaps
+        ]
+        holding = [link for depth, _, link in sorted(depths) if depth]
         # What one that has yet to confirm a clear holds must not come back by others.
         clean = (link for link in holding if self._fleet.is_alive(link) and not link.owes_clear)
         return holders(clean, overlaps)
@@ -152,40 +154,36 @@ class Decider:
         self, question: Question, links: Sequence[WorkerLink], overlaps: Mapping[str, Overlap], peers: Holders
     ) -> list[Candidate]:
         """What is known of each of these workers with regard to the question, in their order."""
-        now, traffic = self._clock(), self._traffic
         # Whatever is one question for all workers is asked once, and not of each.
+        now, traffic = self._clock(), self._traffic
         arriving = {} if question.no_read else traffic.arriving(question.hashes)
         shares = _Shares(question, [] if question.no_read else traffic.sharers(question.hashes))
-        reports = {link.name: link.report for link in links}
-        joined = {link.name: link.joined_at for link in links}
-        fits = self._pooled({name: report.load.fit if report else None for name, report in reports.items()})
-        shared_reads = self._fleet.record.shared_tier_reads
-        charged: dict[int, float] = {}  # shares by cached tokens, of which most workers have equally many
+        loads = [link.report.load if link.report else NO_LOAD for link in links]
+        fits = self._pooled(links, loads)
+        works = traffic.recent_works_ms([(link.name, link.joined_at) for link in links])
+        prices = Prices(question.prompt_tokens, question.block_size, shared_reads=self._fleet.record.shared_tier_reads)
         candidates = []
-        for name, report in reports.items():
-            load, at = (report.load, report.at) if report else (NO_LOAD, 0.0)
-            fit, held, coming = fits[name], overlaps.get(name, NO_OVERLAP), arriving.get(name, 0)
-            if load.pool_blocks:
-                coming = min(coming, load.pool_blocks)  # of a longer prompt the rest cannot stay
-            unreported_ms, unreported = traffic.unreported(name, at)
-            doubtful_ms = traffic.doubtful_ms(name, at) if unreported and report else 0.0
-            age_ms = (now - at) * 1000.0 if report else 0.0
-            priced = price(
-                _at_least(held, coming) if coming else held,
-                question.prompt_tokens,
-                question.block_size,
+        for link, load, fit, work_ms in zip(links, loads, fits, works, strict=True):
+            name, at = link.name, link.report.at if link.report else -math.inf
+            held, coming = overlaps.get(name, NO_OVERLAP), arriving.get(name, 0)
+            if load.pool_blocks and coming > load.pool_blocks:
+                coming = load.pool_blocks  # of a longer prompt the rest cannot stay
+            sent_ms, sent, doubtful_ms = traffic.unreported(name, at)
+            queue = queue_ms(
                 load,
                 fit,
-                queue=queue_ms(
-                    load, fit, age_ms=age_ms, unreported_ms=unreported_ms - doubtful_ms, doubtful_ms=doubtful_ms
-                ),
-                shared_reads=shared_reads,
-                peers=peers.depth(name) if TierName.PEER in load.reads else 0,
+                age_ms=(now - at) * 1000.0 if link.report else 0.0,
+                unreported_ms=sent_ms - doubtful_ms,
+                doubtful_ms=doubtful_ms,
             )
-            active = load.running + load.waiting + unreported
-            if priced.cached_tokens not in charged:
-                charged[priced.cached_tokens] = shares.of(priced.cached_tokens)
-            share, work_ms = charged[priced.cached_tokens], traffic.recent_work_ms(name, joined_at=joined[name])
+            priced = prices.of(
+                _at_least(held, coming) if coming else held,
+                load,
+                fit,
+                queue,
+                peers.depth(name) if TierName.PEER in load.reads else 0,
+            )
+            share, active = shares.of(priced.cached_tokens), load.running + load.waiting + sent
             candidates.append(Candidate(name, priced, share, active, work_ms, held, coming, decoding=load.decoding))
         return self._with_blocks(question, links, candidates) if self._counts_blocks() else candidates
 
@@ -213,10 +211,12 @@ class Decider:
             self._checked = (record, policy, checked_weights(policy, record.weights))
         return self._checked[1:]
 
-    def _pooled(self, fits: dict[str, PrefillFit | None]) -> dict[str, PrefillFit]:
-        if self._fits[0] != fits:
-            self._fits = (fits, pool_fits(fits))
-        return self._fits[1]
+    def _pooled(self, links: Sequence[WorkerLink], loads: Sequence[WorkerLoad]) -> list[PrefillFit]:
+        """The fits to count with, as long as no worker reports another one than before."""
+        names, fits = [link.name for link in links], [load.fit for load in loads]
+        if self._fits[0] != names or self._fits[1] != fits:
+            self._fits = (names, fits, list(pool_fits(dict(zip(names, fits, strict=True))).values()))
+        return self._fits[2]
 
     def _request(self, question: Question, able: Sequence[WorkerLink]) -> RouteRequest:
         return RouteRequest(
@@ -239,9 +239,6 @@ class Decider:
         reported = _REPORTED * sum(told) / len(told) if told else 0.0
         return max(self._traffic.utilisation(len(links)), reported)
 
-    def _able(self, link: WorkerLink, question: Question) -> bool:
-        return self._fleet.takes_requests(link) and link.name not in question.avoid
-
 
 def _scored(choice: Choice, shadow: PolicySetting) -> Decision:
     policy = find_policy(shadow.name)
@@ -260,9 +257,16 @@ class _Shares:
         self._sums = [0.0]  # tokens charged of all blocks up to the end of a run
         for each, start, end in zip(self._each, [0, *self._ends], self._ends, strict=False):
             self._sums.append(self._sums[-1] + (end - start) * each)
+        self._known: dict[int, float] = {}  # most workers have equally many
 
     def of(self, cached_tokens: int) -> float:
         """For a worker that has this many tokens; 1: everything."""
+        share = self._known.get(cached_tokens)
+        if share is None:
+            share = self._known[cached_tokens] = self._share(cached_tokens)
+        return share
+
+    def _share(self, cached_tokens: int) -> float:
         missing, first = self._prompt_tokens - cached_tokens, cached_tokens // self._size
         if not self._ends or first >= self._ends[-1] or missing < self._size:
             return 1.0
@@ -279,9 +283,10 @@ def _at_least(overlap: Overlap, device: int) -> Overlap:
 
 
 def _runner_up(candidates: Sequence[Candidate], decision: Decision, *, predicts: bool) -> tuple[str, float]:
-    others = [(cost, c.worker) for cost, c in zip(decision.costs, candidates, strict=True) if c is not decision.chosen]
-    if not others:
+    if len(candidates) < 2:
         return "", 0.0
-    cost, worker = min(others)
-    own = decision.costs[candidates.index(decision.chosen)]
-    return worker, cost - own if predicts else 0.0
+    costs, place = list(decision.costs), next(n for n, c in enumerate(candidates) if c is decision.chosen)
+    own, costs[place] = costs[place], math.inf
+    least = min(costs)
+    worker = min([c.worker for n, c in enumerate(candidates) if costs[n] == least and n != place])
+    return worker, least - own if predicts else 0.0

@@ -143,8 +143,9 @@ class Fleet:
         return admin_pb2.WORKER_STATE_DRAINED if link.name in self.record.drained else admin_pb2.WORKER_STATE_READY
 
     def takes_requests(self, link: WorkerLink) -> bool:
-        """Whether something new may go to it."""
-        return self.state(link) == admin_pb2.WORKER_STATE_READY
+        """Whether something new may go to it: its `state` is ready, asked of every worker at each decision."""
+        up = link.connected and link.synced and not (link.suspect or link.refused)
+        return up and link.name not in self.record.drained
 
     def is_alive(self, link: WorkerLink) -> bool:
         """Whether it answers and what it holds is known."""

@@ -62,7 +62,8 @@ class _Node:
 
     @property
     def nbytes(self) -> int:
-        return _NODE_BYTES + len(self.tokens) + len(self.joined) + _SHORT_NAME_BYTES * len(self.short)
+        names = len(self.joined) + _SHORT_NAME_BYTES * len(self.short)
+        return _NODE_BYTES + len(self.key) + len(self.tokens) + names
 
 
 class HashMemo:
@@ -164,7 +165,7 @@ class HashMemo:
     def _join(self, node: _Node) -> None:
         """Make a node one with its only child."""
         (child,) = node.children.values()
-        self.nbytes -= _NODE_BYTES
+        self.nbytes -= _NODE_BYTES + len(child.key)
         node.tokens += child.tokens
         node.short += child.short
         node.joined += child.joined

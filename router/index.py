@@ -27,7 +27,7 @@ from kvstore.errors import InvariantError
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
 from router.holders import NEVER, SHARED, Gone, Holders, HolderSets, end_of_life, slot_mask, tier_mask
 from router.index_workers import IndexWorker, IndexWorkers
-from router.overlap import NO_OVERLAP, End, Overlap, Overlaps
+from router.overlap import NO_OVERLAP, End, Overlap, Overlaps, slots_of
 from router.runs import LEAST_BYTES, TOMBSTONE_BYTES, Fewer, Fuller, Runs
 from router.settling import SETTLE_EVERY, Settle, settle_nothing
 from router.tombstones import Tombstones
@@ -84,7 +84,7 @@ class PrefixIndex:
         self._max_probes = max_probes
         self._settle, self._settled = settle, 0  # how many runs had been made
         settle()
-        self._overlaps = Overlaps()
+        self._overlaps = Overlaps(self._workers)
 
     def __len__(self) -> int:
         """Blocks known, those that still wait for the sweep included."""
@@ -134,11 +134,11 @@ class PrefixIndex:
         """It reads from the shared tier after all: its hello named no server, which had not answered it yet."""
         if known := self._workers.get(worker):
             known.shares = True
-            self._count_bits()
+            self._workers.count()
 
     def unfence(self, worker: str) -> None:
         """Its latest incarnation is gone for good: whichever joins next is heard, be it an older one."""
-        self._incarnations.pop(worker, None)
+        self._workers.unfence(worker)
 
     def drop(self, worker: str) -> None:
         """The worker is lost: its credit is zero from now on. The shared tier's credit stays."""
@@ -213,12 +213,12 @@ class PrefixIndex:
         Exact, but for the workers in `lower_bounds`.
         """
         ends, _ = self._follow(hashes)
-        return self._overlaps.of(ends, self._workers, self._workers.names)
+        return self._overlaps.of(ends)
 
     def lower_bounds(self, hashes: Sequence[bytes]) -> frozenset[str]:
         """The workers of which `match` answers a lower bound: they hold the chain past `max_probes` runs of it."""
         _, open_bits = self._follow(hashes)
-        return frozenset(self._workers.names[slot] for slot in self._overlaps.slots(open_bits))
+        return frozenset(self._workers.names[slot] for slot in slots_of(open_bits))
 
     def _follow(self, hashes: Sequence[bytes]) -> tuple[list[End], int]:
         """Where bits of reach end along a chain, and which were not followed to their end."""

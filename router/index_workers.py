@@ -34,11 +34,16 @@ class IndexWorker:
 
 
 class IndexWorkers:
-    """All of them. `names`: by slot. `counted`: the bits of every holder set's reach that count."""
+    """All of them.
+
+    Attributes:
+        names: by slot. counted: the bits of every holder set's reach that count. counts: how often that changed.
+    """
 
     def __init__(self) -> None:
         self.names: dict[int, str] = {}
         self.counted = 0
+        self.counts = 0
         self._known: dict[str, IndexWorker] = {}
         self._incarnations: dict[str, int] = {}
         self._free: list[int] = []
@@ -78,9 +83,14 @@ class IndexWorkers:
         self.count()
         return known.slot
 
+    def unfence(self, worker: str) -> None:
+        """Whichever incarnation joins next is heard."""
+        self._incarnations.pop(worker, None)
+
     def count(self) -> None:
         """Some began or ceased to count."""
         self.counted = 0
+        self.counts += 1
         for known in self._known.values():
             if known.counted:
                 self.counted |= (_ALL_LEVELS if known.shares else _OWN_LEVELS) << known.slot * LEVELS

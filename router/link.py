@@ -14,8 +14,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import count
 
 import grpc
@@ -43,18 +42,21 @@ class Refused(Exception):
     """The worker does not fit; the message names the field and the remedy."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Report:
-    """The last report of a worker: as it came, and when on the link's clock."""
+    """The last report of a worker: as it came, and when on the link's clock. Never changed, only replaced."""
 
     message: worker_pb2.Load
     at: float
     block_nbytes: int = 0
+    _load: WorkerLoad | None = field(default=None, repr=False, compare=False)
 
-    @cached_property
+    @property
     def load(self) -> WorkerLoad:
         """What decisions read of it. Made when first asked for: most reports are replaced before."""
-        return kv_wire.worker_load(self.message, self.block_nbytes)
+        if self._load is None:
+            self._load = kv_wire.worker_load(self.message, self.block_nbytes)
+        return self._load
 
 
 class WorkerLink:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from router.holders import LEVELS
+from router.index_workers import IndexWorkers
 
 _REMEMBERED_MASKS = 4096
+_LANE = (1 << LEVELS) - 1
+_Parts = tuple[list[str], list[tuple[int, int]]]
 
 
 class Overlap(NamedTuple):
@@ -28,39 +31,59 @@ End = tuple[int, int]  # bits of reach (`holders`) that are lost, and after how 
 
 
 class Overlaps:
-    """Makes overlaps of ends. Remembers which bits the masks that it saw have, which mostly come again."""
+    """Makes overlaps of ends. Remembers whose bits the masks that it saw are, which mostly come again."""
 
-    def __init__(self) -> None:
-        self._levels: dict[int, tuple[int, ...]] = {}
+    def __init__(self, workers: IndexWorkers) -> None:
+        self._workers = workers
+        self._counts = workers.counts
+        self._parts: dict[int, _Parts] = {}  # by mask of reach, while the same workers count
 
-    def of(self, ends: Iterable[End], workers: Iterable[str], names: Mapping[int, str]) -> dict[str, Overlap]:
-        """By worker. `names`: of the workers, by slot."""
-        depths: dict[int, list[int]] = {}  # of the slots that have any, by level
+    def of(self, ends: Iterable[End]) -> dict[str, Overlap]:
+        """By worker, of all of them."""
+        found = dict.fromkeys(self._workers, NO_OVERLAP)
+        depths: dict[int, list[int]] = {}  # by level, of the slots whose tiers end at different depths
+        if self._counts != self._workers.counts:
+            self._counts = self._workers.counts
+            self._parts.clear()
         for bits, depth in ends:
             if not depth:
                 continue
-            for level in self._levels.get(bits) or self._levels_of(bits):
-                slot = level // LEVELS
+            whole, levels = self._parts.get(bits) or self._parts_of(bits)
+            if whole:
+                overlap = Overlap(depth, depth, depth, depth)
+                for worker in whole:
+                    found[worker] = overlap
+            for slot, level in levels:
                 if slot not in depths:
                     depths[slot] = [0] * LEVELS
-                depths[slot][level % LEVELS] = depth
-        found = dict.fromkeys(workers, NO_OVERLAP)
+                depths[slot][level] = depth
         for slot, (device, host, disk, shared) in depths.items():
-            found[names[slot]] = Overlap(device, host, disk, max(disk, shared))
+            found[self._workers.names[slot]] = Overlap(device, host, disk, max(disk, shared))
         return found
 
-    def slots(self, bits: int) -> set[int]:
-        """The slots that any of these bits of reach belong to."""
-        return {level // LEVELS for level in self._levels_of(bits)}
+    def _parts_of(self, bits: int) -> _Parts:
+        """Whose workers' counted bits these are to the last, and the other bits as slot and level; remembered."""
+        if len(self._parts) >= _REMEMBERED_MASKS:
+            self._parts.clear()
+        whole, levels = [], []
+        for slot, lane in _lanes(bits):
+            if lane == self._workers.counted >> slot * LEVELS & _LANE:
+                whole.append(self._workers.names[slot])
+            else:
+                levels += [(slot, level) for level in range(LEVELS) if lane >> level & 1]
+        self._parts[bits] = (whole, levels)
+        return self._parts[bits]
 
-    def _levels_of(self, bits: int) -> tuple[int, ...]:
-        """The numbers of the bits that are set, remembered."""
-        if len(self._levels) >= _REMEMBERED_MASKS:
-            self._levels.clear()
-        levels, rest = [], bits
-        while rest:
-            lowest = rest & -rest
-            levels.append(lowest.bit_length() - 1)
-            rest ^= lowest
-        self._levels[bits] = tuple(levels)
-        return self._levels[bits]
+
+def slots_of(bits: int) -> set[int]:
+    """The slots that any of these bits of reach belong to."""
+    return {slot for slot, _ in _lanes(bits)}
+
+
+def _lanes(bits: int) -> Iterator[tuple[int, int]]:
+    """The slots with any bit, the lowest first, and what each has of them."""
+    while bits:
+        slot = ((bits & -bits).bit_length() - 1) // LEVELS
+        lane = bits >> slot * LEVELS & _LANE
+        yield slot, lane
+        bits ^= lane << slot * LEVELS

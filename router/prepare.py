@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kvstore.blocks import BlockHash
+from kvstore.token_ids import packed
 from router.config import RouterConfig
 from router.decide import Question
 from router.fleet import Fleet
@@ -113,5 +113,5 @@ class Preparer:
         return group_salt(self._config.fleet_secret, trust_group)
 
 
-def _digest(root: BlockHash, token_ids: list[int]) -> bytes:
-    return hashlib.sha256(root + array("I", token_ids).tobytes()).digest()
+def _digest(root: BlockHash, token_ids: Sequence[int]) -> bytes:
+    return hashlib.sha256(root + packed(token_ids)).digest()

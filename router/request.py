@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from kvstore.blocks import BlockHash
+from kvstore.token_ids import packed
 from router import kv_wire
 from router.decide import Choice, Question
 from router.flight import Flight, FlightEnd
@@ -168,7 +169,7 @@ def job_for(
     return worker_pb2.Job(
         request_id=request.context.request_id,
         traceparent=request.context.traceparent,
-        token_ids=prepared.prompt.token_ids,
+        packed_token_ids=packed(prepared.prompt.token_ids),
         tenant_salt=prepared.salt,
         chain_root=prepared.root,
         block_hashes=b"".join(prepared.question.hashes),

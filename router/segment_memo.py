@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import random
 import re
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from sys import getsizeof
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from kvstore.token_ids import BYTES_PER_ID, u32
+
 MAX_BYTES = 128 << 20
-# CPython: a string's head and its characters, the head of a list, a pointer for each id; and the books' own entry.
-_ENTRY_BYTES, _CHARACTER_BYTES, _ID_BYTES = 400, 2, 8
+_ENTRY_BYTES = 400  # CPython: the heads of key, array and tuple, and the books' own entry
 _TRIALS = 200
 _TRIAL_WORDS = ("a", " b", "  ", "\n\n", "é漢", "Hello", " wor ld", ".", "", "0.5", "\t", "\u2581", "x y ")
 
@@ -33,11 +36,8 @@ _Key = tuple[str, str]  # the token before a piece (empty: it stands first), and
 class Encoded(NamedTuple):
     """What a text encodes to, without the ids that a tokenizer sets around it. `largest`: of the ids; -1: none."""
 
-    ids: list[int]
+    ids: array[int]
     largest: int
-
-
-_NOTHING = Encoded([], -1)
 
 
 class SegmentMemo:
@@ -52,8 +52,7 @@ class SegmentMemo:
         self._max_bytes = max_bytes
         self._nbytes = 0
         self._known: OrderedDict[_Key, Encoded] = OrderedDict()
-        self._numbers = list(range(tokenizer.get_vocab_size(with_added_tokens=True)))  # one object for equal ids
-        self._special, self._boundary = _special_tokens(tokenizer)
+        self._special, self._boundary, self._cuts_at_all = _special_tokens(tokenizer)
         self.works = bool(self._special) and self._keeps_the_rules()
 
     @property
@@ -64,6 +63,8 @@ class SegmentMemo:
     def pieces(self, text: str) -> list[_Key]:
         """A text cut at its special tokens, each piece with the token before it."""
         found = self._boundary.split(text)
+        if self._cuts_at_all:
+            return [("", found[0]), *zip(found[1::2], found[2::2], strict=True)]
         pieces, before, piece = [], "", found[0]
         for token, after in zip(found[1::2], found[2::2], strict=True):
             if token in self._special:
@@ -73,19 +74,29 @@ class SegmentMemo:
                 piece += token + after
         return [*pieces, (before, piece)]
 
-    def unknown(self, pieces: Iterable[_Key]) -> list[_Key]:
-        """Those that must be encoded, each once."""
-        known = self._known
-        return list(dict.fromkeys(piece for piece in pieces if piece[1] and piece not in known))
+    def recall(self, pieces: Iterable[_Key]) -> tuple[dict[_Key, Encoded], list[_Key]]:
+        """What is remembered of these pieces, to keep, for it may be forgotten at any time; and those that must be
+        encoded. Each once, and none that is empty.
+        """
+        known, found, unknown = self._known, dict[_Key, Encoded](), dict[_Key, None]()
+        for piece in pieces:
+            if not piece[1]:
+                continue
+            encoded = known.get(piece)
+            if encoded is None:
+                unknown[piece] = None
+            else:
+                found[piece] = encoded
+                known.move_to_end(piece)
+        return found, list(unknown)
 
     def encode(self, pieces: Sequence[_Key]) -> list[Encoded]:
         """The ids of each piece, without that of the token before it. Remembers nothing."""
         batch = self._tokenizer.encode_batch_fast([a + b for a, b in pieces], add_special_tokens=False)
-        numbers = self._numbers
         found = []
         for (before, _), encoding in zip(pieces, batch, strict=True):
             ids = encoding.ids
-            found.append(Encoded([numbers[n] for n in (ids[1:] if before else ids)], max(ids, default=-1)))
+            found.append(Encoded(u32(ids[1:] if before else ids), max(ids, default=-1)))
         return found
 
     def remember(self, pieces: Sequence[_Key], encoded: Sequence[Encoded]) -> None:
@@ -99,21 +110,21 @@ class SegmentMemo:
                 self._nbytes -= _nbytes(*self._known.popitem(last=False))
             self._known[piece] = found
 
-    def joined(self, pieces: Sequence[_Key], new: dict[_Key, Encoded]) -> Encoded:
-        """The ids of a whole text, from what is remembered and from what was encoded for it."""
-        ids: list[int] = []
-        largest, known, special = -1, self._known, self._special
+    def joined(self, pieces: Iterable[_Key], encoded: Mapping[_Key, Encoded]) -> Encoded:
+        """The ids of a whole text. `encoded` has every piece of it that is not empty."""
+        ids, largest, special = u32(()), -1, self._special
         for piece in pieces:
-            if piece[0]:
-                token = special[piece[0]]
+            before, text = piece
+            if before:
+                token = special[before]
                 ids.append(token)
-                largest = max(largest, token)
-            found = new.get(piece) or known.get(piece, _NOTHING)
-            if found.ids:
+                if token > largest:
+                    largest = token
+            if text:
+                found = encoded[piece]
                 ids += found.ids
-                largest = max(largest, found.largest)
-                if piece in known:
-                    known.move_to_end(piece)
+                if found.largest > largest:
+                    largest = found.largest
         return Encoded(ids, largest)
 
     def _keeps_the_rules(self) -> bool:
@@ -125,23 +136,25 @@ class SegmentMemo:
         for text, expected in zip(texts, whole, strict=True):
             pieces = self.pieces(text)
             asked = [piece for piece in pieces if piece[1]]
-            if self.joined(pieces, dict(zip(asked, self.encode(asked), strict=True))).ids != expected.ids:
+            if self.joined(pieces, dict(zip(asked, self.encode(asked), strict=True))).ids != u32(expected.ids):
                 return False
         return True
 
 
-def _special_tokens(tokenizer: Tokenizer) -> tuple[dict[str, int], re.Pattern[str]]:
-    """The ids of tokens where a text can be cut, and a pattern of all that are taken out before anything else."""
+def _special_tokens(tokenizer: Tokenizer) -> tuple[dict[str, int], re.Pattern[str], bool]:
+    """The ids of tokens where a text can be cut, a pattern of all that are taken out before anything else, and whether
+    those are the same.
+    """
     added = tokenizer.get_added_tokens_decoder()
     first = {
         token.content: (number, token) for number, token in added.items() if token.content and not token.normalized
     }
     if any(token.single_word for token in added.values()) or not first:
-        return {}, re.compile("(?!)")
+        return {}, re.compile("(?!)"), False
     plain = {text: number for text, (number, token) in first.items() if not token.lstrip and not token.rstrip}
     longest_first = sorted(first, key=len, reverse=True)
-    return plain, re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+    return plain, re.compile(f"({'|'.join(map(re.escape, longest_first))})"), len(plain) == len(first)
 
 
 def _nbytes(piece: _Key, encoded: Encoded) -> int:
-    return _ENTRY_BYTES + _CHARACTER_BYTES * len(piece[1]) + _ID_BYTES * len(encoded.ids)
+    return _ENTRY_BYTES + getsizeof(piece[1]) + BYTES_PER_ID * len(encoded.ids)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvstore.blocks import SHORT_HASH_BYTES
@@ -38,6 +38,7 @@ from router.metrics import Metrics
 from warmkv.v1 import worker_pb2
 
 SEEN = 16_384  # names; 32 bytes each, and about as much again
+NAME_BYTES = 32
 PER_PROMPT = 2
 HALF = 32  # blocks of a probe that are believed held, and as many others
 LOOKED_AT = 256  # names drawn for a probe
@@ -58,10 +59,12 @@ class SeenBlocks:
     def __len__(self) -> int:
         return len(self._names)
 
-    def add(self, names: Sequence[bytes]) -> None:
-        """A prompt came. O(1)."""
-        for _ in range(min(PER_PROMPT, len(names))):
-            name = names[self._rng.randrange(len(names))]
+    def add(self, names: bytes) -> None:
+        """A prompt came; its names, joined. O(1)."""
+        count = len(names) // NAME_BYTES
+        for _ in range(min(PER_PROMPT, count)):
+            at = NAME_BYTES * self._rng.randrange(count)
+            name = names[at : at + NAME_BYTES]
             if len(self._names) < self._size:
                 self._names.append(name)
             else:

@@ -88,7 +88,7 @@ async def _breaks(encoder: PromptEncoder, what: str, system: str, answers: Seque
             yield Break(what, turn + 1, kept, len(before), text[at : at + _SHOWN], prompt.rendered[at : at + _SHOWN])
         if turn < len(answers):
             ids = encoder.answer_ids(answers[turn])
-            before, text = prompt.token_ids + ids, prompt.rendered + answers[turn]
+            before, text = [*prompt.token_ids, *ids], prompt.rendered + answers[turn]
             said.append(inference_pb2.ChatMessage(role="assistant", content=answers[turn], token_ids=ids))
 
 

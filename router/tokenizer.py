@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -26,6 +27,7 @@ from typing import TypeVar
 
 from tokenizers import Tokenizer
 
+from kvstore.token_ids import BYTES_PER_ID, u32
 from router.chat_template import Answer, ChatTemplate, Message, Rendering, load_chat_template
 from router.errors import InvalidRequest
 from router.misses import said_digests
@@ -40,7 +42,6 @@ INLINE_BYTES = 16 << 10
 # Rendering takes some milliseconds a MiB, and finding answers in it ten times that.
 _RENDER_INLINE_BYTES = 1 << 20
 _LOCATE_INLINE_BYTES = 256 << 10
-BYTES_PER_ID = 4
 # Rendering costs some microseconds a message and may hold the loop up.
 MAX_MESSAGES = 4096
 _THREADS = 2
@@ -169,22 +170,23 @@ class PromptEncoder:
         if self._around_text is None:
             whole = partial(self._tokenizer.encode_batch_fast, [text], add_special_tokens=True)
             (encoding,) = await self._run(size, whole)
-            return _prompt(Encoded(encoding.ids, max(encoding.ids, default=-1)), text)
+            return _prompt(Encoded(u32(encoding.ids), max(encoding.ids, default=-1)), text)
         (found,) = await self._encode_pieces([text])
         before, after = self._around_text
         largest = max((found.largest, *before, *after))
-        return _prompt(Encoded([*before, *found.ids, *after], largest), text)
+        return _prompt(Encoded(before + found.ids + after, largest), text)
 
     async def _encode_chat(self, chat: inference_pb2.Chat) -> Prompt:
-        size = chat.ByteSize()
-        self._check_size(size, "input.chat.messages")
         if len(chat.messages) > MAX_MESSAGES:
             raise InvalidRequest(
                 f"the conversation has {len(chat.messages)} messages, and {MAX_MESSAGES} are allowed. "
                 "Leave out old ones, or join neighbours.",
                 field="input.chat.messages",
             )
-        sent = {i: own for i, message in enumerate(chat.messages) if (own := self._sent.of(message)).ids}
+        found = [self._sent.of(message) for message in chat.messages]
+        size = sum(own.message_bytes for own in found)
+        self._check_size(size, "input.chat.messages")
+        sent = {i: own for i, own in enumerate(found) if own.ids}
         for i, own in sent.items():
             self._check_range(own.ids, own.largest, f"input.chat.messages[{i}].token_ids")
         inline_bytes = _LOCATE_INLINE_BYTES if sent else _RENDER_INLINE_BYTES
@@ -207,7 +209,7 @@ class PromptEncoder:
         """Answers by their own ids between the pieces that were encoded."""
         if not answers:
             return encoded[0]
-        ids, largest = list(encoded[0].ids), max(piece.largest for piece in encoded)
+        ids, largest = encoded[0].ids[:], max(piece.largest for piece in encoded)
         for answer, piece in zip(answers, encoded[1:], strict=True):
             own = sent[answer.message]
             ids += self._without_end(own.ids, piece.ids)
@@ -215,7 +217,7 @@ class PromptEncoder:
             largest = max(largest, own.largest)
         return Encoded(ids, largest)
 
-    def _without_end(self, answer: list[int], following: Sequence[int]) -> list[int]:
+    def _without_end(self, answer: array[int], following: Sequence[int]) -> array[int]:
         """An answer's ids less a last end token that the template writes as well."""
         repeated = following and answer[-1] == following[0] and answer[-1] in self._end_ids
         return answer[:-1] if repeated else answer
@@ -224,17 +226,15 @@ class PromptEncoder:
         """Each text on its own. Only what is not remembered is encoded."""
         memo = self._memo
         cut = [memo.pieces(text) if memo.works else [("", text)] for text in texts]
-        unknown = memo.unknown(piece for pieces in cut for piece in pieces)
-        new: dict[tuple[str, str], Encoded] = {}
+        known, unknown = memo.recall(piece for pieces in cut for piece in pieces)
         if unknown:
             # A character may take four bytes; this is about time, not about memory.
             size = sum(len(text) for _, text in unknown)
-            found = await self._run(size, lambda: memo.encode(unknown))
-            new = dict(zip(unknown, found, strict=True))
-        joined = [memo.joined(pieces, new) for pieces in cut]
-        if memo.works:
-            memo.remember(unknown, list(new.values()))
-        return joined
+            new = await self._run(size, lambda: memo.encode(unknown))
+            known.update(zip(unknown, new, strict=True))
+            if memo.works:
+                memo.remember(unknown, new)
+        return [memo.joined(pieces, known) for pieces in cut]
 
     async def _run(self, size: int, work: Callable[[], T], *, inline_bytes: int = INLINE_BYTES) -> T:
         """Short work here and now, long work in a thread."""
@@ -247,7 +247,7 @@ class PromptEncoder:
         listed = list(ids)
         largest = max(listed)
         self._check_range(listed, largest, where)
-        return Prompt(listed, "", largest)
+        return Prompt(u32(listed), "", largest)
 
     def _check_range(self, ids: Sequence[int], largest: int, where: str) -> None:
         if largest >= self.vocab_size:
@@ -275,7 +275,7 @@ def _wants_cue(chat: inference_pb2.Chat) -> bool:
     return chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
 
 
-def _around_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+def _around_text(tokenizer: Tokenizer) -> tuple[array[int], array[int]] | None:
     """The ids that the tokenizer sets before and after a text; None: they depend on the text."""
     found = set()
     for text in ("a", "bc d", "1\n2"):
@@ -288,7 +288,7 @@ def _around_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
     if len(found) != 1:
         return None
     before, after = found.pop()
-    return list(before), list(after)
+    return u32(before), u32(after)
 
 
 def _between(rendering: Rendering) -> list[str]:

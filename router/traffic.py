@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.chain_tree import ChainTree, Runs
 
@@ -21,6 +22,8 @@ MEMORY_S = 30.0
 _LEAST_THERE_S = 1.0
 # A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
 _REFLECTED_AFTER_S = 0.04
+# Who has been there for so long would have no more work in its memory had it been there for ever: 1 - exp(-40) is 1.0.
+_SETTLED_S = 40.0 * MEMORY_S
 _FLEET = ""  # the owner of what is counted for all workers together
 
 
@@ -57,6 +60,22 @@ class Sent:
     prefilling: bool = True
 
 
+class Unreported(NamedTuple):
+    """Requests in prefill on a worker that its report may not contain.
+
+    Attributes:
+        work_ms: of all of them. doubtful_ms: of those among them that were sent before the report came, and may be in
+        it after all.
+    """
+
+    work_ms: float
+    requests: int
+    doubtful_ms: float
+
+
+NOTHING_UNREPORTED = Unreported(0.0, 0, 0.0)
+
+
 class Traffic:
     """The memory of what was sent. One per router.
 
@@ -77,7 +96,7 @@ class Traffic:
         self._prefilling: dict[str, dict[int, Sent]] = {}  # by worker, in the order of sending
         # The last answer of each worker, with the time of the report that it was given for. Between two decisions one
         # or two workers of a fleet say or are sent something: for the others it still holds.
-        self._unreported: dict[str, tuple[float, tuple[float, int]]] = {}
+        self._unreported: dict[str, tuple[float, Unreported]] = {}
 
     def sent(self, key: int, worker: str, hashes: Sequence[bytes], *, work_ms: float, cached_blocks: int) -> None:
         """A request went to a worker, predicted to be `work_ms` of load and compute, its first blocks cached there.
@@ -116,6 +135,8 @@ class Traffic:
         self._sharing.remove(_FLEET, flight.names, flight.shared)
         after = self._active.remove(flight.worker, flight.names, len(flight.names))
         self._active_blocks[flight.worker] -= self._rest(flight.hashes, after)
+        if flight.worker not in self._work:  # it is gone, and this was one of its last
+            self.forget(flight.worker)
 
     def recent_work_ms(self, worker: str, *, joined_at: float = -math.inf) -> float:
         """Work given to the worker, with the memory of `MEMORY_S`.
@@ -123,27 +144,38 @@ class Traffic:
         For one that joined since, what it would be had it always been given as much: a worker that is new is not a
         quiet one, and every tie would go to it until it has caught up with the memory of the others.
         """
-        work, now = self._work.get(worker), self._clock()
-        there_s = max(now - joined_at, _LEAST_THERE_S)
-        return work.value(now) / (1.0 - math.exp(-there_s / MEMORY_S)) if work else 0.0
+        return self.recent_works_ms([(worker, joined_at)])[0]
+
+    def recent_works_ms(self, joined: Iterable[tuple[str, float]]) -> list[float]:
+        """The same of many: of (worker, when it joined) each."""
+        now, works = self._clock(), []
+        settled = now - _SETTLED_S
+        for worker, joined_at in joined:
+            work = self._work.get(worker)
+            if work is None:
+                works.append(0.0)
+            elif joined_at < settled:
+                works.append(work.value(now))
+            else:
+                there_s = max(now - joined_at, _LEAST_THERE_S)
+                works.append(work.value(now) / (1.0 - math.exp(-there_s / MEMORY_S)))
+        return works
 
     def utilisation(self, workers: int) -> float:
         """Share of the fleet's time that the work of this router takes; may exceed 1."""
         return self._fleet.value(self._clock()) / (MEMORY_S * 1000.0 * workers) if workers else 0.0
 
-    def unreported(self, worker: str, reported_at: float) -> tuple[float, int]:
-        """(milliseconds of work, requests) sent to a worker that its report of that time cannot contain yet."""
+    def unreported(self, worker: str, reported_at: float) -> Unreported:
+        """What was sent to a worker that its report of that time cannot contain yet, or may not."""
         if not self._prefilling.get(worker):
-            return 0.0, 0
+            return NOTHING_UNREPORTED
         known = self._unreported.get(worker)
         if known is None or known[0] != reported_at:
             late = self._late(worker, reported_at)
-            known = self._unreported[worker] = (reported_at, (sum(f.work_ms for f in late), len(late)))
+            doubtful_ms = sum(f.work_ms for f in late if f.at <= reported_at)
+            answer = Unreported(sum(f.work_ms for f in late), len(late), doubtful_ms)
+            known = self._unreported[worker] = (reported_at, answer)
         return known[1]
-
-    def doubtful_ms(self, worker: str, reported_at: float) -> float:
-        """The part of the unreported work that was sent before the report came, and may be in it after all."""
-        return sum(f.work_ms for f in self._late(worker, reported_at) if f.at <= reported_at)
 
     def unreported_blocks(self, worker: str, reported_at: float) -> int:
         """Blocks to compute that were sent to a worker and that its report of that time cannot contain yet."""

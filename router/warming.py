@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from kvstore.token_ids import packed
 from router import cache_orders
 from router.decide import Decider
 from router.errors import InvalidRequest, NoWorkerAvailable
@@ -108,7 +109,7 @@ class Warming:
         )
         return worker_pb2.Job(
             request_id="warm",
-            token_ids=prepared.prompt.token_ids,
+            packed_token_ids=packed(prepared.prompt.token_ids),
             tenant_salt=prepared.salt,
             chain_root=prepared.root,
             block_hashes=b"".join(prepared.question.hashes),

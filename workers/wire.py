@@ -17,6 +17,7 @@ from kvstore.blocks import SHORT_HASH_BYTES, BlockHash, block_hashes, short
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.lifetime import Lifetime
 from kvstore.tier import TierStats
+from kvstore.token_ids import unpacked
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
 from workers.protocol import (
     EngineInfo,
@@ -31,7 +32,7 @@ from workers.protocol import (
     TokenLogprob,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_KEEP_PRIORITY = 100
 MAX_PEERS = 3  # of a job; what follows is left out
 
@@ -125,9 +126,10 @@ def job_from_wire(message: worker_pb2.Job, *, job_id: JobId, info: EngineInfo, n
     Raises:
         JobRefused: the job is malformed, or its chain is not one of this worker.
     """
-    token_ids = list(message.token_ids)
+    prompt = _prompt_of(message)
+    token_ids = list(prompt)
     _check_tokens(token_ids, info)
-    root, hashes = _derive_chain(message, token_ids, info)
+    root, hashes = _derive_chain(message, prompt, info)
     cache = message.cache
     return Job(
         job_id=job_id,
@@ -147,6 +149,16 @@ def job_from_wire(message: worker_pb2.Job, *, job_id: JobId, info: EngineInfo, n
     )
 
 
+def _prompt_of(message: worker_pb2.Job) -> Sequence[int]:
+    if not message.packed_token_ids:
+        return message.token_ids
+    try:
+        return unpacked(message.packed_token_ids)
+    except ValueError as error:
+        what = f"packed_token_ids: {error}; run the same version on router and worker"
+        raise JobRefused(Refusal.BLOCK_HASH_MISMATCH, what) from error
+
+
 def _lifetime(cache: common_pb2.CacheDirectives) -> Lifetime | None:
     if cache.HasField("expires_at"):
         return Lifetime(float(cache.ttl_seconds), float(cache.expires_at))
@@ -163,7 +175,9 @@ def _check_tokens(token_ids: list[int], info: EngineInfo) -> None:
         )
 
 
-def _derive_chain(message: worker_pb2.Job, token_ids: list[int], info: EngineInfo) -> tuple[BlockHash, list[BlockHash]]:
+def _derive_chain(
+    message: worker_pb2.Job, token_ids: Sequence[int], info: EngineInfo
+) -> tuple[BlockHash, list[BlockHash]]:
     root = info.scheme.root(message.tenant_salt)
     if root != message.chain_root:
         raise JobRefused(

@@ -55,7 +55,7 @@ class CacheAware:
         """The cheapest, or the quietest of those that are nearly as cheap."""
         price = _price_of_compute(request, w)
         home = _home(request, candidates)
-        plain = [_cost(c, price, w) for c in candidates]
+        plain = _costs(candidates, price, w)
         costs = (
             plain
             if home is None
@@ -90,10 +90,15 @@ def _price_of_compute(request: RouteRequest, w: Mapping[str, float]) -> float:
     return w["compute"] * min(max(1.0 / (1.0 - busy), w["price_floor"]), max(w["price_cap"], w["price_floor"]))
 
 
-def _cost(c: Candidate, price_of_compute: float, w: Mapping[str, float]) -> float:
-    p = c.price
-    per_ms = price_of_compute * _own_share(c, w) + c.decoding * w["decode"]
-    return p.queue_ms * w["queue"] + p.load_ms * w["load"] + p.compute_ms * per_ms
+def _costs(candidates: Sequence[Candidate], price_of_compute: float, w: Mapping[str, float]) -> list[float]:
+    """The sums of `terms`, but for affinity. Of all in one go: this is asked of every worker at each decision."""
+    queue, load, sharing, decode = w["queue"], w["load"], w["sharing"], w["decode"]
+    return [
+        (p := c.price).queue_ms * queue
+        + p.load_ms * load
+        + p.compute_ms * (price_of_compute * (1.0 - sharing * (1.0 - c.share)) + c.decoding * decode)
+        for c in candidates
+    ]
 
 
 def _own_share(c: Candidate, w: Mapping[str, float]) -> float:

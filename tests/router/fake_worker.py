@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from router.handshake import PROTOCOL_VERSION
 from tests.router.rig import BLOCK, LAYOUT
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2, worker_pb2_grpc
 
@@ -17,7 +18,7 @@ Submitted = Callable[["FakeWorker", worker_pb2.Job], None]
 def answers(worker: FakeWorker, job: worker_pb2.Job) -> None:
     """The whole answer at once."""
     ids = [7] * job.sampling.max_tokens
-    fates = common_pb2.TokensByFate(computed=len(job.token_ids))
+    fates = common_pb2.TokensByFate(computed=len(job.packed_token_ids) // 4)
     worker.say(
         step=worker_pb2.Step(
             outputs=[
@@ -69,7 +70,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.name = name
         self.submitted = submitted
         self.hello = worker_pb2.WorkerHello(
-            protocol_version=1,
+            protocol_version=PROTOCOL_VERSION,
             worker=name,
             incarnation=1,
             model="sim",

@@ -20,7 +20,7 @@ ORACLES: dict[tuple[str, str], object] = {}
 PIECES = [
     "hello", " ", "\n", "\n\n", "<think>", "</think>", "<think>\nhm\n</think>\n\nyes", "<tool_response>",
     "{{ 1 }}", "{% x %}", "<&>\"'", "\t", "é", "漢", "🙂", "<|eot_id|>", "<|im_end|>", "</s>", "[INST]",
-    "\ue0f0", "\ue0f00.1\ue0f2",
+    "\x8d", "\x8d0.\x8f1\x9d", "\x8d0.\x901\x9d", "\x9d",
 ]  # fmt: skip
 contents = st.one_of(st.lists(st.sampled_from(PIECES), max_size=5).map("".join), st.text(max_size=20))
 roles = st.sampled_from(["system", "user", "assistant", "tool"])

@@ -10,6 +10,7 @@ from contextlib import aclosing
 
 import pytest
 
+from kvstore.token_ids import unpacked
 from router import errors
 from router.core import Router
 from router.policy import POLICIES
@@ -296,7 +297,7 @@ async def test_the_job_carries_what_the_worker_needs() -> None:
         body.cache.ttl_seconds = 60
         await generate(router, body, about=context("id-9"))
         job = next(r.submit for r in worker.heard if r.HasField("submit"))
-        assert (list(job.token_ids), job.priority, job.cache.ttl_seconds) == (tokens(1, 40), 7, 60)
+        assert (list(unpacked(job.packed_token_ids)), job.priority, job.cache.ttl_seconds) == (tokens(1, 40), 7, 60)
         assert (len(job.chain_root), len(job.block_hashes), len(job.tenant_salt)) == (32, 2 * 16, 32)
         assert job.request_id == "id-9"
         assert job.sampling.HasField("seed")

@@ -5,20 +5,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, product
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from router.cost import PrefillFit, WorkerLoad, pool_fits, price, queue_ms
+from kvstore.events import TierName
+from router.cost import PrefillFit, Prices, TierRead, WorkerLoad, pool_fits, price, queue_ms
 from router.decide import Decider, Question, _Shares
+from router.fleet import Fleet
 from router.fleet_record import FleetRecord
 from router.index import NO_OVERLAP, Overlap, PrefixIndex
 from router.peers import Holders
 from router.policy import checked_weights
 from router.traffic import Traffic
+from warmkv.v1 import admin_pb2
 
 
 def question(tokens: int) -> Question:
@@ -155,3 +158,33 @@ def test_another_record_is_in_force_at_once() -> None:
         assert choice is not None
         assert choice.policy.name == policy
         assert choice.weights == checked_weights(choice.policy, weights)
+
+
+depths = st.lists(st.integers(0, 12), min_size=4, max_size=4).map(lambda found: Overlap(*sorted(found)))
+fits = st.sampled_from([PrefillFit(10.0, 0.125), PrefillFit(5.0, 0.5), PrefillFit(10.0, 0.1, 1e-4)])
+reads = st.dictionaries(
+    st.sampled_from(list(TierName)), st.builds(TierRead, st.floats(0, 9), st.floats(0, 9)), max_size=5
+)
+
+
+@given(st.lists(st.tuples(depths, fits, reads, st.integers(0, 12)), max_size=12), st.integers(1, 200), st.booleans())
+def test_prices_of_many_workers_are_those_of_each_alone(
+    workers: list[tuple[Overlap, PrefillFit, dict[TierName, TierRead], int]], tokens: int, shared_reads: bool
+) -> None:
+    prices = Prices(tokens, 16, shared_reads=shared_reads)
+    for overlap, fit, tier_reads, peers in workers:
+        load = WorkerLoad(reads=tier_reads)
+        alone = price(overlap, tokens, 16, load, fit, queue=3.0, shared_reads=shared_reads, peers=peers)
+        assert prices.of(overlap, load, fit, 3.0, peers) == alone
+        assert sum(alone.cached.values()) == alone.cached_tokens < tokens
+
+
+@pytest.mark.parametrize("flags", list(product([False, True], repeat=5)))
+def test_requests_go_to_whom_the_fleet_calls_ready(flags: tuple[bool, ...]) -> None:
+    connected, synced, suspect, refused, drained = flags
+    record = FleetRecord(0, "test", "cache_aware", {}, frozenset({"w"} if drained else ()))
+    fleet = Fleet.__new__(Fleet)
+    fleet.record = record
+    link = SimpleNamespace(name="w", connected=connected, synced=synced, suspect=suspect, refused=refused, was_up=False)
+    ready = fleet.state(link) == admin_pb2.WORKER_STATE_READY  # type: ignore[arg-type]
+    assert fleet.takes_requests(link) == ready  # type: ignore[arg-type]

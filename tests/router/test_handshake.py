@@ -26,7 +26,7 @@ def test_a_worker_like_the_others_fits() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"protocol_version": 2}, "protocol_version is 2.*install the same"),
+        ({"protocol_version": 1}, "protocol_version is 1.*install the same"),
         ({"model": "x"}, "model is 'x'.*model_name"),
         ({"tokenizer_sha256": b"x"}, "tokenizer_sha256.*model_dir"),
         ({"block_size": 0}, "block_size"),

@@ -90,6 +90,16 @@ def test_a_new_incarnation_has_no_credit_for_old_blocks_and_the_old_one_is_not_h
     assert index.match(c)["a"].device == 1
 
 
+def test_who_takes_the_place_of_a_lost_worker_is_credited_under_its_own_name(index: PrefixIndex) -> None:
+    held = [BlockStored(TierName.DEVICE, chain(1))]
+    index.apply("a", 1, held)
+    assert index.match(chain(1)) == {"a": Overlap(4, 4, 4, 4), "b": NO_OVERLAP}
+    index.drop("a")
+    joined(index, "c")
+    index.apply("c", 1, held)
+    assert index.match(chain(1)) == {"b": NO_OVERLAP, "c": Overlap(4, 4, 4, 4)}
+
+
 def test_a_snapshot_counts_only_when_complete(index: PrefixIndex) -> None:
     c = chain(1)
     index.begin_snapshot("a", 1)

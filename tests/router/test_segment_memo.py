@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from router.segment_memo import SegmentMemo
+from kvstore.token_ids import u32
+from router.segment_memo import Encoded, SegmentMemo
 from router.sent_ids import SentIdsMemo
-from router.tokenizer import PromptEncoder
+from router.tokenizer import INLINE_BYTES, PromptEncoder
 from tests.router.small_tokenizers import SPECIAL, tokenizer_json, write_model_folder
 from warmkv.v1 import inference_pb2
 
@@ -32,12 +33,12 @@ def made(kind: str, *added: AddedToken) -> Tokenizer:
 
 def ids(memo: SegmentMemo, text: str) -> list[int]:
     pieces = memo.pieces(text)
-    unknown = memo.unknown(pieces)
+    known, unknown = memo.recall(pieces)
     encoded = memo.encode(unknown)
-    joined = memo.joined(pieces, dict(zip(unknown, encoded, strict=True)))
+    joined = memo.joined(pieces, known | dict(zip(unknown, encoded, strict=True)))
     memo.remember(unknown, encoded)
     assert joined.largest == max(joined.ids, default=-1)
-    return joined.ids
+    return joined.ids.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +79,7 @@ def test_a_tokenizer_that_does_not_keep_the_rules_is_found_out(monkeypatch: pyte
 
 def _one_id_off(memo: SegmentMemo, pieces: list[tuple[str, str]]) -> object:
     batch = memo._tokenizer.encode_batch([a + b for a, b in pieces], add_special_tokens=False)
-    return [type("E", (), {"ids": e.ids, "largest": 0})() for e in batch]
+    return [Encoded(u32(e.ids), 0) for e in batch]
 
 
 def test_a_normalizer_that_puts_something_first_is_no_obstacle() -> None:
@@ -127,7 +128,7 @@ def test_a_tokenizer_without_special_tokens_still_encodes(tmp_path: Path) -> Non
     assert not encoder._memo.works
     text = "hello there " * 3
     prompt = asyncio.run(encoder.encode(inference_pb2.Input(text=text)))
-    assert prompt.token_ids == encoder._tokenizer.encode(text).ids
+    assert list(prompt.token_ids) == encoder._tokenizer.encode(text).ids
     assert prompt.largest_id == max(prompt.token_ids)
 
 
@@ -141,12 +142,38 @@ def test_sent_ids_are_read_once_and_bounded() -> None:
     memo = SentIdsMemo(max_bytes=2000)
     message = inference_pb2.ChatMessage(role="assistant", token_ids=[3, 9, 4])
     first = memo.of(message)
-    assert first == ([3, 9, 4], 9)
+    assert first == (u32([3, 9, 4]), 9, message.ByteSize())
     assert memo.of(message) is first
-    assert memo.of(inference_pb2.ChatMessage(role="user", content="x")) == ([], -1)
+    assert memo.of(inference_pb2.ChatMessage(role="user", content="x"))[:2] == (u32([]), -1)
     for n in range(50):
-        assert memo.of(inference_pb2.ChatMessage(token_ids=[n])).ids == [n]
+        assert memo.of(inference_pb2.ChatMessage(token_ids=[n])).ids.tolist() == [n]
         assert memo.nbytes <= 2000
     assert memo.of(message) == first
     assert memo.of(inference_pb2.ChatMessage(token_ids=range(1000))).largest == 999
     assert memo.nbytes <= 2000
+
+
+def test_a_text_of_wide_characters_is_counted_by_its_bytes() -> None:
+    memo = SegmentMemo(made("bytes"))
+    text = "\U0001f642" * 2000
+    assert ids(memo, "<s>" + text)
+    assert memo.nbytes >= 4 * len(text)
+
+
+def test_what_is_forgotten_while_a_thread_encodes_is_not_missing_from_the_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others' prompts may push out pieces between the question what is known and the joining."""
+    encoder = PromptEncoder.load(write_model_folder(tmp_path))
+    memo = encoder._memo
+    asyncio.run(encoder.encode(inference_pb2.Input(text="<s>first piece")))
+    whole = "<s>first piece</s>" + "second piece " * (INLINE_BYTES // 10)
+    encode = SegmentMemo.encode
+
+    def forgetting(self: SegmentMemo, pieces: list[tuple[str, str]]) -> object:
+        memo._known.clear()
+        return encode(self, pieces)
+
+    monkeypatch.setattr(SegmentMemo, "encode", forgetting)
+    prompt = asyncio.run(encoder.encode(inference_pb2.Input(text=whole)))
+    assert list(prompt.token_ids) == encoder._tokenizer.encode(whole).ids

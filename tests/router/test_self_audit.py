@@ -72,7 +72,7 @@ class Rig:
             cast("Any", None), self.beliefs, self.metrics, random.Random(1), self.clock, every_s=10.0
         )
         for n in seen:
-            self.audit.seen.add([name(n)])
+            self.audit.seen.add(name(n))
 
     def believe(self, numbers: range) -> None:
         self.index.apply("w", 1, [BlockStored(TierName.DEVICE, (name(n)[:16],)) for n in numbers])
@@ -215,12 +215,12 @@ def test_a_worker_without_events_is_corrected_and_what_others_sent_there_is_held
 def test_the_table_of_names_is_bounded_and_remembers_prompts_of_long_ago() -> None:
     seen = SeenBlocks(random.Random(1), size=100)
     for n in range(150):
-        seen.add([name(n)] * 10)
+        seen.add(name(n) * 10)
     assert len(seen) == 100
     numbers = {int.from_bytes(each[:16], "big") for each in seen.draw(1000)}
     assert min(numbers) < 50
     assert max(numbers) == 149
-    seen.add([])
+    seen.add(b"")
 
 
 # Over real gRPC

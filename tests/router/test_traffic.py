@@ -70,16 +70,16 @@ def test_only_cached_blocks_are_shared_and_computed_ones_once_they_are_there(tra
 
 def test_work_is_unreported_until_a_later_report(traffic: Traffic, clock: Clock) -> None:
     traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
-    assert traffic.unreported("a", clock.now - 1) == (7, 1)
-    assert traffic.unreported("a", clock.now + 0.01) == (7, 1)
-    assert traffic.unreported("a", clock.now + 0.1) == (0, 0)
-    assert traffic.unreported("b", clock.now) == (0, 0)
+    assert traffic.unreported("a", clock.now - 1)[:2] == (7, 1)
+    assert traffic.unreported("a", clock.now + 0.01)[:2] == (7, 1)
+    assert traffic.unreported("a", clock.now + 0.1)[:2] == (0, 0)
+    assert traffic.unreported("b", clock.now)[:2] == (0, 0)
 
 
 def test_a_request_that_has_its_first_token_waits_no_more(traffic: Traffic, clock: Clock) -> None:
     traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
     traffic.first_token(1)
-    assert traffic.unreported("a", clock.now) == (0, 0)
+    assert traffic.unreported("a", clock.now)[:2] == (0, 0)
 
 
 class Counted:
@@ -192,14 +192,14 @@ def test_a_worker_that_is_gone_may_have_requests_that_end_later(traffic: Traffic
 
 def test_what_was_answered_before_is_not_answered_after_a_change(traffic: Traffic, clock: Clock) -> None:
     traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
-    assert traffic.unreported("a", clock.now) == (7, 1)
+    assert traffic.unreported("a", clock.now)[:2] == (7, 1)
     traffic.sent(2, "a", [], work_ms=5, cached_blocks=0)
-    assert traffic.unreported("a", clock.now) == (12, 2)
+    assert traffic.unreported("a", clock.now)[:2] == (12, 2)
     traffic.first_token(1)
-    assert traffic.unreported("a", clock.now) == (5, 1)
-    assert traffic.unreported("a", clock.now + 1) == (0, 0)
+    assert traffic.unreported("a", clock.now)[:2] == (5, 1)
+    assert traffic.unreported("a", clock.now + 1)[:2] == (0, 0)
     traffic.ended(2)
-    assert traffic.unreported("a", clock.now) == (0, 0)
+    assert traffic.unreported("a", clock.now)[:2] == (0, 0)
 
 
 def test_blocks_to_compute_are_unreported_until_a_report_can_contain_them(traffic: Traffic, clock: Clock) -> None:
@@ -247,6 +247,15 @@ def test_work_sent_shortly_before_a_report_is_doubtful(traffic: Traffic, clock: 
     reported_at = clock.now
     clock.now += 0.01
     traffic.sent(2, "w", [], work_ms=3.0, cached_blocks=0)
-    assert traffic.unreported("w", reported_at) == (8.0, 2)
-    assert traffic.doubtful_ms("w", reported_at) == 5.0
-    assert traffic.doubtful_ms("w", reported_at + 1.0) == 0.0
+    assert traffic.unreported("w", reported_at)[:2] == (8.0, 2)
+    assert traffic.unreported("w", reported_at).doubtful_ms == 5.0
+    assert traffic.unreported("w", reported_at + 1.0).doubtful_ms == 0.0
+
+
+def test_a_worker_that_is_gone_leaves_nothing_when_its_last_request_ends(traffic: Traffic, clock: Clock) -> None:
+    for number in range(20):
+        traffic.sent(number, f"pod-{number}", chain(1, 2), work_ms=1, cached_blocks=0)
+        traffic.forget(f"pod-{number}")
+        traffic.ended(number)
+    books = (traffic._work, traffic._in_flight, traffic._active_blocks, traffic._prefilling, traffic._unreported)
+    assert [len(book) for book in books] == [0] * 5

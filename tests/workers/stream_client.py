@@ -13,7 +13,9 @@ import grpc
 
 from kvstore.blocks import SHORT_HASH_BYTES, HashScheme, block_hashes, short
 from kvstore.events import BlockStored
+from kvstore.token_ids import packed
 from warmkv.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from workers.wire import PROTOCOL_VERSION
 
 SECRET = "fleet secret"
 PATIENCE_S = 30.0  # how long a test waits for what must come; never how fast it must be
@@ -79,7 +81,7 @@ def job(
     return worker_pb2.Job(
         job_id=number,
         request_id=f"request {number}",
-        token_ids=token_ids,
+        packed_token_ids=packed(token_ids),
         tenant_salt=tenant,
         chain_root=root,
         block_hashes=b"".join(map(short, block_hashes(token_ids, root, scheme.block_size))),
@@ -96,7 +98,7 @@ class StreamClient:
         *,
         name: str = "r0",
         secret: str = SECRET,
-        protocol_version: int = 1,
+        protocol_version: int = PROTOCOL_VERSION,
         first: worker_pb2.ConnectRequest | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:

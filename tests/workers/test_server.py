@@ -21,6 +21,7 @@ from warmkv.v1 import common_pb2, worker_pb2
 from workers.protocol import StepReport
 from workers.server import WorkerServer
 from workers.simulated import SimulatedEngine
+from workers.wire import PROTOCOL_VERSION
 
 PROMPT = list(range(51))
 
@@ -220,7 +221,7 @@ def test_with_a_client_ca_only_routers_with_its_certificates_get_in(tmp_path: Pa
 
 def test_a_second_hello_ends_the_stream() -> None:
     with serving() as (_, address), routers(address) as (router,):
-        router.send(hello=worker_pb2.RouterHello(protocol_version=1))
+        router.send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION))
         error = router.wait_ended()
         assert error is not None
         assert error.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -14,6 +14,7 @@ from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalC
 from kvstore.layout import KVLayout
 from kvstore.lifetime import Lifetime
 from kvstore.tier import TierStats
+from kvstore.token_ids import unpacked
 from tests.workers.stream_client import job, split
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
 from workers.protocol import FinishReason, JobError, Load, Output, PeerHint, TokenLogprob
@@ -99,6 +100,20 @@ def test_a_chain_of_another_tenant_is_refused() -> None:
 def test_block_hashes_that_are_not_those_of_the_tokens_are_refused(hashes: bytes) -> None:
     message = good_job()
     message.block_hashes = hashes
+    assert refusal(message) == Refusal.BLOCK_HASH_MISMATCH
+
+
+def test_a_prompt_may_come_id_by_id() -> None:
+    message = good_job()
+    token_ids = list(unpacked(message.packed_token_ids))
+    message.ClearField("packed_token_ids")
+    message.token_ids.extend(token_ids)
+    assert job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0).token_ids == token_ids
+
+
+def test_half_an_id_is_refused() -> None:
+    message = good_job()
+    message.packed_token_ids += b"12"
     assert refusal(message) == Refusal.BLOCK_HASH_MISMATCH
 
 

@@ -358,6 +358,7 @@ class Job(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    PACKED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     """Unique on this stream."""
     request_id: _builtins.str
@@ -376,9 +377,11 @@ class Job(_message.Message):
     """Milliseconds until the caller's deadline; unset: none."""
     turn: _builtins.int
     """Which turn of its conversation this is, from 1; zero: not known. A hint for eviction."""
+    packed_token_ids: _builtins.bytes
+    """The prompt as routers send it: each id as 4 bytes, little-endian. Read and written without touching the single ids."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The prompt."""
+        """The prompt, where packed_token_ids is empty: for hands and tests."""
 
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams:
@@ -408,10 +411,11 @@ class Job(_message.Message):
         deadline_ms: _builtins.int | None = ...,
         turn: _builtins.int = ...,
         peers: _abc.Iterable[Global___PeerHint] | None = ...,
+        packed_token_ids: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "cache", b"cache", "deadline_ms", b"deadline_ms", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "peers", b"peers", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "packed_token_ids", b"packed_token_ids", "peers", b"peers", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
