@@ -26,6 +26,7 @@ from router.handshake import Expected, FleetIdentity, identity_of, misfit
 from router.index import PrefixIndex
 from router.link import Refused, WorkerLink
 from router.metrics import Metrics
+from router.other_routers import OtherRouters
 from router.owed_clears import OwedClears
 from router.policy import checked_weights, find_policy
 from router.protocol import Discovery, WorkerAddress
@@ -70,7 +71,7 @@ class Fleet:
         *,
         clock: Callable[[], float],
         jitter: Callable[[], float],
-        on_worker_gone: Callable[[str], None],
+        others: OtherRouters,
         beliefs: Beliefs,
         catch_up_s: float = 0.0,
         on_load: Callable[[], None] = lambda: None,
@@ -94,7 +95,7 @@ class Fleet:
         self._expected = expected
         self._clock = clock
         self._jitter = jitter
-        self._on_worker_gone = on_worker_gone
+        self._others = others
         self._beliefs = beliefs
         self._catching_up = CatchingUp(clock, patience_s=catch_up_s)
         self._on_load = on_load
@@ -265,6 +266,7 @@ class Fleet:
         if problem := misfit(hello, self._expected, self.identity if others else None):
             raise Refused(problem)
         self.identity = identity_of(hello)
+        self._others.greeted(link.name, hello)
 
     def heard_record(self, link: WorkerLink, record: worker_pb2.FleetRecord) -> None:
         """Apply a newer record and pass it on, with the clears of both; answer an older one with ours."""
@@ -297,7 +299,7 @@ class Fleet:
         """Count it."""
         self._metrics.losses.labels(link.name).inc()
         self._beliefs.lost(link.name)
-        self._on_worker_gone(link.name)
+        self._others.lost(link.name)
 
     def resynced(self, link: WorkerLink) -> None:
         """Count it."""
@@ -306,6 +308,11 @@ class Fleet:
     def missed(self, link: WorkerLink) -> None:
         """Doubt it."""
         self._beliefs.credits.missed_messages(link.name)
+        self._others.missed(link.name)
+
+    def heard_others(self, link: WorkerLink, jobs: Sequence[worker_pb2.OtherJob]) -> None:
+        """Count them as one's own."""
+        self._others.heard(link.name, jobs)
 
     def behind(self, link: WorkerLink, seconds: float) -> None:
         """Doubt it as far as that goes."""

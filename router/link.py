@@ -79,6 +79,10 @@ class Listener(Protocol):
         """Its snapshot is complete."""
         ...
 
+    def heard_others(self, link: WorkerLink, jobs: Sequence[worker_pb2.OtherJob]) -> None:
+        """How jobs of other routers stand there."""
+        ...
+
     def cleared(self, link: WorkerLink) -> None:
         """It dropped blocks as it was told."""
         ...
@@ -302,7 +306,7 @@ class WorkerLink:
         if self.hello is not None and hello.incarnation != self.hello.incarnation:
             self.report = None
         if self.hello is None or hello.incarnation != self.hello.incarnation:
-            self.joined_at = self._clock()
+            self.joined_at = self._clock() - hello.up_ms / 1000.0
         self.hello = hello
         self._seq, self._skipping, self._reading_snapshot = first.seq, True, False  # until the snapshot begins
         self._heard_at = self._clock()
@@ -355,6 +359,8 @@ class WorkerLink:
     def _on_step(self, step: worker_pb2.Step) -> None:
         if step.events and not self._skipping:
             self._index.apply(self.name, self.incarnation, kv_wire.events(step.events))
+        if step.others:
+            self._listener.heard_others(self, step.others)
         if step.HasField("load"):
             self.report = Report(step.load, self._heard_at, self.hello.block_nbytes if self.hello else 0)
             self._note_lag(step.load.events_behind_ms / 1000.0)
