@@ -156,8 +156,13 @@ class SimulatedRouter:
         choice = self.would_choose(number)
         if choice is not None:
             self._decider.taken()
-            self._sent(number, given_by(choice, self._work.block_size))
+            self.took(number, given_by(choice, self._work.block_size))
         return choice
+
+    def took(self, number: int, given: Given) -> None:
+        """A request was sent to a worker."""
+        self._keys[number] = key = next(self._next_key)
+        self._count(key, number, given)
 
     def heard_of(self, number: int, given: Given) -> None:
         """A worker tells of a request that another router sent to it."""
@@ -222,10 +227,6 @@ class SimulatedRouter:
         traffic, links = self._traffic, self._links
         if any(traffic.sharers(c) or any(traffic.arriving_run(w, c) for w in links) for c in self._work.chains):
             raise InvariantError("a request that ended is still counted as being on its way; please report this")
-
-    def _sent(self, number: int, given: Given) -> None:
-        self._keys[number] = key = next(self._next_key)
-        self._count(key, number, given)
 
     def _count(self, key: int, number: int, given: Given) -> None:
         self._traffic.sent(

@@ -20,6 +20,7 @@ from replay.simulated_router import Given, RouterSettings, SimulatedRouter, even
 from replay.tiers import NO_TIERS, SharedTier, Tiers
 from replay.timeline import Action, Timeline
 from replay.workload import Workload
+from router.decide import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +157,7 @@ class Simulation:
     def _place(self, number: int) -> None:
         for engine in self._engines.values():
             engine.catch_up()
-        router = self._router_of[number]
-        choice = router.choose(number)
+        choice = self._choose(number)
         if choice is None:
             self._parked.append(number)
             return
@@ -165,15 +165,18 @@ class Simulation:
         fate.worker, fate.attempts = choice.worker, fate.attempts + 1
         fate.predicted_ttft_s = choice.predicted_ttft_ms / 1e3
         fate.predicted_tokens = choice.price.cached_tokens
-        self._took(number, router, given_by(choice, self._work.block_size))
+        self._tell_others(number, given_by(choice, self._work.block_size))
         self._engines[choice.worker].submit(number)
 
-    def _took(self, number: int, router: SimulatedRouter, given: Given) -> None:
+    def _choose(self, number: int) -> Choice | None:
+        return self._router_of[number].choose(number)
+
+    def _tell_others(self, number: int, given: Given) -> None:
         """A worker was sent a request, and tells the other routers."""
         self._flights[number] = given
         self._given[given.worker].add(given.work_ms, self._timeline.now)
         for other in self._routers:
-            if other is not router:
+            if other is not self._router_of[number]:
                 other.heard_of(number, given)
 
     def _first_token(self, number: int, reuse: Reuse) -> None:
@@ -206,12 +209,10 @@ class Simulation:
         for router in self._routers:
             router.cut_off(number)
 
-    def _router(self) -> SimulatedRouter:
+    def _router(self, kind: type[SimulatedRouter] = SimulatedRouter) -> SimulatedRouter:
         setup = self._setup
         shared_id = "" if self._shared is None else "redis"
-        return SimulatedRouter(
-            setup.router, self._work, self._engines, self._timeline, seed=setup.seed, shared_id=shared_id
-        )
+        return kind(setup.router, self._work, self._engines, self._timeline, seed=setup.seed, shared_id=shared_id)
 
     def _engine(self, name: str) -> Engine:
         setup, work, timeline, told = self._setup, self._work, self._timeline, self._told_by(name)
