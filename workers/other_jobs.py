@@ -78,7 +78,7 @@ class News:
 
     def __init__(self) -> None:
         self._waiting: dict[int, worker_pb2.OtherJob] = {}
-        self._told: set[int] = set()
+        self._told: set[int] = set()  # may be known there: their end must be told
 
     def __bool__(self) -> bool:
         """Whether there is anything to tell."""
@@ -86,20 +86,19 @@ class News:
 
     def add(self, job: worker_pb2.OtherJob) -> None:
         """A job stands so now; of one that ended before the router heard of it there is nothing to say."""
-        if job.number in self._told:
-            self._waiting[job.number] = worker_pb2.OtherJob(number=job.number, state=job.state)
-        elif job.state == ENDED:
+        if job.state == ENDED and job.number not in self._told:
             self._waiting.pop(job.number, None)
-        elif job.number in self._waiting:
+        elif job.state != ENDED and job.number in self._waiting:
             self._waiting[job.number].state = job.state
+        elif job.number in self._told:
+            self._waiting[job.number] = worker_pb2.OtherJob(number=job.number, state=job.state)
         else:
             told = self._waiting[job.number] = worker_pb2.OtherJob()
             told.CopyFrom(job)
 
     def again(self, running: Iterable[worker_pb2.OtherJob]) -> None:
-        """The router may have forgotten everything: tell all of these; an end that it was not told is told still."""
+        """The router may have forgotten everything, or nothing: tell all of these, and the ends that still wait."""
         ends = {number: job for number, job in self._waiting.items() if job.state == ENDED}
-        self._told.clear()
         self._waiting = ends | {job.number: job for job in running}
 
     def pop(self, max_bytes: int) -> list[worker_pb2.OtherJob]:

@@ -8,6 +8,7 @@ import pytest
 
 from router.other_routers import OtherRouters
 from router.traffic import MEMORY_S, Traffic
+from tests.router.fake_worker import FakeWorker
 from tests.router.rig import ALICE, all_ready, context, eventually, request, rig, tokens
 from warmkv.v1 import inference_pb2, worker_pb2
 from workers.simulated_sequence import Timing
@@ -107,6 +108,22 @@ def test_lost_workers_are_forgotten_with_their_work() -> None:
         traffic.forget(f"w{number}")
         clock.now += 5.0
     assert len(traffic._lost_work) < 60
+
+
+@pytest.mark.asyncio
+async def test_a_gap_in_the_stream_ends_what_was_known_of_others_until_it_is_told_again() -> None:
+    worker = FakeWorker("w0")
+    async with rig() as fleet:
+        fleet.addresses["w0"] = await worker.start()
+        router = await fleet.start_router()
+        await all_ready(router, 1)
+        worker.say(step=worker_pb2.Step(others=[told(1, "PREFILL", A, B), told(2, "PREFILL", C)]))
+        await eventually(lambda: router._traffic.arriving([C]))
+        worker.skip()
+        worker.say(step=worker_pb2.Step(others=[told(3, "PREFILL", A)]))
+        await eventually(lambda: router._traffic.arriving([A, B]) == {"w0": 1})
+        assert router._traffic.arriving([C]) == {}
+        await worker.stop()
 
 
 @pytest.mark.asyncio

@@ -6,7 +6,7 @@ import math
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from kvstore.recent_work import WORK_MEMORY_S
 from tests.workers.serving import INFO, Gate, routers, serving, simulated
@@ -49,6 +49,7 @@ steps = st.lists(
 )
 
 
+@settings(max_examples=400)
 @given(steps)
 def test_whatever_happens_between_two_looks_the_router_ends_with_what_runs(script: list[tuple[str, int]]) -> None:
     running, news, reader = RunningJobs(0.0), News(), Reader()
