@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from kvstore.recent_work import RecentWork
 from replay.batched_engine import BatchedEngine
@@ -75,7 +76,8 @@ def simulate(work: Workload, setup: Setup) -> Outcome:
     """Replay the workload.
 
     Raises:
-        ValueError: there are no workers or no routers, or a failure names a worker that there is not.
+        ValueError: there are no workers or no routers, or a failure names a worker that there is not, or a router is to
+        restart while it is down.
         InvalidRequest: the policy or a weight is unknown.
     """
     if setup.workers < 1 or setup.routers < 1:
@@ -84,9 +86,16 @@ def simulate(work: Workload, setup: Setup) -> Outcome:
         raise ValueError(f"a failure of a worker that there is not; number them from 0 to {setup.workers - 1}")
     if any(not 0 <= restart.router < setup.routers for restart in setup.restarts):
         raise ValueError(f"a restart of a router that there is not; number them from 0 to {setup.routers - 1}")
+    if any(_overlap(one, other) for one, other in combinations(setup.restarts, 2)):
+        raise ValueError("a router that is down cannot restart; let its restarts begin after the one before has ended")
     if isinstance(setup.profile, SerialProfile) and setup.tiers != NO_TIERS:
         raise ValueError("the serial engine has no tiers below its pool; give a BatchedProfile, or no tiers")
     return Simulation(work, setup).run()
+
+
+def _overlap(one: RouterRestart, other: RouterRestart) -> bool:
+    is_same = one.router == other.router
+    return is_same and one.at_s <= other.at_s + other.down_s and other.at_s <= one.at_s + one.down_s
 
 
 class Simulation:
