@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kvstore.events import TierName
+from kvstore.recent_work import RecentWork
 from replay.batched_profile import BatchedProfile
 from replay.batched_scheduler import BatchedScheduler
 from replay.batched_sequence import Sequence, SequenceBlocks
@@ -22,7 +23,7 @@ from replay.tiers import SharedTier, Tiers, WorkerTiers
 from replay.timeline import Timeline
 from replay.workload import Workload
 from router.cost import WorkerLoad
-from router.traffic import MEMORY_S, Decayed
+from router.traffic import MEMORY_S
 
 
 class _Noted(NamedTuple):
@@ -99,7 +100,7 @@ class BatchedEngine:
         self._expires = tiers.ttl_s is not None
         self._blocks = SequenceBlocks(profile, work.block_size, pool, self._tiers, answers_from=len(work.lengths))
         self.busy_s = 0.0
-        self._busy = Decayed()
+        self._busy = RecentWork()
         self._orders = 0
         self._lives = 0
         self._start_empty()

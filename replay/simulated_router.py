@@ -2,7 +2,7 @@
 
 Covers: what a router knows of its workers and when it learns it. Does not cover: how it decides (`router.decide`), how
 long anything takes (`serial_engine`). Only the streams are replaced: what a worker says arrives `delay_s` later, in
-order, its events and its load alike.
+order, its events and its load alike, and what it says of the requests of other routers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import cast
+from typing import NamedTuple, cast
 
 from kvstore.errors import InvariantError
 from kvstore.events import BlockRemoved, BlockStored, KvEvent, RemovalCause
@@ -32,13 +32,27 @@ class RouterSettings:
 
     Attributes:
         policy, weights: as `warmkv policy set` takes them. delay_s: from a worker's word to the router.
-        tells_sessions: requests carry their session as the affinity key.
+        load_delay_s: the same of its load, where that differs. tells_sessions: requests carry their session as the
+        affinity key.
     """
 
     policy: str
     weights: Mapping[str, float] = field(default_factory=dict)
     delay_s: float = 0.0
     tells_sessions: bool = False
+    load_delay_s: float | None = None
+
+
+class Given(NamedTuple):
+    """A request that a router sent to a worker: what the other routers are told of it.
+
+    Attributes:
+        work_ms: predicted, to load and to compute. cached_blocks: that the router counted on.
+    """
+
+    worker: str
+    work_ms: float
+    cached_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +136,8 @@ class SimulatedRouter:
         self._next_key = count()
         self._index = RunIndex(timeline.clock)
         self._traffic = RunTraffic(timeline.clock)
-        self._links = {name: _Link(name, engines[name], timeline, settings.delay_s) for name in sorted(engines)}
+        load_delay_s = settings.delay_s if settings.load_delay_s is None else settings.load_delay_s
+        self._links = {name: _Link(name, engines[name], timeline, load_delay_s) for name in sorted(engines)}
         for link in self._links.values():
             self._greet(link)
         record = FleetRecord(0, "replay", settings.policy, dict(settings.weights))
@@ -130,38 +145,53 @@ class SimulatedRouter:
         fleet = cast("Fleet", _Fleet(record, self._links))
         self._decider = Decider(fleet, self._index, self._traffic, timeline.clock)
 
-    def choose(self, number: int) -> Choice | None:
-        """Where a request should go; None: no worker is known to be up. The decision counts as taken."""
-        question = self._question(number)
+    def would_choose(self, number: int) -> Choice | None:
+        """Where a request should go; None: no worker is known to be up. Changes nothing."""
         for link in self._links.values():
             link.listen()
-        choice = self._decider.decide(question)
-        if choice is None:
-            return None
-        self._decider.taken()
-        key = self._keys[number] = next(self._next_key)
-        self._traffic.sent(
-            key,
-            choice.worker,
-            question.hashes,
-            work_ms=choice.price.load_ms + choice.price.compute_ms,
-            cached_blocks=min(choice.held, choice.price.cached_tokens // question.block_size),
-        )
+        return self._decider.decide(self._question(number))
+
+    def choose(self, number: int) -> Choice | None:
+        """The same, and the decision counts as taken."""
+        choice = self.would_choose(number)
+        if choice is not None:
+            self._decider.taken()
+            self.took(number, given_by(choice, self._work.block_size))
         return choice
 
+    def took(self, number: int, given: Given) -> None:
+        """A request was sent to a worker."""
+        self._keys[number] = key = next(self._next_key)
+        self._count(key, number, given)
+
+    def heard_of(self, number: int, given: Given) -> None:
+        """A worker tells of a request that another router sent to it."""
+        self._keys[number] = key = next(self._next_key)
+
+        def hear() -> None:
+            if self._keys.get(number) == key:  # else it has ended, or was sent elsewhere
+                self._count(key, number, given)
+
+        self._timeline.after(self._settings.delay_s, hear)
+
+    def met(self, worker: str, recent_work_ms: float) -> None:
+        """A worker's hello, which tells the work that it was given lately."""
+        self._traffic.met(worker, recent_work_ms)
+
     def first_token(self, number: int) -> None:
-        """A worker sent the first token."""
-        key = self._keys[number]
-        self._timeline.after(self._settings.delay_s, lambda: self._traffic.first_token(key))
+        """A worker sent the first token, to this router or to another one."""
+        if (key := self._keys.get(number)) is not None:
+            self._timeline.after(self._settings.delay_s, lambda: self._traffic.first_token(key))
 
     def ended(self, number: int) -> None:
-        """A worker sent the last token."""
-        key = self._keys.pop(number)
-        self._timeline.after(self._settings.delay_s, lambda: self._traffic.ended(key))
+        """A worker sent the last token, to this router or to another one."""
+        if (key := self._keys.pop(number, None)) is not None:
+            self._timeline.after(self._settings.delay_s, lambda: self._traffic.ended(key))
 
     def cut_off(self, number: int) -> None:
         """The worker of a request was lost, which needs no word from it."""
-        self._traffic.ended(self._keys.pop(number))
+        if (key := self._keys.pop(number, None)) is not None:
+            self._traffic.ended(key)
 
     def cache_changed(self, worker: str, change: CacheChange, events: list[KvEvent]) -> None:
         """The events of one step of a worker; `events` as `events_of` made them of the change."""
@@ -198,6 +228,15 @@ class SimulatedRouter:
         if any(traffic.sharers(c) or any(traffic.arriving_run(w, c) for w in links) for c in self._work.chains):
             raise InvariantError("a request that ended is still counted as being on its way; please report this")
 
+    def _count(self, key: int, number: int, given: Given) -> None:
+        self._traffic.sent(
+            key,
+            given.worker,
+            self._work.chains[number],
+            work_ms=given.work_ms,
+            cached_blocks=given.cached_blocks,
+        )
+
     def _greet(self, link: _Link) -> None:
         """Hello and snapshot of a worker."""
         name, incarnation, index = link.name, link.incarnation, self._index
@@ -214,6 +253,12 @@ class SimulatedRouter:
         digest = hashlib.blake2b(f"{self._seed}/{number}".encode(), digest_size=16).digest()
         affinity = (request.session or "") if self._settings.tells_sessions else ""
         return Question(self._work.chains[number], request.input_length, self._work.block_size, digest, affinity)
+
+
+def given_by(choice: Choice, block_size: int) -> Given:
+    """What a choice gives to its worker."""
+    price = choice.price
+    return Given(choice.worker, price.load_ms + price.compute_ms, min(choice.held, price.cached_tokens // block_size))
 
 
 def events_of(change: CacheChange) -> list[KvEvent]:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
+from kvstore.recent_work import RecentWork
 from replay.batched_engine import BatchedEngine
 from replay.batched_profile import BatchedProfile
 from replay.engine import CacheChange, Engine, Reuse, Told
 from replay.outcome import Fate, Outcome
 from replay.serial_engine import SerialEngine, SerialProfile
-from replay.simulated_router import RouterSettings, SimulatedRouter, events_of
+from replay.simulated_router import Given, RouterSettings, SimulatedRouter, events_of, given_by
 from replay.tiers import NO_TIERS, SharedTier, Tiers
 from replay.timeline import Action, Timeline
 from replay.workload import Workload
+from router.decide import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Setup:
 
     Attributes:
         profile: of each worker's engine. tiers: below its pool; only a `BatchedProfile` has such.
-        routers: each request goes to a random one; every one hears all workers.
+        routers: each request goes to a random one; every one hears all workers, and by them of the others' requests.
         seed: of that choice and of ties.
     """
 
@@ -73,7 +76,8 @@ def simulate(work: Workload, setup: Setup) -> Outcome:
     """Replay the workload.
 
     Raises:
-        ValueError: there are no workers or no routers, or a failure names a worker that there is not.
+        ValueError: there are no workers or no routers, or a failure names a worker that there is not, or a router is to
+        restart while it is down.
         InvalidRequest: the policy or a weight is unknown.
     """
     if setup.workers < 1 or setup.routers < 1:
@@ -82,9 +86,16 @@ def simulate(work: Workload, setup: Setup) -> Outcome:
         raise ValueError(f"a failure of a worker that there is not; number them from 0 to {setup.workers - 1}")
     if any(not 0 <= restart.router < setup.routers for restart in setup.restarts):
         raise ValueError(f"a restart of a router that there is not; number them from 0 to {setup.routers - 1}")
+    if any(_overlap(one, other) for one, other in combinations(setup.restarts, 2)):
+        raise ValueError("a router that is down cannot restart; let its restarts begin after the one before has ended")
     if isinstance(setup.profile, SerialProfile) and setup.tiers != NO_TIERS:
         raise ValueError("the serial engine has no tiers below its pool; give a BatchedProfile, or no tiers")
     return Simulation(work, setup).run()
+
+
+def _overlap(one: RouterRestart, other: RouterRestart) -> bool:
+    is_same = one.router == other.router
+    return is_same and one.at_s <= other.at_s + other.down_s and other.at_s <= one.at_s + one.down_s
 
 
 class Simulation:
@@ -100,11 +111,12 @@ class Simulation:
         redis = setup.tiers.redis
         self._shared = None if redis is None else SharedTier(redis, work, ttl_s=setup.tiers.ttl_s)
         self._engines = {name: self._engine(name) for name in self._names}
-        self._routers: list[SimulatedRouter] = [self._router(n) for n in range(setup.routers)]
+        self._routers: list[SimulatedRouter] = [self._router() for _ in range(setup.routers)]
         self._up = list(self._routers)  # those that take requests
         self._router_of: dict[int, SimulatedRouter] = {}
         self._down: set[str] = set()
-        self._flights: dict[int, str] = {}  # requests on workers
+        self._flights: dict[int, Given] = {}  # requests on workers
+        self._given = {name: RecentWork() for name in self._names}
         self._fates = [
             Fate(arrived_s=at, output=request.output_length)
             for at, request in zip(work.arrivals_s, work.requests, strict=True)
@@ -154,7 +166,7 @@ class Simulation:
     def _place(self, number: int) -> None:
         for engine in self._engines.values():
             engine.catch_up()
-        choice = self._router_of[number].choose(number)
+        choice = self._choose(number)
         if choice is None:
             self._parked.append(number)
             return
@@ -162,17 +174,30 @@ class Simulation:
         fate.worker, fate.attempts = choice.worker, fate.attempts + 1
         fate.predicted_ttft_s = choice.predicted_ttft_ms / 1e3
         fate.predicted_tokens = choice.price.cached_tokens
-        self._flights[number] = choice.worker
+        self._tell_others(number, given_by(choice, self._work.block_size))
         self._engines[choice.worker].submit(number)
+
+    def _choose(self, number: int) -> Choice | None:
+        return self._router_of[number].choose(number)
+
+    def _tell_others(self, number: int, given: Given) -> None:
+        """A worker was sent a request, and tells the other routers."""
+        self._flights[number] = given
+        self._given[given.worker].add(given.work_ms, self._timeline.now)
+        for other in self._routers:
+            if other is not self._router_of[number]:
+                other.heard_of(number, given)
 
     def _first_token(self, number: int, reuse: Reuse) -> None:
         fate = self._fates[number]
         fate.cached, fate.computed, fate.first_token_s, fate.tiers = reuse
-        self._router_of[number].first_token(number)
+        for router in self._routers:
+            router.first_token(number)
 
     def _ended(self, number: int) -> None:
         del self._flights[number]
-        self._router_of[number].ended(number)
+        for router in self._routers:
+            router.ended(number)
         self._go_on(number)
 
     def _go_on(self, number: int) -> None:
@@ -186,13 +211,17 @@ class Simulation:
         """No worker of the fleet could ever serve it."""
         del self._flights[number]
         self._fates[number].failed = True
-        self._router_of[number].cut_off(number)
+        self._cut_off(number)
         self._go_on(number)
 
-    def _router(self, number: int) -> SimulatedRouter:
+    def _cut_off(self, number: int) -> None:
+        for router in self._routers:
+            router.cut_off(number)
+
+    def _router(self, kind: type[SimulatedRouter] = SimulatedRouter) -> SimulatedRouter:
         setup = self._setup
-        seed, shared_id = setup.seed + 1000 * number, "" if self._shared is None else "redis"
-        return SimulatedRouter(setup.router, self._work, self._engines, self._timeline, seed=seed, shared_id=shared_id)
+        shared_id = "" if self._shared is None else "redis"
+        return kind(setup.router, self._work, self._engines, self._timeline, seed=setup.seed, shared_id=shared_id)
 
     def _engine(self, name: str) -> Engine:
         setup, work, timeline, told = self._setup, self._work, self._timeline, self._told_by(name)
@@ -222,9 +251,10 @@ class Simulation:
         unstarted, cut_off = self._engines[worker].fail()
         for router in self._routers:
             router.lost(worker)
+        self._given[worker] = RecentWork()
         for number in (*unstarted, *cut_off):
             del self._flights[number]
-            self._router_of[number].cut_off(number)
+            self._cut_off(number)
         for number in cut_off:
             self._fates[number].failed = True
             self._go_on(number)
@@ -247,7 +277,8 @@ class Simulation:
         return die
 
     def _call_off(self, number: int) -> None:
-        self._engines[self._flights.pop(number)].cancel(number)
+        self._engines[self._flights.pop(number).worker].cancel(number)
+        self._cut_off(number)
         if self._fates[number].first_token_s is None:
             self._ask(number)
         else:
@@ -255,7 +286,8 @@ class Simulation:
             self._go_on(number)
 
     def _start_router(self, number: int) -> None:
-        fresh = self._router(number)
+        fresh = self._router()
+        self._tell_all(fresh)
         for worker in sorted(self._down):
             fresh.lost(worker)
         self._routers[number] = fresh
@@ -263,6 +295,15 @@ class Simulation:
         unasked, self._unasked = self._unasked, []
         for waiting in unasked:
             self._ask(waiting)
+
+    def _tell_all(self, router: SimulatedRouter) -> None:
+        """The workers' hellos: what a router that starts cannot know else."""
+        for worker, work in self._given.items():
+            router.met(worker, work.value(self._timeline.now))
+        for number, given in self._flights.items():
+            router.heard_of(number, given._replace(work_ms=0.0))
+            if self._fates[number].first_token_s is not None:
+                router.first_token(number)
 
     def _recover(self, worker: str) -> None:
         self._down.discard(worker)

@@ -137,14 +137,10 @@ class Attempts:
     def _submit(self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job, choice: Choice) -> None:
         """Send the job and remember that it was sent."""
         key, question = next(self._keys), prepared.question
+        work_ms = choice.price.load_ms + choice.price.compute_ms
+        cached_blocks = min(choice.held, choice.price.cached_tokens // question.block_size)
         self._decider.taken()
-        self._traffic.sent(
-            key,
-            choice.worker,
-            question.hashes,
-            work_ms=choice.price.load_ms + choice.price.compute_ms,
-            cached_blocks=min(choice.held, choice.price.cached_tokens // question.block_size),
-        )
+        self._traffic.sent(key, choice.worker, question.hashes, work_ms=work_ms, cached_blocks=cached_blocks)
         self._index.placed(question.hashes)
         self._room.sent(key, choice)
         self._note(work, choice, question.prompt_tokens)
@@ -168,6 +164,7 @@ class Attempts:
                 placement.ended(work.fates, question.block_size)
 
         sent = _for_one_link(job, work.context.deadline)
+        sent.work_ms, sent.cached_blocks = work_ms, cached_blocks
         sent.peers.extend(worker_pb2.PeerHint(address=peer.address, blocks=peer.blocks) for peer in choice.peers)
         work.flight = link.submit(sent, on_tokens, on_end)
 

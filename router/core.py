@@ -34,6 +34,7 @@ from router.handshake import Expected
 from router.index import PrefixIndex
 from router.metrics import Metrics
 from router.operators import Operators
+from router.other_routers import OtherRouters
 from router.policy import checked_weights, find_policy
 from router.prefix_map import PrefixMap
 from router.prepare import Preparer
@@ -349,7 +350,7 @@ class Router:
             restored(file, record) if file else record,
             clock=self._clock,
             jitter=self._rng.random,
-            on_worker_gone=self._traffic.forget,
+            others=OtherRouters(self._traffic),
             beliefs=self._beliefs,
             catch_up_s=config.catch_up_s,
             on_load=lambda: self._room.look_again(),

@@ -230,9 +230,9 @@ class Decider:
         )
 
     def utilisation(self, links: Sequence[WorkerLink]) -> float:
-        """Share of these workers' time that prefills take: what this router sent, or what they report if it is more.
+        """Share of these workers' time that prefills take: what routers sent, or what they report if it is more.
 
-        Reports know what other routers send, and how long it really took, but come after the fact: they count less.
+        Reports know how long it really took, but come after the fact: they count less.
         """
         shares = [link.report.load.prefill_share for link in links if link.report]
         told = [share for share in shares if share is not None]

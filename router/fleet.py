@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from router import fleet_record
@@ -25,6 +25,7 @@ from router.handshake import Expected, FleetIdentity, identity_of, misfit
 from router.index import PrefixIndex
 from router.link import Refused, WorkerLink
 from router.metrics import Metrics
+from router.other_routers import OtherRouters
 from router.policy import checked_weights, find_policy
 from router.protocol import Discovery, WorkerAddress
 from router.worker_stream import LinkSettings
@@ -67,7 +68,7 @@ class Fleet:
         *,
         clock: Callable[[], float],
         jitter: Callable[[], float],
-        on_worker_gone: Callable[[str], None],
+        others: OtherRouters,
         beliefs: Beliefs,
         catch_up_s: float = 0.0,
         on_load: Callable[[], None] = lambda: None,
@@ -88,7 +89,7 @@ class Fleet:
         self._expected = expected
         self._clock = clock
         self._jitter = jitter
-        self._on_worker_gone = on_worker_gone
+        self._others = others
         self._beliefs = beliefs
         self._catching_up = CatchingUp(clock, patience_s=catch_up_s)
         self._on_load = on_load
@@ -222,6 +223,7 @@ class Fleet:
         if problem := misfit(hello, self._expected, self.identity if others else None):
             raise Refused(problem)
         self.identity = identity_of(hello)
+        self._others.greeted(link.name, hello)
 
     def heard_record(self, link: WorkerLink, record: worker_pb2.FleetRecord) -> None:
         """Apply a newer record and pass it on, with the clears of both; answer an older one with ours."""
@@ -255,6 +257,7 @@ class Fleet:
         """Count it."""
         self._metrics.losses.labels(link.name).inc()
         self._beliefs.lost(link.name)
+        self._others.lost(link.name)
 
     def resynced(self, link: WorkerLink) -> None:
         """Count it."""
@@ -263,6 +266,11 @@ class Fleet:
     def missed(self, link: WorkerLink) -> None:
         """Doubt it."""
         self._beliefs.credits.missed_messages(link.name)
+        self._others.missed(link.name)
+
+    def heard_others(self, link: WorkerLink, jobs: Sequence[worker_pb2.OtherJob]) -> None:
+        """Count them as one's own."""
+        self._others.heard(link.name, jobs)
 
     def behind(self, link: WorkerLink, seconds: float) -> None:
         """Doubt it as far as that goes."""
@@ -275,10 +283,6 @@ class Fleet:
     def cleared(self, link: WorkerLink) -> None:
         """One that sends no events has not said what it dropped."""
         self._beliefs.approximate.cleared(link.name)
-
-    def restarted(self, link: WorkerLink) -> None:
-        """What it was given before is no work of its any more."""
-        self._on_worker_gone(link.name)
 
     def found_shared_tier(self, link: WorkerLink) -> None:
         """It may owe the clear of that tier."""
@@ -350,7 +354,7 @@ class Fleet:
                 self._index.drop(name)
                 self._beliefs.gone(name)
                 self._clears.forget(name)
-                self._on_worker_gone(name)
+                self._others.lost(name)
 
 
 def report_failure(task: asyncio.Task[None]) -> None:

@@ -36,7 +36,7 @@ def events(wire: Iterable[kv_events_pb2.KvEvent]) -> Iterator[KvEvent]:
             case "removed":
                 if tier := _TIERS.get(event.removed.tier):
                     cause = _CAUSES.get(event.removed.cause, RemovalCause.EVICTED)
-                    yield BlockRemoved(tier, _split(event.removed.hashes), cause)
+                    yield BlockRemoved(tier, short_hashes(event.removed.hashes), cause)
             case "cleared":
                 if tier := _TIERS.get(event.cleared.tier):
                     yield AllBlocksCleared(tier)
@@ -47,7 +47,7 @@ def stored(wire: Iterable[kv_events_pb2.BlockStored]) -> Iterator[BlockStored]:
     for event in wire:
         if tier := _TIERS.get(event.tier):
             ttl_s = event.ttl_ms / 1000.0 if event.ttl_ms else None
-            yield BlockStored(tier, _split(event.hashes), event.parent or None, ttl_s)
+            yield BlockStored(tier, short_hashes(event.hashes), event.parent or None, ttl_s)
 
 
 def worker_load(load: worker_pb2.Load, block_nbytes: int = 0) -> WorkerLoad:
@@ -86,11 +86,11 @@ def fates(wire: common_pb2.TokensByFate) -> dict[str, int]:
     return {fate: getattr(wire, fate) for fate in _FATES}
 
 
-def _pool_bytes(load: worker_pb2.Load) -> int:
-    return next((tier.capacity_bytes for tier in load.tiers if tier.tier == common_pb2.TIER_DEVICE), 0)
-
-
-def _split(hashes: bytes) -> tuple[bytes, ...]:
-    """What is left at the end and is no whole name names nothing."""
+def short_hashes(hashes: bytes) -> tuple[bytes, ...]:
+    """Of 16 bytes each, joined. What is left at the end and is no whole name names nothing."""
     whole = len(hashes) - len(hashes) % SHORT_HASH_BYTES
     return tuple(hashes[at : at + SHORT_HASH_BYTES] for at in range(0, whole, SHORT_HASH_BYTES))
+
+
+def _pool_bytes(load: worker_pb2.Load) -> int:
+    return next((tier.capacity_bytes for tier in load.tiers if tier.tier == common_pb2.TIER_DEVICE), 0)

@@ -253,8 +253,8 @@ class WorkerLink:
                 f"an older incarnation answered; it is taken if no newer one does within {OUTLIVED_AFTER_S:.0f} s"
             )
         if self.hello is None or hello.incarnation != self.hello.incarnation:
-            self.report, self.joined_at, self.has_shared_tier = None, self._clock(), False
-            self._listener.restarted(self)
+            self.report, self.has_shared_tier = None, False
+            self.joined_at = self._clock() - hello.up_ms / 1000.0
         self.hello = hello
         self._note_shared_tier(known=bool(hello.shared_tier_id))
         self._feed.begin(hello.incarnation, first.seq)
@@ -335,6 +335,8 @@ class WorkerLink:
 
     def _on_step(self, step: worker_pb2.Step) -> None:
         self._feed.events(step.events)
+        if step.others:
+            self._listener.heard_others(self, step.others)
         if step.HasField("load"):
             self.report = Report(step.load, self._heard_at, self.hello.block_nbytes if self.hello else 0)
             self._note_lag(step.load.events_behind_ms / 1000.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from warmkv.v1 import worker_pb2
@@ -53,8 +54,8 @@ class Listener(Protocol):
         """It dropped blocks as it was told."""
         ...
 
-    def restarted(self, link: WorkerLink) -> None:
-        """Another incarnation than before said hello."""
+    def heard_others(self, link: WorkerLink, jobs: Sequence[worker_pb2.OtherJob]) -> None:
+        """How jobs of other routers stand there."""
         ...
 
     def found_shared_tier(self, link: WorkerLink) -> None:

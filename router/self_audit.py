@@ -153,6 +153,7 @@ class SelfAudit:
             return
         turn = 0
         while True:
+            self._forget_gone()
             links = [link for link in self._fleet.links() if link.whole]
             await asyncio.sleep(self._every_s / max(1, len(links)))
             if links:
@@ -168,6 +169,10 @@ class SelfAudit:
             return
         state.asked_at = now
         link.probe(question.names, lambda answer: self._answered(link, state, question, answer))
+
+    def _forget_gone(self) -> None:
+        if self._states.keys() - (known := {link.name for link in self._fleet.links()}):
+            self._states = {name: state for name, state in self._states.items() if name in known}
 
     def _question(self, worker: str) -> _Question | None:
         believed: list[bytes] = []

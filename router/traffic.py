@@ -1,8 +1,8 @@
-"""What this router has sent lately, and what follows from it before any worker reports it.
+"""What was sent to workers lately, and what follows from it before any worker reports it.
 
 Covers: work given to each worker with a decaying memory, the fleet's utilisation, prompts on their way (their blocks
 will be there), how many requests in flight share a block, and how many blocks they use. Does not cover: prices (`cost`)
-or weights (`policy`).
+or weights (`policy`). What other routers sent counts as what this one did: workers tell of it (`other_routers`).
 Pure and synchronous, on an injected clock. Every question leaves the state as it is.
 """
 
@@ -10,41 +10,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvstore.recent_work import WORK_MEMORY_S, RecentWork
 from router.chain_tree import ChainTree, Runs
 
-# How long placements and utilisation are remembered, in seconds: longer than a prefill, shorter than swings of load.
-MEMORY_S = 30.0
+# How long placements and utilisation are remembered, in seconds.
+MEMORY_S = WORK_MEMORY_S
 # A worker counts as having been there for so long at least, in seconds: what it was given in less says little.
 _LEAST_THERE_S = 1.0
 # A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
 _REFLECTED_AFTER_S = 0.04
 # Who has been there for so long would have no more work in its memory had it been there for ever: 1 - exp(-40) is 1.0.
 _SETTLED_S = 40.0 * MEMORY_S
+_NEGLIGIBLE_MS = 1.0
 _FLEET = ""  # the owner of what is counted for all workers together
-
-
-class Decayed:
-    """A sum that forgets exponentially: after `memory_s` seconds a contribution counts 1/e."""
-
-    __slots__ = ("_at", "_memory_s", "_sum")
-
-    def __init__(self, memory_s: float = MEMORY_S) -> None:
-        self._memory_s = memory_s
-        self._sum = 0.0
-        self._at = 0.0
-
-    def add(self, amount: float, now: float) -> None:
-        """Count an amount."""
-        self._sum = self.value(now) + amount
-        self._at = now
-
-    def value(self, now: float) -> float:
-        """The sum now."""
-        return self._sum * math.exp((self._at - now) / self._memory_s) if now > self._at else self._sum
 
 
 @dataclass(slots=True)
@@ -85,26 +67,38 @@ class Traffic:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._work: dict[str, Decayed] = {}
-        self._fleet = Decayed()
+        self._work: dict[str, RecentWork] = {}
+        self._lost_work: dict[str, RecentWork] = {}  # of workers that may come back; the fleet's sum has it
+        self._fleet = RecentWork()
         self._arriving = ChainTree()
         self._sharing = ChainTree()
         self._active = ChainTree()
         self._active_blocks: dict[str, int] = {}
-        self._flights: dict[int, Sent] = {}
+        self._flights: dict[Hashable, Sent] = {}
         self._in_flight: Counter[str] = Counter()
-        self._prefilling: dict[str, dict[int, Sent]] = {}  # by worker, in the order of sending
+        self._prefilling: dict[str, dict[Hashable, Sent]] = {}  # by worker, in the order of sending
         # The last answer of each worker, with the time of the report that it was given for. Between two decisions one
         # or two workers of a fleet say or are sent something: for the others it still holds.
         self._unreported: dict[str, tuple[float, Unreported]] = {}
 
-    def sent(self, key: int, worker: str, hashes: Sequence[bytes], *, work_ms: float, cached_blocks: int) -> None:
+    def met(self, worker: str, recent_work_ms: float) -> None:
+        """A stream to a worker begins, which tells the work that all routers have given it lately.
+
+        What a new life of the worker no longer knows was given to the fleet all the same.
+        """
+        now, known = self._clock(), self._work.get(worker) or self._lost_work.pop(worker, None) or RecentWork()
+        news_ms = recent_work_ms - known.value(now)
+        known.add(news_ms, now)
+        self._fleet.add(max(0.0, news_ms), now)
+        self._work[worker] = known
+
+    def sent(self, key: Hashable, worker: str, hashes: Sequence[bytes], *, work_ms: float, cached_blocks: int) -> None:
         """A request went to a worker, predicted to be `work_ms` of load and compute, its first blocks cached there.
 
         The hashes must not change until it has ended.
         """
         now, names = self._clock(), self._names(hashes)
-        self._work.setdefault(worker, Decayed()).add(work_ms, now)
+        self._work.setdefault(worker, RecentWork()).add(work_ms, now)
         self._fleet.add(work_ms, now)
         flight = self._flights[key] = Sent(worker, hashes, names, work_ms, now, self._depth(hashes, cached_blocks))
         self._in_flight[worker] += 1
@@ -115,7 +109,7 @@ class Traffic:
         self._arriving.add(worker, names, len(names))
         self._sharing.add(_FLEET, names, flight.shared)
 
-    def first_token(self, key: int) -> None:
+    def first_token(self, key: Hashable) -> None:
         """Its prefill is done: all its blocks are cached now, and others may share them."""
         flight = self._flights.get(key)
         if flight is None or not flight.prefilling:
@@ -125,7 +119,7 @@ class Traffic:
         flight.shared = len(flight.names)
         self._sharing.add(_FLEET, flight.names, flight.shared)
 
-    def ended(self, key: int) -> None:
+    def ended(self, key: Hashable) -> None:
         """It finished, failed, was cancelled or lost its worker."""
         flight = self._flights.pop(key, None)
         if flight is None:
@@ -162,7 +156,7 @@ class Traffic:
         return works
 
     def utilisation(self, workers: int) -> float:
-        """Share of the fleet's time that the work of this router takes; may exceed 1."""
+        """Share of the fleet's time that the work sent there takes; may exceed 1."""
         return self._fleet.value(self._clock()) / (MEMORY_S * 1000.0 * workers) if workers else 0.0
 
     def unreported(self, worker: str, reported_at: float) -> Unreported:
@@ -201,8 +195,11 @@ class Traffic:
         return self._sharing.runs(self._names(hashes))
 
     def forget(self, worker: str) -> None:
-        """The worker is gone for good."""
-        self._work.pop(worker, None)
+        """The worker is gone, maybe for good."""
+        now = self._clock()
+        self._lost_work = {name: work for name, work in self._lost_work.items() if work.value(now) >= _NEGLIGIBLE_MS}
+        if (work := self._work.pop(worker, None)) is not None:
+            self._lost_work[worker] = work
         self._unreported.pop(worker, None)
         if not self._in_flight[worker]:  # else what is left ends one by one
             del self._in_flight[worker]
@@ -237,7 +234,7 @@ class Traffic:
         late.reverse()  # sums are made in the order of sending, whatever was reported between
         return late
 
-    def _arrived(self, key: int, flight: Sent) -> None:
+    def _arrived(self, key: Hashable, flight: Sent) -> None:
         if flight.prefilling:
             flight.prefilling = False
             del self._prefilling[flight.worker][key]

@@ -4,7 +4,8 @@ The engine never waits for a router, so messages gather here while a router read
 
 - tokens: outputs of one job merge, so a slow router costs at most the answers of its own jobs;
 - K/V events: up to `max_event_bytes`; beyond that they are forgotten and a new snapshot is wanted (resync);
-- load: only the newest.
+- load: only the newest;
+- jobs of other routers: how each stands (`other_jobs`).
 
 A router that keeps up gets one Step for each engine step. One that does not gets several steps merged into one, which
 says the same: outputs and events keep their order.
@@ -26,6 +27,7 @@ from enum import Enum, auto
 
 from kvstore.events import BlockStored
 from warmkv.v1 import kv_events_pb2, worker_pb2
+from workers.other_jobs import News
 from workers.wire import SNAPSHOT_PIECE_BYTES, snapshot_pieces
 
 
@@ -69,10 +71,11 @@ class _Sync(Enum):
 
 
 class Outbox:
-    """See the module. Owned by one thread."""
+    """See the module. Owned by one thread. `others`: what the router has yet to hear of jobs of others."""
 
     def __init__(self, hello: worker_pb2.WorkerHello, limits: OutboxLimits | None = None) -> None:
         self.overflows = 0
+        self.others = News()
         self._limits = limits or OutboxLimits()
         self._seq = 0
         self._hello: worker_pb2.WorkerHello | None = hello
@@ -228,7 +231,7 @@ class Outbox:
         return piece
 
     def _has_step(self, now: float) -> bool:
-        if self._outputs or (self._events and self._sync is _Sync.LIVE):
+        if self._outputs or self.others or (self._events and self._sync is _Sync.LIVE):
             return True
         return self._must_send_load(now)
 
@@ -243,6 +246,7 @@ class Outbox:
         # Tokens do not overtake the events of their step.
         if self._sync is not _Sync.LIVE or not self._events:
             self._move_outputs(step)
+            step.others.extend(self.others.pop(self._limits.message_bytes))
         self._attach_load(step, now)
         return step
 

@@ -4,8 +4,8 @@ Covers: jobs in, what the engine thread publishes out to whom it concerns, the f
 come in (`joining`), what is asked of the cache (`cache_requests`), order and bounds of what one router is told
 (`outbox`), when the engine steps (`engine_thread`), sockets and threads (`server`).
 
-Every router gets all K/V events and the load, and the tokens of its own jobs. A router that leaves takes its jobs with
-it: nobody would read their tokens.
+Every router gets all K/V events and the load, the tokens of its own jobs, and how the jobs of the others stand. A
+router that leaves takes its jobs with it: nobody would read their tokens.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from workers.engine_thread import (
 )
 from workers.fleet_gossip import is_news, joined
 from workers.joining import Door
+from workers.other_jobs import RunningJobs
 from workers.outbox import Outbox, OutboxLimits, WireEvents
 from workers.protocol import Engine, EngineInfo, FinishReason, JobError, Output
 from workers.router_stream import Context, ProtocolViolation, RouterStream, Status
@@ -80,6 +81,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         self._limits = limits
         self._numbers = count(1)
         self._streams: dict[int, RouterStream] = {}
+        self._running = RunningJobs(clock())
         self._load: worker_pb2.Load | None = None
         self._fleet: worker_pb2.FleetRecord | None = None
         self._draining = False
@@ -163,10 +165,13 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         hello = hello_to_wire(
             self._info(), worker=self._worker, incarnation=self._incarnation, kv_events_off=self._kv_events_off
         )
+        now = self._clock()
+        hello.recent_work_ms, hello.up_ms = self._running.recent_work_ms(now), self._running.up_ms(now)
         outbox = Outbox(hello, self._limits)
         if self._fleet is not None:
             outbox.set_fleet(self._fleet)
         stream = RouterStream(next(self._numbers), router, outbox, self._clock)
+        outbox.others.again(self._running.of_others(stream.number))
         self._streams[stream.number] = stream
         self._recount_routers()
         return stream
@@ -202,6 +207,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 self._offer_fleet(stream, request.fleet)
             case "resync":
                 stream.outbox.resync()
+                stream.outbox.others.again(self._running.of_others(stream.number))
                 stream.wake()
             case "hello":
                 raise ProtocolViolation("a second RouterHello came on this stream; send it once, first")
@@ -221,6 +227,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
             return
         stream.jobs.add(message.job_id)
         self._quiet.clear()
+        self._tell_others(stream.number, self._running.came(stream.number, message, self._clock()))
         self._engine.post(lambda engine: engine.submit(job))
 
     def _cancel(self, stream: RouterStream, number: int) -> None:
@@ -230,6 +237,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
     def _cancel_all(self, stream: RouterStream) -> None:
         for number in stream.jobs:
             self._cancel(stream, number)
+            self._tell_others(stream.number, self._running.ended(stream.number, number))
         stream.jobs.clear()
         self._note_ended_jobs()
 
@@ -273,6 +281,9 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                     grouped[asker].append(output_to_wire(output, number))
                     if output.finish is not None:
                         self._streams[asker].jobs.discard(number)
+                        self._tell_others(asker, self._running.ended(asker, number))
+                    elif output.token_ids:
+                        self._tell_others(asker, self._running.has_token(asker, number))
                 case _:
                     continue  # its router left
         self._note_ended_jobs()
@@ -286,6 +297,12 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
             stream.jobs.clear()
         self._note_ended_jobs()
         self.close(Status(grpc.StatusCode.UNAVAILABLE, message))
+
+    def _tell_others(self, owner: int, news: worker_pb2.OtherJob | None) -> None:
+        for stream in self._streams.values():
+            if news is not None and stream.number != owner:
+                stream.outbox.others.add(news)
+                stream.wake()
 
     def _send_error(self, stream: RouterStream, number: int, error: JobError) -> None:
         output = Output((stream.number, number), finish=FinishReason.ERROR, error=error)

@@ -48,7 +48,7 @@ class Candidate(NamedTuple):
     Attributes:
         price: the prediction. share: which part of `price.compute_ms` this request is charged; the rest is on the
         requests in flight that share the blocks. active: requests that run or wait there, of all routers.
-        recent_work_ms: work that this router gave it lately; for a worker that has just come, the same rate for long.
+        recent_work_ms: work that routers gave it lately; for a worker that has just come, the same rate for long.
         overlap: leading blocks that it holds, by tier. arriving: leading blocks that prompts in prefill leave there.
         blocks: its load in blocks; counted only for policies that say `counts_blocks`, since that takes microseconds.
         decoding: requests that are past their prefill there, of all routers.

@@ -14,7 +14,7 @@ from replay.batched_engine import BatchedEngine
 from replay.batched_profile import BatchedProfile
 from replay.outcome import Outcome
 from replay.simulated_router import RouterSettings
-from replay.simulation import Failure, RouterRestart, Setup, Simulation
+from replay.simulation import Failure, RouterRestart, Setup, Simulation, simulate
 from replay.tiers import NO_TIERS, TierProfile, Tiers
 from replay.workload import Workload, workload
 from router.cost import PrefillFit
@@ -239,6 +239,17 @@ def test_a_restarted_router_knows_the_caches_from_snapshots() -> None:
     setup = Setup(4, RouterSettings("cache_aware"), PROFILE, restarts=(RouterRestart(0, 2.0, 1.0),))
     first, second = Simulation(work, setup).run().fates
     assert (second.worker, second.predicted_tokens, second.cached) == (first.worker, 100, 100)
+
+
+def test_a_router_that_is_down_cannot_restart() -> None:
+    work = mixed([(0.0, [1] * 10, 3, 0), (5.0, [1] * 10, 3, 0)], extra=3)
+    setup = Setup(2, RouterSettings("cache_aware"), PROFILE, routers=2)
+    for at_s in (2.0, 3.0, 4.0):
+        overlapping = (RouterRestart(0, 2.0, 2.0), RouterRestart(0, at_s, 1.0))
+        with pytest.raises(ValueError, match="down"):
+            simulate(work, replace(setup, restarts=overlapping))
+    apart = (RouterRestart(0, 2.0, 1.0), RouterRestart(0, 3.5, 1.0), RouterRestart(1, 2.0, 1.0))
+    assert not any(fate.failed for fate in simulate(work, replace(setup, restarts=apart)).fates)
 
 
 def test_requests_of_a_restarted_router_are_asked_again() -> None:

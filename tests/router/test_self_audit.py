@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -210,6 +211,18 @@ def test_a_worker_without_events_is_corrected_and_what_others_sent_there_is_held
     assert len(believed) < 140  # of the hundred that are not there, most were found out
     assert rig.tally.recall < 0.6
     assert rig.beliefs.credits.of("w").factor > 0.5
+
+
+def test_a_worker_that_is_gone_is_forgotten() -> None:
+    rig = Rig(range(100), range(100), range(100))
+    rig.ask()
+    links = [rig.link]
+    rig.audit._fleet = cast("Any", SimpleNamespace(links=lambda: links))
+    rig.audit._forget_gone()
+    assert rig.tally.probed
+    links.clear()
+    rig.audit._forget_gone()
+    assert not rig.tally.probed
 
 
 def test_the_table_of_names_is_bounded_and_remembers_prompts_of_long_ago() -> None:

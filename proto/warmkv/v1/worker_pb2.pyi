@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from warmkv.v1 import common_pb2 as _common_pb2
 from warmkv.v1 import kv_events_pb2 as _kv_events_pb2
 import builtins as _builtins
@@ -19,6 +20,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _OtherJobState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OtherJobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OtherJobState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OTHER_JOB_STATE_UNSPECIFIED: _OtherJobState.ValueType  # 0
+    """Not set."""
+    OTHER_JOB_STATE_PREFILL: _OtherJobState.ValueType  # 1
+    """It waits, or its prompt is being computed."""
+    OTHER_JOB_STATE_DECODE: _OtherJobState.ValueType  # 2
+    """Its first token came: all its blocks are cached."""
+    OTHER_JOB_STATE_ENDED: _OtherJobState.ValueType  # 3
+    """It ended, however."""
+
+class OtherJobState(_OtherJobState, metaclass=_OtherJobStateEnumTypeWrapper):
+    """How far a job is."""
+
+OTHER_JOB_STATE_UNSPECIFIED: OtherJobState.ValueType  # 0
+"""Not set."""
+OTHER_JOB_STATE_PREFILL: OtherJobState.ValueType  # 1
+"""It waits, or its prompt is being computed."""
+OTHER_JOB_STATE_DECODE: OtherJobState.ValueType  # 2
+"""Its first token came: all its blocks are cached."""
+OTHER_JOB_STATE_ENDED: OtherJobState.ValueType  # 3
+"""It ended, however."""
+Global___OtherJobState: _TypeAlias = OtherJobState  # noqa: Y015
 
 @_typing.final
 class ConnectRequest(_message.Message):
@@ -228,6 +257,8 @@ class WorkerHello(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PEER_ADDRESS_FIELD_NUMBER: _builtins.int
     KV_EVENTS_OFF_FIELD_NUMBER: _builtins.int
+    RECENT_WORK_MS_FIELD_NUMBER: _builtins.int
+    UP_MS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The stream's protocol."""
     package_version: _builtins.str
@@ -254,6 +285,10 @@ class WorkerHello(_message.Message):
     """Where other workers read blocks from its host RAM, host:port; empty: it serves none."""
     kv_events_off: _builtins.bool
     """It publishes no K/V events and its snapshots are empty: routers go by what they sent to it."""
+    recent_work_ms: _builtins.float
+    """Work that came lately, of all routers: the sum of Job.work_ms, of which e^(-t / 30 s) is left after a time t."""
+    up_ms: _builtins.int
+    """Since the worker began to listen, milliseconds."""
     @_builtins.property
     def scheme(self) -> Global___HashScheme:
         """What salts its hash chains."""
@@ -280,10 +315,12 @@ class WorkerHello(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         peer_address: _builtins.str = ...,
         kv_events_off: _builtins.bool = ...,
+        recent_work_ms: _builtins.float = ...,
+        up_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["scheme", b"scheme"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_nbytes", b"block_nbytes", "context_length", b"context_length", "device", b"device", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "kv_events_off", b"kv_events_off", "model", b"model", "package_version", b"package_version", "peer_address", b"peer_address", "protocol_version", b"protocol_version", "scheme", b"scheme", "shared_tier_id", b"shared_tier_id", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_nbytes", b"block_nbytes", "context_length", b"context_length", "device", b"device", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "kv_events_off", b"kv_events_off", "model", b"model", "package_version", b"package_version", "peer_address", b"peer_address", "protocol_version", b"protocol_version", "recent_work_ms", b"recent_work_ms", "scheme", b"scheme", "shared_tier_id", b"shared_tier_id", "tokenizer_sha256", b"tokenizer_sha256", "up_ms", b"up_ms", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -359,6 +396,8 @@ class Job(_message.Message):
     TURN_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     PACKED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    WORK_MS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     """Unique on this stream."""
     request_id: _builtins.str
@@ -379,6 +418,10 @@ class Job(_message.Message):
     """Which turn of its conversation this is, from 1; zero: not known. A hint for eviction."""
     packed_token_ids: _builtins.bytes
     """The prompt as routers send it: each id as 4 bytes, little-endian. Read and written without touching the single ids."""
+    cached_blocks: _builtins.int
+    """Leading blocks that the router counts on finding there. For the other routers only."""
+    work_ms: _builtins.float
+    """Milliseconds that it predicts for loading and computing the prompt. For the other routers only."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, where packed_token_ids is empty: for hands and tests."""
@@ -412,10 +455,12 @@ class Job(_message.Message):
         turn: _builtins.int = ...,
         peers: _abc.Iterable[Global___PeerHint] | None = ...,
         packed_token_ids: _builtins.bytes = ...,
+        cached_blocks: _builtins.int = ...,
+        work_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "cache", b"cache", "deadline_ms", b"deadline_ms", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "packed_token_ids", b"packed_token_ids", "peers", b"peers", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "cached_blocks", b"cached_blocks", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "packed_token_ids", b"packed_token_ids", "peers", b"peers", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn", "work_ms", b"work_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
@@ -1147,6 +1192,7 @@ class Step(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
         """New tokens of this router's sequences."""
@@ -1159,20 +1205,65 @@ class Step(_message.Message):
     def load(self) -> Global___Load:
         """Load; at most one in 20 ms, at least one in 500 ms."""
 
+    @_builtins.property
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___OtherJob]:
+        """What became of jobs of other routers; those that ran when the stream began or a resync was asked for are told first."""
+
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
         events: _abc.Iterable[_kv_events_pb2.KvEvent] | None = ...,
         load: Global___Load | None = ...,
+        others: _abc.Iterable[Global___OtherJob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "load", b"load", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "load", b"load", "others", b"others", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Step: _TypeAlias = Step  # noqa: Y015
+
+@_typing.final
+class OtherJob(_message.Message):
+    """A job that another router sent to this worker, so that all routers know of the same traffic. Says how it stands, so a
+    later message replaces an earlier one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    WORK_MS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Unique in the worker's life."""
+    state: Global___OtherJobState.ValueType
+    """How far it is."""
+    block_hashes: _builtins.bytes
+    """Job.block_hashes; empty where this router was told before."""
+    cached_blocks: _builtins.int
+    """Job.cached_blocks; likewise."""
+    work_ms: _builtins.float
+    """Job.work_ms; likewise. Zero where WorkerHello.recent_work_ms contains it."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        state: Global___OtherJobState.ValueType = ...,
+        block_hashes: _builtins.bytes = ...,
+        cached_blocks: _builtins.int = ...,
+        work_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "cached_blocks", b"cached_blocks", "number", b"number", "state", b"state", "work_ms", b"work_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OtherJob: _TypeAlias = OtherJob  # noqa: Y015
 
 @_typing.final
 class SequenceOutput(_message.Message):
