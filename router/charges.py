@@ -46,8 +46,12 @@ class Charges:
     def expected(self, tenant: str, *, prompt_tokens: int, cached_tokens: int, max_tokens: int) -> Charge:
         """For a prompt of which so much is predicted to be cached. Charges nothing."""
         prompt = self._prompt(prompt_tokens - cached_tokens, cached_tokens)
-        answer = min(float(max_tokens), self._answers.get(tenant, _FIRST_GUESS))
+        answer = self.answer_tokens(tenant, max_tokens, unknown=_FIRST_GUESS)
         return Charge(tenant, prompt + self._output_weight * answer, prompt + answer)
+
+    def answer_tokens(self, tenant: str, max_tokens: int, *, unknown: float) -> float:
+        """How long an answer is expected to be; `unknown`: of a tenant that has had none."""
+        return min(float(max_tokens), self._answers.get(tenant, unknown))
 
     def settle(self, charge: Charge, entry: Entry) -> None:
         """The request has ended, and no worker is at it any more.

@@ -164,9 +164,7 @@ class Router:
         self, request: inference_pb2.GenerateRequest, *, caller: Caller, context: RequestContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Run a request. Closing the iterator cancels it. Raises RouterError."""
-        work = Request(
-            caller, context, self._clock(), self._clock, self._settle, self._first_token, self.metrics.observe_gap
-        )
+        work = Request(caller, context, self._clock(), self._clock, self._settle, self._first_token, self._gap)
         code = grpc.StatusCode.CANCELLED
         try:
             with self._admission.admitted(caller.tenant):
@@ -342,9 +340,13 @@ class Router:
         expected_ms = predicted_ms + work.waited_ms if predicted_ms else 0.0
         self.metrics.observe_ttft(now - work.started, expected_ms, worker)
         if work.guest is not None:
-            self._room.answered(work.guest, work.ttft_ms)
+            self._room.answered(work.guest)
         if work.record is not None:
             work.record.ttft_ms = work.ttft_ms
+
+    def _gap(self, seconds: float, tokens: int) -> None:
+        self.metrics.observe_gap(seconds, tokens)
+        self._room.tokens_came(seconds, tokens)
 
     def _settle(self, work: Request, entry: Entry) -> None:
         self._ledger.record(entry)

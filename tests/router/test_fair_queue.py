@@ -14,8 +14,11 @@ WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
 Queue = FairQueue[str]
 
 
-def add(queue: Queue, tenant: str, cost: float, priority: int = 0, name: str = "") -> Ticket[str]:
-    return queue.add(tenant, cost=cost, tokens=int(cost), priority=priority, body=name)
+def add(
+    queue: Queue, tenant: str, cost: float, priority: int = 0, name: str = "", work_ms: float | None = None
+) -> Ticket[str]:
+    work_ms = cost if work_ms is None else work_ms
+    return queue.add(tenant, cost=cost, work_ms=work_ms, tokens=int(cost), priority=priority, body=name)
 
 
 def serve_next(queue: Queue) -> Ticket[str]:
@@ -185,7 +188,7 @@ def test_removing_leaves_nothing_and_a_second_time_changes_nothing() -> None:
     tickets = [add(queue, "a", 7), add(queue, "b", 9)]
     assert [queue.remove(ticket) for ticket in tickets] == [True, True]
     assert not any(queue.remove(ticket) for ticket in tickets)
-    assert (len(queue), queue.tokens, queue.cost, queue.next()) == (0, 0, 0.0, None)
+    assert (len(queue), queue.tokens, queue.work_ms, queue.next()) == (0, 0, 0.0, None)
     assert queue.check()
     with pytest.raises(KeyError):
         queue.serve(tickets[0], 1.0)
@@ -229,7 +232,7 @@ def test_the_work_ahead_of_a_newcomer_is_right_to_a_request_of_each_tenant(
     steps: list[tuple[str, float, int, str]], tenant: str
 ) -> None:
     queue = _played([(name, cost, 0, step) for name, cost, _, step in steps])
-    foreseen = queue.ahead(tenant, 0)
+    foreseen = queue.ahead_ms(tenant, 0)
     bound = sum(max((t.cost for t, _ in queue.in_order() if t.tenant == each), default=0.0) for each in "abc")
     new = add(queue, tenant, 1.0)
     real = next(before for ticket, before in queue.in_order() if ticket is new)
@@ -240,9 +243,9 @@ def test_a_higher_priority_sees_less_ahead_of_it() -> None:
     queue = Queue({})
     for _ in range(5):
         add(queue, "a", 10)
-    assert queue.ahead("a", 0) == 50
-    assert queue.ahead("a", 1) == 0
-    assert queue.ahead("b", 0) < 20
+    assert queue.ahead_ms("a", 0) == 50
+    assert queue.ahead_ms("a", 1) == 0
+    assert queue.ahead_ms("b", 0) < 20
 
 
 def test_tenants_that_were_served_long_ago_are_forgotten() -> None:
