@@ -392,13 +392,17 @@ class Router:
             restored(file, record) if file else record,
             clock=self._clock,
             jitter=self._rng.random,
-            on_worker_gone=self._traffic.forget,
+            on_worker_gone=self._forget_worker,
             beliefs=self._beliefs,
             catch_up_s=config.catch_up_s,
             on_load=lambda: self._room.look_again(),
             wall_clock=self._wall_clock,
             keep_record=keeper(file, record.setting) if file else _kept_nowhere,
         )
+
+    def _forget_worker(self, worker: str) -> None:
+        self._traffic.forget(worker)
+        self._room.forget(worker)
 
     def _block_size(self) -> int:
         return self.fleet.identity.scheme.block_size if self.fleet.identity else 0

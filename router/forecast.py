@@ -1,7 +1,7 @@
 """How long a request would take here, how well that is known, and whether a deadline can still be met. Pure.
 
-Covers: the measured rate at which the queue drains and at which answers come, the measured error of past forecasts, the
-correction that follows. Does not cover: the order of the queue (`fair_queue`) or what a worker will take (`cost`).
+Covers: the measured pace of answers, the measured error of past forecasts, the correction that follows. Does not cover:
+the order of the queue (`fair_queue`), how fast it drains (`drain_rate`) or what a worker will take (`cost`, `pace`).
 
 A forecast has three parts: the wait here, the time at the worker until the first token, the rest of the answer. Their
 errors have nothing to do with one another, so each part is held against what came, and corrected by itself. A request
@@ -12,17 +12,13 @@ have been in time.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from router.drain_rate import DrainRate
 from router.traffic import Decayed
 
-_MEMORY_S = 10.0  # of time with a queue: some dozens of requests, and shorter than swings of load
-_LEAST_BUSY_S = 0.5
-_LEAST_SERVED = 4
-_FORGOTTEN_S = 3 * _MEMORY_S  # a rate measured before so long a time without a queue says nothing of this one
 _SAMPLES = 256
 _SAMPLES_S = 120.0
 _LEAST_SAMPLES = 8
@@ -47,56 +43,6 @@ class Parts(NamedTuple):
 
 
 NOTHING = Parts(0.0, 0.0)
-
-
-class DrainRate:
-    """Work that leaves the queue in a second while there is one; forgets exponentially, in such time.
-
-    Work is predicted milliseconds of workers' time, so a fleet of n workers that are where they were predicted drains
-    1000 n a second, whatever is asked of it.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._since: float | None = None  # None: there is no queue
-        self._ended_at = -math.inf
-        self._work_ms = 0.0
-        self._busy_s = 0.0
-        self._served = 0
-
-    def began(self) -> None:
-        """There is a queue now."""
-        if self._since is not None:
-            return
-        self._since = self._clock()
-        if self._since - self._ended_at > _FORGOTTEN_S:
-            self._work_ms, self._busy_s, self._served = 0.0, 0.0, 0
-
-    def ended(self) -> None:
-        """It is empty."""
-        self._work_ms, self._busy_s = self._now()
-        self._since, self._ended_at = None, self._clock()
-
-    def served(self, work_ms: float) -> None:
-        """So much has left it."""
-        before_ms, self._busy_s = self._now()
-        self._work_ms = before_ms + work_ms
-        self._served += 1
-        if self._since is not None:
-            self._since = self._clock()
-
-    def per_second(self) -> float | None:
-        """None: not known yet."""
-        work_ms, busy_s = self._now()
-        if self._served < _LEAST_SERVED or busy_s < _LEAST_BUSY_S or work_ms <= 0.0:
-            return None
-        return work_ms / busy_s
-
-    def _now(self) -> tuple[float, float]:
-        if self._since is None:
-            return self._work_ms, self._busy_s
-        kept = math.exp(-max(0.0, self._clock() - self._since) / _MEMORY_S)
-        return self._work_ms * kept, self._busy_s * kept + _MEMORY_S * (1.0 - kept)
 
 
 class AnswerPace:

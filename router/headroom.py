@@ -42,9 +42,13 @@ class Headroom:
         """Whether any worker that could have been chosen has."""
         return any(self._is_short(candidate) for candidate in choice.candidates)
 
+    def first_token_ms(self, choice: Choice) -> float:
+        """From now on at the chosen worker."""
+        return self._queue_ms(choice.decision.chosen) + choice.price.load_ms + choice.price.compute_ms
+
     def in_s(self, choice: Choice) -> float:
         """When to ask again: a queue is predicted to shrink by a second in a second."""
-        over_s = choice.price.queue_ms / 1000.0 - (self._limit_s or 0.0)
+        over_s = self._queue_ms(choice.decision.chosen) / 1000.0 - (self._limit_s or 0.0)
         return min(_ROOM_AGAIN_S, max(SOONEST_S, over_s))
 
     def is_measured(self, worker: str) -> bool:
@@ -56,6 +60,11 @@ class Headroom:
         """Whether its queue is, by prediction and by what it has yet to answer."""
         if self._limit_s is None:
             return True
-        return candidate.price.queue_ms <= self._limit_s * 1000.0 and not self._pace.is_late(
-            candidate.worker, self._limit_s
-        )
+        short = self._queue_ms(candidate) <= self._limit_s * 1000.0
+        return short and not self._pace.is_late(candidate.worker, self._limit_s)
+
+    def _queue_ms(self, candidate: Candidate) -> float:
+        """By what it is predicted to compute, or by its pace if that is more: the one knows all routers' prompts, the
+        other what else keeps them waiting.
+        """
+        return max(candidate.price.queue_ms, self._pace.queue_ms(candidate.worker))

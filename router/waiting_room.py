@@ -131,8 +131,12 @@ class WaitingRoom:
 
     def ended(self, key: int, worker: str) -> None:
         """Its worker has no more to say."""
-        self._pace.spoke(key, worker)
+        self._pace.left(key, worker)
         self.look_again()
+
+    def forget(self, worker: str) -> None:
+        """A worker is gone for good."""
+        self._pace.forget(worker)
 
     def answered(self, guest: Guest) -> None:
         """A request has its first token."""
@@ -315,7 +319,7 @@ class WaitingRoom:
     def _parts(self, guest: Guest, choice: Choice, wait_ms: float) -> Parts:
         """The forecast. Of a tenant that has had no answer, nobody knows how long one takes."""
         tokens = self._charges.answer_tokens(guest.tenant, guest.max_tokens, unknown=0.0)
-        return Parts(wait_ms, choice.price.ttft_ms, self._forecast.answer_ms(tokens))
+        return Parts(wait_ms, self._headroom.first_token_ms(choice), self._forecast.answer_ms(tokens))
 
     def _check_deadline(self, guest: Guest) -> None:
         if guest.deadline is not None:

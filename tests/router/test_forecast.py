@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from router.forecast import AnswerPace, DrainRate, Errors, Forecast, Parts
+from router.drain_rate import DrainRate
+from router.forecast import AnswerPace, Errors, Forecast, Parts
 from router.pace import Pace
 
 
@@ -169,7 +170,7 @@ def test_a_worker_is_late_when_its_oldest_silent_request_is_over_its_own_work_an
     pace.spoke(1, "w0")
     assert pace.late(2.0) == {"w1"}
     pace.spoke(2, "w1")
-    pace.spoke(9, "w9")
+    pace.left(9, "w9")
     assert pace.late(2.0) == set()
     pace.spoke(3, "w0")
-    assert not pace._silent
+    assert not pace.silent()

@@ -39,7 +39,7 @@ def on_router(test: Test, workers: int = 1, overload: OverloadConfig = SHORT, **
 
 def assert_nothing_is_left(router: VirtualRouter) -> None:
     room = router._room
-    assert (len(room), room.tokens, room.check(), room._pace._silent) == (0, 0, True, {})
+    assert (len(room), room.tokens, room.check(), room._pace.silent()) == (0, 0, True, 0)
     assert router.stats(show_prompts=False).in_flight == 0
     assert router._traffic.check()
 
