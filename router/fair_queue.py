@@ -36,8 +36,8 @@ class Ticket(Generic[T]):
     """A request that waits.
 
     Attributes:
-        cost: tokens of work that it is expected to take: what its turn is charged. work_ms: of a worker's time that it
-        is expected to take. tokens: of its prompt, which wait with it. order: of arrival. body: whatever it is that waits.
+        cost: tokens of work that it is expected to take: what its turn is charged. work_ms: of a worker's time.
+        tokens: of its prompt, which wait with it. order: of arrival. body: whatever it is that waits.
     """
 
     tenant: str
