@@ -36,6 +36,7 @@ from router.quotas import TokenQuotas
 from router.readiness import Readiness, time_left
 from router.refusals import Refusals
 
+_DOUBT = 1.15  # who was let in is turned away only if it is clearly late: forecasts vary while it waits
 _LOOK_AGAIN_S = 0.25  # at the latest
 _MOST_DECIDED = 8  # of those that turn out not to fit, in a pass: a decision costs a tenth of a millisecond and more
 _MOST_SKIPPED = 64
@@ -302,8 +303,9 @@ class WaitingRoom:
             try:
                 self._refusals.check_wait(now - guest.queued_at, wait_ms)
                 guest.parts = guest.parts._replace(wait_ms=wait_ms)
-                self._check_deadline(guest)
+                self._check_deadline(guest, doubt=_DOUBT)
             except RouterError as error:
+                self._learn_wait(guest)
                 self._turn_away(ticket, error)
 
     # What is known
@@ -321,9 +323,17 @@ class WaitingRoom:
         tokens = self._charges.answer_tokens(guest.tenant, guest.max_tokens, unknown=0.0)
         return Parts(wait_ms, self._headroom.first_token_ms(choice), self._forecast.answer_ms(tokens))
 
-    def _check_deadline(self, guest: Guest) -> None:
+    def _check_deadline(self, guest: Guest, *, doubt: float = 1.0) -> None:
         if guest.deadline is not None:
-            self._refusals.check_deadline(time_left(guest.deadline) * 1000.0, guest.parts)
+            self._refusals.check_deadline(time_left(guest.deadline) * 1000.0 * doubt, guest.parts)
+
+    def _learn_wait(self, guest: Guest) -> None:
+        """It is turned away while it waits. Were only the waits of those counted that were served, they would seem
+        short.
+        """
+        waited_ms = (self._clock() - guest.queued_at) * 1000.0
+        left_ms = self._forecast.waits.likely_ms(guest.parts.wait_ms)
+        self._forecast.waits.came(guest.foreseen_wait_ms, waited_ms + left_ms)
 
     def _learn(self, guest: Guest, code: str, *, sent: bool) -> None:
         """How right the forecast was of what came last."""
