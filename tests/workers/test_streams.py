@@ -486,3 +486,11 @@ def act_at_random(dice: random.Random, clients: list[StreamClient], number: int)
             client.send(clear=worker_pb2.Clear(clear_id=number, chain_root=SCHEME.root(b"tenant")))
         case 6:
             time.sleep(0.01)
+
+
+def test_a_router_that_leaves_an_idle_worker_is_counted_out_for_those_that_stay() -> None:
+    """Quotas are divided by this number: one that stays too high would withhold a part of them for good."""
+    with serving() as (_, address), routers(address, 2) as (first, second):
+        first.wait_for(lambda: first.loads()[-1].routers == 2)
+        second.drop()
+        first.wait_for(lambda: first.loads()[-1].routers == 1)
