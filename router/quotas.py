@@ -78,7 +78,7 @@ class TokenQuotas:
         return min(limit, bucket.tokens + (self._clock() - bucket.at) * limit / _PERIOD_S)
 
     def _forget(self) -> None:
-        """Drop buckets that have filled up, which is as if they had never been used; looks when there are twice as many."""
+        """Drop buckets that are full, as if they had never been used; looks only when their number has doubled."""
         if len(self._buckets) <= self._forget_above:
             return
         self._buckets = {name: bucket for name, bucket in self._buckets.items() if not self._is_full(name)}

@@ -493,7 +493,7 @@ def test_a_router_that_leaves_is_counted_out_at_once_even_while_a_step_lasts() -
     gate = Gate()
     with serving(simulated(sleep=gate)) as (_, address), routers(address, 2) as (first, second):
         first.wait_for(lambda: first.loads()[-1].routers == 2)
-        first.send(job=job(SCHEME, 1, prompt(1), max_tokens=1))
+        first.send(submit=job(SCHEME, 1, prompt(1), max_tokens=1))
         gate.wait_arrived()
         second.drop()
         first.wait_for(lambda: first.loads()[-1].routers == 1)
