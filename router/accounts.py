@@ -51,9 +51,14 @@ class Accounts:
             predicted_ms = work.choice.predicted_ttft_ms
             self._metrics.observe_ttft_error(now - work.sent_at, predicted_ms, work.choice.worker)
         if work.guest is not None:
-            self._room.answered(work.guest, work.ttft_ms)
+            self._room.answered(work.guest)
         if work.record is not None:
             work.record.ttft_ms = work.ttft_ms
+
+    def gap(self, seconds: float, tokens: int) -> None:
+        """So many tokens of an answer came so long after those before."""
+        self._metrics.observe_gap(seconds, tokens)
+        self._room.tokens_came(seconds, tokens)
 
     def settle(self, work: Request, entry: Entry) -> None:
         """It has ended, and no worker is at it any more."""

@@ -21,13 +21,14 @@ from router.decide import Choice, Decider
 from router.errors import InternalError, NoWorkerAvailable, PoisonRequest, RouterError, WorkerLost
 from router.fleet import Fleet
 from router.flight import FlightEnd, FlightGap, FlightLost
+from router.guest import Guest
 from router.index import PrefixIndex
 from router.metrics import Metrics
 from router.readiness import Readiness, time_left, too_late
 from router.request import PreparedPrompt, Request
 from router.shadow import Shadow
 from router.traffic import Traffic
-from router.waiting_room import Guest, WaitingRoom
+from router.waiting_room import WaitingRoom
 from warmkv.v1 import common_pb2, worker_pb2
 
 _MAX_LOST = 2
@@ -104,7 +105,6 @@ class Attempts:
             question=prepared.question,
             max_tokens=job.sampling.max_tokens,
             deadline=work.context.deadline,
-            arrived=work.started,
             send=lambda best: self._submit(work, prepared, job, best),
         )
         await self._room.enter(work.guest, choice)

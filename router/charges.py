@@ -6,6 +6,7 @@ Covers: the weights of tokens, the expected length of answers, settling. Does no
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from router.ledger import Entry
 from router.quotas import TokenQuotas
 
 _FIRST_GUESS = 128.0  # tokens of an answer of a tenant that has had none
-_NEWEST = 1 / 16  # weight of the newest answer in the mean of a tenant's
+_NEWEST = 1 / 16  # weight of the newest answer in a mean
+_MOST_MEANS = 4096  # tenants come from outside: those whose answers ended longest ago are forgotten
 
 
 @dataclass(slots=True)
@@ -23,31 +25,40 @@ class Charge:
     """What was charged for a request and is settled at its end.
 
     Attributes:
-        cost: tokens of work, for its tenant's turn. quota: tokens, of its tenant's quota.
+        cost: tokens of work, for its tenant's turn. quota: tokens, of its tenant's quota. max_tokens: of its answer.
         sent: whether it has gone to a worker; until then its turn is charged nothing.
     """
 
     tenant: str
     cost: float
     quota: float
+    max_tokens: int
     sent: bool = False
 
 
 class Charges:
-    """Estimates, and settles against a queue and the quotas."""
+    """Estimates, and settles against a queue and the quotas.
+
+    An answer is expected to be as long as those of the tenant to requests that allowed about as many tokens (up to
+    the same power of two) were in the mean: who allows ten times more has asked for something else.
+    """
 
     def __init__(self, config: OverloadConfig, queue: FairQueue[Any], quotas: TokenQuotas) -> None:
         self._cached_weight = config.cached_token_weight
         self._output_weight = config.output_token_weight
         self._queue = queue
         self._quotas = quotas
-        self._answers: dict[str, float] = {}
+        self._answers: OrderedDict[tuple[str, int], float] = OrderedDict()
 
     def expected(self, tenant: str, *, prompt_tokens: int, cached_tokens: int, max_tokens: int) -> Charge:
         """For a prompt of which so much is predicted to be cached. Charges nothing."""
         prompt = self._prompt(prompt_tokens - cached_tokens, cached_tokens)
-        answer = min(float(max_tokens), self._answers.get(tenant, _FIRST_GUESS))
-        return Charge(tenant, prompt + self._output_weight * answer, prompt + answer)
+        answer = self.answer_tokens(tenant, max_tokens, unknown=_FIRST_GUESS)
+        return Charge(tenant, prompt + self._output_weight * answer, prompt + answer, max_tokens)
+
+    def answer_tokens(self, tenant: str, max_tokens: int, *, unknown: float) -> float:
+        """How long an answer is expected to be; `unknown`: of a tenant that has had none like it."""
+        return min(float(max_tokens), self._answers.get(_kind(tenant, max_tokens), unknown))
 
     def settle(self, charge: Charge, entry: Entry) -> None:
         """The request has ended, and no worker is at it any more.
@@ -61,11 +72,17 @@ class Charges:
             self._queue.settle(charge.tenant, prompt + self._output_weight * entry.generated_tokens - charge.cost)
         self._quotas.take(charge.tenant, prompt + entry.generated_tokens - charge.quota)
         if entry.code == "OK":
-            self._learn(charge.tenant, entry.generated_tokens)
+            self._learn(_kind(charge.tenant, charge.max_tokens), entry.generated_tokens)
 
     def _prompt(self, computed: int, cached: int) -> float:
         return computed + self._cached_weight * cached
 
-    def _learn(self, tenant: str, generated: int) -> None:
-        mean = self._answers.get(tenant, float(generated))
-        self._answers[tenant] = mean + (generated - mean) * _NEWEST
+    def _learn(self, kind: tuple[str, int], generated: int) -> None:
+        mean = self._answers.pop(kind, float(generated))
+        self._answers[kind] = mean + (generated - mean) * _NEWEST
+        if len(self._answers) > _MOST_MEANS:
+            self._answers.popitem(last=False)
+
+
+def _kind(tenant: str, max_tokens: int) -> tuple[str, int]:
+    return tenant, max_tokens.bit_length()

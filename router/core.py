@@ -165,7 +165,7 @@ class Router:
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Run a request. Closing the iterator cancels it. Raises RouterError."""
         to = self._accounts
-        work = Request(caller, context, self._clock(), self._clock, to.settle, to.first_token, self.metrics.observe_gap)
+        work = Request(caller, context, self._clock(), self._clock, to.settle, to.first_token, to.gap)
         code = grpc.StatusCode.CANCELLED
         try:
             with self._admission.admitted(caller.tenant):
@@ -351,6 +351,7 @@ class Router:
             clock=self._clock,
             jitter=self._rng.random,
             others=OtherRouters(self._traffic),
+            on_worker_gone=lambda worker: self._room.forget(worker),
             beliefs=self._beliefs,
             catch_up_s=config.catch_up_s,
             on_load=lambda: self._room.look_again(),

@@ -105,7 +105,7 @@ class Overloaded(RouterError):
 
 
 class DeadlineUnreachable(Overloaded):
-    """The first token would come after the caller's deadline, so the request was not begun, or not waited for."""
+    """The answer would come after the caller's deadline, so the request was not begun, or not waited for."""
 
     reason = "DEADLINE_UNREACHABLE"
 

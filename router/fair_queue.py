@@ -13,7 +13,7 @@ after at most `_OLDEST_EVERY` * (n + 1) turns of the tenant, however many of hig
 take anything from another tenant.
 
 Invariants (`check`): requests, costs and tokens add up, a tenant's requests stand in their order, and exactly the
-tenants with requests are looked at. Worst case: `next` and `ahead` look at every tenant that waits.
+tenants with requests are looked at. Worst case: `next` and `ahead_ms` look at every tenant that waits.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ class Ticket(Generic[T]):
     """A request that waits.
 
     Attributes:
-        cost: tokens of work that it is expected to take. tokens: of its prompt, which wait with it.
-        order: of arrival. body: whatever it is that waits.
+        cost: tokens of work that it is expected to take: what its turn is charged. work_ms: of a worker's time.
+        tokens: of its prompt, which wait with it. order: of arrival. body: whatever it is that waits.
     """
 
     tenant: str
     priority: int
     cost: float
+    work_ms: float
     tokens: int
     order: int
     body: T
@@ -62,6 +63,7 @@ class _Flow(Generic[T]):
     ranked: list[Ticket[T]] = field(default_factory=list)
     arrived: OrderedDict[int, Ticket[T]] = field(default_factory=OrderedDict)
     cost: float = 0.0
+    work_ms: float = 0.0
     tokens: int = 0
     turns: int = 0
 
@@ -69,13 +71,19 @@ class _Flow(Generic[T]):
         insort(self.ranked, ticket, key=lambda each: each.rank)
         self.arrived[ticket.order] = ticket
         self.cost += ticket.cost
+        self.work_ms += ticket.work_ms
         self.tokens += ticket.tokens
 
     def drop(self, ticket: Ticket[T]) -> None:
         del self.arrived[ticket.order]
         self.ranked.remove(ticket)
         self.cost = self.cost - ticket.cost if self.ranked else 0.0  # no rounding errors are kept
+        self.work_ms = self.work_ms - ticket.work_ms if self.ranked else 0.0
         self.tokens -= ticket.tokens
+
+    def served_by(self, turn: float) -> float:
+        """The share of what waits that is served before that virtual time."""
+        return min(1.0, max(0.0, turn - self.start) * self.weight / self.cost) if self.cost else 1.0
 
     def first(self, skipped: Collection[Ticket[T]]) -> Ticket[T] | None:
         """Whose turn it is within the tenant."""
@@ -125,18 +133,18 @@ class FairQueue(Generic[T]):
         return self._tokens
 
     @property
-    def cost(self) -> float:
-        """Tokens of work that wait."""
-        return sum(flow.cost for flow in self._waiting.values())
+    def work_ms(self) -> float:
+        """Of workers' time that waits to be taken."""
+        return sum(flow.work_ms for flow in self._waiting.values())
 
     def held_by(self, tenant: str) -> tuple[int, int]:
         """(requests, tokens of prompts) of a tenant that wait."""
         flow = self._waiting.get(tenant)
         return (len(flow.ranked), flow.tokens) if flow else (0, 0)
 
-    def add(self, tenant: str, *, cost: float, tokens: int, priority: int, body: T) -> Ticket[T]:
+    def add(self, tenant: str, *, cost: float, work_ms: float, tokens: int, priority: int, body: T) -> Ticket[T]:
         """Queue a request."""
-        ticket = Ticket(tenant, priority, cost, tokens, self._orders, body)
+        ticket = Ticket(tenant, priority, cost, work_ms, tokens, self._orders, body)
         self._orders += 1
         flow = self._flow(tenant)
         if not flow.ranked:
@@ -192,30 +200,32 @@ class FairQueue(Generic[T]):
             flow = self._flow(tenant)
         flow.start += difference / flow.weight
 
-    def ahead(self, tenant: str, priority: int) -> float:
-        """Tokens of work that would be served before a request that came now; exact to a request a tenant.
+    def ahead_ms(self, tenant: str, priority: int) -> float:
+        """Work that would be served before a request that came now; exact to a request a tenant.
 
         Does not know of turns that belong to the oldest.
         """
         flow = self._flows.get(tenant)
-        weight = self._weight(tenant)
         start = max(self._virtual, flow.start) if flow and not flow.ranked else flow.start if flow else self._virtual
-        own = sum(each.cost for each in flow.ranked if each.priority >= priority) if flow else 0.0
-        turn = start + own / weight
+        before = [each for each in flow.ranked if each.priority >= priority] if flow else []
+        turn = start + sum(each.cost for each in before) / self._weight(tenant)
         others = (other for name, other in self._waiting.items() if name != tenant)
-        return own + sum(min(other.cost, max(0.0, turn - other.start) * other.weight) for other in others)
+        return sum(each.work_ms for each in before) + sum(other.work_ms * other.served_by(turn) for other in others)
 
     def in_order(self) -> Iterator[tuple[Ticket[T], float]]:
-        """(ticket, tokens of work before it) of all, in the order in which they would be served. Changes nothing."""
+        """(ticket, milliseconds of work before it) of all, in the order in which they would be served.
+
+        Changes nothing.
+        """
         flows = {name: (flow.in_order(), flow.weight) for name, flow in self._waiting.items()}
         heads = [_head(name, flow.start, flows[name][0]) for name, flow in self._waiting.items()]
         heap = [head for head in heads if head is not None]
         heapq.heapify(heap)
-        ahead = 0.0
+        ahead_ms = 0.0
         while heap:
             start, _, name, ticket = heapq.heappop(heap)
-            yield ticket, ahead
-            ahead += ticket.cost
+            yield ticket, ahead_ms
+            ahead_ms += ticket.work_ms
             sequence, weight = flows[name]
             if (head := _head(name, start + ticket.cost / weight, sequence)) is not None:
                 heapq.heappush(heap, head)
@@ -230,8 +240,9 @@ class FairQueue(Generic[T]):
         same = set(flow.arrived) == {t.order for t in flow.ranked} and len(flow.arrived) == len(flow.ranked)
         ordered = flow.ranked == sorted(flow.ranked, key=lambda t: t.rank)
         costs = abs(flow.cost - sum(t.cost for t in flow.ranked)) <= 1e-6 * (1.0 + flow.cost)
+        work = abs(flow.work_ms - sum(t.work_ms for t in flow.ranked)) <= 1e-6 * (1.0 + flow.work_ms)
         tokens = flow.tokens == sum(t.tokens for t in flow.ranked)
-        return same and ordered and costs and tokens and (name in self._waiting) == bool(flow.ranked)
+        return same and ordered and costs and work and tokens and (name in self._waiting) == bool(flow.ranked)
 
     def _advance(self, flow: _Flow[T], cost: float) -> None:
         self._virtual = max(self._virtual, flow.start)

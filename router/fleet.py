@@ -72,6 +72,7 @@ class Fleet:
         beliefs: Beliefs,
         catch_up_s: float = 0.0,
         on_load: Callable[[], None] = lambda: None,
+        on_worker_gone: Callable[[str], None] = lambda _worker: None,
         wall_clock: Callable[[], float] = time.time,
         keep_record: Callable[[FleetRecord], None] = lambda _record: None,
     ) -> None:
@@ -90,6 +91,7 @@ class Fleet:
         self._clock = clock
         self._jitter = jitter
         self._others = others
+        self._on_worker_gone = on_worker_gone
         self._beliefs = beliefs
         self._catching_up = CatchingUp(clock, patience_s=catch_up_s)
         self._on_load = on_load
@@ -355,6 +357,7 @@ class Fleet:
                 self._beliefs.gone(name)
                 self._clears.forget(name)
                 self._others.lost(name)
+                self._on_worker_gone(name)
 
 
 def report_failure(task: asyncio.Task[None]) -> None:

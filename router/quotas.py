@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 _PERIOD_S = 60.0
+_FEW_BUCKETS = 64  # below this many none is looked at, which saves looking
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class TokenQuotas:
         self._clock = clock
         self._routers = routers
         self._buckets: dict[str, _Bucket] = {}
+        self._forget_above = _FEW_BUCKETS
 
     def limit(self, tenant: str) -> float | None:
         """This router's part of the tenant's tokens a minute; None: unlimited."""
@@ -65,6 +67,7 @@ class TokenQuotas:
         level = min(limit, self._level(tenant, limit) - tokens)
         if level < limit:
             self._buckets[tenant] = _Bucket(level, self._clock())
+            self._forget()
         else:
             self._buckets.pop(tenant, None)  # full: as if it had never been used
 
@@ -73,3 +76,14 @@ class TokenQuotas:
         if bucket is None:
             return limit
         return min(limit, bucket.tokens + (self._clock() - bucket.at) * limit / _PERIOD_S)
+
+    def _forget(self) -> None:
+        """Drop buckets that are full, as if they had never been used; looks only when their number has doubled."""
+        if len(self._buckets) <= self._forget_above:
+            return
+        self._buckets = {name: bucket for name, bucket in self._buckets.items() if not self._is_full(name)}
+        self._forget_above = max(_FEW_BUCKETS, 2 * len(self._buckets))
+
+    def _is_full(self, tenant: str) -> bool:
+        limit = self.limit(tenant)
+        return limit is None or self._level(tenant, limit) >= limit

@@ -11,7 +11,7 @@ from typing import Any
 from router.config import OverloadConfig
 from router.errors import DeadlineUnreachable, Overloaded, QuotaExceeded
 from router.fair_queue import FairQueue
-from router.forecast import Forecast
+from router.forecast import MOST, Forecast, Parts
 from router.quotas import TokenQuotas
 
 _SOONEST_S = 0.1
@@ -44,24 +44,23 @@ class Refusals:
             request_tokens=f"{tokens:.0f}",
         )
 
-    def check_deadline(self, left_ms: float, wait_ms: float, own_ms: float) -> None:
-        """Raises DeadlineUnreachable when the first token would be late even if the forecast were far too high.
+    def check_deadline(self, left_ms: float, parts: Parts) -> None:
+        """Raises DeadlineUnreachable when the answer would be late even if the forecast were far too high.
 
-        Args:
-            left_ms: until the deadline. wait_ms: for its turn here. own_ms: from then on, at the worker.
+        `left_ms`: until the deadline.
         """
-        predicted_ms = wait_ms + own_ms
-        if predicted_ms <= left_ms or self._forecast.at_least_ms(predicted_ms) <= left_ms:
+        if parts.total_ms * MOST <= left_ms or (predicted_ms := self._forecast.likely_ms(parts)) <= left_ms:
             return
         retry_s = min(_LATEST_S, max(_SOONEST_S, (predicted_ms - left_ms) / 1000.0))
         raise DeadlineUnreachable(
-            f"The first token would come in about {_seconds(predicted_ms)} ({_seconds(wait_ms)} of it in this router's"
-            f" queue) and the deadline is in {_seconds(max(0.0, left_ms))}; send it again in {retry_s:.1f} s, allow"
-            " more time, or add workers.",
+            f"The answer would be complete in about {_seconds(predicted_ms)} ({_seconds(parts.wait_ms)} of it in this"
+            f" router's queue, {_seconds(parts.own_ms)} until the first token) and the deadline is in"
+            f" {_seconds(max(0.0, left_ms))}; send it again in {retry_s:.1f} s, allow more time, or add workers.",
             retry_after_s=retry_s,
             limit="deadline",
             predicted_ms=f"{predicted_ms:.0f}",
-            wait_ms=f"{wait_ms:.0f}",
+            wait_ms=f"{parts.wait_ms:.0f}",
+            first_token_ms=f"{parts.wait_ms + parts.own_ms:.0f}",
             deadline_ms=f"{max(0.0, left_ms):.0f}",
         )
 
@@ -88,7 +87,7 @@ class Refusals:
             waited_s: so far. wait_ms: predicted to come; of one that has yet to begin it counts, at its best.
         """
         longest = self._config.max_queue_wait_s
-        if waited_s <= longest and (waited_s or self._forecast.at_least_ms(wait_ms) <= longest * 1000.0):
+        if waited_s <= longest and (waited_s or self._forecast.waits.likely_ms(wait_ms) <= longest * 1000.0):
             return
         waits = f"has waited for {waited_s:.0f} s" if waited_s else f"would wait for about {_seconds(wait_ms)}"
         raise Overloaded(
@@ -109,7 +108,7 @@ class Refusals:
         )
 
     def _room_in_s(self) -> float:
-        wait_s = self._forecast.wait_ms(self._queue.cost * _ROOM) / 1000.0
+        wait_s = self._forecast.wait_ms(self._queue.work_ms * _ROOM) / 1000.0
         return min(_LATEST_S, max(_SOONEST_S, wait_s)) if wait_s else _DEFAULT_S
 
 

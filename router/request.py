@@ -17,10 +17,10 @@ from kvstore.token_ids import packed
 from router import kv_wire
 from router.decide import Choice, Question
 from router.flight import Flight, FlightEnd
+from router.guest import Guest
 from router.hash_memo import Names
 from router.ledger import Entry, settled_fates
 from router.protocol import Caller, Prompt, RequestContext
-from router.waiting_room import Guest
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 
 if TYPE_CHECKING:

@@ -1,75 +1,46 @@
 """Where requests wait when the workers' queues are long enough: sent late, with fresh facts, in fair turns.
 
 Covers: whether a request is sent now, waits or is refused; when those that wait are looked at again. Does not cover:
-whose turn it is (`fair_queue`), what it costs (`charges`), how long it takes (`forecast`) or where it goes (`decide`).
+whose turn it is (`fair_queue`), what it costs (`charges`), how long it takes (`forecast`), which worker has room
+(`headroom`) or where it goes (`decide`).
 
 A request is sent when the queue of the worker that was chosen for it is predicted to take at most
 `max_worker_queue_s`. While nobody waits that is all that happens. Else it waits, and is decided again when its turn
 comes: what was cached meanwhile counts, a higher priority can still overtake, and leaving costs the workers nothing.
 One pass sends as many as fit; each is on the books before the next is decided, so a pass cannot send a storm. A request
 whose own worker is full lets those pass whose worker is not, and is not decided again before that worker is predicted
-to have room. Passes follow reports, first tokens and ends, at most every `_PASS_EVERY_S`, and that moment. Owned by the
-event loop.
+to have room. Passes follow reports, first tokens and ends, at most every `headroom.SOONEST_S`, and that moment. Owned
+by the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+import grpc
 
 from router.charges import Charge, Charges
 from router.config import OverloadConfig
-from router.decide import Choice, Decider, Question
+from router.decide import Choice, Decider
 from router.errors import Draining, RouterError
 from router.fair_queue import FairQueue, Ticket
 from router.fleet import Fleet
-from router.forecast import Forecast
+from router.forecast import Forecast, Parts
+from router.guest import Guest
+from router.headroom import SOONEST_S, Headroom
 from router.ledger import Entry
 from router.metrics import Metrics
 from router.pace import Pace
-from router.policies.protocol import Candidate
 from router.quotas import TokenQuotas
 from router.readiness import Readiness, time_left
 from router.refusals import Refusals
 
-_PASS_EVERY_S = 0.01
+_DOUBT = 1.15  # who was let in is turned away only if it is clearly late: forecasts vary while it waits
 _LOOK_AGAIN_S = 0.25  # at the latest
-_ROOM_AGAIN_S = 0.05  # predictions of room are that wrong at times, and others must not take it
 _MOST_DECIDED = 8  # of those that turn out not to fit, in a pass: a decision costs a tenth of a millisecond and more
 _MOST_SKIPPED = 64
 _JUDGE_EVERY_S = 0.25
-_STUCK_AFTER_S = 10.0  # a worker that is so late is not waited for: others are chosen
-
-
-@dataclass(slots=True, eq=False)
-class Guest:
-    """A request at the door.
-
-    Attributes:
-        max_tokens: of its answer. deadline: on the event loop's clock. arrived: on the router's.
-        send: gives it to a worker; called at most once.
-        charge: what it was charged, once it was let in. forecast_ms: of its first token, from its arrival; own_ms: of
-        that what its worker takes.
-        queued_at: on the router's clock, when it waits. waited_ms: how long it waited here. not_before: when its worker
-        may have room; waits_for: that worker.
-    """
-
-    tenant: str
-    priority: int
-    question: Question
-    max_tokens: int
-    deadline: float | None
-    arrived: float
-    send: Callable[[Choice], None]
-    charge: Charge | None = None
-    forecast_ms: float = 0.0
-    own_ms: float = 0.0
-    queued_at: float = 0.0
-    waited_ms: float = 0.0
-    not_before: float = 0.0
-    waits_for: str = ""
-    left: asyncio.Future[None] | None = field(default=None, repr=False)
 
 
 class WaitingRoom:
@@ -84,9 +55,7 @@ class WaitingRoom:
         metrics: Metrics,
         clock: Callable[[], float],
     ) -> None:
-        self._config = config
         self._fleet = fleet
-        self._decider = decider
         self._readiness = readiness
         self._metrics = metrics
         self._clock = clock
@@ -98,6 +67,7 @@ class WaitingRoom:
         self._refusals = Refusals(config, self._queue, self._quotas, self._forecast)
         self._charges = Charges(config, self._queue, self._quotas)
         self._pace = Pace(clock)
+        self._headroom = Headroom(config.max_worker_queue_s, fleet, decider, self._pace)
         self._timer: asyncio.TimerHandle | None = None
         self._passed_at = self._judged_at = -_LOOK_AGAIN_S
         self._nobody_until: float | None = None
@@ -125,14 +95,14 @@ class WaitingRoom:
             DeadlineUnreachable, QuotaExceeded, Overloaded: refused; each says when to come back.
             Draining, NoWorkerAvailable: while it waited. RouterError: as `guest.send` does.
         """
-        choice = first if first.worker not in self._stuck() else self._decide(guest.question)
-        charge = self._charge(guest, choice or first)
-        now = not self._queue and choice is not None and self._has_room(choice)
+        choice = first if first.worker not in self._headroom.stuck() else self._headroom.decide(guest.question)
+        best = choice or first
+        charge = self._charge(guest, best)
+        now = not self._queue and choice is not None and self._headroom.has(choice)
         wait_ms = 0.0 if now else self.wait_ms(guest.tenant, guest.priority)
-        guest.own_ms = (choice or first).price.ttft_ms
-        guest.forecast_ms = (self._clock() - guest.arrived) * 1000.0 + wait_ms + guest.own_ms
-        if self._is_measured((choice or first).worker):
-            self._check_deadline(guest, wait_ms)
+        guest.parts = self._parts(guest, best, wait_ms)
+        if self._headroom.is_measured(best.worker):
+            self._check_deadline(guest)
         self._refusals.check_quota(guest.tenant, charge.quota)
         if not now:
             self._refusals.check_wait(0.0, wait_ms)
@@ -143,18 +113,17 @@ class WaitingRoom:
             self._queue.charge(guest.tenant, charge.cost)
             self._send(guest, choice)
         else:
-            await self._wait(guest, charge)
+            await self._wait(guest, charge, _work_ms(best))
 
     def wait_ms(self, tenant: str, priority: int) -> float:
         """How long a request that came now would wait for its turn; zero while nobody waits or the rate is unknown."""
-        return self._forecast.wait_ms(self._queue.ahead(tenant, priority)) if self._queue else 0.0
+        return self._forecast.wait_ms(self._queue.ahead_ms(tenant, priority)) if self._queue else 0.0
 
     # What it is told
 
     def sent(self, key: int, choice: Choice) -> None:
         """A job went to a worker."""
-        if self._config.max_worker_queue_s is not None:
-            self._pace.sent(key, choice.worker, choice.price.load_ms + choice.price.compute_ms)
+        self._pace.sent(key, choice.worker, _work_ms(choice))
 
     def first_token(self, key: int, worker: str) -> None:
         """It has a first token."""
@@ -163,18 +132,29 @@ class WaitingRoom:
 
     def ended(self, key: int, worker: str) -> None:
         """Its worker has no more to say."""
-        self._pace.spoke(key, worker)
+        self._pace.left(key, worker)
         self.look_again()
 
-    def answered(self, guest: Guest, ttft_ms: float) -> None:
+    def forget(self, worker: str) -> None:
+        """A worker is gone for good."""
+        self._pace.forget(worker)
+
+    def answered(self, guest: Guest) -> None:
         """A request has its first token."""
-        self._forecast.came(guest.forecast_ms, ttft_ms)
+        guest.first_at = self._clock()
+        self._forecast.firsts.came(guest.parts.own_ms, (guest.first_at - guest.sent_at) * 1000.0)
+
+    def tokens_came(self, seconds: float, tokens: int) -> None:
+        """An answer went on: so many tokens, so long after those before."""
+        self._forecast.pace.came(seconds, tokens)
 
     def settle(self, guest: Guest | None, entry: Entry) -> None:
         """A request has ended: what it was charged becomes what it took."""
-        if guest is not None and guest.charge is not None:
-            self._charges.settle(guest.charge, entry)
-            guest.charge = None
+        if guest is None or guest.charge is None:
+            return
+        self._learn(guest, entry.code, sent=guest.charge.sent)
+        self._charges.settle(guest.charge, entry)
+        guest.charge = None
 
     def drain(self) -> None:
         """Send those that wait, and would from now on, to other routers."""
@@ -193,14 +173,15 @@ class WaitingRoom:
 
     # Waiting
 
-    async def _wait(self, guest: Guest, charge: Charge) -> None:
+    async def _wait(self, guest: Guest, charge: Charge, work_ms: float) -> None:
         if self._draining:
             raise _gone()
         guest.left = asyncio.get_running_loop().create_future()
-        guest.queued_at = self._clock()
+        guest.queued_at, guest.foreseen_wait_ms = self._clock(), guest.parts.wait_ms
         ticket = self._queue.add(
             guest.tenant,
             cost=charge.cost,
+            work_ms=work_ms,
             tokens=guest.question.prompt_tokens,
             priority=guest.priority,
             body=guest,
@@ -237,7 +218,7 @@ class WaitingRoom:
 
     def _look_in(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
-        when = max(loop.time() + seconds, self._passed_at + _PASS_EVERY_S)
+        when = max(loop.time() + seconds, self._passed_at + SOONEST_S)
         if self._timer is not None:
             if self._timer.when() <= when:
                 return
@@ -255,18 +236,18 @@ class WaitingRoom:
         while left and len(skipped) < _MOST_SKIPPED and (ticket := self._queue.next(skipped)) is not None:
             guest = ticket.body
             if guest.not_before <= now:
-                choice = self._decide(guest.question)
+                choice = self._headroom.decide(guest.question)
                 if choice is None:
                     self._nobody()
                     break
                 self._nobody_until = None
-                guest.own_ms = choice.price.ttft_ms
-                if choice.worker not in claimed and self._has_room(choice):
+                guest.parts = self._parts(guest, choice, 0.0)
+                if choice.worker not in claimed and self._headroom.has(choice):
                     self._serve(ticket, choice)
                     continue
                 guest.waits_for = choice.worker
-                guest.not_before = now + self._room_in_s(choice.decision.chosen)
-                left = left - 1 if self._anybody_has_room(choice) else 0
+                guest.not_before = now + self._headroom.in_s(choice)
+                left = left - 1 if self._headroom.anybody_has(choice) else 0
             skipped.add(ticket)
             claimed.add(guest.waits_for)
             wake_s = min(wake_s, guest.not_before - now)
@@ -276,14 +257,15 @@ class WaitingRoom:
     def _serve(self, ticket: Ticket[Guest], choice: Choice) -> None:
         guest = ticket.body
         try:
-            self._check_deadline(guest, 0.0)
+            self._check_deadline(guest)
         except RouterError as error:
             self._turn_away(ticket, error)
             return
         charge = self._charge(guest, choice)
         self._queue.serve(ticket, charge.cost)
-        self._forecast.rate.served(charge.cost)
+        self._forecast.rate.served(_work_ms(choice))
         guest.waited_ms = (self._clock() - guest.queued_at) * 1000.0
+        self._forecast.waits.came(guest.foreseen_wait_ms, guest.waited_ms)
         if guest.charge is not None:
             guest.charge.cost = charge.cost
         try:
@@ -294,6 +276,7 @@ class WaitingRoom:
             self._left(guest)
 
     def _send(self, guest: Guest, choice: Choice) -> None:
+        guest.sent_at = self._clock()
         guest.send(choice)
         if guest.charge is not None:
             guest.charge.sent = True
@@ -314,21 +297,18 @@ class WaitingRoom:
         if now - self._judged_at < _JUDGE_EVERY_S:
             return
         self._judged_at = now
-        for ticket, ahead in list(self._queue.in_order()):
+        for ticket, ahead_ms in list(self._queue.in_order()):
             guest = ticket.body
-            wait_ms = self._forecast.wait_ms(ahead)
+            wait_ms = self._forecast.wait_ms(ahead_ms)
             try:
                 self._refusals.check_wait(now - guest.queued_at, wait_ms)
-                self._check_deadline(guest, wait_ms)
+                guest.parts = guest.parts._replace(wait_ms=wait_ms)
+                self._check_deadline(guest, doubt=_DOUBT)
             except RouterError as error:
+                self._learn_wait(guest)
                 self._turn_away(ticket, error)
 
     # What is known
-
-    def _decide(self, question: Question) -> Choice | None:
-        """What the decider says, of workers that are not stuck."""
-        stuck = self._stuck()
-        return self._decider.decide(question.avoiding(question.avoid | stuck) if stuck else question)
 
     def _charge(self, guest: Guest, choice: Choice) -> Charge:
         return self._charges.expected(
@@ -338,36 +318,41 @@ class WaitingRoom:
             max_tokens=guest.max_tokens,
         )
 
-    def _check_deadline(self, guest: Guest, wait_ms: float) -> None:
+    def _parts(self, guest: Guest, choice: Choice, wait_ms: float) -> Parts:
+        """The forecast. Of a tenant that has had no answer, nobody knows how long one takes."""
+        tokens = self._charges.answer_tokens(guest.tenant, guest.max_tokens, unknown=0.0)
+        return Parts(wait_ms, self._headroom.first_token_ms(choice), self._forecast.answer_ms(tokens))
+
+    def _check_deadline(self, guest: Guest, *, doubt: float = 1.0) -> None:
         if guest.deadline is not None:
-            self._refusals.check_deadline(time_left(guest.deadline) * 1000.0, wait_ms, guest.own_ms)
+            self._refusals.check_deadline(time_left(guest.deadline) * 1000.0 * doubt, guest.parts)
 
-    def _is_measured(self, worker: str) -> bool:
-        """Whether the worker has measured its prefill, so that predictions of it are more than a guess."""
-        report = self._fleet.link(worker).report
-        return report is not None and report.load.fit is not None
+    def _learn_wait(self, guest: Guest) -> None:
+        """It is turned away while it waits. Were only the waits of those counted that were served, they would seem
+        short.
+        """
+        waited_ms = (self._clock() - guest.queued_at) * 1000.0
+        left_ms = self._forecast.waits.likely_ms(guest.parts.wait_ms)
+        self._forecast.waits.came(guest.foreseen_wait_ms, waited_ms + left_ms)
 
-    def _stuck(self) -> frozenset[str]:
-        limit_s = self._config.max_worker_queue_s
-        return frozenset() if limit_s is None else self._pace.late(max(limit_s, _STUCK_AFTER_S))
+    def _learn(self, guest: Guest, code: str, *, sent: bool) -> None:
+        """How right the forecast was of what came last."""
+        now, forecast = self._clock(), self._forecast
+        if code == grpc.StatusCode.OK.name and guest.first_at:
+            forecast.answers.came(guest.parts.answer_ms, (now - guest.first_at) * 1000.0)
+        if code != grpc.StatusCode.DEADLINE_EXCEEDED.name:
+            return
+        if guest.first_at:
+            forecast.answers.cut_short(guest.parts.answer_ms, (now - guest.first_at) * 1000.0)
+        elif sent:
+            forecast.firsts.cut_short(guest.parts.own_ms, (now - guest.sent_at) * 1000.0)
+        else:
+            forecast.waits.cut_short(guest.foreseen_wait_ms, (now - guest.queued_at) * 1000.0)
 
-    def _has_room(self, choice: Choice) -> bool:
-        return self._is_short(choice.decision.chosen)
 
-    def _anybody_has_room(self, choice: Choice) -> bool:
-        return any(self._is_short(candidate) for candidate in choice.candidates)
-
-    def _is_short(self, candidate: Candidate) -> bool:
-        """Whether its queue is, by prediction and by what it has yet to answer."""
-        limit_s = self._config.max_worker_queue_s
-        if limit_s is None:
-            return True
-        return candidate.price.queue_ms <= limit_s * 1000.0 and not self._pace.is_late(candidate.worker, limit_s)
-
-    def _room_in_s(self, candidate: Candidate) -> float:
-        """A queue is predicted to shrink by a second in a second."""
-        over_s = candidate.price.queue_ms / 1000.0 - (self._config.max_worker_queue_s or 0.0)
-        return min(_ROOM_AGAIN_S, max(_PASS_EVERY_S, over_s))
+def _work_ms(choice: Choice) -> float:
+    """Of its worker's time."""
+    return choice.price.load_ms + choice.price.compute_ms
 
 
 def _gone() -> Draining:

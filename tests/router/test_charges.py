@@ -42,8 +42,28 @@ def test_the_expected_answer_is_the_tenants_mean_and_at_most_what_it_asks_for() 
         charge.sent = True
         charges.settle(charge, ended(computed=10, device=0, generated=400))
     assert charges.expected("a", prompt_tokens=0, cached_tokens=0, max_tokens=1000).quota == pytest.approx(400)
+    assert charges.expected("a", prompt_tokens=0, cached_tokens=0, max_tokens=600).quota == pytest.approx(400)
     assert charges.expected("a", prompt_tokens=0, cached_tokens=0, max_tokens=7).quota == 7
     assert charges.expected("b", prompt_tokens=0, cached_tokens=0, max_tokens=1000).quota == 128
+
+
+def test_answers_to_requests_that_allow_ten_times_more_are_another_matter() -> None:
+    charges, _, _ = parts()
+    for max_tokens, generated in ((100, 90), (1000, 700)):
+        charge = charges.expected("a", prompt_tokens=10, cached_tokens=0, max_tokens=max_tokens)
+        charges.settle(charge, ended(computed=10, device=0, generated=generated))
+    assert charges.answer_tokens("a", 110, unknown=0.0) == 90
+    assert charges.answer_tokens("a", 900, unknown=0.0) == 700
+    assert charges.answer_tokens("a", 10_000, unknown=0.0) == 0
+
+
+def test_answers_of_ever_more_tenants_take_bounded_memory_and_the_latest_are_kept() -> None:
+    charges, _, _ = parts()
+    for n in range(10_000):
+        charge = charges.expected(f"tenant-{n}", prompt_tokens=10, cached_tokens=0, max_tokens=100)
+        charges.settle(charge, ended(f"tenant-{n}", computed=10, device=0, generated=50))
+    assert len(charges._answers) <= 4096
+    assert charges.answer_tokens("tenant-9999", 100, unknown=0.0) == 50
 
 
 def test_a_quota_is_charged_what_the_request_took_in_the_end() -> None:

@@ -14,8 +14,11 @@ WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
 Queue = FairQueue[str]
 
 
-def add(queue: Queue, tenant: str, cost: float, priority: int = 0, name: str = "") -> Ticket[str]:
-    return queue.add(tenant, cost=cost, tokens=int(cost), priority=priority, body=name)
+def add(
+    queue: Queue, tenant: str, cost: float, priority: int = 0, name: str = "", work_ms: float | None = None
+) -> Ticket[str]:
+    work_ms = cost if work_ms is None else work_ms
+    return queue.add(tenant, cost=cost, work_ms=work_ms, tokens=int(cost), priority=priority, body=name)
 
 
 def serve_next(queue: Queue) -> Ticket[str]:
@@ -79,6 +82,62 @@ def test_idleness_earns_nothing_and_there_is_always_somebody_to_serve(data: st.D
     while queue.held_by("a")[0] and queue.held_by("b")[0]:
         served[serve_next(queue).tenant] += 10
         assert abs(served["a"] / WEIGHTS["a"] - served["b"] / WEIGHTS["b"]) <= bound
+
+
+steps = st.lists(
+    st.tuples(st.integers(0, 4), st.floats(1, 5000), st.sampled_from(("add", "add", "serve", "serve", "charge"))),
+    max_size=120,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0.01, 50), min_size=5, max_size=5), steps)
+def test_whoever_waits_together_is_never_further_apart_than_in_an_ideal_share_by_more_than_a_request_of_each(
+    weights: list[float], steps: list[tuple[int, float, str]]
+) -> None:
+    """Against ideal sharing (GPS): there, two tenants that both wait are served alike, divided by their weights. Held
+    for every stretch of time in which two wait, with random weights, costs, arrivals and departures (Goyal and others,
+    theorem 1). What is served without having waited counts only for who waits.
+    """
+    queue = Queue({str(n): weight for n, weight in enumerate(weights)})
+    apart: dict[tuple[int, int], list[float]] = {}  # of two that wait: (now, least, most) of their difference
+    largest = [0.0] * 5
+    for tenant, cost, step in steps:
+        served: tuple[int, float] | None = None
+        if step == "add":
+            largest[tenant] = max(largest[tenant], cost)
+            add(queue, str(tenant), cost)
+        elif step == "serve" and queue:
+            ticket = serve_next(queue)
+            served = int(ticket.tenant), ticket.cost / weights[int(ticket.tenant)]
+        elif step == "charge" and not queue:
+            queue.charge(str(tenant), cost)
+        for first in range(5):
+            for second in range(first):
+                if not (queue.held_by(str(first))[0] and queue.held_by(str(second))[0]):
+                    apart.pop((first, second), None)
+                    continue
+                now = apart.setdefault((first, second), [0.0, 0.0, 0.0])
+                if served is not None and served[0] in (first, second):
+                    now[0] += served[1] if served[0] == first else -served[1]
+                    now[1], now[2] = min(now[1], now[0]), max(now[2], now[0])
+                bound = largest[first] / weights[first] + largest[second] / weights[second]
+                assert now[2] - now[1] <= bound * (1 + 1e-9)
+    assert queue.check()
+
+
+def test_a_tenant_with_huge_prompts_and_one_of_tiny_weight_neither_starve_nor_are_starved() -> None:
+    queue = Queue({"tiny": 0.01})
+    for _ in range(30):
+        add(queue, "huge", 100_000)
+        add(queue, "tiny", 100)
+    for _ in range(3000):
+        add(queue, "small", 100)
+    turns = [serve_next(queue).tenant for _ in range(2000)]
+    assert turns[:3].count("huge") == 1  # its first turn is as soon as anybody's
+    gaps = [at for at, tenant in enumerate(turns) if tenant == "huge"]
+    assert 990 <= gaps[1] - gaps[0] <= 1012  # then a thousand of the small ones are worth one of its
+    assert turns.count("tiny") >= 18  # a hundredth of what the small one gets, and never nothing
 
 
 def test_who_was_idle_while_another_was_served_has_no_claim_on_that() -> None:
@@ -185,7 +244,7 @@ def test_removing_leaves_nothing_and_a_second_time_changes_nothing() -> None:
     tickets = [add(queue, "a", 7), add(queue, "b", 9)]
     assert [queue.remove(ticket) for ticket in tickets] == [True, True]
     assert not any(queue.remove(ticket) for ticket in tickets)
-    assert (len(queue), queue.tokens, queue.cost, queue.next()) == (0, 0, 0.0, None)
+    assert (len(queue), queue.tokens, queue.work_ms, queue.next()) == (0, 0, 0.0, None)
     assert queue.check()
     with pytest.raises(KeyError):
         queue.serve(tickets[0], 1.0)
@@ -229,20 +288,32 @@ def test_the_work_ahead_of_a_newcomer_is_right_to_a_request_of_each_tenant(
     steps: list[tuple[str, float, int, str]], tenant: str
 ) -> None:
     queue = _played([(name, cost, 0, step) for name, cost, _, step in steps])
-    foreseen = queue.ahead(tenant, 0)
+    foreseen = queue.ahead_ms(tenant, 0)
     bound = sum(max((t.cost for t, _ in queue.in_order() if t.tenant == each), default=0.0) for each in "abc")
     new = add(queue, tenant, 1.0)
     real = next(before for ticket, before in queue.in_order() if ticket is new)
     assert abs(real - foreseen) <= bound + 1e-6
 
 
+def test_work_ahead_is_in_milliseconds_and_turns_are_by_cost() -> None:
+    queue = Queue({})
+    for _ in range(4):
+        add(queue, "a", 10, work_ms=500)
+        add(queue, "b", 10, work_ms=20)
+    assert queue.work_ms == 4 * 520
+    assert queue.ahead_ms("a", 0) == pytest.approx(4 * 500 + 4 * 20)
+    assert queue.ahead_ms("b", 1) == 0
+    foreseen = [(ticket.tenant, ahead) for ticket, ahead in queue.in_order()]
+    assert foreseen[:3] == [("a", 0), ("b", 500), ("a", 520)]
+
+
 def test_a_higher_priority_sees_less_ahead_of_it() -> None:
     queue = Queue({})
     for _ in range(5):
         add(queue, "a", 10)
-    assert queue.ahead("a", 0) == 50
-    assert queue.ahead("a", 1) == 0
-    assert queue.ahead("b", 0) < 20
+    assert queue.ahead_ms("a", 0) == 50
+    assert queue.ahead_ms("a", 1) == 0
+    assert queue.ahead_ms("b", 0) < 20
 
 
 def test_tenants_that_were_served_long_ago_are_forgotten() -> None:

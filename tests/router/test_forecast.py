@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from router.forecast import DrainRate, Forecast
+from router.drain_rate import DrainRate
+from router.forecast import AnswerPace, Errors, Forecast, Parts
 from router.pace import Pace
 
 
@@ -58,45 +59,101 @@ def test_waits_are_zero_until_the_rate_is_known() -> None:
     assert forecast.wait_ms(2000) == pytest.approx(2000, rel=0.05)
 
 
-def test_nothing_is_hopeless_before_forecasts_were_held_against_what_came() -> None:
-    forecast = Forecast(Clock())
+def test_nothing_is_likely_before_forecasts_were_held_against_what_came() -> None:
+    errors = Errors(Clock())
     for _ in range(7):
-        forecast.came(1000, 1000)
-    assert forecast.at_least_ms(1e9) == 0
-    forecast.came(1000, 1000)
-    assert forecast.at_least_ms(1000) == pytest.approx(950)
+        errors.came(1000, 1000)
+    assert errors.likely_ms(1e9) == 0
+    errors.came(1000, 1000)
+    assert errors.likely_ms(1e9) == 1e9
 
 
-def test_the_margin_is_what_one_in_ten_forecasts_was_too_high_by() -> None:
-    forecast = Forecast(Clock())
-    for _ in range(80):
-        forecast.came(10_000, 10_000)
-    for _ in range(20):
-        forecast.came(10_000, 4_950)
-    assert forecast.at_least_ms(10_000) == pytest.approx(4_950)
+def test_forecasts_are_corrected_by_what_half_of_the_predicted_time_came_to() -> None:
+    errors = Errors(Clock())
+    for _ in range(60):
+        errors.came(10_000, 4_000)
+    for _ in range(40):
+        errors.came(10_000, 12_000)
+    assert errors.likely_ms(5_000) == pytest.approx(2_000)
 
 
-def test_forecasts_that_were_too_low_make_nothing_hopeless_sooner() -> None:
-    forecast = Forecast(Clock())
+def test_what_small_predictions_miss_by_says_nothing_of_large_ones() -> None:
+    errors = Errors(Clock())
+    for _ in range(200):
+        errors.came(5, 55)
+    for _ in range(8):
+        errors.came(2000, 2000)
+    assert errors.likely_ms(3000) == pytest.approx(3000)
+
+
+def test_no_error_is_carried_on_beyond_half_as_much_again() -> None:
+    errors = Errors(Clock())
     for _ in range(100):
-        forecast.came(100, 5000)
-    assert forecast.at_least_ms(1000) == 950
+        errors.came(100, 5000)
+    assert errors.likely_ms(1000) == 1500
+
+
+def test_what_had_not_come_by_its_deadline_counts_as_late_as_that_at_least() -> None:
+    errors = Errors(Clock())
+    for _ in range(20):
+        errors.cut_short(1000, 1300)
+    assert errors.likely_ms(1000) == pytest.approx(1300)
+    errors = Errors(Clock())
+    for _ in range(20):
+        errors.cut_short(1000, 300)  # it was sent too late to show more
+    assert errors.likely_ms(1000) == pytest.approx(1000)
 
 
 def test_old_errors_are_forgotten_so_that_refusing_everybody_ends() -> None:
     clock = Clock()
-    forecast = Forecast(clock)
+    errors = Errors(clock)
     for _ in range(100):
-        forecast.came(1000, 1000)
+        errors.came(1000, 1000)
     clock.now += 121
-    assert forecast.at_least_ms(1e9) == 0
+    assert errors.likely_ms(1e9) == 0
 
 
 def test_requests_that_were_predicted_nothing_say_nothing() -> None:
-    forecast = Forecast(Clock())
+    errors = Errors(Clock())
     for _ in range(20):
-        forecast.came(0, 1000)
-    assert forecast.at_least_ms(1e9) == 0
+        errors.came(0, 1000)
+    assert errors.likely_ms(1e9) == 0
+
+
+def test_each_part_of_a_forecast_is_corrected_by_its_own_errors() -> None:
+    forecast = Forecast(Clock())
+    for _ in range(10):
+        forecast.waits.came(1000, 500)
+        forecast.firsts.came(100, 120)
+    assert forecast.likely_ms(Parts(2000, 200, 400)) == pytest.approx(1000 + 240)
+    for _ in range(10):
+        forecast.answers.came(400, 400)
+    assert forecast.likely_ms(Parts(2000, 200, 400)) == pytest.approx(1000 + 240 + 400)
+
+
+def test_the_pace_of_answers_is_that_of_now() -> None:
+    clock = Clock()
+    forecast = Forecast(clock)
+    assert forecast.answer_ms(100) == 0
+    for _ in range(50):
+        forecast.pace.came(0.1, 1)
+    assert forecast.answer_ms(101) == pytest.approx(10_000)
+    assert forecast.answer_ms(1) == forecast.answer_ms(0) == 0  # the first token is not its business
+    clock.now += 10
+    for _ in range(50):
+        forecast.pace.came(0.02, 2)
+    assert forecast.answer_ms(101) < 2500
+    clock.now += 20
+    assert forecast.answer_ms(101) == 0  # so long after a load nobody knows what the pace is
+
+
+def test_an_answer_pace_of_few_tokens_is_none() -> None:
+    pace = AnswerPace(Clock())
+    for _ in range(7):
+        pace.came(1.0, 1)
+    assert pace.token_ms() == 0
+    pace.came(1.0, 1)
+    assert pace.token_ms() == pytest.approx(1000)
 
 
 def test_a_worker_is_late_when_its_oldest_silent_request_is_over_its_own_work_and_the_limit() -> None:
@@ -113,7 +170,55 @@ def test_a_worker_is_late_when_its_oldest_silent_request_is_over_its_own_work_an
     pace.spoke(1, "w0")
     assert pace.late(2.0) == {"w1"}
     pace.spoke(2, "w1")
-    pace.spoke(9, "w9")
+    pace.left(9, "w9")
     assert pace.late(2.0) == set()
     pace.spoke(3, "w0")
-    assert not pace._silent
+    assert not pace.silent()
+
+
+def test_a_workers_queue_is_by_the_rate_of_its_first_tokens() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    key = 0
+    for _ in range(20):  # prompts of 10 ms, of which one in 200 ms gets a place in the batch
+        while pace.silent() < 3:
+            pace.sent(key := key + 1, "w0", own_ms=10)
+        clock.now += 0.2
+        pace.spoke(key - 2, "w0")
+    assert pace.queue_ms("w0") == pytest.approx(2 * 200, rel=0.1)
+    pace.sent(1000, "w0", own_ms=3000)  # one of those and a long one, which waits for no more places than they do
+    assert pace.queue_ms("w0") == pytest.approx(3 * 200, rel=0.1)
+    assert pace.queue_ms("w1") == 0
+    for number in range(key + 1):
+        pace.left(number, "w0")
+    pace.left(1000, "w0")
+    assert (pace.queue_ms("w0"), pace.silent()) == (0, 0)
+
+
+def test_the_rate_of_long_prompts_says_nothing_of_short_ones() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.sent(0, "w0", own_ms=1000)
+    for key in range(1, 10):
+        pace.sent(key, "w0", own_ms=1000)
+        clock.now += 1.0
+        pace.spoke(key - 1, "w0")
+    pace.left(9, "w0")
+    for key in range(100, 110):
+        pace.sent(key, "w0", own_ms=10)
+    assert pace.queue_ms("w0") == pytest.approx(100, rel=0.1)
+
+
+def test_what_ends_without_a_first_token_was_not_served() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    for key in range(20):
+        pace.sent(key, "w0", own_ms=10)
+    for key in range(10):
+        clock.now += 0.1
+        pace.left(key, "w0")
+    assert pace.queue_ms("w0") == 0  # nothing is known
+    pace.forget("w0")
+    pace.spoke(15, "w0")
+    pace.left(16, "w0")
+    assert pace.silent() == 0

@@ -51,6 +51,18 @@ def test_giving_back_never_overfills_and_a_full_bucket_is_forgotten() -> None:
     assert not quotas._buckets
 
 
+def test_buckets_of_ever_more_tenants_are_forgotten_once_they_are_full_and_never_before() -> None:
+    clock = Clock()
+    quotas = TokenQuotas({}, 600, clock)
+    quotas.take("deep", 600 * 10_000)  # in debt for a week
+    for n in range(10_000):
+        clock.now += 1.0
+        quotas.take(f"tenant-{n}", 100)  # full again after ten seconds
+    assert len(quotas._buckets) < 200
+    assert quotas.wait_s("deep", 1) > 0
+    assert quotas.wait_s("tenant-9999", 600) == pytest.approx(10.0)
+
+
 def test_who_has_no_quota_is_not_limited_and_the_default_is_each_tenants_own() -> None:
     quotas = TokenQuotas({"a": 10}, None, Clock())
     quotas.take("b", 1e9)

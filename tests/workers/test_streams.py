@@ -486,3 +486,15 @@ def act_at_random(dice: random.Random, clients: list[StreamClient], number: int)
             client.send(clear=worker_pb2.Clear(clear_id=number, chain_root=SCHEME.root(b"tenant")))
         case 6:
             time.sleep(0.01)
+
+
+def test_a_router_that_leaves_is_counted_out_at_once_even_while_a_step_lasts() -> None:
+    """Quotas are divided by this number: one that is too high withholds a part of them."""
+    gate = Gate()
+    with serving(simulated(sleep=gate)) as (_, address), routers(address, 2) as (first, second):
+        first.wait_for(lambda: first.loads()[-1].routers == 2)
+        first.send(submit=job(SCHEME, 1, prompt(1), max_tokens=1))
+        gate.wait_arrived()
+        second.drop()
+        first.wait_for(lambda: first.loads()[-1].routers == 1)
+        gate.open()
