@@ -167,22 +167,18 @@ class Decider:
             fit, held, coming = fits[name], overlaps.get(name, NO_OVERLAP), arriving.get(name, 0)
             if load.pool_blocks:
                 coming = min(coming, load.pool_blocks)  # of a longer prompt the rest cannot stay
-            unreported_ms, unreported = traffic.unreported(name, at)
-            doubtful_ms = traffic.doubtful_ms(name, at) if unreported and report else 0.0
-            age_ms = (now - at) * 1000.0 if report else 0.0
+            sent = traffic.unreported(name, at)
             priced = price(
                 _at_least(held, coming) if coming else held,
                 question.prompt_tokens,
                 question.block_size,
                 load,
                 fit,
-                queue=queue_ms(
-                    load, fit, age_ms=age_ms, unreported_ms=unreported_ms - doubtful_ms, doubtful_ms=doubtful_ms
-                ),
+                queue=queue_ms(load, fit, sent, now=now, reported_at=at),
                 shared_reads=shared_reads,
                 peers=peers.depth(name) if TierName.PEER in load.reads else 0,
             )
-            active = load.running + load.waiting + unreported
+            active = load.running + load.waiting + sent.requests
             if priced.cached_tokens not in charged:
                 charged[priced.cached_tokens] = shares.of(priced.cached_tokens)
             share, work_ms = charged[priced.cached_tokens], traffic.recent_work_ms(name, joined_at=joined[name])

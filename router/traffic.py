@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.chain_tree import ChainTree, Runs
 
@@ -19,6 +20,8 @@ from router.chain_tree import ChainTree, Runs
 MEMORY_S = 30.0
 # A worker counts as having been there for so long at least, in seconds: what it was given in less says little.
 _LEAST_THERE_S = 1.0
+# The same of this router and the fleet's utilisation; longer than most prefills, which are counted when they are sent.
+_LEAST_SEEN_S = 5.0
 # A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
 _REFLECTED_AFTER_S = 0.04
 _FLEET = ""  # the owner of what is counted for all workers together
@@ -57,6 +60,27 @@ class Sent:
     prefilling: bool = True
 
 
+class Unreported(NamedTuple):
+    """What was sent to a worker and its last report does not contain, or maybe not.
+
+    A worker works while nobody looks: what was sent to an idle one 30 ms ago and takes 5 ms is done, whether or not it
+    has said so. So work is followed as by a clerk at a counter (Lindley's recursion), not summed.
+
+    Attributes:
+        doubtful_ms: what was sent so shortly before the report that it may be in it; what was left of it by then.
+        later_ms: work sent since. until: when that would be done had nothing else been there, on the clock, in seconds.
+        requests: all of them.
+    """
+
+    doubtful_ms: float = 0.0
+    later_ms: float = 0.0
+    until: float = 0.0
+    requests: int = 0
+
+
+NOTHING_UNREPORTED = Unreported()
+
+
 class Traffic:
     """The memory of what was sent. One per router.
 
@@ -77,7 +101,8 @@ class Traffic:
         self._prefilling: dict[str, dict[int, Sent]] = {}  # by worker, in the order of sending
         # The last answer of each worker, with the time of the report that it was given for. Between two decisions one
         # or two workers of a fleet say or are sent something: for the others it still holds.
-        self._unreported: dict[str, tuple[float, tuple[float, int]]] = {}
+        self._unreported: dict[str, tuple[float, Unreported]] = {}
+        self._first_at: float | None = None
 
     def sent(self, key: int, worker: str, hashes: Sequence[bytes], *, work_ms: float, cached_blocks: int) -> None:
         """A request went to a worker, predicted to be `work_ms` of load and compute, its first blocks cached there.
@@ -85,6 +110,7 @@ class Traffic:
         The hashes must not change until it has ended.
         """
         now, names = self._clock(), self._names(hashes)
+        self._first_at = now if self._first_at is None else self._first_at
         self._work.setdefault(worker, Decayed()).add(work_ms, now)
         self._fleet.add(work_ms, now)
         flight = self._flights[key] = Sent(worker, hashes, names, work_ms, now, self._depth(hashes, cached_blocks))
@@ -128,22 +154,25 @@ class Traffic:
         return work.value(now) / (1.0 - math.exp(-there_s / MEMORY_S)) if work else 0.0
 
     def utilisation(self, workers: int) -> float:
-        """Share of the fleet's time that the work of this router takes; may exceed 1."""
-        return self._fleet.value(self._clock()) / (MEMORY_S * 1000.0 * workers) if workers else 0.0
+        """Share of the fleet's time that the work of this router takes; may exceed 1.
 
-    def unreported(self, worker: str, reported_at: float) -> tuple[float, int]:
-        """(milliseconds of work, requests) sent to a worker that its report of that time cannot contain yet."""
+        Of the time since its first request, while that is shorter than the memory: a router that has just been started
+        before a busy fleet would call it idle, and give up hits for a moment's queue.
+        """
+        if not workers or self._first_at is None:
+            return 0.0
+        now = self._clock()
+        seen_s = max(MEMORY_S * (1.0 - math.exp((self._first_at - now) / MEMORY_S)), _LEAST_SEEN_S)
+        return self._fleet.value(now) / (seen_s * 1000.0 * workers)
+
+    def unreported(self, worker: str, reported_at: float) -> Unreported:
+        """What a worker's report of that time cannot contain yet."""
         if not self._prefilling.get(worker):
-            return 0.0, 0
+            return NOTHING_UNREPORTED
         known = self._unreported.get(worker)
         if known is None or known[0] != reported_at:
-            late = self._late(worker, reported_at)
-            known = self._unreported[worker] = (reported_at, (sum(f.work_ms for f in late), len(late)))
+            known = self._unreported[worker] = (reported_at, _summed(self._late(worker, reported_at), reported_at))
         return known[1]
-
-    def doubtful_ms(self, worker: str, reported_at: float) -> float:
-        """The part of the unreported work that was sent before the report came, and may be in it after all."""
-        return sum(f.work_ms for f in self._late(worker, reported_at) if f.at <= reported_at)
 
     def unreported_blocks(self, worker: str, reported_at: float) -> int:
         """Blocks to compute that were sent to a worker and that its report of that time cannot contain yet."""
@@ -211,3 +240,19 @@ class Traffic:
             del self._prefilling[flight.worker][key]
             self._unreported.pop(flight.worker, None)
             self._arriving.remove(flight.worker, flight.names, len(flight.names))
+
+
+def _summed(late: Sequence[Sent], reported_at: float) -> Unreported:
+    """Of requests in the order of sending."""
+    doubtful = [flight for flight in late if flight.at <= reported_at]
+    later = late[len(doubtful) :]
+    left_ms = max(0.0, _done_at(doubtful) - reported_at) * 1000.0
+    return Unreported(left_ms, sum(flight.work_ms for flight in later), _done_at(later), len(late))
+
+
+def _done_at(flights: Sequence[Sent]) -> float:
+    """When a worker that did nothing else would be done with them."""
+    at = 0.0
+    for flight in flights:
+        at = max(at, flight.at) + flight.work_ms / 1000.0
+    return at

@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from router.cost import PrefillFit, WorkerLoad, pool_fits, price, queue_ms
+from router.cost import PrefillFit, Price, WorkerLoad, pool_fits, price
 from router.decide import Decider, Question, _Shares
 from router.fleet_record import FleetRecord
 from router.index import NO_OVERLAP, Overlap, PrefixIndex
@@ -93,18 +93,28 @@ class Fixture:
         self.decider = Decider(self.fleet, self.index, self.traffic, lambda: self.now)  # type: ignore[arg-type]
         self.sent: dict[int, tuple[str, float, float]] = {}  # in prefill: worker, milliseconds of work, when
 
-    def by_one(self, asked: Question, link: Link, fits: dict[str, PrefillFit]) -> tuple[object, ...]:
+    def by_one(self, asked: Question, link: Link, fits: dict[str, PrefillFit]) -> tuple[Price, int, int]:
         """(price, active, arriving) of one worker, worked out from nothing but its report and what was sent."""
         load, at = (link.report.load, link.report.at) if link.report else (WorkerLoad(), 0.0)
-        late = [ms for worker, ms, when in self.sent.values() if worker == link.name and when + 0.04 > at]
-        own = [(ms, when) for worker, ms, when in self.sent.values() if worker == link.name]
-        doubtful = sum(ms for ms, when in own if when <= at < when + 0.04) if link.report else 0.0
+        own = [(when, ms) for worker, ms, when in self.sent.values() if worker == link.name and when + 0.04 > at]
         arriving = self.traffic.arriving_run(link.name, asked.hashes)
-        age_ms = (self.now - at) * 1000.0 if link.report else 0.0
-        queue = queue_ms(load, fits[link.name], age_ms=age_ms, unreported_ms=sum(late) - doubtful, doubtful_ms=doubtful)
+        fit = fits[link.name]
+        doubtful_ms = left_ms([(when, ms) for when, ms in own if when <= at], at)
+        backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
+        later = [(when, ms) for when, ms in own if when > at]
+        queue = left_ms([(at, max(backlog, doubtful_ms)), *later], self.now)
+        queue = max(queue, left_ms(later, self.now) + 0.2 * backlog)
         overlap = Overlap(*(max(arriving, depth) for depth in NO_OVERLAP))
-        priced = price(overlap, asked.prompt_tokens, 16, load, fits[link.name], queue=queue, shared_reads=True)
-        return priced, load.running + load.waiting + len(late), arriving
+        priced = price(overlap, asked.prompt_tokens, 16, load, fit, queue=queue, shared_reads=True)
+        return priced, load.running + load.waiting + len(own), arriving
+
+
+def left_ms(work: list[tuple[float, float]], now: float) -> float:
+    """What a worker has left at a time, that was given so many milliseconds of work at these times: step by step."""
+    left, at = 0.0, 0.0
+    for when, ms in sorted(work, key=lambda each: each[0]):
+        left, at = max(0.0, left - (when - at) * 1000.0) + ms, when
+    return max(0.0, left - (now - at) * 1000.0)
 
 
 def blocks(*path: int) -> list[bytes]:
@@ -142,7 +152,10 @@ def test_candidates_are_what_each_worker_alone_would_be(script: list[tuple[str, 
         fits = pool_fits({link.name: link.report.load.fit if link.report else None for link in links})
         candidates = it.decider.candidates(asked, links, {}, Holders())  # type: ignore[arg-type]
         expected = [it.by_one(asked, link, fits) for link in links]
-        assert [(c.price, c.active, c.arriving) for c in candidates] == expected
+        for candidate, (priced, active, arriving) in zip(candidates, expected, strict=True):
+            assert candidate.price.queue_ms == pytest.approx(priced.queue_ms, abs=1e-6)
+            assert candidate.price == priced._replace(queue_ms=candidate.price.queue_ms)
+            assert (candidate.active, candidate.arriving) == (active, arriving)
         assert [c.worker for c in candidates] == [link.name for link in links]
 
 
