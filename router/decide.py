@@ -19,10 +19,10 @@ from router.fleet_record import FleetRecord
 from router.index import NO_OVERLAP, Overlap
 from router.link import WorkerLink
 from router.peers import Holder, Holders, holders
-from router.policies.protocol import BlockLoad, Candidate, Decision, Policy, RouteRequest
+from router.policies.protocol import NO_BLOCK_LOAD, BlockLoad, Candidate, Decision, Policy, RouteRequest
 from router.policy import checked_weights, find_policy
 from router.policy_history import PolicySetting
-from router.traffic import Traffic
+from router.traffic import LEAST_THERE_S, MEMORY_S, Traffic
 
 # Where both agree, the greater of two noisy numbers would be too great.
 _REPORTED = 0.9
@@ -158,6 +158,7 @@ class Decider:
         shares = _Shares(question, [] if question.no_read else traffic.sharers(question.hashes))
         reports = {link.name: link.report for link in links}
         joined = {link.name: link.joined_at for link in links}
+        newer_than = max(min(joined.values(), default=now) + LEAST_THERE_S, now - MEMORY_S)
         fits = self._pooled({name: report.load.fit if report else None for name, report in reports.items()})
         shared_reads = self._fleet.record.shared_tier_reads
         charged: dict[int, float] = {}  # shares by cached tokens, of which most workers have equally many
@@ -182,7 +183,10 @@ class Decider:
             if priced.cached_tokens not in charged:
                 charged[priced.cached_tokens] = shares.of(priced.cached_tokens)
             share, work_ms = charged[priced.cached_tokens], traffic.recent_work_ms(name, joined_at=joined[name])
-            candidates.append(Candidate(name, priced, share, active, work_ms, held, coming, decoding=load.decoding))
+            new = joined[name] > newer_than
+            candidates.append(
+                Candidate(name, priced, share, active, work_ms, held, coming, NO_BLOCK_LOAD, load.decoding, new)
+            )
         return self._with_blocks(question, links, candidates) if self._counts_blocks() else candidates
 
     def _with_blocks(

@@ -19,7 +19,7 @@ from router.chain_tree import ChainTree, Runs
 # How long placements and utilisation are remembered, in seconds: longer than a prefill, shorter than swings of load.
 MEMORY_S = 30.0
 # A worker counts as having been there for so long at least, in seconds: what it was given in less says little.
-_LEAST_THERE_S = 1.0
+LEAST_THERE_S = 1.0
 # The same of this router and the fleet's utilisation; longer than most prefills, which are counted when they are sent.
 _LEAST_SEEN_S = 5.0
 # A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
@@ -150,7 +150,7 @@ class Traffic:
         quiet one, and every tie would go to it until it has caught up with the memory of the others.
         """
         work, now = self._work.get(worker), self._clock()
-        there_s = max(now - joined_at, _LEAST_THERE_S)
+        there_s = max(now - joined_at, LEAST_THERE_S)
         return work.value(now) / (1.0 - math.exp(-there_s / MEMORY_S)) if work else 0.0
 
     def utilisation(self, workers: int) -> float:

@@ -168,3 +168,20 @@ def test_another_record_is_in_force_at_once() -> None:
         assert choice is not None
         assert choice.policy.name == policy
         assert choice.weights == checked_weights(choice.policy, weights)
+
+
+@pytest.mark.parametrize(
+    ("joined_at", "new"),
+    [
+        ([0.0, 0.0, 0.0, 99.0], "d"),  # it is 100 now
+        ([0.0, 0.0, 0.0, 60.0], ""),  # that is longer than the memory of work
+        ([99.0, 99.1, 99.5, 99.9], ""),  # the router found them all when it started
+        ([90.0, 90.1, 95.0, 99.0], "cd"),
+    ],
+)
+def test_a_worker_is_new_that_joined_lately_and_after_others(joined_at: list[float], new: str) -> None:
+    it = Fixture()
+    for link, at in zip(it.fleet.links(), joined_at, strict=True):
+        link.joined_at = at
+    candidates = it.decider.candidates(question(64), it.fleet.links(), {}, Holders())  # type: ignore[arg-type]
+    assert "".join(c.worker for c in candidates if c.new) == new
