@@ -135,8 +135,8 @@ def queue_ms(
     """
     backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
     left = max(backlog, sent.doubtful_ms) + sent.later_ms - (now - reported_at) * 1000.0
-    behind = max(0.0, (sent.until - now) * 1000.0) + keep * backlog
-    return max(left, behind) + (load.decode_step_ms if load.decoding else 0.0)
+    alone = (sent.until - now) * 1000.0
+    return max(left, alone, keep * backlog) + (load.decode_step_ms if load.decoding else 0.0)
 
 
 def price(

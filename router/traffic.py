@@ -20,8 +20,9 @@ from router.chain_tree import ChainTree, Runs
 MEMORY_S = 30.0
 # A worker counts as having been there for so long at least, in seconds: what it was given in less says little.
 LEAST_THERE_S = 1.0
-# The same of this router and the fleet's utilisation; longer than most prefills, which are counted when they are sent.
-_LEAST_SEEN_S = 5.0
+# The same of this router and the fleet's utilisation. In a moment's burst of long prompts, all counted when they are
+# sent, it is called busier than it is; where nothing is cached yet that changes no choice.
+_LEAST_SEEN_S = 2.0
 # A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
 _REFLECTED_AFTER_S = 0.04
 _FLEET = ""  # the owner of what is counted for all workers together

@@ -103,7 +103,7 @@ class Fixture:
         backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
         later = [(when, ms) for when, ms in own if when > at]
         queue = left_ms([(at, max(backlog, doubtful_ms)), *later], self.now)
-        queue = max(queue, left_ms(later, self.now) + 0.2 * backlog)
+        queue = max(queue, left_ms(later, self.now), 0.2 * backlog)
         overlap = Overlap(*(max(arriving, depth) for depth in NO_OVERLAP))
         priced = price(overlap, asked.prompt_tokens, 16, load, fit, queue=queue, shared_reads=True)
         return priced, load.running + load.waiting + len(own), arriving
