@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from kvstore.events import TierName
 from router.index import Overlap
+from router.traffic import Unreported
 
 # Until the first report of a fleet: about a mid-sized model on one accelerator. Replaced within a heartbeat.
 _REFERENCE_TOKENS = 1000
@@ -119,29 +120,22 @@ def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
 
 
 def queue_ms(
-    load: WorkerLoad,
-    fit: PrefillFit,
-    *,
-    age_ms: float,
-    unreported_ms: float,
-    doubtful_ms: float = 0.0,
-    keep: float = 0.2,
+    load: WorkerLoad, fit: PrefillFit, sent: Unreported, *, now: float, reported_at: float, keep: float = 0.2
 ) -> float:
     """Milliseconds until a prefill that is sent now could start.
 
     The reported backlog shrinks while one looks at it, so the age of the report is taken off; `keep` of it stays,
-    because a believed rate above the true one would otherwise empty queues too soon. `unreported_ms` is work that this
-    router sent and the report cannot contain yet; `doubtful_ms` what it sent so shortly before the report that it may
-    be in it: counted in full where the backlog is smaller, and never twice. Counted twice, a long prompt would send a
-    second one like it to another worker, which computes it all again.
+    because a believed rate above the true one would otherwise empty queues too soon. What was sent since comes behind
+    it, and is worked off in its turn. What was sent so shortly before the report that it may be in it is counted in
+    full where the backlog is smaller, and never twice: counted twice, a long prompt would send a second one like it to
+    another worker, which computes it all again.
+
+    `now`, `reported_at`: on one clock, in seconds; without a report `reported_at` is 0 and the load says nothing.
     """
     backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
-    left, kept = backlog - age_ms, keep * backlog
-    if left < kept:
-        left = kept
-    if left < doubtful_ms:
-        left = doubtful_ms
-    return left + unreported_ms + (load.decode_step_ms if load.decoding else 0.0)
+    left = max(backlog, sent.doubtful_ms) + sent.later_ms - (now - reported_at) * 1000.0
+    alone = (sent.until - now) * 1000.0
+    return max(left, alone, keep * backlog) + (load.decode_step_ms if load.decoding else 0.0)
 
 
 class Prices:

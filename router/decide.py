@@ -20,10 +20,10 @@ from router.fleet_record import FleetRecord
 from router.index import NO_OVERLAP, Overlap
 from router.link import WorkerLink
 from router.peers import Holder, Holders, holders
-from router.policies.protocol import BlockLoad, Candidate, Decision, Policy, RouteRequest
+from router.policies.protocol import NO_BLOCK_LOAD, BlockLoad, Candidate, Decision, Policy, RouteRequest
 from router.policy import checked_weights, find_policy
 from router.policy_history import PolicySetting
-from router.traffic import Traffic
+from router.traffic import LEAST_THERE_S, MEMORY_S, Traffic
 
 # Where both agree, the greater of two noisy numbers would be too great.
 _REPORTED = 0.9
@@ -161,30 +161,27 @@ class Decider:
         loads = [link.report.load if link.report else NO_LOAD for link in links]
         fits = self._pooled(links, loads)
         works = traffic.recent_works_ms([(link.name, link.joined_at) for link in links])
+        newer_than = max(min((link.joined_at for link in links), default=now) + LEAST_THERE_S, now - MEMORY_S)
         prices = Prices(question.prompt_tokens, question.block_size, shared_reads=self._fleet.record.shared_tier_reads)
         candidates = []
         for link, load, fit, work_ms in zip(links, loads, fits, works, strict=True):
-            name, at = link.name, link.report.at if link.report else -math.inf
+            name, at = link.name, link.report.at if link.report else 0.0
             held, coming = overlaps.get(name, NO_OVERLAP), arriving.get(name, 0)
             if load.pool_blocks and coming > load.pool_blocks:
                 coming = load.pool_blocks  # of a longer prompt the rest cannot stay
-            sent_ms, sent, doubtful_ms = traffic.unreported(name, at)
-            queue = queue_ms(
-                load,
-                fit,
-                age_ms=(now - at) * 1000.0 if link.report else 0.0,
-                unreported_ms=sent_ms - doubtful_ms,
-                doubtful_ms=doubtful_ms,
-            )
+            sent = traffic.unreported(name, at)
             priced = prices.of(
                 _at_least(held, coming) if coming else held,
                 load,
                 fit,
-                queue,
+                queue_ms(load, fit, sent, now=now, reported_at=at),
                 peers.depth(name) if TierName.PEER in load.reads else 0,
             )
-            share, active = shares.of(priced.cached_tokens), load.running + load.waiting + sent
-            candidates.append(Candidate(name, priced, share, active, work_ms, held, coming, decoding=load.decoding))
+            share, active = shares.of(priced.cached_tokens), load.running + load.waiting + sent.requests
+            new = link.joined_at > newer_than
+            candidates.append(
+                Candidate(name, priced, share, active, work_ms, held, coming, NO_BLOCK_LOAD, load.decoding, new)
+            )
         return self._with_blocks(question, links, candidates) if self._counts_blocks() else candidates
 
     def _with_blocks(

@@ -27,14 +27,13 @@ from router.flight import Flight, FlightEnd
 from router.index import PrefixIndex
 from router.link_listener import Listener
 from router.protocol import WorkerAddress
+from router.rest import Rest
 from router.worker_stream import LinkBroken, LinkSettings, WorkerStream
 from warmkv.v1 import common_pb2, worker_pb2
 
 SUSPECT_AFTER_S = 2.0
 LOST_AFTER_S = 10.0
 OUTLIVED_AFTER_S = 30.0
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 1.0  # a worker that is ready is back within two seconds
 log = logging.getLogger(__name__)
 
 
@@ -136,7 +135,7 @@ class WorkerLink:
 
     async def run(self) -> None:
         """Keep the stream up until cancelled: connect, read, reconnect."""
-        pause = _FIRST_PAUSE_S
+        rest = Rest()
         while True:
             try:
                 self._stream = WorkerStream(self.address, self._settings)
@@ -148,7 +147,7 @@ class WorkerLink:
                 # A link that ended would leave its worker up for ever.
                 log.exception("a link failed by a defect; report this", extra={"worker": self.name})
                 error = failure
-            pause = _FIRST_PAUSE_S if self.connected else min(pause * 2, _LONGEST_PAUSE_S)
+            pause = rest.after_failure(self._clock(), was_there=self.connected)
             self._down(_describe(error, self.address), refused=_is_refusal(error))
             await self._rest(pause * (0.8 + 0.4 * self._jitter()))
 

@@ -25,7 +25,7 @@ class OtherRouters:
 
     def greeted(self, worker: str, hello: worker_pb2.WorkerHello) -> None:
         """A stream to a worker begins."""
-        self._traffic.met(worker, hello.recent_work_ms)
+        self._traffic.met(worker, hello.recent_work_ms, up_ms=hello.up_ms)
 
     def heard(self, worker: str, jobs: Iterable[worker_pb2.OtherJob]) -> None:
         """The worker tells of jobs of others."""

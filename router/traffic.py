@@ -20,7 +20,10 @@ from router.chain_tree import ChainTree, Runs
 # How long placements and utilisation are remembered, in seconds.
 MEMORY_S = WORK_MEMORY_S
 # A worker counts as having been there for so long at least, in seconds: what it was given in less says little.
-_LEAST_THERE_S = 1.0
+LEAST_THERE_S = 1.0
+# The same of this router and the fleet's utilisation. In a moment's burst of long prompts, all counted when they are
+# sent, it is called busier than it is; where nothing is cached yet that changes no choice.
+_LEAST_SEEN_S = 2.0
 # A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
 _REFLECTED_AFTER_S = 0.04
 # Who has been there for so long would have no more work in its memory had it been there for ever: 1 - exp(-40) is 1.0.
@@ -43,19 +46,24 @@ class Sent:
 
 
 class Unreported(NamedTuple):
-    """Requests in prefill on a worker that its report may not contain.
+    """What was sent to a worker and its last report does not contain, or maybe not.
+
+    A worker works while nobody looks: what was sent to an idle one 30 ms ago and takes 5 ms is done, whether or not it
+    has said so. So work is followed as by a clerk at a counter (Lindley's recursion), not summed.
 
     Attributes:
-        work_ms: of all of them. doubtful_ms: of those among them that were sent before the report came, and may be in
-        it after all.
+        doubtful_ms: what was sent so shortly before the report that it may be in it; what was left of it by then.
+        later_ms: work sent since. until: when that would be done had nothing else been there, on the clock, in seconds.
+        requests: all of them.
     """
 
-    work_ms: float
-    requests: int
-    doubtful_ms: float
+    doubtful_ms: float = 0.0
+    later_ms: float = 0.0
+    until: float = 0.0
+    requests: int = 0
 
 
-NOTHING_UNREPORTED = Unreported(0.0, 0, 0.0)
+NOTHING_UNREPORTED = Unreported()
 
 
 class Traffic:
@@ -80,13 +88,17 @@ class Traffic:
         # The last answer of each worker, with the time of the report that it was given for. Between two decisions one
         # or two workers of a fleet say or are sent something: for the others it still holds.
         self._unreported: dict[str, tuple[float, Unreported]] = {}
+        self._first_at: float | None = None
 
-    def met(self, worker: str, recent_work_ms: float) -> None:
-        """A stream to a worker begins, which tells the work that all routers have given it lately.
+    def met(self, worker: str, recent_work_ms: float, *, up_ms: float = 0.0) -> None:
+        """A stream to a worker begins, which tells the work that all routers have given it lately, and its age.
 
         What a new life of the worker no longer knows was given to the fleet all the same.
         """
-        now, known = self._clock(), self._work.get(worker) or self._lost_work.pop(worker, None) or RecentWork()
+        now = self._clock()
+        if recent_work_ms:
+            self._seen_since(now - up_ms / 1000.0)
+        known = self._work.get(worker) or self._lost_work.pop(worker, None) or RecentWork()
         news_ms = recent_work_ms - known.value(now)
         known.add(news_ms, now)
         self._fleet.add(max(0.0, news_ms), now)
@@ -98,6 +110,7 @@ class Traffic:
         The hashes must not change until it has ended.
         """
         now, names = self._clock(), self._names(hashes)
+        self._seen_since(now)
         self._work.setdefault(worker, RecentWork()).add(work_ms, now)
         self._fleet.add(work_ms, now)
         flight = self._flights[key] = Sent(worker, hashes, names, work_ms, now, self._depth(hashes, cached_blocks))
@@ -151,24 +164,29 @@ class Traffic:
             elif joined_at < settled:
                 works.append(work.value(now))
             else:
-                there_s = max(now - joined_at, _LEAST_THERE_S)
+                there_s = max(now - joined_at, LEAST_THERE_S)
                 works.append(work.value(now) / (1.0 - math.exp(-there_s / MEMORY_S)))
         return works
 
     def utilisation(self, workers: int) -> float:
-        """Share of the fleet's time that the work sent there takes; may exceed 1."""
-        return self._fleet.value(self._clock()) / (MEMORY_S * 1000.0 * workers) if workers else 0.0
+        """Share of the fleet's time that the work sent there takes; may exceed 1.
+
+        Of the time since the first request, while that is shorter than the memory: a router that has just been started
+        before a busy fleet would call it idle, and give up hits for a moment's queue.
+        """
+        if not workers or self._first_at is None:
+            return 0.0
+        now = self._clock()
+        seen_s = max(MEMORY_S * (1.0 - math.exp((self._first_at - now) / MEMORY_S)), _LEAST_SEEN_S)
+        return self._fleet.value(now) / (seen_s * 1000.0 * workers)
 
     def unreported(self, worker: str, reported_at: float) -> Unreported:
-        """What was sent to a worker that its report of that time cannot contain yet, or may not."""
+        """What a worker's report of that time cannot contain yet."""
         if not self._prefilling.get(worker):
             return NOTHING_UNREPORTED
         known = self._unreported.get(worker)
         if known is None or known[0] != reported_at:
-            late = self._late(worker, reported_at)
-            doubtful_ms = sum(f.work_ms for f in late if f.at <= reported_at)
-            answer = Unreported(sum(f.work_ms for f in late), len(late), doubtful_ms)
-            known = self._unreported[worker] = (reported_at, answer)
+            known = self._unreported[worker] = (reported_at, _summed(self._late(worker, reported_at), reported_at))
         return known[1]
 
     def unreported_blocks(self, worker: str, reported_at: float) -> int:
@@ -234,9 +252,28 @@ class Traffic:
         late.reverse()  # sums are made in the order of sending, whatever was reported between
         return late
 
+    def _seen_since(self, at: float) -> None:
+        self._first_at = at if self._first_at is None else min(self._first_at, at)
+
     def _arrived(self, key: Hashable, flight: Sent) -> None:
         if flight.prefilling:
             flight.prefilling = False
             del self._prefilling[flight.worker][key]
             self._unreported.pop(flight.worker, None)
             self._arriving.remove(flight.worker, flight.names, len(flight.names))
+
+
+def _summed(late: Sequence[Sent], reported_at: float) -> Unreported:
+    """Of requests in the order of sending."""
+    doubtful = [flight for flight in late if flight.at <= reported_at]
+    later = late[len(doubtful) :]
+    left_ms = max(0.0, _done_at(doubtful) - reported_at) * 1000.0
+    return Unreported(left_ms, sum(flight.work_ms for flight in later), _done_at(later), len(late))
+
+
+def _done_at(flights: Sequence[Sent]) -> float:
+    """When a worker that did nothing else would be done with them."""
+    at = 0.0
+    for flight in flights:
+        at = max(at, flight.at) + flight.work_ms / 1000.0
+    return at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import fsum  # a sum that depends on the order would make choices depend on it
 
 from router.policies.keys import rendezvous
 from router.policies.protocol import Candidate, Decision, RouteRequest, Term, Weight
@@ -44,6 +45,14 @@ class CacheAware:
         ),
         Weight("tie_share", 0.05, 0.0, 1.0, "", "A tie is never wider than this share of the prompt's cold prefill."),
         Weight(
+            "warm_up",
+            0.25,
+            0.0,
+            1.0,
+            "",
+            "A worker that has just come is given so much of the others' work, cached or not.",
+        ),
+        Weight(
             "affinity_ms", 10.0, 0.0, 60_000.0, "ms", "Charged to workers that a request's affinity key does not name."
         ),
     )
@@ -56,6 +65,8 @@ class CacheAware:
         price = _price_of_compute(request, w)
         home = _home(request, candidates)
         plain = _costs(candidates, price, w)
+        if any(c.new for c in candidates):
+            plain = [cost - owed for cost, owed in zip(plain, _owed_ms(candidates, w), strict=True)]
         costs = (
             plain
             if home is None
@@ -70,7 +81,7 @@ class CacheAware:
     def terms(
         self, request: RouteRequest, candidates: Sequence[Candidate], candidate: Candidate, w: Mapping[str, float]
     ) -> tuple[Term, ...]:
-        """queue, load, compute, decode, affinity; compute's weight holds its price and the share that others pay."""
+        """queue, load, compute, decode, warm_up, affinity; compute's weight holds its price and what others pay."""
         price = candidate.price
         terms: tuple[Term, ...] = (
             Term("queue", price.queue_ms, w["queue"]),
@@ -79,6 +90,8 @@ class CacheAware:
         )
         if candidate.decoding:
             terms = (*terms, Term("decode", price.compute_ms * candidate.decoding, w["decode"]))
+        if owed_ms := _owed_ms(candidates, w)[candidates.index(candidate)]:
+            terms = (*terms, Term("warm_up", owed_ms, -1.0))
         home = _home(request, candidates)
         away = 0.0 if home == candidate.worker else 1.0
         return terms if home is None else (*terms, Term("affinity", w["affinity_ms"], away))
@@ -104,6 +117,13 @@ def _costs(candidates: Sequence[Candidate], price_of_compute: float, w: Mapping[
 def _own_share(c: Candidate, w: Mapping[str, float]) -> float:
     """The part of its computing that a request is charged; the rest is on those in flight that share the blocks."""
     return 1.0 - w["sharing"] * (1.0 - c.share)
+
+
+def _owed_ms(candidates: Sequence[Candidate], w: Mapping[str, float]) -> list[float]:
+    """What each new worker lacks of its share of work."""
+    others = [c.recent_work_ms for c in candidates if not c.new]
+    share_ms = w["warm_up"] * fsum(others) / len(others) if others else 0.0
+    return [max(0.0, share_ms - c.recent_work_ms) if c.new else 0.0 for c in candidates]
 
 
 def _quietest_of_cheapest(

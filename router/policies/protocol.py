@@ -52,6 +52,7 @@ class Candidate(NamedTuple):
         overlap: leading blocks that it holds, by tier. arriving: leading blocks that prompts in prefill leave there.
         blocks: its load in blocks; counted only for policies that say `counts_blocks`, since that takes microseconds.
         decoding: requests that are past their prefill there, of all routers.
+        new: whether it joined after others did, and so lately that the memory of work is longer.
     """
 
     worker: str
@@ -63,6 +64,7 @@ class Candidate(NamedTuple):
     arriving: int = 0
     blocks: BlockLoad = NO_BLOCK_LOAD
     decoding: int = 0
+    new: bool = False
 
 
 @dataclass(frozen=True, slots=True)

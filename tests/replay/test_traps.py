@@ -138,6 +138,22 @@ def test_a_worker_that_joins_gets_its_share_of_new_prompts_and_not_all_of_them()
     assert 0.15 < soon["worker-3"] / soon.total() < 0.5
 
 
+def test_a_worker_that_comes_back_serves_at_once_where_all_prompts_are_cached_elsewhere() -> None:
+    """Eight system prompts in a fleet of which a tenth is asked for; one worker is away for five seconds."""
+    rng, text, requests, at = random.Random(11), Text(), [], 0.0
+    roots = [text.fresh(62) for _ in range(8)]
+    while (at := at + rng.expovariate(12.0)) < 60:
+        requests.append(request(at, [rng.choice(roots), text.fresh(12)]))
+    outcome = played(work_of(requests), 4, failures=[Failure(1, 20.0, 5.0)])
+    after = [fate for fate in outcome.fates if fate.arrived_s >= 25.0]
+    back = [fate for fate in after if fate.worker == "worker-1"]
+    assert min(fate.arrived_s for fate in back) < 25.5
+    # All that it computes beyond the prompts' own ends: no more than once each root.
+    assert sum(fate.computed - 12 * BLOCK - 3 for fate in back) <= 8 * 62 * BLOCK
+    soon = [fate for fate in after if fate.arrived_s < 35.0]
+    assert sum(fate.worker == "worker-1" for fate in soon) < 0.4 * len(soon)
+
+
 def test_a_prompt_longer_than_the_pool_is_not_expected_to_stay() -> None:
     text = Text()
     long = text.fresh(1000)

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.events import TierName
-from router.cost import DEFAULT_FIT, PrefillFit, TierRead, WorkerLoad, pool_fits, price, queue_ms
+from router.cost import DEFAULT_FIT, NO_LOAD, PrefillFit, TierRead, WorkerLoad, pool_fits, price, queue_ms
 from router.index import NO_OVERLAP, Overlap
+from router.traffic import Unreported
 
 FIT = PrefillFit(10.0, 0.1, 0.0001)
 READS = {TierName.HOST: TierRead(0.1, 0.05), TierName.DISK: TierRead(1.0, 0.2), TierName.REDIS: TierRead(2.0, 0.5)}
@@ -55,23 +56,40 @@ def test_one_token_is_always_computed() -> None:
     assert full.compute_ms == pytest.approx(FIT.ms(1, 1599))
 
 
+def queue_of(load: WorkerLoad = NO_LOAD, *, age_ms: float = 0.0, **sent: float) -> float:
+    """Of a report that is so old, at 100 s on the clock."""
+    unreported = Unreported(**sent)  # type: ignore[arg-type]
+    return queue_ms(load, FIT, unreported, now=100.0, reported_at=100.0 - age_ms / 1000.0)
+
+
 def test_a_reported_backlog_shrinks_with_time_but_not_to_nothing() -> None:
-    def at(age_ms: float) -> float:
-        return queue_ms(WorkerLoad(pending_tokens=1000, waiting=2), FIT, age_ms=age_ms, unreported_ms=0.0)
-
-    assert at(0) == pytest.approx(120)
-    assert at(50) == pytest.approx(70)
-    assert at(10_000) == pytest.approx(24)
+    load = WorkerLoad(pending_tokens=1000, waiting=2)
+    assert queue_of(load) == pytest.approx(120)
+    assert queue_of(load, age_ms=50) == pytest.approx(70)
+    assert queue_of(load, age_ms=10_000) == pytest.approx(24)
 
 
-def test_what_was_sent_and_not_reported_waits_in_the_queue() -> None:
-    assert queue_ms(WorkerLoad(), FIT, age_ms=0.0, unreported_ms=33.0) == pytest.approx(33.0)
+def test_what_was_sent_and_not_reported_waits_behind_the_backlog() -> None:
+    load = WorkerLoad(pending_tokens=1000)
+    assert queue_of(later_ms=33.0, until=100.033) == pytest.approx(33.0)
+    assert queue_of(load, later_ms=33.0, until=100.033) == pytest.approx(133.0)
+    assert queue_of(load, age_ms=50, later_ms=33.0, until=100.0) == pytest.approx(83.0)
+
+
+def test_work_that_an_idle_worker_has_had_time_for_is_no_queue() -> None:
+    assert queue_of(age_ms=15, later_ms=5.0, until=99.995) == 0.0
+    assert queue_of(age_ms=15, doubtful_ms=5.0) == 0.0
+    assert queue_of(age_ms=15, doubtful_ms=20.0) == pytest.approx(5.0)
+
+
+def test_later_work_is_not_forgotten_when_the_backlog_is_thought_done() -> None:
+    load = WorkerLoad(pending_tokens=1000)
+    assert queue_of(load, age_ms=10_000, later_ms=70.0, until=100.07) == pytest.approx(70.0)
 
 
 def test_work_that_may_be_in_the_report_is_never_counted_twice_and_never_forgotten() -> None:
     def queue(pending: int, doubtful_ms: float) -> float:
-        load = WorkerLoad(pending_tokens=pending)
-        return queue_ms(load, FIT, age_ms=0.0, unreported_ms=7.0, doubtful_ms=doubtful_ms)
+        return queue_of(WorkerLoad(pending_tokens=pending), doubtful_ms=doubtful_ms, later_ms=7.0, until=100.007)
 
     reported = queue(1000, 0.0) - 7.0
     assert queue(1000, reported) == pytest.approx(reported + 7.0)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 
 from kvstore.events import TierName
-from router.cost import PrefillFit, Prices, TierRead, WorkerLoad, pool_fits, price, queue_ms
+from router.cost import PrefillFit, Price, Prices, TierRead, WorkerLoad, pool_fits, price
 from router.decide import Decider, Question, _Shares
 from router.fleet import Fleet
 from router.fleet_record import FleetRecord
@@ -96,18 +96,28 @@ class Fixture:
         self.decider = Decider(self.fleet, self.index, self.traffic, lambda: self.now)  # type: ignore[arg-type]
         self.sent: dict[int, tuple[str, float, float]] = {}  # in prefill: worker, milliseconds of work, when
 
-    def by_one(self, asked: Question, link: Link, fits: dict[str, PrefillFit]) -> tuple[object, ...]:
+    def by_one(self, asked: Question, link: Link, fits: dict[str, PrefillFit]) -> tuple[Price, int, int]:
         """(price, active, arriving) of one worker, worked out from nothing but its report and what was sent."""
         load, at = (link.report.load, link.report.at) if link.report else (WorkerLoad(), 0.0)
-        late = [ms for worker, ms, when in self.sent.values() if worker == link.name and when + 0.04 > at]
-        own = [(ms, when) for worker, ms, when in self.sent.values() if worker == link.name]
-        doubtful = sum(ms for ms, when in own if when <= at < when + 0.04) if link.report else 0.0
+        own = [(when, ms) for worker, ms, when in self.sent.values() if worker == link.name and when + 0.04 > at]
         arriving = self.traffic.arriving_run(link.name, asked.hashes)
-        age_ms = (self.now - at) * 1000.0 if link.report else 0.0
-        queue = queue_ms(load, fits[link.name], age_ms=age_ms, unreported_ms=sum(late) - doubtful, doubtful_ms=doubtful)
+        fit = fits[link.name]
+        doubtful_ms = left_ms([(when, ms) for when, ms in own if when <= at], at)
+        backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
+        later = [(when, ms) for when, ms in own if when > at]
+        queue = left_ms([(at, max(backlog, doubtful_ms)), *later], self.now)
+        queue = max(queue, left_ms(later, self.now), 0.2 * backlog)
         overlap = Overlap(*(max(arriving, depth) for depth in NO_OVERLAP))
-        priced = price(overlap, asked.prompt_tokens, 16, load, fits[link.name], queue=queue, shared_reads=True)
-        return priced, load.running + load.waiting + len(late), arriving
+        priced = price(overlap, asked.prompt_tokens, 16, load, fit, queue=queue, shared_reads=True)
+        return priced, load.running + load.waiting + len(own), arriving
+
+
+def left_ms(work: list[tuple[float, float]], now: float) -> float:
+    """What a worker has left at a time, that was given so many milliseconds of work at these times: step by step."""
+    left, at = 0.0, 0.0
+    for when, ms in sorted(work, key=lambda each: each[0]):
+        left, at = max(0.0, left - (when - at) * 1000.0) + ms, when
+    return max(0.0, left - (now - at) * 1000.0)
 
 
 def blocks(*path: int) -> list[bytes]:
@@ -145,7 +155,10 @@ def test_candidates_are_what_each_worker_alone_would_be(script: list[tuple[str, 
         fits = pool_fits({link.name: link.report.load.fit if link.report else None for link in links})
         candidates = it.decider.candidates(asked, links, {}, Holders())  # type: ignore[arg-type]
         expected = [it.by_one(asked, link, fits) for link in links]
-        assert [(c.price, c.active, c.arriving) for c in candidates] == expected
+        for candidate, (priced, active, arriving) in zip(candidates, expected, strict=True):
+            assert candidate.price.queue_ms == pytest.approx(priced.queue_ms, abs=1e-6)
+            assert candidate.price == priced._replace(queue_ms=candidate.price.queue_ms)
+            assert (candidate.active, candidate.arriving) == (active, arriving)
         assert [c.worker for c in candidates] == [link.name for link in links]
 
 
@@ -188,3 +201,20 @@ def test_requests_go_to_whom_the_fleet_calls_ready(flags: tuple[bool, ...]) -> N
     link = SimpleNamespace(name="w", connected=connected, synced=synced, suspect=suspect, refused=refused, was_up=False)
     ready = fleet.state(link) == admin_pb2.WORKER_STATE_READY  # type: ignore[arg-type]
     assert fleet.takes_requests(link) == ready  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("joined_at", "new"),
+    [
+        ([0.0, 0.0, 0.0, 99.0], "d"),  # it is 100 now
+        ([0.0, 0.0, 0.0, 60.0], ""),  # that is longer than the memory of work
+        ([99.0, 99.1, 99.5, 99.9], ""),  # the router found them all when it started
+        ([90.0, 90.1, 95.0, 99.0], "cd"),
+    ],
+)
+def test_a_worker_is_new_that_joined_lately_and_after_others(joined_at: list[float], new: str) -> None:
+    it = Fixture()
+    for link, at in zip(it.fleet.links(), joined_at, strict=True):
+        link.joined_at = at
+    candidates = it.decider.candidates(question(64), it.fleet.links(), {}, Holders())  # type: ignore[arg-type]
+    assert "".join(c.worker for c in candidates if c.new) == new

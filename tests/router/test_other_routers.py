@@ -84,7 +84,7 @@ def test_a_worker_says_in_its_hello_what_work_it_was_given() -> None:
     clock = Clock()
     traffic = Traffic(clock)
     others = OtherRouters(traffic)
-    others.greeted("w", worker_pb2.WorkerHello(recent_work_ms=600.0))
+    others.greeted("w", worker_pb2.WorkerHello(recent_work_ms=600.0, up_ms=3_600_000))
     assert traffic.recent_work_ms("w") == 600.0
     assert traffic.utilisation(1) == pytest.approx(600.0 / (MEMORY_S * 1000))
     traffic.sent(1, "w", [], work_ms=60.0, cached_blocks=0)

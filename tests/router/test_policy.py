@@ -26,8 +26,9 @@ def candidate(
     recent: float = 0.0,
     share: float = 1.0,
     cold: float = 1000.0,
+    new: bool = False,
 ) -> Candidate:
-    return Candidate(worker, Price(queue, load, compute, cold, {}, cached), share, active, recent)
+    return Candidate(worker, Price(queue, load, compute, cold, {}, cached), share, active, recent, new=new)
 
 
 def ask(digest: bytes = b"d", **fields: object) -> RouteRequest:
@@ -53,6 +54,7 @@ candidates = st.lists(
         recent=st.floats(0, 1e5),
         share=st.floats(0.01, 1),
         cold=st.floats(1, 1e4),
+        new=st.booleans(),
     ),
     min_size=1,
     unique_by=lambda c: c.worker,
@@ -88,6 +90,27 @@ def test_the_terms_of_explain_sum_to_the_cost(given_candidates: list[Candidate],
     for one, cost in zip(given_candidates, decision.costs, strict=True):
         terms = rule.terms(request, given_candidates, one, weights)
         assert sum(t.ms * t.weight for t in terms) == pytest.approx(cost)
+
+
+def test_a_new_worker_is_owed_a_share_of_the_others_work_and_no_more() -> None:
+    """It has 300 ms more to compute, which are priced at 450; the others were given 4 s each."""
+
+    def taken(recent: float, *, new: bool = True, **weights: float) -> bool:
+        others = [candidate("a", compute=10, recent=4000, cached=900), candidate("b", compute=10, recent=4000)]
+        there = candidate("c", compute=310, recent=recent, new=new)
+        return choose("cache_aware", [*others, there], **weights).chosen.worker == "c"
+
+    assert taken(0)
+    assert taken(500)
+    assert not taken(600)
+    assert taken(600, warm_up=0.5)
+    assert not taken(0, warm_up=0.0)
+    assert not taken(0, new=False)
+
+
+def test_where_all_are_new_nobody_is_owed_anything() -> None:
+    two = [candidate("a", compute=10, recent=4000, new=True), candidate("b", compute=310, new=True)]
+    assert choose("cache_aware", two).costs == (15.0, 465.0)
 
 
 def test_round_robin_takes_one_after_the_other() -> None:

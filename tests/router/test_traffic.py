@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from router.traffic import MEMORY_S, Traffic
+from router.traffic import MEMORY_S, NOTHING_UNREPORTED, Traffic
 
 
 class Clock:
@@ -42,8 +42,10 @@ def test_work_is_forgotten_with_time(traffic: Traffic, clock: Clock) -> None:
     assert traffic.recent_work_ms("b") == 0
 
 
-def test_utilisation_is_work_over_the_fleets_time(traffic: Traffic) -> None:
-    traffic.sent(1, "a", [], work_ms=MEMORY_S * 1000, cached_blocks=0)
+def test_utilisation_is_work_over_the_fleets_time(traffic: Traffic, clock: Clock) -> None:
+    traffic.sent(1, "a", [], work_ms=0.0, cached_blocks=0)
+    clock.now += 100 * MEMORY_S
+    traffic.sent(2, "a", [], work_ms=MEMORY_S * 1000, cached_blocks=0)
     assert traffic.utilisation(2) == pytest.approx(0.5)
     assert traffic.utilisation(0) == 0
 
@@ -68,18 +70,25 @@ def test_only_cached_blocks_are_shared_and_computed_ones_once_they_are_there(tra
     assert traffic.sharers(chain(1, 2, 3)) == []
 
 
+def missing(traffic: Traffic, worker: str, reported_at: float) -> tuple[float, int]:
+    """Milliseconds of work, and requests, that are not or not for sure in a report of that time."""
+    sent = traffic.unreported(worker, reported_at)
+    return round(sent.doubtful_ms + sent.later_ms, 6), sent.requests
+
+
 def test_work_is_unreported_until_a_later_report(traffic: Traffic, clock: Clock) -> None:
     traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
-    assert traffic.unreported("a", clock.now - 1)[:2] == (7, 1)
-    assert traffic.unreported("a", clock.now + 0.01)[:2] == (7, 1)
-    assert traffic.unreported("a", clock.now + 0.1)[:2] == (0, 0)
-    assert traffic.unreported("b", clock.now)[:2] == (0, 0)
+    assert missing(traffic, "a", clock.now - 1) == (7, 1)
+    clock.now += 0.01
+    assert missing(traffic, "a", clock.now - 0.005) == (2, 1)  # it has had 5 ms for it
+    assert missing(traffic, "a", clock.now + 0.1) == (0, 0)
+    assert missing(traffic, "b", clock.now) == (0, 0)
 
 
 def test_a_request_that_has_its_first_token_waits_no_more(traffic: Traffic, clock: Clock) -> None:
     traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
     traffic.first_token(1)
-    assert traffic.unreported("a", clock.now)[:2] == (0, 0)
+    assert missing(traffic, "a", clock.now) == (0, 0)
 
 
 class Counted:
@@ -192,14 +201,14 @@ def test_a_worker_that_is_gone_may_have_requests_that_end_later(traffic: Traffic
 
 def test_what_was_answered_before_is_not_answered_after_a_change(traffic: Traffic, clock: Clock) -> None:
     traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
-    assert traffic.unreported("a", clock.now)[:2] == (7, 1)
+    assert missing(traffic, "a", clock.now) == (7, 1)
     traffic.sent(2, "a", [], work_ms=5, cached_blocks=0)
-    assert traffic.unreported("a", clock.now)[:2] == (12, 2)
+    assert missing(traffic, "a", clock.now) == (12, 2)
     traffic.first_token(1)
-    assert traffic.unreported("a", clock.now)[:2] == (5, 1)
-    assert traffic.unreported("a", clock.now + 1)[:2] == (0, 0)
+    assert missing(traffic, "a", clock.now) == (5, 1)
+    assert missing(traffic, "a", clock.now + 1) == (0, 0)
     traffic.ended(2)
-    assert traffic.unreported("a", clock.now)[:2] == (0, 0)
+    assert missing(traffic, "a", clock.now) == (0, 0)
 
 
 def test_blocks_to_compute_are_unreported_until_a_report_can_contain_them(traffic: Traffic, clock: Clock) -> None:
@@ -242,14 +251,16 @@ def test_a_new_worker_is_judged_by_the_rate_of_what_it_was_given(traffic: Traffi
 
 
 def test_work_sent_shortly_before_a_report_is_doubtful(traffic: Traffic, clock: Clock) -> None:
-    traffic.sent(1, "w", [], work_ms=5.0, cached_blocks=0)
+    began = clock.now
+    traffic.sent(1, "w", [], work_ms=15.0, cached_blocks=0)
     clock.now += 0.01
     reported_at = clock.now
     clock.now += 0.01
     traffic.sent(2, "w", [], work_ms=3.0, cached_blocks=0)
-    assert traffic.unreported("w", reported_at)[:2] == (8.0, 2)
-    assert traffic.unreported("w", reported_at).doubtful_ms == 5.0
-    assert traffic.unreported("w", reported_at + 1.0).doubtful_ms == 0.0
+    sent = traffic.unreported("w", reported_at)
+    assert sent == pytest.approx((5.0, 3.0, began + 0.023, 2))
+    assert traffic.unreported("w", reported_at + 1.0) == NOTHING_UNREPORTED
+    assert traffic.unreported("other", reported_at) == NOTHING_UNREPORTED
 
 
 def test_a_worker_that_is_gone_leaves_nothing_when_its_last_request_ends(traffic: Traffic, clock: Clock) -> None:
@@ -259,3 +270,14 @@ def test_a_worker_that_is_gone_leaves_nothing_when_its_last_request_ends(traffic
         traffic.ended(number)
     books = (traffic._work, traffic._in_flight, traffic._active_blocks, traffic._prefilling, traffic._unreported)
     assert [len(book) for book in books] == [0] * 5
+
+
+def test_a_fleet_that_is_busy_from_the_first_second_is_not_taken_for_idle(traffic: Traffic, clock: Clock) -> None:
+    """Two workers, half of whose time is asked for, from the start on and after minutes."""
+    seen = []
+    for tick in range(3000):
+        clock.now += 0.1
+        traffic.sent(tick, "w", [], work_ms=100.0, cached_blocks=0)
+        seen.append(traffic.utilisation(2))
+    assert all(share == pytest.approx(0.5, abs=0.02) for share in seen[60:])
+    assert max(seen) < 0.55

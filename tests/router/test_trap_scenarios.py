@@ -114,7 +114,7 @@ class Scene:
         self.traffic.sent(self.sent, choice.worker, names, work_ms=work_ms, cached_blocks=cached)
 
     def _worker(self, name: str, *facts: str) -> None:
-        held = [fact for fact in facts if "*" in fact]
+        chains = [[word for word in part.split() if "*" in word] for part in " ".join(facts).split("holds")]
         numbers = {key: float(value) for key, value in (fact.split("=") for fact in facts if "=" in fact)}
         assert numbers.keys() <= {"pending", "decoding", "busy", "pool"}
         load = WorkerLoad(
@@ -128,7 +128,7 @@ class Scene:
         self.index.join(name, 1)
         self.index.begin_snapshot(name, 1)
         self.index.end_snapshot(name, 1)
-        if held:
+        for held in filter(None, chains):
             self.index.apply(name, 1, [BlockStored(TierName.DEVICE, tuple(chain(held)))])
 
 
