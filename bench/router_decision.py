@@ -34,6 +34,7 @@ from router.index import PrefixIndex
 from router.link import Report as LinkReport
 from router.link import WorkerLink
 from router.metrics import Metrics
+from router.other_routers import OtherRouters
 from router.protocol import WorkerAddress
 from router.traffic import Traffic
 from router.worker_stream import LinkSettings
@@ -67,7 +68,7 @@ class World:
             FleetRecord(0, "bench", "cache_aware"),
             clock=time.monotonic,
             jitter=self._rng.random,
-            on_worker_gone=self.traffic.forget,
+            others=OtherRouters(self.traffic),
             beliefs=beliefs,
         )
         self.decider = Decider(self.fleet, beliefs, self.traffic, time.monotonic)
