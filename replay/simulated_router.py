@@ -42,6 +42,11 @@ class RouterSettings:
     tells_sessions: bool = False
     load_delay_s: float | None = None
 
+    @property
+    def report_delay_s(self) -> float:
+        """From a worker's report of its load to the router."""
+        return self.delay_s if self.load_delay_s is None else self.load_delay_s
+
 
 class Given(NamedTuple):
     """A request that a router sent to a worker: what the other routers are told of it.
@@ -136,8 +141,8 @@ class SimulatedRouter:
         self._next_key = count()
         self._index = RunIndex(timeline.clock)
         self._traffic = RunTraffic(timeline.clock)
-        load_delay_s = settings.delay_s if settings.load_delay_s is None else settings.load_delay_s
-        self._links = {name: _Link(name, engines[name], timeline, load_delay_s) for name in sorted(engines)}
+        delay_s = settings.report_delay_s
+        self._links = {name: _Link(name, engines[name], timeline, delay_s) for name in sorted(engines)}
         for link in self._links.values():
             self._greet(link)
         record = FleetRecord(0, "replay", settings.policy, dict(settings.weights))

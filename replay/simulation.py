@@ -225,7 +225,7 @@ class Simulation:
 
     def _engine(self, name: str) -> Engine:
         setup, work, timeline, told = self._setup, self._work, self._timeline, self._told_by(name)
-        delay_s = setup.router.delay_s
+        delay_s = setup.router.report_delay_s
         if isinstance(setup.profile, SerialProfile):
             return SerialEngine(setup.profile, work, timeline, told, remember_s=delay_s)
         return BatchedEngine(setup.profile, setup.tiers, work, timeline, told, shared=self._shared, remember_s=delay_s)
