@@ -231,8 +231,8 @@ async def test_while_nobody_watches_nothing_is_kept() -> None:
         router = await fleet.start_router()
         await all_ready(router, 1)
         kept = []
-        settle = router._settle
-        router._settle = lambda work, entry: (kept.append(work.arrival), settle(work, entry))  # type: ignore[assignment,func-returns-value]
+        settle = router._accounts.settle
+        router._accounts.settle = lambda work, entry: (kept.append(work.arrival), settle(work, entry))  # type: ignore[assignment,func-returns-value]
         async for _ in router.generate(request(tokens(1, 40)), caller=ALICE, context=context()):
             pass
         assert kept == [None]
