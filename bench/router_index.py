@@ -130,7 +130,7 @@ def _other_events(report: Report, index: PrefixIndex) -> None:
 def _wire(event: BlockStored) -> kv_events_pb2.KvEvent:
     """As a worker sends it."""
     names = b"".join(event.hashes)
-    told = kv_events_pb2.BlockStored(tier=common_pb2.TIER_DEVICE, hashes=names, parent=event.parent)
+    told = kv_events_pb2.BlockStored(tier=common_pb2.TIER_DEVICE, hashes=names, parent=event.parent or b"")
     return kv_events_pb2.KvEvent(stored=told)
 
 

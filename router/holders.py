@@ -90,7 +90,7 @@ class HolderSets:
         """The set of that mask; `until` matters where the mask has the shared tier."""
         key = (mask, until)
         held = self._interned.get(key)
-        holders = held and held()
+        holders = held() if held is not None else None
         if holders is None:
             holders = Holders(mask, until, self.reach(mask))
             self._interned[key] = held = ref(holders)
