@@ -304,7 +304,8 @@ class PrefixIndex:
             _expect(holders.reach == self._sets.reach(holders.mask), "a holder set has a stale reach")
         _expect(len(self._tombstones) <= self._tombstones.limit, "more tombstones than allowed")
         _expect(self._workers.is_sound(), "a slot has two owners, or another's name")
-        _expect(self._runs.aside >= 0, "more removals were forgotten than remembered")
+        removed = sum(len(known.removed or ()) for name in self._workers if (known := self._workers.get(name)))
+        _expect(self._runs.aside == removed * _REMOVED_BYTES, "removals of a snapshot are counted wrongly")
 
     # Events
 

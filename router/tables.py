@@ -7,7 +7,7 @@ what one leaves behind is filled by the next. A dict of bytes and ints is none o
 a full collection does not look at the blocks.
 
 Where names come and go, a dict grows once the places of those that went are used up, to three times what it holds.
-`grown` looks at some dicts now and then, at all of them while a thirty-second of the names came anew, reads their
+`grown` looks at some dicts now and then, at all of them while a sixty-fourth of the names came anew, reads their
 sizes, and copies those that are that wasteful, not many a call; so `nbytes` lags behind by less than a hundredth.
 """
 
@@ -23,7 +23,7 @@ _COLUMNS = 16
 _LOOK_EVERY = 8  # names that come between two looks at a dict, or more where there are many names
 _COPIED = 1024  # names that are copied in one call, but for one dict: a name takes 0.1 to 0.3 us
 _AT_ONCE = 8  # dicts that are looked at
-_LOOKS_SHIFT = 14  # names that are known, over 32 times the number of dicts
+_LOOKS_SHIFT = 15  # names that are known, over 64 times the number of dicts
 _FULL = 0.75  # a copy that is fuller would soon grow again
 _ENTRY_BYTES = 24
 

@@ -177,6 +177,13 @@ def test_shared_blocks_expire_unless_they_were_refreshed(index: PrefixIndex, clo
     assert index.match(c)["b"].shared == 0
 
 
+def test_the_end_of_a_life_is_no_cause_for_what_was_gone_before(index: PrefixIndex, clock: Clock) -> None:
+    c = chain(1)
+    index.apply("a", 1, [BlockStored(REDIS, c, ttl_s=10.0), AllBlocksCleared(REDIS)])
+    clock.now = 20.0
+    assert index.gone(c[0]) is Gone.CLEARED
+
+
 @pytest.mark.parametrize(
     ("events", "cause"),
     [

@@ -287,3 +287,13 @@ def test_names_of_another_length_are_refused(index: PrefixIndex) -> None:
     with pytest.raises(ValueError, match="give the index short hashes"):
         index.apply("a", 1, [BlockStored(DEVICE, (b"x" * 16, b"y" * 15))])
     assert index.match(chain(1))["a"] == NO_OVERLAP
+
+
+def test_a_removal_against_the_chains_order_ends_where_it_departs_from_it(index: PrefixIndex) -> None:
+    c, other = chain(1, length=12), chain(2, length=2)
+    for worker in ("a", "b"):
+        index.apply(worker, 1, [BlockStored(DEVICE, c)])
+    index.apply("a", 1, [BlockRemoved(DEVICE, (c[11], c[10], *other), RemovalCause.EVICTED)])
+    assert {worker: overlap.device for worker, overlap in index.match(c).items()} == {"a": 10, "b": 12}
+    index.apply("b", 1, [BlockRemoved(DEVICE, (c[11], c[10], c[9], c[7]), RemovalCause.EVICTED)])
+    assert {worker: overlap.device for worker, overlap in index.match(c).items()} == {"a": 10, "b": 7}

@@ -11,9 +11,11 @@ from itertools import pairwise
 import pytest
 
 from kvstore.events import BlockRemoved, BlockStored, RemovalCause, TierName
+from router.holders import HolderSets
 from router.index import Overlap, PrefixIndex
 from router.run import Run
-from router.runs import LEAST_BYTES
+from router.runs import LEAST_BYTES, Runs
+from router.tombstones import Tombstones
 from tests.router.test_index import Clock, joined
 
 DEVICE, HOST, REDIS = TierName.DEVICE, TierName.HOST, TierName.REDIS
@@ -192,3 +194,25 @@ def test_runs_that_live_are_settled_by_the_thousand() -> None:
         index.apply("a", 1, [BlockStored(DEVICE, new_chain(rng, 1))])
     index.snapshot("a", 1, [BlockStored(DEVICE, new_chain(rng, 1)) for _ in range(5000)])
     assert calls == [0, 4096, 10_000]
+
+
+def test_of_a_chain_told_at_once_the_head_is_forgotten_last(index: PrefixIndex) -> None:
+    rng = random.Random(10)
+    chain = new_chain(rng, 2000)
+    index.apply("a", 1, [BlockStored(DEVICE, chain)])
+    held = 2000
+    while held:
+        fill(index, rng, 50)
+        held = sum(map(index.held, chain))
+        assert index.match(chain)["a"].device == held
+
+
+def test_what_others_take_of_the_memory_is_made_room_for_at_once() -> None:
+    sets = HolderSets()
+    runs = Runs(sets, Tombstones(10), limit=LEAST_BYTES)
+    rng = random.Random(11)
+    for _ in range(1000):
+        runs.store(new_chain(rng, 50), None, lambda _: sets.get(1 << 4))
+    runs.aside = LEAST_BYTES // 2
+    runs.store(new_chain(rng, 50), None, lambda _: sets.get(1 << 4))
+    assert 0.9 * LEAST_BYTES < runs.nbytes <= LEAST_BYTES

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import hypothesis.strategies as st
+from hypothesis import given
+
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalCause, TierName
 from router import kv_wire
 from router.cost import PrefillFit, TierRead
@@ -52,3 +55,10 @@ def test_reading_from_other_workers_has_a_price_once_blocks_came_from_there() ->
     assert kv_wire.worker_load(worker_pb2.Load(tiers=[peer])).reads == {TierName.PEER: TierRead(1.0, 2.0)}
     peer.healthy = False
     assert kv_wire.worker_load(worker_pb2.Load(tiers=[peer])).reads == {}
+
+
+@given(st.one_of(st.integers(0, 70), st.integers(250, 260), st.integers(500, 800)), st.integers(0, 15))
+def test_names_are_cut_in_order_and_what_is_no_whole_name_is_left_out(count: int, rest: int) -> None:
+    names = tuple(number.to_bytes(16, "big") for number in range(count))
+    event = kv_events_pb2.BlockStored(tier=common_pb2.TIER_DEVICE, hashes=b"".join(names) + b"x" * rest)
+    assert [each.hashes for each in kv_wire.stored([event])] == [names]
