@@ -5,7 +5,8 @@ would serve if every turn found its history cached. Four simulated workers, each
 conversations and little more. Every request has a deadline for its answer. `at_once` sends everything to a worker the
 moment it comes (`router.max_worker_queue = never`); `late` is the default. In the rows: `hit` is the share of prompt
 tokens that were not computed; `good` the share of requests whose answer came before their deadline; `ttft_p99_s` of
-those; `refused` those that were told at once to come back; `died` those that were let in and missed their deadline.
+those; `refused` those that were told to come back, `refused_late` those of them that had waited before; `died` those
+that were let in and missed their deadline.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ HISTORY, TURN, ANSWER = 1024, 64, 4
 DEADLINE_S = 5.0
 DEVICE_BLOCKS, MAX_RUNNING, MAX_BATCH_TOKENS = 560, 8, 128
 WARM_S = 20.0
+_AT_ONCE_S = 0.05
 LATE = OverloadConfig()
 AT_ONCE = OverloadConfig(max_worker_queue_s=None)
 
@@ -54,6 +56,11 @@ class Outcome:
     def hit(self) -> float:
         """Share of the prompt tokens of answered requests that were not computed."""
         return 1.0 - self.computed / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def refused_late(self) -> int:
+        """Refused after they had waited."""
+        return sum(seconds > _AT_ONCE_S for seconds in self.refused_after)
 
     def ttft_at(self, quantile: float) -> float:
         """Of the answered."""
@@ -194,6 +201,7 @@ def _add(report: Report, name: str, outcomes: Sequence[Outcome]) -> None:
     report.add(f"{name}_hit", [o.hit for o in outcomes], "share")
     report.add(f"{name}_good", [o.good / o.asked for o in outcomes], "share")
     report.add(f"{name}_refused", [o.refused / o.asked for o in outcomes], "share")
+    report.add(f"{name}_refused_late", [o.refused_late / o.asked for o in outcomes], "share")
     report.add(f"{name}_died", [o.died / o.asked for o in outcomes], "share")
     report.add(f"{name}_ttft_p50_s", [o.ttft_at(0.5) for o in outcomes], "s")
     report.add(f"{name}_ttft_p99_s", [o.ttft_at(0.99) for o in outcomes], "s")
