@@ -223,7 +223,7 @@ def _ends_with_peer(overlap: Overlap, deepest: int, peers: int) -> list[tuple[_E
     """The tiers with a peer before and behind the disk: which one is faster depends on both machines."""
     host, disk, redis = (TierName.HOST, overlap.host), (TierName.DISK, overlap.disk), (TierName.REDIS, deepest)
     peer = (TierName.PEER, peers)
-    orders = [(host, peer, disk, redis)]
+    orders: list[tuple[_End, ...]] = [(host, peer, disk, redis)]
     if peers > overlap.disk > overlap.host:
         orders.append((host, disk, peer, redis))
     return orders
