@@ -29,6 +29,7 @@ from bench.report import Report, arguments
 from deploy.local_fleet import free_port
 from deploy.summary import percentile
 from kvstore.blocks import HashScheme, block_hashes, short
+from kvstore.token_ids import packed
 from warmkv.client import AsyncClient, WarmkvError
 from warmkv.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from workers.build import build_engine
@@ -95,7 +96,7 @@ def make_job(token_ids: list[int], scheme: HashScheme) -> worker_pb2.Job:
     """What a router would send for these tokens."""
     root = scheme.root(SALT)
     return worker_pb2.Job(
-        token_ids=token_ids,
+        packed_token_ids=packed(token_ids),
         tenant_salt=SALT,
         chain_root=root,
         block_hashes=b"".join(map(short, block_hashes(token_ids, root, scheme.block_size))),

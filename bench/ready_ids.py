@@ -12,7 +12,7 @@ class ReadyIds:
     tokenizer_sha256 = b""
     vocab_size = None
 
-    async def encode(self, input: inference_pb2.Input) -> Prompt:
+    async def encode(self, input: inference_pb2.Input, *, group: str = "") -> Prompt:
         """As they are."""
         return Prompt(list(input.token_ids.ids))
 

@@ -38,7 +38,7 @@ class _Ready(ReadyIds):
     def __init__(self) -> None:
         self.prompt = Prompt([])
 
-    async def encode(self, input: inference_pb2.Input) -> Prompt:
+    async def encode(self, input: inference_pb2.Input, *, group: str = "") -> Prompt:
         return self.prompt
 
 

@@ -142,4 +142,13 @@ def _digest(text: str) -> bytes:
 
 
 def _digests(start: str, ends: Iterable[str]) -> frozenset[bytes]:
-    return frozenset(_digest(start + end) for end in ends)
+    """Of the start with each of the ends; the start, which may be long, is read once."""
+    begun, found = hashlib.blake2b(start.encode("utf-8", "surrogatepass"), digest_size=16), set()
+    for end in ends:
+        if not (kept := end.rstrip()):
+            found.add(_digest(start))
+            continue
+        digest = begun.copy()
+        digest.update(kept.encode("utf-8", "surrogatepass"))
+        found.add(digest.digest())
+    return frozenset(found)

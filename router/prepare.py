@@ -69,7 +69,7 @@ class Preparer:
         check_input(given, self._config.max_prompt_bytes)
         identity = await self._readiness.identity(deadline)
         started = time.perf_counter()
-        prompt = await self._encoder.encode(given)
+        prompt = await self._encoder.encode(given, group=caller.trust_group)
         encoded = time.perf_counter()
         vocab_size = self._fleet.vocab_size() or self._encoder.vocab_size or 0
         check_prompt(prompt.token_ids, vocab_size, self._fleet.context_length(), largest_id=prompt.largest_id)

@@ -128,8 +128,8 @@ class Encoder(Protocol):
         """Digest of a chat and its answer; equal to that of an `EarlierAnswer` of the next turn."""
         ...
 
-    async def encode(self, input: inference_pb2.Input) -> Prompt:
-        """The prompt's ids. Long prompts are encoded in a thread.
+    async def encode(self, input: inference_pb2.Input, *, group: str = "") -> Prompt:
+        """The prompt's ids. Long prompts are encoded in a thread. `group`: the trust group that may share memories.
 
         Ready ids come back as they are; the router checks their range and count. An input without text or messages is
         refused here, one that encodes to no token by the router.

@@ -9,6 +9,9 @@ that a piece may learn of its surroundings is whether it stands first (a leading
 piece behind a special token is encoded together with that token. Tokens that look at their neighbours (`single_word`),
 or take spaces away from them (`lstrip`, `rstrip`), are no places to cut. A tokenizer that does not keep to this is
 found out by a trial when it is loaded, and is then asked for whole texts.
+
+What one trust group sent is remembered for that group alone: encoding takes some thirty times as long as remembering,
+which a caller can measure, and nobody is to learn that another group has sent a text.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from tokenizers import Tokenizer
 from kvstore.token_ids import BYTES_PER_ID, u32
 
 MAX_BYTES = 128 << 20
-_ENTRY_BYTES = 400  # CPython: the heads of key, array and tuple, and the books' own entry
+_ENTRY_BYTES = 460  # CPython: the heads of key, array and tuple, and the books' own entry
 _TRIALS = 200
 _TRIAL_WORDS = ("a", " b", "  ", "\n\n", "é漢", "Hello", " wor ld", ".", "", "0.5", "\t", "\u2581", "x y ")
 
@@ -51,7 +54,7 @@ class SegmentMemo:
         self._tokenizer = tokenizer
         self._max_bytes = max_bytes
         self._nbytes = 0
-        self._known: OrderedDict[_Key, Encoded] = OrderedDict()
+        self._known: OrderedDict[tuple[str, _Key], Encoded] = OrderedDict()
         self._special, self._boundary, self._cuts_at_all = _special_tokens(tokenizer)
         self.works = bool(self._special) and self._keeps_the_rules()
 
@@ -74,7 +77,7 @@ class SegmentMemo:
                 piece += token + after
         return [*pieces, (before, piece)]
 
-    def recall(self, pieces: Iterable[_Key]) -> tuple[dict[_Key, Encoded], list[_Key]]:
+    def recall(self, pieces: Iterable[_Key], *, group: str = "") -> tuple[dict[_Key, Encoded], list[_Key]]:
         """What is remembered of these pieces, to keep, for it may be forgotten at any time; and those that must be
         encoded. Each once, and none that is empty.
         """
@@ -82,12 +85,12 @@ class SegmentMemo:
         for piece in pieces:
             if not piece[1]:
                 continue
-            encoded = known.get(piece)
+            encoded = known.get((group, piece))
             if encoded is None:
                 unknown[piece] = None
             else:
                 found[piece] = encoded
-                known.move_to_end(piece)
+                known.move_to_end((group, piece))
         return found, list(unknown)
 
     def encode(self, pieces: Sequence[_Key]) -> list[Encoded]:
@@ -99,16 +102,17 @@ class SegmentMemo:
             found.append(Encoded(u32(ids[1:] if before else ids), max(ids, default=-1)))
         return found
 
-    def remember(self, pieces: Sequence[_Key], encoded: Sequence[Encoded]) -> None:
+    def remember(self, pieces: Sequence[_Key], encoded: Sequence[Encoded], *, group: str = "") -> None:
         """Keep what they encode to; the least recently used go. A piece over a quarter of the memory is not kept."""
         for piece, found in zip(pieces, encoded, strict=True):
             size = _nbytes(piece, found)
-            if piece in self._known or size > self._max_bytes // 4:
+            if (group, piece) in self._known or size > self._max_bytes // 4:
                 continue
             self._nbytes += size
             while self._nbytes > self._max_bytes:
-                self._nbytes -= _nbytes(*self._known.popitem(last=False))
-            self._known[piece] = found
+                (_, oldest), gone = self._known.popitem(last=False)
+                self._nbytes -= _nbytes(oldest, gone)
+            self._known[group, piece] = found
 
     def joined(self, pieces: Iterable[_Key], encoded: Mapping[_Key, Encoded]) -> Encoded:
         """The ids of a whole text. `encoded` has every piece of it that is not empty."""

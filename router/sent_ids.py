@@ -13,7 +13,7 @@ from kvstore.token_ids import BYTES_PER_ID, u32
 from warmkv.v1 import inference_pb2
 
 MAX_BYTES = 64 << 20
-_ENTRY_BYTES = 500  # CPython: the heads of key, array and tuple, and the books' own entry
+_ENTRY_BYTES = 560  # CPython: the heads of key, array and tuple, and the books' own entry
 
 
 class SentIds(NamedTuple):
@@ -31,7 +31,7 @@ class SentIdsMemo:
     """Remembers; the least recently used go first. Owned by one event loop."""
 
     def __init__(self, *, max_bytes: int = MAX_BYTES) -> None:
-        self._known: OrderedDict[bytes, SentIds] = OrderedDict()
+        self._known: OrderedDict[tuple[str, bytes], SentIds] = OrderedDict()
         self._max_bytes = max_bytes
         self._nbytes = 0
 
@@ -40,20 +40,21 @@ class SentIdsMemo:
         """Estimated memory; at most `max_bytes`."""
         return self._nbytes
 
-    def of(self, message: inference_pb2.ChatMessage) -> SentIds:
-        """The message's ids."""
+    def of(self, message: inference_pb2.ChatMessage, *, group: str = "") -> SentIds:
+        """The message's ids. What one trust group sent is remembered for that group alone."""
         if not message.token_ids:
             return SentIds(_NO_IDS, -1, message.ByteSize())
-        key = message.SerializeToString(deterministic=True)
+        data = message.SerializeToString(deterministic=True)
+        key = (group, data)
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known
         ids = list(message.token_ids)
-        sent = SentIds(u32(ids), max(ids), len(key))
+        sent = SentIds(u32(ids), max(ids), len(data))
         self._keep(key, sent)
         return sent
 
-    def _keep(self, key: bytes, sent: SentIds) -> None:
+    def _keep(self, key: tuple[str, bytes], sent: SentIds) -> None:
         size = _nbytes(key, sent)
         if size > self._max_bytes:
             return
@@ -63,5 +64,5 @@ class SentIdsMemo:
         self._known[key] = sent
 
 
-def _nbytes(key: bytes, sent: SentIds) -> int:
-    return _ENTRY_BYTES + len(key) + BYTES_PER_ID * len(sent.ids)
+def _nbytes(key: tuple[str, bytes], sent: SentIds) -> int:
+    return _ENTRY_BYTES + len(key[1]) + BYTES_PER_ID * len(sent.ids)

@@ -115,17 +115,17 @@ class PromptEncoder:
         """Whether chats can be encoded."""
         return self._template is not None
 
-    async def encode(self, input: inference_pb2.Input) -> Prompt:
-        """The token ids of an input.
+    async def encode(self, input: inference_pb2.Input, *, group: str = "") -> Prompt:
+        """The token ids of an input. What was encoded for a trust group is remembered for that group.
 
         Raises:
             InvalidRequest: nothing to encode, too many bytes, ids out of range, or a chat that the template refuses.
         """
         kind = input.WhichOneof("kind")
         if kind == "text":
-            return await self._encode_text(input.text)
+            return await self._encode_text(input.text, group)
         if kind == "chat":
-            return await self._encode_chat(input.chat)
+            return await self._encode_chat(input.chat, group)
         if kind == "token_ids":
             return self._check_ids(input.token_ids.ids)
         raise InvalidRequest("the input is not set. Set one of text, chat and token_ids.", field="input")
@@ -162,7 +162,7 @@ class PromptEncoder:
         *_, said = said_digests([*((m.role, m.content) for m in self._messages(input.chat)), ("assistant", answer)])
         return said
 
-    async def _encode_text(self, text: str) -> Prompt:
+    async def _encode_text(self, text: str, group: str) -> Prompt:
         size = len(text.encode())
         self._check_size(size, "input.text")
         if not text:
@@ -171,19 +171,19 @@ class PromptEncoder:
             whole = partial(self._tokenizer.encode_batch_fast, [text], add_special_tokens=True)
             (encoding,) = await self._run(size, whole)
             return _prompt(Encoded(u32(encoding.ids), max(encoding.ids, default=-1)), text)
-        (found,) = await self._encode_pieces([text])
+        (found,) = await self._encode_pieces([text], group)
         before, after = self._around_text
         largest = max((found.largest, *before, *after))
         return _prompt(Encoded(before + found.ids + after, largest), text)
 
-    async def _encode_chat(self, chat: inference_pb2.Chat) -> Prompt:
+    async def _encode_chat(self, chat: inference_pb2.Chat, group: str) -> Prompt:
         if len(chat.messages) > MAX_MESSAGES:
             raise InvalidRequest(
                 f"the conversation has {len(chat.messages)} messages, and {MAX_MESSAGES} are allowed. "
                 "Leave out old ones, or join neighbours.",
                 field="input.chat.messages",
             )
-        found = [self._sent.of(message) for message in chat.messages]
+        found = [self._sent.of(message, group=group) for message in chat.messages]
         size = sum(own.message_bytes for own in found)
         self._check_size(size, "input.chat.messages")
         sent = {i: own for i, own in enumerate(found) if own.ids}
@@ -191,7 +191,7 @@ class PromptEncoder:
             self._check_range(own.ids, own.largest, f"input.chat.messages[{i}].token_ids")
         inline_bytes = _LOCATE_INLINE_BYTES if sent else _RENDER_INLINE_BYTES
         rendering = await self._run(size, lambda: self._rendered(chat, sent), inline_bytes=inline_bytes)
-        encoded = await self._encode_pieces(_between(rendering))
+        encoded = await self._encode_pieces(_between(rendering), group)
         return _prompt(self._spliced(sent, rendering.answers, encoded), rendering.text)
 
     def _rendered(self, chat: inference_pb2.Chat, located: Collection[int]) -> Rendering:
@@ -222,18 +222,18 @@ class PromptEncoder:
         repeated = following and answer[-1] == following[0] and answer[-1] in self._end_ids
         return answer[:-1] if repeated else answer
 
-    async def _encode_pieces(self, texts: Sequence[str]) -> list[Encoded]:
+    async def _encode_pieces(self, texts: Sequence[str], group: str) -> list[Encoded]:
         """Each text on its own. Only what is not remembered is encoded."""
         memo = self._memo
         cut = [memo.pieces(text) if memo.works else [("", text)] for text in texts]
-        known, unknown = memo.recall(piece for pieces in cut for piece in pieces)
+        known, unknown = memo.recall((piece for pieces in cut for piece in pieces), group=group)
         if unknown:
             # A character may take four bytes; this is about time, not about memory.
             size = sum(len(text) for _, text in unknown)
             new = await self._run(size, lambda: memo.encode(unknown))
             known.update(zip(unknown, new, strict=True))
             if memo.works:
-                memo.remember(unknown, new)
+                memo.remember(unknown, new, group=group)
         return [memo.joined(pieces, known) for pieces in cut]
 
     async def _run(self, size: int, work: Callable[[], T], *, inline_bytes: int = INLINE_BYTES) -> T:

@@ -36,7 +36,7 @@ class CharEncoder:
     tokenizer_sha256 = b""
     vocab_size = None
 
-    async def encode(self, input: inference_pb2.Input) -> Prompt:
+    async def encode(self, input: inference_pb2.Input, *, group: str = "") -> Prompt:
         match input.WhichOneof("kind"):
             case "token_ids":
                 return Prompt(list(input.token_ids.ids))

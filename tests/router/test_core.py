@@ -14,10 +14,22 @@ from kvstore.token_ids import unpacked
 from router import errors
 from router.core import Router
 from router.policy import POLICIES
-from router.protocol import Caller, Role, RouterApi
+from router.protocol import Caller, Prompt, Role, RouterApi
 from router.request import turn_of
 from tests.router.fake_worker import FakeWorker, answers, breaks, refuses, says_one_token, stays_quiet
-from tests.router.rig import ADMIN, ALICE, all_ready, context, eventually, generate, request, rig, states, tokens
+from tests.router.rig import (
+    ADMIN,
+    ALICE,
+    CharEncoder,
+    all_ready,
+    context,
+    eventually,
+    generate,
+    request,
+    rig,
+    states,
+    tokens,
+)
 from tests.router.test_fleet import explain, fakes
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 from workers.simulated_sequence import Timing
@@ -479,6 +491,8 @@ async def test_explain_shows_what_each_worker_holds_and_what_it_would_cost() -> 
         router = await fleet.start_router()
         await all_ready(router, 2)
         worker = await warmed(router, tokens(1, 160))
+        # Who is believed to decode has one more term, which is no part of the prediction.
+        await eventually(lambda: not any(link.report.load.decoding for link in router.fleet.links() if link.report))
         explained = await explain(router, [*tokens(1, 160), *tokens(2, 40)])
         assert (explained.prompt_tokens, explained.block_size, explained.blocks) == (200, 16, 12)
         assert (explained.worker, explained.reason, explained.miss.reason) == (worker, "prefix", "never_seen")
@@ -693,3 +707,22 @@ async def test_the_label_of_a_prefix_is_what_a_person_wrote() -> None:
         assert router.stats(show_prompts=True).prefixes[0].label == "You are a helpful assistant."
         await generate(router, request(tokens(1, 64)))
         assert {len(p.label) for p in router.stats(show_prompts=True).prefixes} == {12, 28}
+
+
+@pytest.mark.asyncio
+async def test_the_encoder_is_told_whose_memory_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    encode = CharEncoder.encode
+
+    async def noting(self: CharEncoder, input: inference_pb2.Input, *, group: str = "") -> Prompt:
+        told.append(group)
+        return await encode(self, input, group=group)
+
+    monkeypatch.setattr(CharEncoder, "encode", noting)
+    async with rig(1) as fleet:
+        router = await fleet.start_router()
+        await all_ready(router, 1)
+        for caller in (ALICE, BOB):
+            await router.explain(inference_pb2.ExplainRequest(input=inference_pb2.Input(text="hello")), caller=caller)
+    assert told == [ALICE.trust_group, BOB.trust_group]
+    assert ALICE.trust_group != BOB.trust_group

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import hypothesis.strategies as st
+from hypothesis import given
+
 from kvstore.events import BlockRemoved, BlockStored, RemovalCause, TierName
 from router.index import PrefixIndex
-from router.misses import AnswerMemory, Changed, ChangedTurn, explain_miss, said_digests
+from router.misses import AnswerMemory, Changed, ChangedTurn, _digest, _digests, explain_miss, said_digests
 from router.protocol import EarlierAnswer, Prompt
 
 ROOT = b"r" * 32
@@ -119,3 +122,8 @@ def test_what_was_said_counts_its_roles_and_where_messages_end() -> None:
     assert said("a", "b") != said("ab")
     assert said("a", "bc") != said("ab", "c")
     assert list(said_digests([("user", "a")])) != list(said_digests([("system", "a")]))
+
+
+@given(st.text(max_size=8), st.lists(st.text(alphabet="a \n\u00e9\ud800", max_size=4), max_size=3))
+def test_a_prompt_with_its_answer_has_the_digest_of_the_whole_text(start: str, ends: list[str]) -> None:
+    assert _digests(start, ends) == {_digest(start + end) for end in ends}

@@ -177,3 +177,25 @@ def test_what_is_forgotten_while_a_thread_encodes_is_not_missing_from_the_prompt
     monkeypatch.setattr(SegmentMemo, "encode", forgetting)
     prompt = asyncio.run(encoder.encode(inference_pb2.Input(text=whole)))
     assert list(prompt.token_ids) == encoder._tokenizer.encode(whole).ids
+
+
+def test_what_one_group_sent_is_not_known_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long encoding takes would tell that somebody else has sent the same text."""
+    encoder = PromptEncoder.load(write_model_folder(tmp_path))
+    asked: list[str] = []
+    encode = SegmentMemo.encode
+
+    def counted(self: SegmentMemo, pieces: list[tuple[str, str]]) -> object:
+        asked.extend(text for _, text in pieces)
+        return encode(self, pieces)
+
+    monkeypatch.setattr(SegmentMemo, "encode", counted)
+    given = inference_pb2.Input(text="<s>a secret plan")
+    for group, again in (("red", 1), ("red", 1), ("blue", 2)):
+        asyncio.run(encoder.encode(given, group=group))
+        assert asked == ["a secret plan"] * again
+    message = inference_pb2.ChatMessage(role="assistant", token_ids=[3, 9, 4])
+    memo = SentIdsMemo()
+    first = memo.of(message, group="red")
+    assert memo.of(message, group="red") is first
+    assert memo.of(message, group="blue") is not first
