@@ -49,6 +49,24 @@ async def test_a_shadow_scores_every_decision_and_changes_none() -> None:
         assert not router.get_policy().HasField("shadow")
 
 
+@pytest.mark.asyncio
+async def test_a_shadow_is_compared_with_what_is_in_force_now_and_not_with_what_was() -> None:
+    async with rig(2) as fleet:
+        router = await fleet.start_router()
+        await all_ready(router, 2)
+        router.set_shadow_policy(admin_pb2.SetShadowPolicyRequest(policy=policy("round_robin")), caller=ADMIN)
+        for _ in range(4):
+            await generate(router, request(tokens(1, 200)))
+        assert router.get_policy().shadow.decisions == 4
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=policy("sticky")), caller=ADMIN)
+        assert router.get_policy().shadow.decisions == 0
+        await generate(router, request(tokens(1, 200)))
+        router.drain_worker("w0")  # another version of the record, but nothing that is compared
+        await generate(router, request(tokens(1, 200)))
+        report = router.get_policy().shadow
+        assert (report.decisions, sum(report.in_force.workers.values())) == (2, 2)
+
+
 def exported(router: object) -> str:
     from prometheus_client import generate_latest
 
