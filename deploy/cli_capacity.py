@@ -75,6 +75,7 @@ def capacity(
     from deploy.render_capacity import capacity_json, capacity_text
     from replay.comparison import prepared, running
 
+    options.make_folder(out)
     per_token = _bytes_per_token(model, kv_bytes_per_token)
     source = options.source_of(traces, speed=speed, closed_loop=False, longest=longest, first=first)
     trace = options.read_trace(source)

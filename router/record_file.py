@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The fleet record as a worker carries it between routers: the greatest version, with every router's clears and changes.
+"""The fleet record as a worker carries it between routers: the greatest version, all clears and changes.
 
 Covers: what two records say together. Does not cover: what it means (routers), whom to tell (`streams`).
 """
@@ -11,7 +11,7 @@ from warmkv.v1 import common_pb2, worker_pb2
 
 
 def joined(ours: worker_pb2.FleetRecord, theirs: worker_pb2.FleetRecord) -> worker_pb2.FleetRecord:
-    """The one with the greater (version, author), ours where they are equal, with the clears and the history of both."""
+    """The one with the greater (version, author), ours where they are equal, with clears and history of both."""
     won, lost = (theirs, ours) if _rank(theirs) > _rank(ours) else (ours, theirs)
     changes = merged_changes(won.changes, lost.changes, version=won.version, key=_change_key)
     whole = worker_pb2.FleetRecord()
