@@ -68,7 +68,8 @@ def capacity(
 
     The curve is exact for one LRU cache that all requests share. With --workers the same memory is also split over a
     fleet, which is replayed at each size. Sizes are tokens; with --model or --kv-bytes-per-token they may be bytes.
-    Where a block lies does not matter here, nor how long reading it takes.
+    Where a block lies does not matter to these, nor how long reading it takes. With an --engine that has tiers, as
+    h100_8b, and --device, each answer is also replayed with its tiers, which tells times.
     """
     from deploy.capacity_answers import answer
     from deploy.capacity_page import write_page

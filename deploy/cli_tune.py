@@ -76,7 +76,8 @@ def tune(
     from deploy.render_tune import tune_json, tune_text
     from deploy.tune_page import write_page
     from replay.comparison import prepared, running
-    from replay.tuning import OBJECTIVES, Search
+    from replay.front import OBJECTIVES
+    from replay.tuning import Search
     from replay.tuning import tune as search_for
     from router.policy import POLICIES
 

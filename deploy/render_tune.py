@@ -17,8 +17,9 @@ from deploy.render_replay import (
     trace_line,
     with_spread,
 )
+from replay.front import OBJECTIVES, Finalist
 from replay.traces import Trace
-from replay.tuning import OBJECTIVES, Finalist, Tuned
+from replay.tuning import Tuned
 
 HEADER = ("", "policy", "hit rate", "TTFT mean", "p99", "busiest", "front")
 

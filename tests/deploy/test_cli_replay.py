@@ -289,6 +289,16 @@ def test_capacity_tells_the_exact_curve_and_what_more_would_give(warmkv: Warmkv,
     assert (tmp_path / "capacity.html").is_file()
 
 
+def test_capacity_with_an_engine_that_has_tiers_tells_times(warmkv: Warmkv) -> None:
+    sizes = ("--device", "20k", "--host", "20k", "--add", "host=80k", "--engine", "h100_8b", "-n", "2")
+    arguments = ("capacity", "tau_airline", "--speed", "3", "--first", "300", *sizes, "--processes", "1")
+    said = warmkv.invoke(*arguments).stdout
+    assert len(re.findall(r"^  replayed on h100_8b: hit rate 0\.\d+, TTFT mean [\d.]+ m?s$", said, re.MULTILINE)) == 2
+    assert "prompts do not fit" not in said
+    narrow = warmkv.invoke("capacity", "tau_airline", "--first", "300", "--host", "5k").stdout
+    assert re.search(r"\d+ of 300 prompts do not fit 5k tokens of a worker", narrow)
+
+
 def test_capacity_of_a_fleet_is_replayed_and_never_above_one_shared_cache(warmkv: Warmkv) -> None:
     arguments = ("capacity", "tau_airline", "--speed", "20", "--first", "500", "-n", "3", "--host", "20k", "--json")
     answer = json.loads(warmkv.invoke(*arguments, "--add", "redis=200k", "--processes", "1").stdout)
