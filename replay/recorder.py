@@ -214,7 +214,8 @@ class Recorder:
         if not record.session:
             return {"turn": record.turn} if record.turn else {}
         number = self._names.number(record.session)
-        session = self._sessions[number] = self._sessions.pop(number, None) or _Session()  # the last one is the latest
+        session = self._sessions.pop(number) if number in self._sessions else _Session()
+        self._sessions[number] = session  # the last one is the latest
         if len(self._sessions) > self.most_sessions:
             del self._sessions[next(iter(self._sessions))]
         session.turns += 1

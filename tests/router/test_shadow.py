@@ -236,12 +236,15 @@ async def test_an_edit_of_the_settings_is_noted_once(tmp_path: Path) -> None:
         router = await fleet.start_router(record_file=file)
         await all_ready(router, 1)
         router.set_policy(admin_pb2.SetPolicyRequest(policy=policy("sticky")), caller=ADMIN)
+    noted_at = set()
     for _ in range(2):
         async with rig(1) as fleet:
             router = await fleet.start_router(record_file=file, policy="round_robin")
             await all_ready(router, 1)
             answer = router.get_policy()
             assert (answer.policy.name, [c.order for c in answer.changes]) == ("round_robin", ["settings", "set"])
+            noted_at.add(answer.changes[0].time_ms)
+    assert len(noted_at) == 1  # when it was, and not when a router started last
     assert router.rollback_policy(admin_pb2.RollbackPolicyRequest(), caller=ADMIN).policy.name == "sticky"
 
 
