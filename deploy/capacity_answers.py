@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from replay.capacity import FleetCapacity, Hits, Tiers, saved_prefill, sizes
+from replay.capacity import FleetCapacity, Hits, Tiers, Timed, saved_prefill, sizes
 from replay.comparison import Fleet, Runner, Source
 from replay.policy_space import Configuration
 from replay.stack_distance import Curve, curves
@@ -26,11 +26,15 @@ class Addition:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """What one would give. `saved`: share of the computed prompt tokens that are not computed any more."""
+    """What one would give. `saved`: share of the computed prompt tokens that are not computed any more.
+
+    `timed`: of a replay with tiers; None: the engine has none.
+    """
 
     addition: Addition
     hits: Hits
     saved: float
+    timed: Timed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,8 @@ class Answers:
     Attributes:
         curves: by time to live in seconds; inf: never ends. sizes: worth showing, tokens of the whole fleet.
         split: hit rate by size where the workers share it evenly; empty for one worker.
-        now: of the tiers that were given; None: none were. bytes_per_token: None: sizes are tokens.
+        now: of the tiers that were given; None: none were. now_timed: the same replayed with tiers; None: the engine
+        has none. bytes_per_token: None: sizes are tokens.
     """
 
     curves: Mapping[float, Curve]
@@ -52,6 +57,7 @@ class Answers:
     now: Hits | None
     gains: Sequence[Gain]
     bytes_per_token: int | None
+    now_timed: Timed | None = None
 
     @property
     def endless(self) -> Curve:
@@ -82,9 +88,10 @@ def answer(
     rates = asked.ask([*(size // fleet.workers for size in at), *(each.worker_tokens for each in wanted)])
     has_tiers = bool(tiers.own or tiers.redis)
     now = asked.hits(tiers)
+    timed = asked.timed(wanted)
     gains = [
-        Gain(each, hits, saved_prefill(now.all, hits.all))
-        for each, after in zip(additions, wanted[1:], strict=True)
+        Gain(each, hits, saved_prefill(now.all, hits.all), replayed)
+        for each, after, replayed in zip(additions, wanted[1:], timed[1:], strict=True)
         for hits in [asked.hits(after)]
     ]
     return Answers(
@@ -97,4 +104,5 @@ def answer(
         now if has_tiers or additions else None,
         gains,
         bytes_per_token,
+        timed[0],
     )

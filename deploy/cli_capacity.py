@@ -68,13 +68,15 @@ def capacity(
 
     The curve is exact for one LRU cache that all requests share. With --workers the same memory is also split over a
     fleet, which is replayed at each size. Sizes are tokens; with --model or --kv-bytes-per-token they may be bytes.
-    Where a block lies does not matter here, nor how long reading it takes.
+    Where a block lies does not matter to these, nor how long reading it takes. With an --engine that has tiers, as
+    h100_8b, and --device, each answer is also replayed with its tiers, which tells times.
     """
     from deploy.capacity_answers import answer
     from deploy.capacity_page import write_page
     from deploy.render_capacity import capacity_json, capacity_text
     from replay.comparison import prepared, running
 
+    options.make_folder(out)
     per_token = _bytes_per_token(model, kv_bytes_per_token)
     source = options.source_of(traces, speed=speed, closed_loop=False, longest=longest, first=first)
     trace = options.read_trace(source)

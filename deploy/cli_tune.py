@@ -45,6 +45,8 @@ def tune(
     workers: options.Workers = options.DEFAULT_WORKERS,
     capacity: options.Capacity = options.DEFAULT_CAPACITY,
     engine: options.Engine = "serial",
+    host: options.Host = None,
+    redis: options.Redis = None,
     prefill_tokens_per_s: options.PrefillRate = None,
     speed: options.Speed = 1.0,
     closed_loop: options.ClosedLoop = False,
@@ -53,6 +55,7 @@ def tune(
     affinity: options.Affinity = None,
     routers: options.Routers = 1,
     event_delay: options.EventDelay = "0s",
+    fail: options.Fail = None,
     seeds: Annotated[int, typer.Option("--seeds", min=2, max=100, help="Replays of each finalist.")] = (
         options.DEFAULT_SEEDS
     ),
@@ -73,7 +76,8 @@ def tune(
     from deploy.render_tune import tune_json, tune_text
     from deploy.tune_page import write_page
     from replay.comparison import prepared, running
-    from replay.tuning import OBJECTIVES, Search
+    from replay.front import OBJECTIVES
+    from replay.tuning import Search
     from replay.tuning import tune as search_for
     from router.policy import POLICIES
 
@@ -83,6 +87,9 @@ def tune(
         raise Failure("give either --trials or --budget, not both", USAGE)
     (now,) = options.configurations([present])
     names = options.configurations(policy or list(POLICIES))
+    if weighted := [each.text for each in names if each.weights]:
+        raise Failure(f"--policy {weighted[0]}: give the name alone; tune looks for the weights", USAGE)
+    options.make_folder(out)
     source = options.source_of(traces, speed=speed, closed_loop=closed_loop, longest=longest, first=first)
     trace = options.read_trace(source)
     fleet = options.fleet_of(
@@ -93,7 +100,10 @@ def tune(
         prefill_tokens_per_s=prefill_tokens_per_s,
         routers=routers,
         event_delay=event_delay,
+        fail=fail or (),
         affinity=affinity,
+        host=host,
+        redis=redis,
     )
     search = Search(
         source,

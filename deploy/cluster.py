@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from deploy.settings import RaySettings
+from deploy.sections import RaySettings
 from deploy.state import ClusterRecord, lives, locked, may_lead, read_record, remove_record, write_record
 
 log = logging.getLogger(__name__)

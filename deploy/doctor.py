@@ -1,8 +1,8 @@
 """Looks over this machine and what the settings name, and says what to do about what it finds. Changes nothing.
 
-Covers: Python, packages and their versions, torch and devices, ports, model folder, Redis, Ray on all nodes, memory,
-clock. Each check is a function from the settings to findings and may fail on its own. Does not cover: a running router
-(`warmkv status`).
+Covers: the list of checks; Python, packages and their versions, torch and devices, ports, model folder, secret. Each
+check is a function from the settings to findings and may fail on its own. Does not cover: room (`doctor_room`), Redis,
+Ray, templates, the index (modules of their own), a running router (`warmkv status`).
 """
 
 from __future__ import annotations
@@ -15,24 +15,17 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
+from deploy.doctor_ray import check_ray
+from deploy.doctor_redis import check_redis
+from deploy.doctor_room import check_disk, check_memory, check_shm
 from deploy.doctor_template import check_template
 from deploy.finding import Check, Finding
-from deploy.quantities import format_size, size_text
 from deploy.settings import Settings
-from deploy.state import ClusterRecord, lives, read_record
-from kvstore.redis.address import is_cluster, mask_url, parse_address, server_urls
 
 OWN_PACKAGES = ("kvstore", "workers", "router", "deploy", "warmkv")
-RAY_VERSION = "2.60.0"
 _OLDEST_PYTHON = (3, 11)
-_LEAST_SHM = 200 << 20
-_CLOCK_TOLERANCE_S = 1.0
-_REDIS_TIMEOUT_S = 3.0
 
 
 def examine(settings: Settings, state_dir: Path) -> list[Finding]:
@@ -153,58 +146,6 @@ def check_ports(settings: Settings, state_dir: Path) -> Iterator[Finding]:
             yield Finding("ok", "ports", f"{host_port(host, port)} is free")
 
 
-def check_memory(settings: Settings, state_dir: Path) -> Iterator[Finding]:
-    """Whether the tiers of all workers of this machine fit into its RAM; what our own fleet holds now may be theirs."""
-    store, count = settings.store, settings.workers.count
-    on_cpu = settings.workers.device == "cpu" or not shutil.which("nvidia-smi")
-    wanted = count * (store.host_bytes + (store.device_bytes if on_cpu else 0))
-    free, held = psutil.virtual_memory().available, _held_by_own_fleet(state_dir)
-    said = f"{size_text(free)} of RAM free"
-    said += f" and {size_text(held)} held by the fleet that runs here" if held else ""
-    said += f"; {count} worker(s) may fill {size_text(wanted)} with blocks"
-    if wanted > free + held:
-        yield Finding(
-            "warn", "memory", said, "lower store.host_bytes or store.device_bytes (--set store.host_bytes=1GiB)"
-        )
-    else:
-        yield Finding("ok", "memory", said)
-
-
-def _held_by_own_fleet(state_dir: Path) -> int:
-    from deploy.cluster import session_members
-
-    record = read_record(state_dir)
-    held = 0
-    for process in session_members(record.pid) if record is not None and lives(record) else ():
-        with suppress(psutil.NoSuchProcess):
-            held += process.memory_info().rss
-    return held
-
-
-def check_disk(settings: Settings, state_dir: Path) -> Iterator[Finding]:
-    """Whether the folder of the disk tier can be written, and has room for the workers of this machine."""
-    store = settings.store
-    if not store.disk_bytes:
-        yield Finding(
-            "ok", "disk", "no disk tier (store.disk_bytes=0): blocks do not outlive their worker without Redis"
-        )
-        return
-    folder = store.disk_dir.expanduser()
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        yield Finding("fail", "disk", f"{folder} cannot be made or written", "name another: --set store.disk_dir=PATH")
-        return
-    used = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
-    free, wanted = shutil.disk_usage(there).free + used, settings.workers.count * store.disk_bytes
-    said = f"{folder}: {size_text(free)} for blocks; {settings.workers.count} worker(s) may fill {size_text(wanted)}"
-    if wanted > free:
-        yield Finding(
-            "warn", "disk", said, "lower store.disk_bytes, or name another folder (--set store.disk_dir=PATH)"
-        )
-    else:
-        yield Finding("ok", "disk", said)
-
-
 def check_secret(settings: Settings, state_dir: Path) -> Iterator[Finding]:
     """Under which secret blocks outlive the fleet: one that is set, or the one that is kept."""
     from deploy.kept_secret import FILE, kept_secret
@@ -225,125 +166,6 @@ def check_secret(settings: Settings, state_dir: Path) -> Iterator[Finding]:
         yield Finding("warn", "secret", f"{path} can be read by other users", f"chmod 600 {path}")
     else:
         yield Finding("ok", "secret", f"kept in {path}: blocks on disk and in Redis outlive `warmkv down`")
-
-
-def check_shm(settings: Settings, state_dir: Path) -> Iterator[Finding]:
-    """Ray keeps its object store in shared memory."""
-    folder = Path("/dev/shm")
-    if not folder.is_dir():
-        yield Finding("warn", "shm", "/dev/shm is missing", "mount it; Ray falls back to files, which is slow")
-        return
-    free = shutil.disk_usage(folder).free
-    if free < _LEAST_SHM:
-        yield Finding("fail", "shm", f"{size_text(free)} free in /dev/shm", "in Docker: --shm-size=1g")
-    else:
-        yield Finding("ok", "shm", f"{size_text(free)} free in /dev/shm")
-
-
-def check_redis(settings: Settings, state_dir: Path) -> Iterator[Finding]:
-    """The shared tier: reachable, how it is set up, and whether its clock agrees with ours."""
-    if settings.redis.url is None:
-        yield Finding("ok", "redis", "none named (--redis URL): workers share no tier, and read one another's RAM")
-        return
-    import redis
-
-    url = settings.redis.url.get_secret_value()
-    try:
-        servers = server_urls(url, _REDIS_TIMEOUT_S)
-    except redis.RedisError as error:  # no sentinel names the primary
-        yield _redis_failure(mask_url(url), error, str(error))
-        return
-    for server in servers:
-        yield from _redis_findings(server, settings, in_cluster=is_cluster(url))
-
-
-def _redis_findings(url: str, settings: Settings, *, in_cluster: bool) -> Iterator[Finding]:
-    import redis
-
-    from kvstore.redis.inspection import inspect
-    from kvstore.redis.judgement import judge, judge_events
-
-    try:
-        server = inspect(url, _REDIS_TIMEOUT_S)
-    except (redis.RedisError, OSError) as error:
-        yield _redis_failure(mask_url(url), error, parse_address(url).masked(str(error)))
-        return
-    facts = server.facts
-    yield Finding("ok", "redis", f"{mask_url(url)}: {server.version}, holds {format_size(facts.used_memory)}")
-    if facts.maxmemory and facts.policy != "noeviction":
-        limit, share = format_size(facts.maxmemory), facts.used_memory / facts.maxmemory
-        yield Finding("ok", "redis", f"limit {limit}, {share:.0%} of it in use, evicts by {facts.policy}")
-    advice = judge(facts, in_cluster=in_cluster)
-    if settings.redis.watch == "listen" and server.events is not None:
-        advice += judge_events(server.events)
-    for each in advice:
-        yield Finding("warn", "redis", each.found, each.remedy)
-    yield _clock_finding(server.clock_s)
-
-
-def _redis_failure(shown: str, error: Exception, said: str) -> Finding:
-    from kvstore.redis.facts import remedy
-
-    found, _, what_to_do = remedy(error, shown, said).rpartition("; ")
-    return Finding("fail", "redis", found, f"{what_to_do}; until then requests go on without the shared tier")
-
-
-def _clock_finding(clock_s: float | None) -> Finding:
-    import time
-
-    if clock_s is None:
-        return Finding("ok", "clock", "not compared with that of Redis: this login may not ask for its TIME")
-    skew = abs(time.time() - clock_s)
-    if skew > _CLOCK_TOLERANCE_S:
-        return Finding("warn", "clock", f"differs from that of Redis by {skew:.1f} s", "let NTP set both clocks")
-    return Finding("ok", "clock", f"agrees with that of Redis within {skew:.2f} s")
-
-
-def check_ray(settings: Settings, state_dir: Path) -> Iterator[Finding]:
-    """Ray's version here and on every node of the cluster in use, and the record of an own one."""
-    installed = importlib.metadata.version("ray")
-    if installed != RAY_VERSION:
-        yield Finding("fail", "ray", f"{installed} is installed", f"pip install 'ray[default]=={RAY_VERSION}'")
-        return
-    record = read_record(state_dir)
-    own = record is not None and settings.ray.address in (None, record.address)
-    if own and record is not None and not lives(record):
-        yield Finding("warn", "ray", f"{installed}; the own Ray (process {record.pid}) has died", "run `warmkv down`")
-    elif own or settings.ray.address is not None:
-        yield from _node_findings(settings, record if own else None)
-    else:
-        yield Finding("ok", "ray", f"{installed}; `warmkv up` will start an own one")
-
-
-def _node_findings(settings: Settings, record: ClusterRecord | None) -> Iterator[Finding]:
-    import asyncio
-
-    from deploy.cluster import ClusterProblem, ray_environment
-    from deploy.discovery import RayDiscovery
-
-    address = record.address if record is not None else str(settings.ray.address)
-
-    async def ask() -> dict[str, str]:
-        discovery = RayDiscovery(address, ray_environment(record, os.environ))
-        await discovery.start()
-        try:
-            found: dict[str, str] = await discovery.call("node_versions", timeout_s=20.0)
-            return found
-        finally:
-            await discovery.close()
-
-    try:
-        nodes = asyncio.run(ask())
-    except ClusterProblem as problem:
-        yield Finding("fail", "ray", f"{address}: {problem}", "check the address and that Ray runs there")
-        return
-    if len(set(nodes.values())) > 1:
-        yield Finding("fail", "ray", f"nodes of {address} differ", "install the same environment on every node")
-    for node, versions in nodes.items():
-        good = "missing" not in versions and versions.startswith("Python")
-        yield Finding(
-            "ok" if good else "fail", "ray", f"{node}: {versions}", "" if good else "pip install warmkv there"
-        )
 
 
 def check_index(settings: Settings, state_dir: Path) -> Iterator[Finding]:

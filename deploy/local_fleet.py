@@ -26,7 +26,7 @@ from typing import Self
 from deploy.cluster import end_own_ray, session_members, start_own_ray
 from deploy.fleet_guard import dismiss_guard, start_guard, state_dir_of
 from deploy.redis_server import PrivateRedis, find_redis_server
-from deploy.settings import RaySettings
+from deploy.sections import RaySettings
 from deploy.state import read_record
 from warmkv.client import AsyncClient, WarmkvError
 from warmkv.v1 import admin_pb2

@@ -218,6 +218,8 @@ def _candidate_row(candidate: inference_pb2.Candidate) -> tuple[str, ...]:
     )
     terms = " + ".join(f"{term.name} {term.ms:.1f}*{term.weight:.3g}" for term in candidate.terms)
     why = "; ".join(filter(None, ["" if candidate.eligible else candidate.excluded_because, _suspicion(candidate)]))
+    if not candidate.eligible:  # it was not priced
+        return candidate.worker, cached or "-", "-", "-", terms, why
     return candidate.worker, cached or "-", f"{candidate.cost:.1f}", f"{candidate.predicted_ttft_ms:.1f}", terms, why
 
 

@@ -10,7 +10,8 @@ from deploy.capacity_answers import Answers, Gain
 from deploy.quantities import format_duration
 from deploy.quantities import size_text as bytes_text
 from deploy.render import table
-from deploy.render_replay import trace_line
+from deploy.render_replay import none_of_nan, seconds_text, trace_line
+from replay.capacity import Timed
 from replay.traces import Trace
 
 
@@ -26,7 +27,7 @@ def capacity_text(trace: Trace, answers: Answers) -> str:
             f"{split_title(answers)}: the same memory split evenly over workers that {answers.configuration.text} "
             "routes to, replayed; copies of a prefix and imperfect routing cost the difference."
         )
-    lines += _fleet_lines(answers)
+    lines += _fleet_lines(trace, answers)
     return "\n".join(lines)
 
 
@@ -46,13 +47,25 @@ def capacity_json(trace: Trace, answers: Answers) -> str:
         ],
         "workers": answers.fleet.workers,
         "split": [{"tokens": size, "hit": hit} for size, hit in answers.split.items()],
-        "now": None if answers.now is None else {**asdict(answers.now), "hit": answers.now.all},
+        "now": None
+        if answers.now is None
+        else {**asdict(answers.now), "hit": answers.now.all, "replayed": _timed_json(answers.now_timed)},
         "gains": [
-            {**asdict(gain.addition), **asdict(gain.hits), "hit": gain.hits.all, "saved_prefill": gain.saved}
+            {
+                **asdict(gain.addition),
+                **asdict(gain.hits),
+                "hit": gain.hits.all,
+                "saved_prefill": gain.saved,
+                "replayed": _timed_json(gain.timed),
+            }
             for gain in answers.gains
         ],
     }
     return json.dumps(whole)
+
+
+def _timed_json(timed: Timed | None) -> dict[str, float | None] | None:
+    return None if timed is None else {"hit": timed.hit, "ttft_mean_s": none_of_nan(timed.ttft_mean_s)}
 
 
 def ttl_text(ttl_s: float) -> str:
@@ -120,7 +133,21 @@ def _largest(answers: Answers) -> str:
     return f"A cache without limit would find {curve.most:.3f} of the prompt tokens; {enough} are enough for that."
 
 
-def _fleet_lines(answers: Answers) -> list[str]:
+def _timed(timed: Timed) -> str:
+    return f"hit rate {timed.hit:.3f}, TTFT mean {seconds_text(timed.ttft_mean_s)}"
+
+
+def _narrow(trace: Trace, answers: Answers) -> list[str]:
+    """Prompts that the pool, or where none was named the largest tier, has no room for."""
+    room = answers.tiers.own.get("device") or answers.tiers.worker_tokens
+    longer = sum(request.input_length > room for request in trace.requests) if room else 0
+    if not longer:
+        return []
+    which = f"{amount_text(answers, room)} of {'device' if answers.tiers.own.get('device') else 'a worker'}"
+    return [f"{longer:,} of {len(trace.requests):,} prompts do not fit {which}, and a real worker refuses those."]
+
+
+def _fleet_lines(trace: Trace, answers: Answers) -> list[str]:
     if answers.now is None:
         return []
     workers, tiers = answers.fleet.workers, answers.tiers
@@ -128,7 +155,11 @@ def _fleet_lines(answers: Answers) -> list[str]:
     each = f"{workers} worker{'s' if workers > 1 else ''} with {', '.join(parts) or 'nothing'}"
     shared = f", and redis {amount_text(answers, tiers.redis)}" if tiers.redis else ""
     lines = ["", f"now: {each}{shared}: hit rate {answers.now.all:.3f} (one shared cache: {answers.now.bound:.3f})"]
-    lines += [gain_text(answers, gain) for gain in answers.gains]
+    lines += [f"  replayed on {answers.fleet.engine}: {_timed(answers.now_timed)}"] if answers.now_timed else []
+    for gain in answers.gains:
+        lines.append(gain_text(answers, gain))
+        lines += [f"  replayed on {answers.fleet.engine}: {_timed(gain.timed)}"] if gain.timed else []
+    lines += _narrow(trace, answers)
     if len(tiers.own) > 1 or (tiers.own and tiers.redis):
         lines.append("Slower tiers hold copies of what lies in faster ones, so the largest tells what is found.")
     return lines

@@ -87,7 +87,7 @@ def _change_row(change: common_pb2.PolicyChange) -> tuple[str, ...]:
     return (
         str(change.version),
         _time(change.time_ms),
-        change.by,
+        change.by or "-",
         change.router,
         change.order,
         _setting_text(before),

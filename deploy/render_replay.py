@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from deploy.quantities import format_duration
 from deploy.render import table
-from replay.comparison import Result, Spread, spread
+from replay.comparison import Fleet, Result, Source, Spread, spread
 from replay.engine_choice import DEFAULT_ENGINE, ENGINES
 from replay.outcome import Figures, quantile
 from replay.traces import Request, Trace, load, shipped
@@ -22,6 +22,10 @@ SATURATED = 0.95  # share of the workers' time, warm-up and the end of the last 
 QUEUES = (
     "Workers are busy all the time, so requests queue without end, and times to the first token mean little. Give more "
     "--workers, or a lower --speed."
+)
+OPEN_AFTER_ALL = (
+    "--closed-loop changed nothing: the trace does not tell which requests wait for which answers. `warmkv record` "
+    "writes it for requests with an affinity key."
 )
 _MEANING = "hit rate: share of prompt tokens found in a cache. busiest: the busiest worker's prefill by the mean."
 
@@ -42,6 +46,9 @@ def replay_text(trace: Trace, results: Sequence[Result]) -> str:
         lines.append(QUEUES)
     if happened:
         lines.append("as recorded: what the live fleet made of the same requests, on its own hardware and caches.")
+    lines += too_long_lines(trace, fleet)
+    if run.source.closed_loop and not any(request.think_s is not None for request in trace.requests):
+        lines.append(OPEN_AFTER_ALL)
     if fleet.failures:
         failed = statistics.fmean(result.figures.failed for result in results)
         lines.append(f"Answers cut off by failures: {failed:.0f} a replay.")
@@ -121,8 +128,16 @@ def trace_line(trace: Trace) -> str:
 def fleet_line(results: Sequence[Result]) -> str:
     """What it was replayed on."""
     run, seeds = results[0].run, len({result.run.seed for result in results})
-    fleet, source = run.fleet, run.source
-    parts = [f"{fleet.workers} workers of {fleet.capacity_tokens:,} tokens, engine {fleet.engine}"]
+    return f"fleet   {fleet_text(run.fleet, run.source)}; {seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def fleet_text(fleet: Fleet, source: Source) -> str:
+    """Everything that was told of it, but the policy."""
+    plural = "s" if fleet.workers > 1 else ""
+    parts = [f"{fleet.workers} worker{plural} of {fleet.capacity_tokens:,} tokens"]
+    parts += [f"{fleet.host_tokens:,} in host RAM"] if fleet.host_tokens else []
+    parts += [f"{fleet.redis_tokens:,} in a shared tier"] if fleet.redis_tokens else []
+    parts += [f"engine {fleet.engine}"]
     parts += [f"{fleet.prefill_tokens_per_s:,.0f} tokens/s prefill"] if fleet.prefill_tokens_per_s else []
     parts += [f"{fleet.routers} routers"] if fleet.routers > 1 else []
     parts += [f"events {format_duration(fleet.delay_s)} late"] if fleet.delay_s else []
@@ -131,7 +146,19 @@ def fleet_line(results: Sequence[Result]) -> str:
     parts += ["sessions told"] if fleet.tells_sessions else []
     for one in fleet.failures:
         parts.append(f"worker {one.worker} down {format_duration(one.down_s)} from {format_duration(one.at_s)}")
-    return f"fleet   {', '.join(parts)}; {seeds} seed{'s' if seeds > 1 else ''}"
+    return ", ".join(parts)
+
+
+def too_long_lines(trace: Trace, fleet: Fleet) -> list[str]:
+    """What to think of prompts that no worker has room for; nothing if there are none."""
+    count = sum(request.input_length > fleet.capacity_tokens for request in trace.requests)
+    if not count:
+        return []
+    longest = max(request.input_length for request in trace.requests)
+    return [
+        f"{count:,} of {len(trace.requests):,} prompts are longer than --capacity (up to {longest:,} tokens), and a "
+        "real worker refuses those: give more --capacity, or leave them out by --longest."
+    ]
 
 
 def seconds_text(seconds: float) -> str:

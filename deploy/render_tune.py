@@ -6,9 +6,20 @@ import json
 from dataclasses import asdict
 
 from deploy.render import table
-from deploy.render_replay import QUEUES, SATURATED, none_of_nan, seconds_text, share_text, trace_line, with_spread
+from deploy.render_replay import (
+    QUEUES,
+    SATURATED,
+    fleet_text,
+    none_of_nan,
+    seconds_text,
+    share_text,
+    too_long_lines,
+    trace_line,
+    with_spread,
+)
+from replay.front import OBJECTIVES, Finalist
 from replay.traces import Trace
-from replay.tuning import OBJECTIVES, Finalist, Tuned
+from replay.tuning import Tuned
 
 HEADER = ("", "policy", "hit rate", "TTFT mean", "p99", "busiest", "front")
 
@@ -16,9 +27,8 @@ HEADER = ("", "policy", "hit rate", "TTFT mean", "p99", "busiest", "front")
 def tune_text(trace: Trace, tuned: Tuned) -> str:
     """What was searched, the table, whether it is worth it, and how to set it."""
     search = tuned.search
-    fleet, tried = search.fleet, len({trial.configuration.text for trial in tuned.trials})
-    lines = [trace_line(trace)]
-    lines.append(f"fleet   {fleet.workers} workers of {fleet.capacity_tokens:,} tokens, engine {fleet.engine}")
+    tried = len({trial.configuration.text for trial in tuned.trials})
+    lines = [trace_line(trace), f"fleet   {fleet_text(search.fleet, search.source)}"]
     lines.append(
         f"search  {tried} configurations for {_label(tuned)}, "
         f"{tuned.replays} replays; searched on {search.trained:,} requests, table of the {held_out(tuned):,} behind"
@@ -28,6 +38,7 @@ def tune_text(trace: Trace, tuned: Tuned) -> str:
     lines.append(f"±: half of the range over {search.seeds} seeds.")
     if any(one.utilisation > SATURATED for one in tuned.finalist(search.present).figures):
         lines.append(QUEUES)
+    lines += too_long_lines(trace, search.fleet)
     return "\n".join([*lines, "", verdict(tuned), *command_lines(tuned)])
 
 

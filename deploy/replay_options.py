@@ -5,6 +5,7 @@ Covers: names of shipped traces, numbers of tokens, failures, checks. Does not c
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -204,6 +205,18 @@ def worker_failure(text: str, workers: int) -> WorkerFailure:
     if int(found[1]) >= workers:
         raise Failure(f"--fail {text}: there are workers 0 to {workers - 1}; name one of them", USAGE)
     return WorkerFailure(int(found[1]), duration("--fail", found[2]), duration("--fail", found[3]))
+
+
+def make_folder(out: Path | None) -> None:
+    """Before a search and not behind it, so that nobody hears after ten minutes that it fails. Raises Failure."""
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"--out {out} cannot be made ({error.strerror}); name another folder", USAGE) from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise Failure(f"--out {out}: this user may not write there; name another folder", USAGE)
 
 
 def checked(make: Callable[[], T]) -> T:

@@ -10,8 +10,9 @@ from pathlib import Path
 from deploy import svg_chart
 from deploy.render_tune import HEADER, command_lines, held_out, mark, ordered, row, verdict
 from deploy.svg_chart import Axis, Chart, Dot, axis_over, html_table, page
+from replay.front import OBJECTIVES, Finalist
 from replay.traces import Trace
-from replay.tuning import OBJECTIVES, Finalist, Tuned
+from replay.tuning import Tuned
 
 _NAMES = {"hit": "hit rate (share of prompt tokens)", "ttft_mean": "TTFT mean", "ttft_p99": "TTFT p99"}
 _NAMES["busiest"] = "busiest worker's prefill by the mean"

@@ -1,10 +1,11 @@
 """What caches of other sizes would have had of a trace: a fleet's tiers before and after something is added.
 
-Covers: sizes to show, tiers of a fleet as sizes of caches, the difference that an addition makes. Does not cover: the
-curve itself (`stack_distance`), or the time that reading from a tier takes.
+Covers: sizes to show, tiers of a fleet as sizes of caches, the difference that an addition makes, and where the engine
+has figures of its tiers, times. Does not cover: the curve itself (`stack_distance`), one replay (`comparison`).
 
 Slower tiers hold copies of what lies in faster ones, so what a worker can find is what its largest tier holds; the
-shared tier is one cache for all workers. A fleet's hit rate is at least the better of the two.
+shared tier is one cache for all workers. A fleet's hit rate is at least the better of the two. That is an approximation
+(what a pool holds for running requests is not counted); the tests hold it to replays with the tiers themselves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from replay.comparison import Fleet, Run, Runner, Source
 from replay.policy_space import Configuration
+from replay.profiles import PROFILES
 from replay.stack_distance import Curve
 
 OWN_TIERS = ("device", "host", "disk")
@@ -46,7 +48,7 @@ class Hits:
 
     Attributes:
         own: of the workers' own tiers; 0 without any. shared: of the shared tier alone; 0 without one.
-        bound: of one cache as large as all workers together, which no routing can beat.
+        bound: of one LRU cache as large as all workers together: what routing would reach that makes no copies.
     """
 
     own: float
@@ -57,6 +59,14 @@ class Hits:
     def all(self) -> float:
         """Of both; at least that."""
         return max(self.own, self.shared)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What a replay with the tiers themselves gives: read times, queues, and computing where that beats reading."""
+
+    hit: float
+    ttft_mean_s: float
 
 
 def sizes(curve: Curve, count: int = 12) -> list[int]:
@@ -101,6 +111,29 @@ class FleetCapacity:
             shared=self._curve.hit_rate(tiers.redis) if tiers.redis else 0.0,
             bound=self._curve.hit_rate(max(tokens * self._run.fleet.workers, tiers.redis)),
         )
+
+    def timed(self, fleets: Sequence[Tiers]) -> list[Timed | None]:
+        """Each with its tiers as tiers. None: the engine has one tier, or a size is missing that it takes.
+
+        Raises:
+            ValueError: the engine has no figures of a tier that was given.
+        """
+        runs = {n: self._run_with(tiers) for n, tiers in enumerate(fleets) if self._has_times(tiers)}
+        results = dict(zip(runs, self._runner.results(runs.values()), strict=True))
+        figures = {n: result.figures for n, result in results.items()}
+        return [Timed(figures[n].hit, figures[n].ttft_mean_s) if n in figures else None for n, _ in enumerate(fleets)]
+
+    def _has_times(self, tiers: Tiers) -> bool:
+        return self._run.fleet.engine in PROFILES and bool(tiers.own.get("device")) and "disk" not in tiers.own
+
+    def _run_with(self, tiers: Tiers) -> Run:
+        fleet = replace(
+            self._run.fleet,
+            capacity_tokens=tiers.own["device"],
+            host_tokens=tiers.own.get("host"),
+            redis_tokens=tiers.redis or None,
+        )
+        return replace(self._run, fleet=fleet)
 
 
 def saved_prefill(before: float, after: float) -> float:

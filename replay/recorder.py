@@ -23,6 +23,7 @@ from warmkv.v1 import admin_pb2, common_pb2
 
 NAME_BYTES = 8
 REMEMBERED_BLOCKS = 20_000_000  # at about 150 bytes each
+REMEMBERED_SESSIONS = 1_000_000  # at about 200 bytes each
 _FATES = ("computed", "device", "host", "disk", "redis", "peer")
 _FINISHED = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
 
@@ -143,10 +144,13 @@ class Recorder:
 
     Attributes:
         began_us: start of the recording, microseconds since the epoch; times count from it.
+        most_sessions: of which the latest turn is known; one that was silent for longest is forgotten first, and when
+            it comes back its think time is not known.
     """
 
     file: TraceFile
     began_us: int
+    most_sessions: int = REMEMBERED_SESSIONS
     done: Recorded = field(default_factory=Recorded)
     _blocks: Numbering = field(default_factory=Numbering)
     _tenants: Numbering = field(default_factory=lambda: Numbering(1_000_000))
@@ -210,7 +214,10 @@ class Recorder:
         if not record.session:
             return {"turn": record.turn} if record.turn else {}
         number = self._names.number(record.session)
-        session = self._sessions.setdefault(number, _Session())
+        session = self._sessions.pop(number) if number in self._sessions else _Session()
+        self._sessions[number] = session  # the last one is the latest
+        if len(self._sessions) > self.most_sessions:
+            del self._sessions[next(iter(self._sessions))]
         session.turns += 1
         line: dict[str, object] = {"session_id": f"s{number}", "turn": record.turn or session.turns}
         if session.ended_us and record.arrived_us >= session.ended_us:

@@ -11,7 +11,6 @@ every 512 tokens, the last block counted even when it is not full.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 MOONCAKE_BLOCK = 512
 _FATES = ("computed", "device", "host", "disk", "redis", "peer")
 _MOST = 1 << 40  # of any count; more is no token count but garbage
+_MOST_MS = 1000 * 365.25 * 86400e3  # a thousand years; times since 1970 are less
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def parse_line(text: str) -> Line:
     """
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"it holds {type(fields).__name__}, not a JSON object with the fields of a request")
@@ -185,8 +185,10 @@ def _priority(fields: Mapping[str, Any]) -> int:
 
 def _number(fields: Mapping[str, Any], name: str) -> float:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} is {value!r}; it should be a number from 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_MS:
+        raise ValueError(
+            f"{name} is {value!r}; it should be a number from 0, of milliseconds, for a thousand years at most"
+        )
     return float(value)
 
 

@@ -104,12 +104,12 @@ def load(path: Path) -> Trace:
         try:
             line = parse_line(text)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: no request of a trace: {error}") from None
+            raise ValueError(f"{path}, line {number}: no request of a trace: {error}; mend or remove it") from None
         requests.append(_request(line))
         sizes.add(line.block_size)
         started = line.started_s if started is None else started
     if not requests:
-        raise ValueError(f"{path} holds no request; a trace has one JSON object a line")
+        raise ValueError(f"{path} holds no request; a trace has one JSON object a line, `warmkv record` writes one")
     if len(sizes) != 1:
         raise ValueError(f"{path}: requests with block sizes {sorted(map(str, sizes))}; a trace has exactly one")
     check_prefixes(path, requests)

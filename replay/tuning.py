@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
-from replay.comparison import Fleet, Result, Run, Runner, Source, Spread, prepared, spread
-from replay.outcome import Figures, quantile
+from replay.comparison import Fleet, Result, Run, Runner, Source, prepared
+from replay.front import OBJECTIVES, Finalist, on_front
+from replay.outcome import Figures
 from replay.policy_space import Configuration, draw
+from replay.significance import Difference, difference
 from router.policy import find_policy
 
 KEPT = 3  # one of so many goes on to a part that is so many times as long
@@ -29,37 +29,6 @@ LEAST_REQUESTS = 300  # of the shortest part
 FINALISTS = 5
 _RUNGS = 3
 _MOST_TRIALS = 1000
-_BATCHES = 20
-_RESAMPLES = 400
-# Student's t, two-sided 95 %, from 1 degree of freedom; more than the last count as that.
-_T_95 = (
-    *(12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
-)
-_LEAST_GAIN = 0.01  # a gain below a hundredth is not worth a change, however certain
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """A figure of which less (`sign` 1) or more (-1) is better."""
-
-    name: str
-    label: str
-    sign: int
-    figure: Callable[[Figures], float]
-
-    def cost(self, figures: Sequence[Figures]) -> float:
-        """Less is better; a figure that is no number is worst."""
-        value = spread([self.figure(one) for one in figures]).mean
-        return math.inf if math.isnan(value) else self.sign * value
-
-
-OBJECTIVES = {
-    "ttft_mean": Objective("ttft_mean", "TTFT mean", 1, lambda figures: figures.ttft_mean_s),
-    "ttft_p99": Objective("ttft_p99", "TTFT p99", 1, lambda figures: figures.ttft_p99_s),
-    "hit": Objective("hit", "hit rate", -1, lambda figures: figures.hit),
-    "busiest": Objective("busiest", "busiest worker", 1, lambda figures: figures.busiest),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,42 +71,6 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Finalist:
-    """A configuration on the part that counts, in the end the held-out one.
-
-    Attributes:
-        on_front: no other finalist is as good in everything and better in something.
-        times, cached: of each request, mean over seeds: seconds to the first token (nan: it got none), and
-        prompt tokens that were cached. prompts: tokens of each.
-    """
-
-    configuration: Configuration
-    figures: Sequence[Figures]
-    on_front: bool
-    times: Sequence[float]
-    cached: Sequence[float]
-    prompts: Sequence[int]
-
-    def spread(self, objective: str) -> Spread:
-        """Of one figure over seeds."""
-        return spread([OBJECTIVES[objective].figure(each) for each in self.figures])
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """The winner's objective less the present one's, on the held-out part; below 0 is better.
-
-    Attributes:
-        mean: of it. half: of its 95 % interval. relative: mean by the present value. certain: it is a real gain.
-    """
-
-    mean: float
-    half: float
-    relative: float
-    certain: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Tuned:
     """What was found. `winner` is the present configuration where the search found none better."""
 
@@ -176,9 +109,7 @@ def tune(search: Search, runner: Runner, *, on_done: Callable[[Result], None] = 
         trials += [replace(trial, kept=trial.configuration.text in texts) for trial in ranked]
         left = [trial.configuration for trial in kept]
     winner = _simplest_of_the_best(search, left, tried)
-    finalists = _on_front(
-        _replayed(search, runner, left, search.seeds, None, search.trained / search.requests, on_done)
-    )
+    finalists = on_front(_replayed(search, runner, left, search.seeds, None, search.trained / search.requests, on_done))
     found = Tuned(search, trials, finalists, winner, None, replays + len(left) * search.seeds)
     if winner.text == search.present.text:
         return found
@@ -232,77 +163,6 @@ def candidates(search: Search) -> list[Configuration]:
         drawn = draw(rng.choices(search.policies, sizes)[0], rng)
         found.setdefault(drawn.text, drawn)
     return list(found.values())
-
-
-def difference(objective: Objective, present: Finalist, winner: Finalist) -> Difference:
-    """How far apart two configurations are on the same held-out requests, and how sure that is.
-
-    Means over requests (TTFT mean, hit rate) by batch means: requests that are neighbours are alike, batches of a
-    twentieth hardly (Conway, 1963). TTFT p99 by a bootstrap of the same batches (Künsch, 1989). The busiest worker is
-    no figure of requests; there the seeds are compared pairwise.
-    """
-    if objective.name == "ttft_mean":
-        mean, half = _of_batches(_apart(present.times, winner.times))
-    elif objective.name == "hit":
-        share = statistics.fmean(present.prompts)
-        mean, half = _of_batches([(a - b) / share for a, b in zip(present.cached, winner.cached, strict=True)])
-    elif objective.name == "ttft_p99":
-        mean, half = _of_tails(present.times, winner.times)
-    else:
-        pairs = zip(present.figures, winner.figures, strict=True)
-        mean, half = _interval([objective.figure(after) - objective.figure(before) for before, after in pairs])
-    base = abs(present.spread(objective.name).mean)
-    relative = mean / base if base else 0.0
-    return Difference(mean, half, relative, certain=mean + half < 0 and relative < -_LEAST_GAIN)
-
-
-def dominated(one: Sequence[float], others: Sequence[Sequence[float]]) -> bool:
-    """Whether another one is at least as good everywhere and better somewhere; less is better."""
-    return any(
-        all(b <= a for a, b in zip(one, other, strict=True)) and any(b < a for a, b in zip(one, other, strict=True))
-        for other in others
-    )
-
-
-def _apart(before: Sequence[float], after: Sequence[float]) -> list[float]:
-    """Of the requests that got a token in both."""
-    return [b - a for a, b in zip(before, after, strict=True) if not math.isnan(b - a)]
-
-
-def _of_batches(samples: Sequence[float]) -> tuple[float, float]:
-    """(mean, half of its 95 % interval)."""
-    return _interval([statistics.fmean(samples[a:b]) for a, b in _batches(len(samples))])
-
-
-def _of_tails(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """The same of the difference of two 99th percentiles."""
-    rng, drawn = random.Random(1), []
-    batches = _batches(len(before))
-    for _ in range(_RESAMPLES):
-        chosen = [n for a, b in rng.choices(batches, k=len(batches)) for n in range(a, b)]
-        drawn.append(_p99(after, chosen) - _p99(before, chosen))
-    everything = range(len(before))
-    low, high = quantile(drawn, 0.025), quantile(drawn, 0.975)
-    return _p99(after, everything) - _p99(before, everything), (high - low) / 2 if drawn else math.inf
-
-
-def _p99(times: Sequence[float], chosen: Sequence[int]) -> float:
-    return quantile([times[n] for n in chosen if not math.isnan(times[n])], 0.99)
-
-
-def _interval(samples: Sequence[float]) -> tuple[float, float]:
-    """Mean of independent samples and half of its 95 % interval (Student's t); infinite for less than two."""
-    if len(samples) < 2:
-        return (samples[0] if samples else 0.0), math.inf
-    factor = _T_95[min(len(samples) - 2, len(_T_95) - 1)]
-    return statistics.fmean(samples), factor * statistics.stdev(samples) / math.sqrt(len(samples))
-
-
-def _batches(count: int) -> list[tuple[int, int]]:
-    """Parts of a sequence of that length, in order and nearly equal."""
-    parts = min(_BATCHES, count)
-    edges = [round(n * count / parts) for n in range(parts + 1)] if parts else []
-    return list(pairwise(edges))
 
 
 def _ranked(search: Search, rung: int, requests: int, tried: Sequence[Finalist]) -> list[Trial]:
@@ -375,12 +235,6 @@ def _replayed(
         )
         for each, group in zip(left, groups, strict=True)
     ]
-
-
-def _on_front(finalists: Sequence[Finalist]) -> list[Finalist]:
-    """The same, told who is on the front."""
-    costs = [[objective.cost(each.figures) for objective in OBJECTIVES.values()] for each in finalists]
-    return [replace(each, on_front=not dominated(cost, costs)) for each, cost in zip(finalists, costs, strict=True)]
 
 
 def _mean(times: Sequence[float]) -> float:

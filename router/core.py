@@ -340,14 +340,20 @@ class Router:
     def _make_fleet(self, encoder: Encoder, discovery: Discovery, credentials: grpc.ChannelCredentials | None) -> Fleet:
         config = self._config
         record = FleetRecord(0, config.name, config.policy, dict(config.weights), frozenset(), config.shared_tier_reads)
-        file = Path(config.record_file) if config.record_file else None
+        keep: Callable[[FleetRecord], None] = _kept_nowhere
+        if config.record_file:
+            file, configured = Path(config.record_file), record
+            keep = keeper(file, configured.setting)
+            record = restored(file, configured, time_ms=int(self._wall_clock() * 1000))
+            if record is not configured:
+                keep(record)  # so that an edit of the settings is noted once, and when it was
         return Fleet(
             discovery,
             self._index,
             self.metrics,
             LinkSettings(config.name, _package_version(), config.fleet_secret, credentials),
             Expected(config.model_name, encoder.tokenizer_sha256),
-            restored(file, record) if file else record,
+            record,
             clock=self._clock,
             jitter=self._rng.random,
             others=OtherRouters(self._traffic),
@@ -356,7 +362,7 @@ class Router:
             catch_up_s=config.catch_up_s,
             on_load=lambda: self._room.look_again(),
             wall_clock=self._wall_clock,
-            keep_record=keeper(file, record.setting) if file else _kept_nowhere,
+            keep_record=keep,
         )
 
     def _block_size(self) -> int:

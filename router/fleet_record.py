@@ -2,8 +2,9 @@
 
 Covers: which of two records wins, changing one, and the wire form. Does not cover: carrying it (`fleet`). The greatest
 (version, author) wins, so routers that change it at the same moment end with the same record whatever the order of
-messages; the other change is lost, and its author sees that in the policy that it reads back. Clears must not be lost:
-of two records the clears of both hold, and a new one leaves the version as it is.
+messages; the other change is overruled, and its author sees that in the policy that it reads back and in the history,
+which has the changes of both. Clears must not be lost: of two records the clears of both hold, and a new one leaves the
+version as it is.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from kvstore.past_changes import MAX_CHANGES, merged_changes
 from kvstore.past_clears import PastClear, merged
 from router.policy_history import (
-    MAX_CHANGES,
     Order,
     PolicyChange,
     PolicySetting,
@@ -47,12 +48,14 @@ class FleetRecord:
         return (self.version, self.author) > (other.version, other.author)
 
     def joined(self, other: FleetRecord) -> FleetRecord:
-        """The one of both that is in force, with the clears of both."""
-        return (other if other.beats(self) else self).with_clears(merged(self.clears, other.clears))
+        """The one of both that is in force, with the clears and the history of both."""
+        won, lost = (other, self) if other.beats(self) else (self, other)
+        changes = merged_changes(won.changes, lost.changes, version=won.version, key=lambda change: change.key)
+        return replace(won, changes=tuple(changes), clears=merged(self.clears, other.clears))
 
     def knows(self, other: FleetRecord) -> bool:
         """Whether the other one has nothing to tell."""
-        return not other.beats(self) and merged(self.clears, other.clears) == self.clears
+        return not other.beats(self) and self.joined(other) == self
 
     def with_clears(self, clears: Iterable[PastClear]) -> FleetRecord:
         """The same version, with these clears in place of its own."""
@@ -71,6 +74,17 @@ class FleetRecord:
         none = PolicySetting()
         changed = self._noted(author, order, self.shadow or none, after or none, by=by, time_ms=time_ms)
         return replace(changed, shadow=after)
+
+    def restarted_with(self, configured: FleetRecord, *, time_ms: int) -> FleetRecord:
+        """What begins when a fleet whose settings were edited starts anew: their policy, with this one's past.
+
+        It keeps the version of the settings, so what living workers carry still wins.
+        """
+        changes = self.changes
+        if self.setting != configured.setting:
+            order, after = Order.SETTINGS, configured.setting
+            changes = self._noted(configured.author, order, self.setting, after, by="", time_ms=time_ms).changes
+        return replace(configured, clears=self.clears, shadow=self.shadow, changes=changes)
 
     def _noted(
         self, author: str, order: Order, before: PolicySetting, after: PolicySetting, *, by: str, time_ms: int

@@ -13,8 +13,6 @@ from enum import StrEnum
 from router.errors import InvalidRequest
 from warmkv.v1 import common_pb2
 
-MAX_CHANGES = 50
-
 
 class Order(StrEnum):
     """What was ordered."""
@@ -23,10 +21,11 @@ class Order(StrEnum):
     ROLLBACK = "rollback"
     SHADOW = "shadow"
     UNSHADOW = "unshadow"
+    SETTINGS = "settings"
 
 
 # Those that change what is in force.
-_IN_FORCE = frozenset({Order.SET, Order.ROLLBACK})
+_IN_FORCE = frozenset({Order.SET, Order.ROLLBACK, Order.SETTINGS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,11 @@ class PolicyChange:
     order: Order
     before: PolicySetting
     after: PolicySetting
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What tells it from every other change; a greater one is younger, or won where two had one version."""
+        return (self.version, self.router)
 
     def to_wire(self) -> common_pb2.PolicyChange:
         """As records carry it."""

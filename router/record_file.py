@@ -4,7 +4,7 @@ Covers: reading and writing one small file of JSON. Does not cover: agreeing on 
 lives, its record wins where it is newer.
 
 What an operator wrote into the settings since counts more than what was in force before: the file holds the settings'
-policy beside the record, and where they have changed the policy of the settings is in force, with the history kept.
+policy beside the record, and where they have changed the policy of the settings is in force, as one more change.
 Drained workers are not taken over: a worker that starts anew takes requests.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,24 +28,38 @@ from warmkv.v1 import common_pb2, worker_pb2
 
 log = logging.getLogger(__name__)
 
+_LEFT_BEHIND_S = 60.0  # a file that was being written so long ago: its writer was killed
 
-def restored(path: Path, configured: FleetRecord) -> FleetRecord:
-    """The record to start with. `configured`: as the settings have it. A file that cannot be used is reported."""
+
+def restored(path: Path, configured: FleetRecord, *, time_ms: int) -> FleetRecord:
+    """The record to start with. A file that cannot be used is reported, and set aside if it is its content.
+
+    Args:
+        configured: the record as the settings have it. time_ms: now, milliseconds since 1970.
+    """
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        record = from_wire(ParseDict(kept["record"], worker_pb2.FleetRecord()))
-        settings = ParseDict(kept["settings"], common_pb2.PolicySetting())
-        _check(record)
+        text = path.read_bytes()
     except FileNotFoundError:
         return configured
-    except (OSError, ValueError, KeyError, TypeError, ParseError, InvalidRequest) as error:
+    except OSError as error:
         log.warning(
-            "the kept policy cannot be read, so the settings count; remove the file, or put back a copy of it",
+            "the kept policy cannot be read, so the settings count; give this user the right to read the file",
             extra={"path": str(path), "why": str(error)},
         )
         return configured
+    try:
+        kept = json.loads(text)
+        record = from_wire(ParseDict(kept["record"], worker_pb2.FleetRecord()))
+        settings = ParseDict(kept["settings"], common_pb2.PolicySetting())
+        _check(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ParseError, InvalidRequest) as error:
+        log.warning(
+            "the kept policy cannot be read, so the settings count; its file is set aside, to be looked at or removed",
+            extra={"path": str(_set_aside(path)), "why": str(error)},
+        )
+        return configured
     if settings != configured.setting.to_wire():
-        return replace(configured, clears=record.clears, changes=record.changes, shadow=record.shadow)
+        return record.restarted_with(configured, time_ms=time_ms)
     return replace(record, drained=frozenset())
 
 
@@ -55,14 +70,10 @@ def keeper(path: Path, configured: PolicySetting) -> Callable[[FleetRecord], Non
         text = json.dumps(
             {"settings": MessageToDict(configured.to_wire()), "record": MessageToDict(record.to_wire())}, indent=1
         )
-        new = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with new.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(path)
+            _remove_left_behind(path)
+            _write_whole(path, text)
         except OSError as error:
             log.warning(
                 "the policy could not be kept, so a restart of the whole fleet forgets it; look at the disk",
@@ -70,6 +81,37 @@ def keeper(path: Path, configured: PolicySetting) -> Callable[[FleetRecord], Non
             )
 
     return keep
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """All of it or nothing, whenever this process or the machine ends."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)  # else a power cut may undo the renaming
+    finally:
+        os.close(folder)
+
+
+def _remove_left_behind(path: Path) -> None:
+    """What routers that were killed in the middle had begun to write."""
+    for new in path.parent.glob(f"{path.name}.*.new"):
+        if time.time() - new.stat().st_mtime > _LEFT_BEHIND_S:
+            new.unlink(missing_ok=True)
+
+
+def _set_aside(path: Path) -> Path:
+    """Where it is now; the same place if it cannot be moved."""
+    aside = path.with_name(f"{path.name}.unreadable")
+    try:
+        return path.replace(aside)
+    except OSError:
+        return path
 
 
 def _check(record: FleetRecord) -> None:

@@ -9,7 +9,7 @@ says.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from router.decide import Choice
@@ -22,6 +22,9 @@ from warmkv.v1 import admin_pb2
 
 _MOVED = 20
 _TIMES = 4096
+
+
+_Rule = tuple[str, Mapping[str, float]]  # a policy with all of its weights
 
 
 @dataclass(slots=True)
@@ -50,17 +53,19 @@ class _Side:
 
 
 class Shadow:
-    """Counts since the shadow was set, or since this router heard of it. `wall_clock`: seconds since 1970."""
+    """Counts since the shadow was set, or the policy in force, or since this router heard of it: one side is compared
+    with one other, never with a mixture. `wall_clock`: seconds since 1970.
+    """
 
     def __init__(self, wall_clock: Callable[[], float], metrics: Metrics) -> None:
         self._wall_clock = wall_clock
         self._metrics = metrics
-        self._begin(None)
+        self._begin(None, None)
 
     def scored(self, choice: Choice, request_id: str) -> None:
         """A decision was taken."""
-        if choice.shadowed_by != self._setting:
-            self._begin(choice.shadowed_by)
+        if choice.shadowed_by != self._setting or _rule(choice) != self._beside:
+            self._begin(choice.shadowed_by, _rule(choice))
         shadow = choice.shadow
         if shadow is None or choice.shadowed_by is None:
             return
@@ -97,20 +102,28 @@ class Shadow:
             return None
         weights = checked_weights(find_policy(record.shadow.name), record.shadow.weights)
         report = admin_pb2.ShadowReport(policy=admin_pb2.Policy(name=record.shadow.name, weights=weights))
-        if record.shadow != self._setting:
-            return report  # nothing was decided since it was set
+        if record.shadow != self._setting or _rule_of(record) != self._beside:
+            return report  # nothing was decided since one of them was set
         report.since_ms, report.decisions, report.same = self._since_ms, self._decisions, self._same
         report.in_force.CopyFrom(self._in_force.message(self._prompt_tokens))
         report.shadow.CopyFrom(self._shadow.message(self._prompt_tokens))
         report.moved.extend(self._moved)
         return report
 
-    def _begin(self, setting: PolicySetting | None) -> None:
-        self._setting = setting
+    def _begin(self, setting: PolicySetting | None, beside: _Rule | None) -> None:
+        self._setting, self._beside = setting, beside
         self._since_ms = int(self._wall_clock() * 1000)
         self._decisions = self._same = self._prompt_tokens = 0
         self._in_force, self._shadow = _Side(), _Side()
         self._moved: deque[admin_pb2.ShadowReport.Moved] = deque(maxlen=_MOVED)
+
+
+def _rule(choice: Choice) -> _Rule:
+    return choice.policy.name, choice.weights
+
+
+def _rule_of(record: FleetRecord) -> _Rule:
+    return record.policy, checked_weights(find_policy(record.policy), record.weights)
 
 
 def _p99(times: deque[float]) -> float:

@@ -5,7 +5,7 @@ import { setAttribute, svg } from "/static/dom.js";
 import { clockTime } from "/static/format.js";
 
 const PAD = { left: 48, right: 12, top: 16, bottom: 20 };
-const NARROW = 300;
+const NARROW = 360;
 const MARK_LABEL = 84;
 
 /** The moment that the reader points at; null: now. Charts move it and follow it. */

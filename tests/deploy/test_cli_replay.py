@@ -215,6 +215,10 @@ def test_a_mooncake_file_and_several_files_are_replayed(warmkv: Warmkv, tmp_path
         (["tune", "ragpulse", "--trials", "9", "--budget", "1m"], "not both"),
         (["tune", "ragpulse", "--first", "200"], "record more"),
         (["tune", "ragpulse", "--present", "best"], "no policy 'best'"),
+        (["tune", "ragpulse", "-p", "cache_aware:load=2"], "give the name alone"),
+        (["tune", "ragpulse", "--host", "64k"], "has one tier"),
+        (["tune", "ragpulse", "--out", "/proc/none"], "name another folder"),
+        (["capacity", "ragpulse", "--out", "/proc/none"], "name another folder"),
         (["capacity", "ragpulse", "--host", "64GiB"], "give --model or --kv-bytes-per-token"),
         (["capacity", "ragpulse", "--add", "attic=4k"], "TIER one of device, host, disk, redis"),
         (["capacity", "ragpulse", "--ttl", "soon"], "no duration"),
@@ -241,6 +245,30 @@ def test_a_bad_trace_is_named_with_its_line(warmkv: Warmkv, tmp_path: Path) -> N
         assert "input_length is 'many'" in done.stderr
 
 
+def test_prompts_that_no_worker_has_room_for_are_told(warmkv: Warmkv) -> None:
+    arguments = ("replay", "tau_airline", "--first", "100", "-n", "1", "--seeds", "1", "-p", "round_robin")
+    prompts = [request.input_length for request in load(shipped()["tau_airline"]).requests[:100]]
+    longer = sum(tokens > 5000 for tokens in prompts)
+    said = warmkv.invoke(*arguments, "--capacity", "5k").stdout
+    assert f"{longer} of 100 prompts are longer than --capacity (up to {max(prompts):,} tokens)" in said
+    assert "1 worker of 5,000 tokens" in said
+    assert "longer than" not in warmkv.invoke(*arguments, "--capacity", "50k").stdout
+
+
+def test_a_closed_loop_that_is_none_is_told(warmkv: Warmkv) -> None:
+    arguments = ("--closed-loop", "--first", "100", "-n", "1", "--seeds", "1", "-p", "round_robin")
+    assert "--closed-loop changed nothing" in warmkv.invoke("replay", "ragpulse", *arguments).stdout
+    assert "changed nothing" not in warmkv.invoke("replay", "claude_code_sample", *arguments).stdout
+
+
+def test_tune_searches_on_the_tiers_that_it_is_given(warmkv: Warmkv) -> None:
+    engine = ("--engine", "h100_8b", "-n", "2", "--capacity", "40k", "--host", "200k", "--fail", "1@1m+5s")
+    more = ("--first", "450", "--trials", "2", "--seeds", "2", "-p", "round_robin", "--processes", "1")
+    said = warmkv.invoke("tune", "tau_airline", *engine, *more).stdout
+    assert "2 workers of 40,000 tokens, 200,000 in host RAM, engine h100_8b" in said
+    assert "worker 1 down 5s from 1m" in said
+
+
 def test_capacity_tells_the_exact_curve_and_what_more_would_give(warmkv: Warmkv, tmp_path: Path) -> None:
     size = ("--kv-bytes-per-token", "1KiB", "--host", "10MiB", "--add", "host=40MiB", "--add", "host=1KiB")
     arguments = ("capacity", "ragpulse", *size, "--ttl", "1h")
@@ -259,6 +287,16 @@ def test_capacity_tells_the_exact_curve_and_what_more_would_give(warmkv: Warmkv,
     assert none["saved_prefill"] < 0.001
     assert "1KiB more host: nothing" in text
     assert (tmp_path / "capacity.html").is_file()
+
+
+def test_capacity_with_an_engine_that_has_tiers_tells_times(warmkv: Warmkv) -> None:
+    sizes = ("--device", "20k", "--host", "20k", "--add", "host=80k", "--engine", "h100_8b", "-n", "2")
+    arguments = ("capacity", "tau_airline", "--speed", "3", "--first", "300", *sizes, "--processes", "1")
+    said = warmkv.invoke(*arguments).stdout
+    assert len(re.findall(r"^  replayed on h100_8b: hit rate 0\.\d+, TTFT mean [\d.]+ m?s$", said, re.MULTILINE)) == 2
+    assert "prompts do not fit" not in said
+    narrow = warmkv.invoke("capacity", "tau_airline", "--first", "300", "--host", "5k").stdout
+    assert re.search(r"\d+ of 300 prompts do not fit 5k tokens of a worker", narrow)
 
 
 def test_capacity_of_a_fleet_is_replayed_and_never_above_one_shared_cache(warmkv: Warmkv) -> None:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from deploy.cluster import ClusterProblem, end_own_ray, ray_environment, session_members, start_own_ray
-from deploy.settings import RaySettings
+from deploy.sections import RaySettings
 from deploy.state import ClusterRecord, read_record, write_record
 
 # A leader with a child in a process group of its own, as Ray's workers have; both ignore SIGTERM.

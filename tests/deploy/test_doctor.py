@@ -12,7 +12,7 @@ import psutil
 import pytest
 import redis
 
-from deploy import doctor
+from deploy import doctor, doctor_ray, doctor_redis, doctor_room
 from deploy.doctor import examine
 from deploy.finding import Finding
 from deploy.kept_secret import FILE, keep_secret
@@ -53,7 +53,7 @@ def test_a_taken_port_is_named_with_its_flag(tmp_path: Path) -> None:
 
 
 def test_a_redis_that_is_down_is_a_failure_and_its_password_is_not_shown(tmp_path: Path) -> None:
-    findings = list(doctor.check_redis(_settings(redis__url="redis://:hunter2@127.0.0.1:1"), tmp_path))
+    findings = list(doctor_redis.check_redis(_settings(redis__url="redis://:hunter2@127.0.0.1:1"), tmp_path))
     assert _levels(findings) == ["fail"]
     assert "hunter2" not in str(findings)
     assert "start the server" in findings[0].remedy
@@ -62,7 +62,7 @@ def test_a_redis_that_is_down_is_a_failure_and_its_password_is_not_shown(tmp_pat
 def test_a_redis_that_refuses_the_password_is_told_apart(tmp_path: Path) -> None:
     with PrivateRedis(password="right") as server:
         wrong = server.url.replace("right", "wrong")
-        findings = list(doctor.check_redis(_settings(redis__url=wrong), tmp_path))
+        findings = list(doctor_redis.check_redis(_settings(redis__url=wrong), tmp_path))
     assert _levels(findings) == ["fail"]
     assert "refused the login" in findings[0].found
     assert "wrong" not in str(findings)
@@ -86,7 +86,7 @@ AS_DOCUMENTED = {"maxmemory-clients": "10%", "notify-keyspace-events": "Egxe"}
 )
 def test_how_redis_is_configured_is_judged(tmp_path: Path, directives: dict[str, str], remedies: list[str]) -> None:
     with PrivateRedis(binary=binary("system"), directives={**AS_DOCUMENTED, **directives}) as server:
-        findings = list(doctor.check_redis(_settings(redis__url=server.url), tmp_path))
+        findings = list(doctor_redis.check_redis(_settings(redis__url=server.url), tmp_path))
     warned = [finding for finding in findings if finding.level != "ok"]
     assert [finding.level for finding in warned] == ["warn"] * len(remedies)
     assert all(words in finding.remedy for words, finding in zip(remedies, warned, strict=True))
@@ -98,7 +98,7 @@ def test_how_redis_is_configured_is_judged(tmp_path: Path, directives: dict[str,
 def test_who_does_not_listen_or_may_configure_is_not_told_to_notify(tmp_path: Path, watch: str) -> None:
     quiet = {**AS_DOCUMENTED, "notify-keyspace-events": '""'}
     with PrivateRedis(binary=binary("system"), directives=quiet) as server:
-        findings = list(doctor.check_redis(_settings(redis__url=server.url, redis__watch=watch), tmp_path))
+        findings = list(doctor_redis.check_redis(_settings(redis__url=server.url, redis__watch=watch), tmp_path))
     assert set(_levels(findings)) == {"ok"}
 
 
@@ -107,14 +107,14 @@ def test_a_login_that_may_not_ask_for_settings_is_told_what_is_known(tmp_path: P
         with redis.Redis.from_url(server.url) as client:
             client.execute_command("ACL", "SETUSER", "poor", "on", ">p", "~warmkv:*", "+info")
         url = server.url.replace("unix://:p@", "unix://poor:p@")
-        findings = list(doctor.check_redis(_settings(redis__url=url), tmp_path))
+        findings = list(doctor_redis.check_redis(_settings(redis__url=url), tmp_path))
     assert _levels(findings) == ["ok", "ok", "ok"]
     assert "may not ask for its TIME" in findings[-1].found
 
 
 def test_the_primary_behind_sentinel_and_each_named_node_of_a_cluster_are_judged(tmp_path: Path) -> None:
     with guarded(tmp_path) as fleet:
-        findings = list(doctor.check_redis(_settings(redis__url=fleet.url), tmp_path))
+        findings = list(doctor_redis.check_redis(_settings(redis__url=fleet.url), tmp_path))
         assert str(fleet.servers[0].port) in findings[0].found
         assert "fail" not in _levels(findings)
     with (
@@ -122,15 +122,15 @@ def test_the_primary_behind_sentinel_and_each_named_node_of_a_cluster_are_judged
         PrivateRedis(binary=binary("system"), port=0, directives=AS_DOCUMENTED) as other,
     ):
         url = f"redis+cluster://{one.url[8:-2]},{other.url[8:-2]}"
-        findings = list(doctor.check_redis(_settings(redis__url=url), tmp_path))
+        findings = list(doctor_redis.check_redis(_settings(redis__url=url), tmp_path))
         assert _levels(findings) == ["ok"] * 6
-    findings = list(doctor.check_redis(_settings(redis__url="redis+sentinel://:hunter2@127.0.0.1:1/x"), tmp_path))
+    findings = list(doctor_redis.check_redis(_settings(redis__url="redis+sentinel://:hunter2@127.0.0.1:1/x"), tmp_path))
     assert _levels(findings) == ["fail"]
     assert "hunter2" not in str(findings)
 
 
 def test_tiers_that_do_not_fit_into_memory_are_a_warning(tmp_path: Path) -> None:
-    findings = list(doctor.check_memory(_settings(store__host_bytes="512TiB", workers__device="cpu"), tmp_path))
+    findings = list(doctor_room.check_memory(_settings(store__host_bytes="512TiB", workers__device="cpu"), tmp_path))
     assert _levels(findings) == ["warn"]
     assert "store.host_bytes" in findings[0].remedy
 
@@ -176,14 +176,14 @@ def test_a_good_model_folder_is_described(tmp_path: Path, model_dir: Path) -> No
 
 def test_another_ray_version_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda _name: "2.1.0")
-    (finding,) = doctor.check_ray(_settings(), tmp_path)
+    (finding,) = doctor_ray.check_ray(_settings(), tmp_path)
     assert finding.level == "fail"
-    assert doctor.RAY_VERSION in finding.remedy
+    assert doctor_ray.RAY_VERSION in finding.remedy
 
 
 def test_an_own_ray_that_has_died_is_a_warning(tmp_path: Path) -> None:
     write_record(tmp_path, ClusterRecord("127.0.0.2:1", 1, 0.0, "/tmp/x", "t"))
-    (finding,) = doctor.check_ray(_settings(), tmp_path)
+    (finding,) = doctor_ray.check_ray(_settings(), tmp_path)
     assert finding.level == "warn"
     assert "warmkv down" in finding.remedy
 
@@ -200,7 +200,7 @@ def test_a_check_that_breaks_does_not_hide_the_others(tmp_path: Path, monkeypatc
 def test_the_folder_of_the_disk_tier_must_be_writable_and_have_room(tmp_path: Path) -> None:
     def levels(**flags: object) -> list[str]:
         chosen = {"store__disk_dir": str(tmp_path / "blocks"), **flags}
-        return _levels(list(doctor.check_disk(_settings(**chosen), tmp_path)))
+        return _levels(list(doctor_room.check_disk(_settings(**chosen), tmp_path)))
 
     assert levels(store__disk_bytes="1MiB") == ["ok"]
     assert levels(store__disk_bytes="512TiB") == ["warn"]
@@ -214,12 +214,12 @@ def test_what_the_fleet_that_runs_here_holds_counts_as_room(tmp_path: Path, monk
     free = psutil.virtual_memory()._replace(available=1 << 20)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     chosen = _settings(store__host_bytes="2MiB", store__device_bytes="1MiB", workers__device="cpu")
-    assert _levels(list(doctor.check_memory(chosen, tmp_path))) == ["warn"]
+    assert _levels(list(doctor_room.check_memory(chosen, tmp_path))) == ["warn"]
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as leader:
         started = psutil.Process(leader.pid).create_time()
         write_record(tmp_path, ClusterRecord("127.0.0.2:1", leader.pid, started, "/tmp/x", "t"))
         monkeypatch.setattr(psutil.Process, "memory_info", lambda _self: SimpleNamespace(rss=3 << 20))
-        (finding,) = doctor.check_memory(chosen, tmp_path)
+        (finding,) = doctor_room.check_memory(chosen, tmp_path)
         leader.kill()
     assert finding.level == "ok"
     assert "3.0 MiB held by the fleet that runs here" in finding.found

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from deploy.doctor import RAY_VERSION
+from deploy.doctor_ray import RAY_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "deploy" / "ray" / "cluster.yaml"

@@ -123,6 +123,18 @@ def test_think_time_is_from_the_answer_before_and_unknown_for_parallel_requests(
     assert [one.turn for one in trace.requests] == [1, 2, 3]
 
 
+def test_sessions_that_are_silent_for_long_are_forgotten(tmp_path: Path) -> None:
+    with TraceFile(tmp_path / "t.jsonl") as file:
+        recorder = Recorder(file, began_us=0, most_sessions=2)
+        for at, name in enumerate((b"a", b"b", b"a", b"c", b"a", b"b")):
+            recorder.take("r0", message(told(range(64), at_s=10.0 * at, session=name, duration_ms=1.0)))
+    found = load(tmp_path / "t.jsonl").requests
+    assert [(request.session, request.turn) for request in found] == [
+        *(("s0", 1), ("s1", 1), ("s0", 2), ("s2", 1), ("s0", 3), ("s1", 1)),  # b was silent when c came
+    ]
+    assert [request.think_s is not None for request in found] == [False, False, True, False, True, False]
+
+
 def test_missed_requests_are_added_up_over_routers_and_messages(tmp_path: Path) -> None:
     with TraceFile(tmp_path / "t.jsonl") as file:
         recorder = Recorder(file, BEGAN)

@@ -55,6 +55,8 @@ def test_runs_stand_for_their_ids(ids: list[int]) -> None:
     [
         ("{", "no JSON"),
         ("[1]", "not a JSON object"),
+        ("[" * 200_000, "no JSON"),
+        (json.dumps({**OURS, "timestamp_ms": 1e300}), "a thousand years at most"),
         ("{}", "neither timestamp_ms"),
         (json.dumps({**OURS, "timestamp_ms": -1}), "timestamp_ms is -1; it should be a number from 0"),
         (json.dumps({**OURS, "timestamp_ms": "now"}), "timestamp_ms is 'now'"),

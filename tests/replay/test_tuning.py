@@ -13,22 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.comparison import Fleet, Result, Run, Source, clock_tick_s, prepared, read, run_once, running, spread
+from replay.front import OBJECTIVES, Finalist, dominated
 from replay.outcome import Figures
 from replay.policy_space import Configuration, draw, parse_configuration
+from replay.significance import difference
 from replay.traces import Request, Trace, load, shipped
-from replay.tuning import (
-    OBJECTIVES,
-    Finalist,
-    Search,
-    Tuned,
-    candidates,
-    cost_in_replays,
-    difference,
-    dominated,
-    rungs,
-    trials_within,
-    tune,
-)
+from replay.tuning import Search, Tuned, candidates, cost_in_replays, rungs, trials_within, tune
 from router.policy import POLICIES, checked_weights, find_policy
 
 SIZE = 16

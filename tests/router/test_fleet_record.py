@@ -1,15 +1,32 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from kvstore.past_changes import MAX_CHANGES
 from kvstore.past_clears import PastClear, merged
 from router.errors import InvalidRequest
 from router.fleet_record import FleetRecord, from_wire
-from router.policy_history import MAX_CHANGES, Order, PolicyChange, PolicySetting, rollback_target
+from router.policy_history import Order, PolicyChange, PolicySetting, rollback_target
+
+SETTINGS = (PolicySetting("sticky", {"spill_factor": 2.0}), PolicySetting("", {}, False), PolicySetting("round_robin"))
+
+
+def change(version: int, router: str) -> PolicyChange:
+    """The one that this router made of this version: two memories that have it have the same."""
+    kinds, n = list(Order), version + len(router)
+    return PolicyChange(version, 1 << 40, "é", router, kinds[n % len(kinds)], SETTINGS[n % 3], SETTINGS[(n + 1) % 3])
+
+
+def possible(record: FleetRecord) -> FleetRecord:
+    """No record that was ever changed has changes younger than itself."""
+    known = {each.key: each for each in record.changes if not record.version or each.version <= record.version}
+    return replace(record, changes=tuple(known[key] for key in sorted(known)))
+
 
 records = st.builds(
     FleetRecord,
@@ -29,20 +46,8 @@ records = st.builds(
         max_size=2,
     ).map(lambda clears: merged(clears, ())),
     shadow=st.none() | st.builds(PolicySetting, name=st.just("sticky"), weights=st.just({"spill_factor": 2.0})),
-    changes=st.lists(
-        st.builds(
-            PolicyChange,
-            version=st.integers(1, 9),
-            time_ms=st.integers(0, 1 << 50),
-            by=st.sampled_from(["ops", "é"]),
-            router=st.sampled_from(["r1", "r2"]),
-            order=st.sampled_from(Order),
-            before=st.builds(PolicySetting, name=st.sampled_from(["", "sticky"]), shared_tier_reads=st.booleans()),
-            after=st.builds(PolicySetting, name=st.sampled_from(["", "sticky"]), shared_tier_reads=st.booleans()),
-        ),
-        max_size=3,
-    ).map(tuple),
-)
+    changes=st.lists(st.builds(change, st.integers(1, 5), st.sampled_from(["r1", "router2"])), max_size=3).map(tuple),
+).map(possible)
 
 
 @given(records)
@@ -66,6 +71,8 @@ def test_two_routers_that_heard_of_one_another_have_nothing_more_to_tell(one: Fl
     assert all(ours.knows(heard) for heard in (one, other, theirs))
     assert theirs.knows(ours)
     assert ours.clears == theirs.clears
+    if (one.version, one.author) != (other.version, other.author):
+        assert ours.changes == theirs.changes
     assert not ours.knows(ours.with_drained("r9", "w1"))
     assert not ours.knows(one.with_clears([PastClear(9, "r9")]))
 
@@ -107,6 +114,31 @@ def test_every_change_of_the_policy_is_noted_with_what_it_replaced() -> None:
         "unshadow",
         "lowest_ttft",
     )
+
+
+def test_of_two_changes_of_one_moment_one_is_in_force_and_both_are_told() -> None:
+    first = changed(FleetRecord(0, "r1", "cache_aware"), "sticky")
+    one = first.with_setting("r1", Order.SET, PolicySetting("round_robin"), by="ann", time_ms=5)
+    other = first.with_setting("r2", Order.SET, PolicySetting("lowest_ttft"), by="bob", time_ms=6)
+    ours, theirs = one.joined(other), other.joined(one)
+    assert ours == theirs
+    assert ours.policy == "lowest_ttft"
+    assert [(c.version, c.by, c.after.name) for c in ours.changes] == [
+        (1, "ops", "sticky"),
+        (2, "ann", "round_robin"),
+        (2, "bob", "lowest_ttft"),
+    ]
+    assert rollback_target(ours.changes, 0).name == "sticky"
+    assert rollback_target(ours.changes, 2).name == "lowest_ttft"  # that is what version 2 put in force
+
+
+def test_a_router_that_never_changed_anything_takes_over_the_history_and_edits_that_never_held_are_not_told() -> None:
+    kept = changed(FleetRecord(0, "r1", "cache_aware"), "sticky")
+    edited = kept.restarted_with(FleetRecord(0, "r1", "round_robin"), time_ms=9)
+    newcomer = FleetRecord(0, "r9", "round_robin")  # of the same settings; its name is greater
+    assert newcomer.joined(edited).changes == edited.changes == edited.joined(newcomer).changes
+    for alive in (kept, changed(kept, "least_loaded")):
+        assert edited.joined(alive) == alive  # the settings did not count, as a worker lived that knew better
 
 
 def test_history_is_bounded_and_its_versions_never_repeat() -> None:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +16,7 @@ import pytest
 
 from router.errors import InvalidRequest
 from router.fleet_record import FleetRecord
-from router.policy_history import Order, PolicySetting
+from router.policy_history import Order, PolicySetting, rollback_target
 from router.record_file import keeper, restored
 from tests.router.rig import ADMIN, all_ready, eventually, generate, request, rig, tokens
 from warmkv.v1 import admin_pb2
@@ -47,6 +52,24 @@ async def test_a_shadow_scores_every_decision_and_changes_none() -> None:
         assert 'shadow_decisions_total{policy="round_robin",same="no"} 3.0' in exported(router)
         router.set_shadow_policy(admin_pb2.SetShadowPolicyRequest(), caller=ADMIN)
         assert not router.get_policy().HasField("shadow")
+
+
+@pytest.mark.asyncio
+async def test_a_shadow_is_compared_with_what_is_in_force_now_and_not_with_what_was() -> None:
+    async with rig(2) as fleet:
+        router = await fleet.start_router()
+        await all_ready(router, 2)
+        router.set_shadow_policy(admin_pb2.SetShadowPolicyRequest(policy=policy("round_robin")), caller=ADMIN)
+        for _ in range(4):
+            await generate(router, request(tokens(1, 200)))
+        assert router.get_policy().shadow.decisions == 4
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=policy("sticky")), caller=ADMIN)
+        assert router.get_policy().shadow.decisions == 0
+        await generate(router, request(tokens(1, 200)))
+        router.drain_worker("w0")  # another version of the record, but nothing that is compared
+        await generate(router, request(tokens(1, 200)))
+        report = router.get_policy().shadow
+        assert (report.decisions, sum(report.in_force.workers.values())) == (2, 2)
 
 
 def exported(router: object) -> str:
@@ -110,9 +133,9 @@ def changed(record: FleetRecord) -> FleetRecord:
 
 def test_a_kept_record_is_found_again_without_its_drains(tmp_path: Path) -> None:
     path = tmp_path / "new" / "policy.json"
-    assert restored(path, CONFIGURED) == CONFIGURED
+    assert restored(path, CONFIGURED, time_ms=20) == CONFIGURED
     keeper(path, CONFIGURED.setting)(changed(CONFIGURED))
-    found = restored(path, CONFIGURED)
+    found = restored(path, CONFIGURED, time_ms=20)
     assert found == replace(changed(CONFIGURED), drained=frozenset())
     assert (found.policy, found.shadow, found.version) == ("sticky", PolicySetting("lowest_ttft"), 3)
     assert [p.name for p in path.parent.iterdir()] == ["policy.json"]
@@ -122,20 +145,45 @@ def test_settings_that_were_changed_since_count_and_the_history_stays(tmp_path: 
     path = tmp_path / "policy.json"
     keeper(path, CONFIGURED.setting)(changed(CONFIGURED))
     edited = FleetRecord(0, "r0", "round_robin")
-    found = restored(path, edited)
-    assert (found.policy, found.version, len(found.changes)) == ("round_robin", 0, 2)
+    found = restored(path, edited, time_ms=20)
+    assert (found.policy, found.version, len(found.changes)) == ("round_robin", 0, 3)
+    edit = found.changes[-1]
+    assert (edit.order, edit.before.name, edit.after.name) == (Order.SETTINGS, "sticky", "round_robin")
+    assert (edit.version, edit.time_ms, edit.by, edit.router) == (4, 20, "", "r0")
+    assert rollback_target(found.changes, 0) == PolicySetting("sticky")  # and not what was before that
+
+
+def test_settings_that_say_what_is_in_force_already_are_no_change_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    keeper(path, CONFIGURED.setting)(changed(CONFIGURED))
+    found = restored(path, FleetRecord(0, "r0", "sticky"), time_ms=20)
+    assert [change.order for change in found.changes] == [Order.SET, Order.SHADOW]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"record": {}, "settings": {"name": 3}}', '{"record": {"policy": "magic"}}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"record": {}, "settings": {"name": 3}}',
+        '{"record": {"policy": "magic"}}',
+        '{"record": [], "settings": {}}',
+        '{"record": {"policy": "sticky", "version": "NaN"}, "settings": {}}',
+        '{"record": {"policy": "sticky", "changes": [3]}, "settings": {}}',
+        "\x00\x01",
+        "[" * 100_000,
+    ],
 )
 def test_a_file_that_cannot_be_used_is_reported_and_the_settings_count(
     tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "policy.json"
     path.write_text(text)
-    assert restored(path, CONFIGURED) == CONFIGURED
+    assert restored(path, CONFIGURED, time_ms=20) == CONFIGURED
     assert "cannot be read" in caplog.text
+    keeper(path, CONFIGURED.setting)(CONFIGURED)  # the next change
+    assert (tmp_path / "policy.json.unreadable").read_text() == text
 
 
 def test_a_disk_that_fails_does_not_stop_the_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -155,6 +203,67 @@ def test_a_crash_in_the_middle_leaves_the_old_record(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "replace", crash)
     keeper(path, CONFIGURED.setting)(CONFIGURED)
     assert json.loads(path.read_text()) == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from router.fleet_record import FleetRecord
+from router.record_file import keeper
+Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is renamed
+keeper(Path(sys.argv[1]), FleetRecord(0, "r0", "cache_aware").setting)(FleetRecord(9, "r0", "round_robin"))
+"""
+
+
+def test_a_router_that_is_killed_between_writing_and_renaming_leaves_the_old_record(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    keeper(path, CONFIGURED.setting)(changed(CONFIGURED))
+    before = path.read_bytes()
+    assert subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False).returncode == -signal.SIGKILL
+    assert path.read_bytes() == before
+    (left,) = tmp_path.glob("*.new")
+    keeper(path, CONFIGURED.setting)(changed(CONFIGURED))
+    assert left.exists()  # another router may just be writing it
+    os.utime(left, (time.time() - 61,) * 2)
+    keeper(path, CONFIGURED.setting)(changed(CONFIGURED))
+    assert [p.name for p in tmp_path.iterdir()] == ["policy.json"]
+
+
+@pytest.mark.asyncio
+async def test_an_edit_of_the_settings_is_noted_once(tmp_path: Path) -> None:
+    file = str(tmp_path / "policy.json")
+    async with rig(1) as fleet:
+        router = await fleet.start_router(record_file=file)
+        await all_ready(router, 1)
+        router.set_policy(admin_pb2.SetPolicyRequest(policy=policy("sticky")), caller=ADMIN)
+    noted_at = set()
+    for _ in range(2):
+        async with rig(1) as fleet:
+            router = await fleet.start_router(record_file=file, policy="round_robin")
+            await all_ready(router, 1)
+            answer = router.get_policy()
+            assert (answer.policy.name, [c.order for c in answer.changes]) == ("round_robin", ["settings", "set"])
+            noted_at.add(answer.changes[0].time_ms)
+    assert len(noted_at) == 1  # when it was, and not when a router started last
+    assert router.rollback_policy(admin_pb2.RollbackPolicyRequest(), caller=ADMIN).policy.name == "sticky"
+
+
+@pytest.mark.asyncio
+async def test_two_operators_in_the_same_moment_both_stand_in_the_history_of_all_routers() -> None:
+    async with rig(1) as fleet:
+        first, second = await fleet.start_router("r0"), await fleet.start_router("r1")
+        await all_ready(first, 1)
+        await all_ready(second, 1)
+        first.set_policy(admin_pb2.SetPolicyRequest(policy=policy("sticky")), caller=ADMIN)
+        second.set_policy(admin_pb2.SetPolicyRequest(policy=policy("round_robin")), caller=ADMIN)
+        await eventually(lambda: len(first.get_policy().changes) == 2, timeout_s=2.0)
+        await eventually(lambda: first.get_policy() == second.get_policy(), timeout_s=2.0)
+        answer = first.get_policy()
+        assert (answer.policy.name, answer.version) == ("round_robin", 1)
+        assert [(c.version, c.router, c.to.name) for c in answer.changes] == [
+            (1, "r1", "round_robin"),
+            (1, "r0", "sticky"),
+        ]
 
 
 @pytest.mark.asyncio

@@ -413,11 +413,13 @@ class PolicyChange(_message.Message):
     time_ms: _builtins.int
     """When, milliseconds since 1970, by the clock of the router that was asked."""
     by: _builtins.str
-    """The tenant whose key ordered it."""
+    """The tenant whose key ordered it; empty: nobody's."""
     router: _builtins.str
     """The router that was asked."""
     order: _builtins.str
-    """set, rollback, shadow (`to` scores beside the policy in force) or unshadow."""
+    """set, rollback, shadow (`to` scores beside the policy in force), unshadow, or settings (the fleet was started anew
+    after they had been edited).
+    """
     @_builtins.property
     def to(self) -> Global___PolicySetting:
         """What it put in force, or in the shadow."""

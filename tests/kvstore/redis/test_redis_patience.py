@@ -15,7 +15,7 @@ import redis
 
 from bench.fault_proxy import Change, Way, proxy
 from deploy.redis_server import PrivateRedis
-from deploy.settings import RedisSettings
+from deploy.sections import RedisSettings
 from kvstore.breaker import Breaker
 from kvstore.peer import tier as peer_tier
 from kvstore.peer.wire import Channel
