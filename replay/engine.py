@@ -81,3 +81,6 @@ class Engine(Protocol):
 
     def reported(self, sent: float) -> WorkerLoad:
         """The load that was told at that time."""
+
+    def known_until(self, sent: float) -> float:
+        """The moment up to which the requests submitted are in the report of that time."""

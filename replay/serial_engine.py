@@ -172,6 +172,10 @@ class SerialEngine:
             pool_blocks=self._profile.pool_tokens // self._work.block_size,
         )
 
+    def known_until(self, sent: float) -> float:
+        """Requests are in the next report."""
+        return sent
+
     def _start_next(self) -> None:
         if self._running is not None or not self._queue:
             return

@@ -45,6 +45,7 @@ class RouterSettings:
 class _Report:
     load: WorkerLoad
     at: float
+    knows_until: float
 
 
 class _Link:
@@ -67,7 +68,7 @@ class _Link:
         """Take in the latest report that has arrived; `report` until the next call."""
         sent = self._engine.report_time(self._timeline.now - self._delay_s)
         if self.report is None or self.report.at != sent:
-            self.report = _Report(self._engine.reported(sent), sent)
+            self.report = _Report(self._engine.reported(sent), sent, self._engine.known_until(sent))
 
     def start_again(self) -> None:
         """A new life of the worker: what the old one reported is void."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from kvstore.events import TierName
 from router.index import Overlap
+from router.traffic import Unreported
 
 # Until the first report of a fleet: about a mid-sized model on one accelerator. Replaced within a heartbeat.
 _REFERENCE_TOKENS = 1000
@@ -120,26 +121,18 @@ def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
 
 
 def queue_ms(
-    load: WorkerLoad,
-    fit: PrefillFit,
-    *,
-    age_ms: float,
-    unreported_ms: float,
-    doubtful_ms: float = 0.0,
-    keep: float = 0.2,
+    load: WorkerLoad, fit: PrefillFit, *, now: float, at: float, unreported: Unreported, keep: float = 0.2
 ) -> float:
     """Milliseconds until a prefill that is sent now could start.
 
-    The reported backlog shrinks while one looks at it, so the age of the report is taken off; `keep` of it stays,
-    because a believed rate above the true one would otherwise empty queues too soon. `unreported_ms` is work that this
-    router sent and the report cannot contain yet; `doubtful_ms` what it sent so shortly before the report that it may
-    be in it: counted in full where the backlog is smaller, and never twice. Counted twice, a long prompt would send a
-    second one like it to another worker, which computes it all again.
+    The backlog that a report of the moment `at` tells is worked off from then on, and what was sent since and the
+    report does not know of follows it, each at its own time (Lindley's recursion): a prefill that runs counts what is
+    left of it. `keep` of all that stays, because a believed rate above the true one would empty queues too soon.
     """
     backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
-    backlog = max(backlog - age_ms, keep * backlog)
-    step = load.decode_step_ms if load.decoding else 0.0
-    return max(backlog, doubtful_ms) + unreported_ms + step
+    work = backlog + unreported.ms
+    left = max(work + (at - now) * 1000.0, (unreported.ends_at - now) * 1000.0, keep * work)
+    return left + (load.decode_step_ms if load.decoding else 0.0)
 
 
 def price(

@@ -6,6 +6,7 @@ how any of these works. A question changes nothing, so `explain` and `generate` 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -163,26 +164,24 @@ class Decider:
         charged: dict[int, float] = {}  # shares by cached tokens, of which most workers have equally many
         candidates = []
         for name, report in reports.items():
-            load, at = (report.load, report.at) if report else (NO_LOAD, 0.0)
+            load, at, until = (
+                (report.load, report.at, report.knows_until) if report else (NO_LOAD, -math.inf, -math.inf)
+            )
+            unreported = traffic.unreported(name, until)
             fit, held, coming = fits[name], overlaps.get(name, NO_OVERLAP), arriving.get(name, 0)
             if load.pool_blocks:
                 coming = min(coming, load.pool_blocks)  # of a longer prompt the rest cannot stay
-            unreported_ms, unreported = traffic.unreported(name, at)
-            doubtful_ms = traffic.doubtful_ms(name, at) if unreported and report else 0.0
-            age_ms = (now - at) * 1000.0 if report else 0.0
             priced = price(
                 _at_least(held, coming) if coming else held,
                 question.prompt_tokens,
                 question.block_size,
                 load,
                 fit,
-                queue=queue_ms(
-                    load, fit, age_ms=age_ms, unreported_ms=unreported_ms - doubtful_ms, doubtful_ms=doubtful_ms
-                ),
+                queue=queue_ms(load, fit, now=now, at=at, unreported=unreported),
                 shared_reads=shared_reads,
                 peers=peers.depth(name) if TierName.PEER in load.reads else 0,
             )
-            active = load.running + load.waiting + unreported
+            active = load.running + load.waiting + unreported.requests
             if priced.cached_tokens not in charged:
                 charged[priced.cached_tokens] = shares.of(priced.cached_tokens)
             share, work_ms = charged[priced.cached_tokens], traffic.recent_work_ms(name, joined_at=joined[name])
@@ -196,8 +195,9 @@ class Decider:
         active = self._traffic.active_blocks(question.hashes, [link.name for link in links])
         counted = []
         for link, candidate, blocks in zip(links, candidates, active, strict=True):
-            reported, at = (link.report.load.pending_tokens, link.report.at) if link.report else (0, 0.0)
-            pending = reported / question.block_size + self._traffic.unreported_blocks(link.name, at)
+            report = link.report
+            reported, until = (report.load.pending_tokens, report.knows_until) if report else (0, -math.inf)
+            pending = reported / question.block_size + self._traffic.unreported_blocks(link.name, until)
             counted.append(candidate._replace(blocks=BlockLoad(pending, blocks)))
         return counted
 

@@ -86,11 +86,16 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """The last report of a worker: as it came, and when on the link's clock."""
+    """The last report of a worker: as it came, when it was true, and the moment up to which jobs sent are in it.
+
+    Both on the link's clock. A job waits at its worker for the end of a step, and a report is sent again when a step
+    is long: no time that has passed since a job was sent says that a report knows of it.
+    """
 
     message: worker_pb2.Load
     at: float
     block_nbytes: int = 0
+    knows_until: float = -math.inf
 
     @cached_property
     def load(self) -> WorkerLoad:
@@ -201,7 +206,9 @@ class WorkerLink:
             self._flights.pop(job.job_id, None)
             on_end(end)
 
-        flight = self._flights[job.job_id] = Flight(self.name, job, on_tokens=on_tokens, on_end=ended)
+        flight = self._flights[job.job_id] = Flight(
+            self.name, job, on_tokens=on_tokens, on_end=ended, sent_at=self._clock()
+        )
         self._send(worker_pb2.ConnectRequest(submit=job))
         return flight
 
@@ -356,13 +363,20 @@ class WorkerLink:
         if step.events and not self._skipping:
             self._index.apply(self.name, self.incarnation, kv_wire.events(step.events))
         if step.HasField("load"):
-            self.report = Report(step.load, self._heard_at, self.hello.block_nbytes if self.hello else 0)
+            self.report = self._report(step.load)
             self._note_lag(step.load.events_behind_ms / 1000.0)
             self._listener.reported(self)
         for output in step.outputs:
             flight = self._flights.get(output.job_id)
             if flight is not None:
                 flight.deliver(output)
+
+    def _report(self, load: worker_pb2.Load) -> Report:
+        nbytes, at = self.hello.block_nbytes if self.hello else 0, self._heard_at - load.age_ms / 1000.0
+        for job_id, flight in reversed(self._flights.items()):
+            if job_id <= load.last_job_id:
+                return Report(load, at, nbytes, flight.sent_at)
+        return Report(load, at, nbytes)
 
     def _on_snapshot(self, piece: worker_pb2.Snapshot) -> None:
         if piece.first:

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.chain_tree import ChainTree, Runs
 
@@ -19,8 +20,6 @@ from router.chain_tree import ChainTree, Runs
 MEMORY_S = 30.0
 # A worker counts as having been there for so long at least, in seconds: what it was given in less says little.
 _LEAST_THERE_S = 1.0
-# A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
-_REFLECTED_AFTER_S = 0.04
 _FLEET = ""  # the owner of what is counted for all workers together
 
 
@@ -42,6 +41,21 @@ class Decayed:
     def value(self, now: float) -> float:
         """The sum now."""
         return self._sum * math.exp((self._at - now) / self._memory_s) if now > self._at else self._sum
+
+
+class Unreported(NamedTuple):
+    """Requests before their first token that a worker's report does not know of.
+
+    Attributes:
+        ms: their work. ends_at: when it is done if each began as soon as it was sent and those before it were done.
+    """
+
+    ms: float
+    requests: int
+    ends_at: float
+
+
+NOTHING_UNREPORTED = Unreported(0.0, 0, -math.inf)
 
 
 @dataclass(slots=True)
@@ -75,9 +89,9 @@ class Traffic:
         self._flights: dict[int, Sent] = {}
         self._in_flight: Counter[str] = Counter()
         self._prefilling: dict[str, dict[int, Sent]] = {}  # by worker, in the order of sending
-        # The last answer of each worker, with the time of the report that it was given for. Between two decisions one
+        # The last answer of each worker, with the moment that it was given for. Between two decisions one
         # or two workers of a fleet say or are sent something: for the others it still holds.
-        self._unreported: dict[str, tuple[float, tuple[float, int]]] = {}
+        self._unreported: dict[str, tuple[float, Unreported]] = {}
 
     def sent(self, key: int, worker: str, hashes: Sequence[bytes], *, work_ms: float, cached_blocks: int) -> None:
         """A request went to a worker, predicted to be `work_ms` of load and compute, its first blocks cached there.
@@ -131,23 +145,18 @@ class Traffic:
         """Share of the fleet's time that the work of this router takes; may exceed 1."""
         return self._fleet.value(self._clock()) / (MEMORY_S * 1000.0 * workers) if workers else 0.0
 
-    def unreported(self, worker: str, reported_at: float) -> tuple[float, int]:
-        """(milliseconds of work, requests) sent to a worker that its report of that time cannot contain yet."""
+    def unreported(self, worker: str, known_until: float) -> Unreported:
+        """What was sent to a worker since the moment up to which its report knows of requests."""
         if not self._prefilling.get(worker):
-            return 0.0, 0
+            return NOTHING_UNREPORTED
         known = self._unreported.get(worker)
-        if known is None or known[0] != reported_at:
-            late = self._late(worker, reported_at)
-            known = self._unreported[worker] = (reported_at, (sum(f.work_ms for f in late), len(late)))
+        if known is None or known[0] != known_until:
+            known = self._unreported[worker] = (known_until, _summed(self._late(worker, known_until)))
         return known[1]
 
-    def doubtful_ms(self, worker: str, reported_at: float) -> float:
-        """The part of the unreported work that was sent before the report came, and may be in it after all."""
-        return sum(f.work_ms for f in self._late(worker, reported_at) if f.at <= reported_at)
-
-    def unreported_blocks(self, worker: str, reported_at: float) -> int:
-        """Blocks to compute that were sent to a worker and that its report of that time cannot contain yet."""
-        return sum(self._rest(f.hashes, f.shared) for f in self._late(worker, reported_at))
+    def unreported_blocks(self, worker: str, known_until: float) -> int:
+        """Blocks to compute that were sent to a worker since then."""
+        return sum(self._rest(f.hashes, f.shared) for f in self._late(worker, known_until))
 
     def active_blocks(self, hashes: Sequence[bytes], workers: Sequence[str]) -> list[int]:
         """By worker the different blocks that requests in flight there use, if one with this chain were among them."""
@@ -196,10 +205,10 @@ class Traffic:
         """Blocks behind so many leading parts."""
         return len(hashes) - depth
 
-    def _late(self, worker: str, reported_at: float) -> list[Sent]:
+    def _late(self, worker: str, known_until: float) -> list[Sent]:
         late = []
         for flight in reversed(self._prefilling.get(worker, {}).values()):
-            if flight.at + _REFLECTED_AFTER_S <= reported_at:
+            if flight.at <= known_until:
                 break  # and so are all that were sent before it
             late.append(flight)
         late.reverse()  # sums are made in the order of sending, whatever was reported between
@@ -211,3 +220,11 @@ class Traffic:
             del self._prefilling[flight.worker][key]
             self._unreported.pop(flight.worker, None)
             self._arriving.remove(flight.worker, flight.names, len(flight.names))
+
+
+def _summed(late: Sequence[Sent]) -> Unreported:
+    ms, ends_at = 0.0, -math.inf
+    for flight in late:
+        ms += flight.work_ms
+        ends_at = max(ends_at, flight.at) + flight.work_ms / 1000.0
+    return Unreported(ms, len(late), ends_at)
