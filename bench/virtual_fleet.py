@@ -152,7 +152,7 @@ class VirtualLink:
         self._reported_at = asyncio.get_running_loop().time()
         message = load_to_wire(self.engine.load())
         message.routers = 1
-        self.report = Report(message, self._reported_at)
+        self.report = Report(message, self._reported_at, knows_until=self._reported_at)
         self._fleet.reported(cast("WorkerLink", self))
 
 

@@ -99,4 +99,4 @@ def test_traffic_of_segments_is_traffic_of_blocks(prompts: list[list[int]], does
             assert runs.arriving_run("w", c) == blocks.arriving_run("w", list(c))
             assert runs.sharers(c) == blocks.sharers(list(c))
             assert runs.active_blocks(c, ["w"]) == blocks.active_blocks(list(c), ["w"])
-        assert runs.unreported_blocks("w", 0.0) == blocks.unreported_blocks("w", 0.0)
+        assert runs.unreported_blocks("w", -1.0) == blocks.unreported_blocks("w", -1.0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvstore.events import TierName
 from router.cost import DEFAULT_FIT, PrefillFit, TierRead, WorkerLoad, pool_fits, price, queue_ms
 from router.index import NO_OVERLAP, Overlap
+from router.traffic import NOTHING_UNREPORTED, Unreported
 
 FIT = PrefillFit(10.0, 0.1, 0.0001)
 READS = {TierName.HOST: TierRead(0.1, 0.05), TierName.DISK: TierRead(1.0, 0.2), TierName.REDIS: TierRead(2.0, 0.5)}
@@ -56,27 +57,25 @@ def test_one_token_is_always_computed() -> None:
 
 
 def test_a_reported_backlog_shrinks_with_time_but_not_to_nothing() -> None:
-    def at(age_ms: float) -> float:
-        return queue_ms(WorkerLoad(pending_tokens=1000, waiting=2), FIT, age_ms=age_ms, unreported_ms=0.0)
+    def after(seconds: float) -> float:
+        load = WorkerLoad(pending_tokens=1000, waiting=2)
+        return queue_ms(load, FIT, now=5.0 + seconds, at=5.0, unreported=NOTHING_UNREPORTED)
 
-    assert at(0) == pytest.approx(120)
-    assert at(50) == pytest.approx(70)
-    assert at(10_000) == pytest.approx(24)
-
-
-def test_what_was_sent_and_not_reported_waits_in_the_queue() -> None:
-    assert queue_ms(WorkerLoad(), FIT, age_ms=0.0, unreported_ms=33.0) == pytest.approx(33.0)
+    assert after(0.0) == pytest.approx(120)
+    assert after(0.05) == pytest.approx(70)
+    assert after(10.0) == pytest.approx(24)
 
 
-def test_work_that_may_be_in_the_report_is_never_counted_twice_and_never_forgotten() -> None:
-    def queue(pending: int, doubtful_ms: float) -> float:
-        load = WorkerLoad(pending_tokens=pending)
-        return queue_ms(load, FIT, age_ms=0.0, unreported_ms=7.0, doubtful_ms=doubtful_ms)
+def test_what_was_sent_and_not_reported_waits_behind_the_backlog() -> None:
+    def queue(pending: int, now: float) -> float:
+        """100 ms were sent at 2.0 to a worker that told its backlog at 1.0."""
+        return queue_ms(WorkerLoad(pending_tokens=pending), FIT, now=now, at=1.0, unreported=Unreported(100.0, 1, 2.1))
 
-    reported = queue(1000, 0.0) - 7.0
-    assert queue(1000, reported) == pytest.approx(reported + 7.0)
-    assert queue(0, reported) == pytest.approx(reported + 7.0)
-    assert queue(1000, 2 * reported) == pytest.approx(2 * reported + 7.0)
+    assert queue(0, 2.0) == pytest.approx(100)  # nothing before it: it began when it was sent
+    assert queue(0, 2.06) == pytest.approx(40)  # and most of it is done by now
+    assert queue(0, 2.09) == pytest.approx(20)  # though a rate that is believed may be too high
+    backlog_ms = FIT.token_ms * 30_000
+    assert queue(30_000, 2.0) == pytest.approx(backlog_ms - 1000 + 100)  # it waits for the rest of the backlog
 
 
 def test_fits_that_differ_by_noise_are_pooled_and_slow_machines_keep_their_own() -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import count
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from router.fleet_record import FleetRecord
 from router.index import NO_OVERLAP, Overlap, PrefixIndex
 from router.peers import Holders
 from router.policy import checked_weights
-from router.traffic import Traffic
+from router.traffic import Traffic, Unreported
 
 
 def question(tokens: int) -> Question:
@@ -56,6 +57,7 @@ class Told:
 
     load: WorkerLoad
     at: float
+    knows_until: float
 
 
 class Link(SimpleNamespace):
@@ -95,13 +97,14 @@ class Fixture:
 
     def by_one(self, asked: Question, link: Link, fits: dict[str, PrefillFit]) -> tuple[object, ...]:
         """(price, active, arriving) of one worker, worked out from nothing but its report and what was sent."""
-        load, at = (link.report.load, link.report.at) if link.report else (WorkerLoad(), 0.0)
-        late = [ms for worker, ms, when in self.sent.values() if worker == link.name and when + 0.04 > at]
-        own = [(ms, when) for worker, ms, when in self.sent.values() if worker == link.name]
-        doubtful = sum(ms for ms, when in own if when <= at < when + 0.04) if link.report else 0.0
+        load, at = (link.report.load, link.report.at) if link.report else (WorkerLoad(), -math.inf)
+        late = [(ms, when) for worker, ms, when in self.sent.values() if worker == link.name and when > at]
+        work_ms, free = 0.0, -math.inf
+        for ms, when in late:
+            work_ms, free = work_ms + ms, max(free, when) + ms / 1000.0
         arriving = self.traffic.arriving_run(link.name, asked.hashes)
-        age_ms = (self.now - at) * 1000.0 if link.report else 0.0
-        queue = queue_ms(load, fits[link.name], age_ms=age_ms, unreported_ms=sum(late) - doubtful, doubtful_ms=doubtful)
+        unreported = Unreported(work_ms, len(late), free)
+        queue = queue_ms(load, fits[link.name], now=self.now, at=at, unreported=unreported)
         overlap = Overlap(*(max(arriving, depth) for depth in NO_OVERLAP))
         priced = price(overlap, asked.prompt_tokens, 16, load, fits[link.name], queue=queue, shared_reads=True)
         return priced, load.running + load.waiting + len(late), arriving
@@ -128,7 +131,9 @@ def test_candidates_are_what_each_worker_alone_would_be(script: list[tuple[str, 
         link = it.fleet.links()[number]
         if what == "report":
             fit = PrefillFit(10.0, 0.1 * (1 + next(reports) % 7), 0.0)
-            link.report = Told(WorkerLoad(fit, {}, 50 * len(path), waiting=len(path), running=number), it.now)
+            link.report = Told(
+                WorkerLoad(fit, {}, 50 * len(path), waiting=len(path), running=number), it.now, knows_until=it.now
+            )
         elif what == "wait":
             it.now += 0.03
         elif what == "sent" and number not in it.sent:

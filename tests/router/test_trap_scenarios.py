@@ -25,6 +25,7 @@ FIT = PrefillFit(fixed_ms=10.0, token_ms=0.125)
 class Report:
     load: WorkerLoad
     at: float = 0.0
+    knows_until: float = -1.0  # of nothing that is sent here
 
 
 @dataclass
