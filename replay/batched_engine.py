@@ -329,11 +329,11 @@ class BatchedEngine:
     # What it tells
 
     def _tell(self) -> None:
-        change = self._blocks.pool.changes()
-        if change is not None:
-            self._told.cache_changed(change)
-        for change in self._tiers.changes():
-            self._told.cache_changed(change)
+        changes = self._tiers.changes()
+        if (change := self._blocks.pool.changes()) is not None:
+            changes.insert(0, change)
+        if changes:
+            self._told.cache_changed(changes)
 
     def _note(self, since: float) -> None:
         """Remember the load for the report of that time."""

@@ -48,7 +48,7 @@ class Told:
 
     first_token: Callable[[int, Reuse], None]
     ended: Callable[[int], None]
-    cache_changed: Callable[[CacheChange], None]
+    cache_changed: Callable[[Sequence[CacheChange]], None]
     refused: Callable[[int], None]
 
 

@@ -207,7 +207,7 @@ class SerialEngine:
         before, self._partial = self._partial, self._pool.partial()
         partial = {} if before is None else {before.segment: 0}
         partial.update({} if self._partial is None else dict([self._partial]))
-        self._told.cache_changed(CacheChange(TierName.DEVICE, change.stored, change.removed, partial))
+        self._told.cache_changed([CacheChange(TierName.DEVICE, change.stored, change.removed, partial)])
 
     def _finished(self, number: int, until: float) -> None:
         if self._decoding.get(number) != until:

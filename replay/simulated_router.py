@@ -164,14 +164,16 @@ class SimulatedRouter:
         """The worker of a request was lost, which needs no word from it."""
         self._traffic.ended(self._keys.pop(number))
 
-    def cache_changed(self, worker: str, change: CacheChange, events: list[KvEvent]) -> None:
-        """The events of one step of a worker; `events` as `events_of` made them of the change."""
+    def cache_changed(self, worker: str, changes: Sequence[CacheChange], events: list[KvEvent]) -> None:
+        """The events of one step of a worker; `events` as `events_of` made them of the changes."""
         link = self._links[worker]
         incarnation = link.incarnation
 
         def apply() -> None:
             if self._index.apply(worker, incarnation, events):
-                self._index.set_partial(worker, change.tier, change.partial)
+                for change in changes:
+                    if change.partial:
+                        self._index.set_partial(worker, change.tier, change.partial)
 
         self._timeline.after(self._settings.delay_s, apply)
 
