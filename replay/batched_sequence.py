@@ -30,7 +30,8 @@ class Sequence:
         tokens: prompt and answer so far. output: tokens that the answer will have. computed: tokens with K/V.
         committed: leading blocks with a name. table: blocks held. nameless: of them, those that are ours alone.
         pinned: leading segments in use by it. making: segments that others may wait for.
-        expected_cached: tokens that were in reach when it came, or were to be computed by those before it. cached: tokens by tier, at the first admission.
+        expected_cached: tokens that were in reach when it came, or were to be computed by those before it.
+        cached: tokens by tier, at the first admission.
         ready_at: when its reads are done. counted: segments that others count on, while it waits or computes.
     """
 
