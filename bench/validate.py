@@ -1,21 +1,24 @@
 """The simulator against the real thing: the same requests through real routers and workers, and through `replay`.
 
 A fleet of plain processes on loopback (workers of one engine, a router, gRPC between them) serves the same small
-workload under each policy, its caches emptied before each. Two ways of arriving: `alone`, each request a moment after
-the last answer has ended, so that only caches and decisions count; and `crowd`, at the workload's own times, so that
-queues grow and prompts meet in batches. Then the simulator replays it with the profile that the workers report of
-themselves (`Load`, as routers read it). The pools are far smaller than what the sessions hold, so blocks are evicted
-all the time.
+workload under each policy. Two ways of arriving: `alone`, each request a moment after the last answer has ended, so
+that only caches and decisions count; and `crowd`, at the workload's own times, so that queues grow and prompts meet in
+batches. Then the simulator replays it with the profile that the workers report of themselves (`Load`, as routers read
+it). The pools are far smaller than what the sessions hold, so blocks are evicted all the time.
 
-In a crowd a choice depends on what is in flight at that moment, so a millisecond more or less changes later choices.
-Hence every round has a workload of its own, and the simulated figures of a round are means over replays whose arrivals
-are shifted by some milliseconds at random.
+Both begin alike: every run has a router of its own, which remembers nothing of the run before (ties go to the worker
+that was given least work in the last half minute), and workers with empty caches. The simulator is given the times at
+which the client really sent. In a crowd a choice depends on what is in flight at that moment, so a millisecond more or
+less changes later choices: every round has a workload of its own, and the simulated figures of a round are means over
+replays whose arrivals are shifted by some milliseconds at random.
 
 Rows `<engine>_<way>_<policy>_hit_real` and `_hit_simulated`; `_ttft_real_s` and `_ttft_simulated_s` (mean, from the
-router's door); of means over all rounds `_hit_difference`, `_ttft_ratio`, and `<engine>_<way>_ranking_equal`: 1 when
-both put the policies into the same order of mean TTFT. Engines: `simulated` (a timing model that sleeps; real
-scheduling, events and load) and `torch` (a random tiny model on the CPU; its times depend on what else the machine
-does); `--engines` chooses.
+router's door); of means over all rounds `_hit_difference`, `_ttft_ratio`. For each two policies
+`<engine>_<way>_<one>_less_<other>_real_s` and `_simulated_s`: how much later the first token is with the one, and
+`_noise_s`: what of the real difference may be chance, two standard errors over the rounds. Two that differ by less are
+level. `<engine>_<way>_ranking_equal`: 1 when the simulator puts no two the other way round that really differ.
+Engines: `simulated` (a timing model that sleeps; real scheduling, events and load) and `torch` (a random tiny model on
+the CPU; its times depend on what else the machine does); `--engines` chooses.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import statistics
@@ -31,8 +35,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +65,8 @@ VOCAB = 2048
 POOL_BLOCKS = 160
 TAIL_TOKENS = 5  # of every prompt behind its last full block
 START_TIMEOUT_S = 90.0
-TIMING = {"prefill_fixed_ms": 4.0, "prefill_token_ms": 0.4, "prefill_pair_ms": 0.00002, "decode_step_ms": 8.0}
+# Slow, so that what else the machine does is small beside it.
+TIMING = {"prefill_fixed_ms": 12.0, "prefill_token_ms": 1.2, "prefill_pair_ms": 0.00006, "decode_step_ms": 24.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,14 @@ class Answer:
     cached: int
     prompt: int
     ttft_s: float
+    sent_s: float = 0.0
+
+
+class Size(NamedTuple):
+    """Of a workload, and how often there is one."""
+
+    sessions: int
+    rounds: int
 
 
 class Figure(NamedTuple):
@@ -223,13 +237,14 @@ async def play_alone(client: AsyncClient, work: Workload, salt: int) -> list[Ans
 
 
 async def play(client: AsyncClient, work: Workload, salt: int) -> list[Answer]:
-    """Send every request when it is due."""
+    """Send every request when it is due, or a little later."""
     prompts = [token_ids(work, number, salt) for number in range(len(work.requests))]
     started = time.monotonic()
 
     async def one(number: int) -> Answer:
         await asyncio.sleep(max(0.0, work.arrivals_s[number] - (time.monotonic() - started)))
-        return await ask(client, prompts[number], work.requests[number].output_length)
+        sent_s = time.monotonic() - started
+        return replace(await ask(client, prompts[number], work.requests[number].output_length), sent_s=sent_s)
 
     return list(await asyncio.gather(*(one(number) for number in range(len(prompts)))))
 
@@ -268,12 +283,12 @@ async def fitted(engine: Engine, addresses: dict[str, str], nbytes: int) -> Batc
 
 
 @contextlib.asynccontextmanager
-async def fleet(engine: Engine, model_dir: Path) -> AsyncIterator[tuple[AsyncClient, dict[str, str], int]]:
-    """Workers, a router, a client; (client, workers' addresses, bytes a block)."""
-    with worker_processes(engine, model_dir) as (addresses, nbytes), router_process(model_dir, addresses) as router:
+async def new_router(engine: Engine, model_dir: Path, addresses: dict[str, str]) -> AsyncIterator[AsyncClient]:
+    """A client of a router that has just come to these workers."""
+    with router_process(model_dir, addresses) as router:
         async with AsyncClient(router) as client:
             await until_ready(client, engine.workers)
-            yield client, addresses, nbytes
+            yield client
 
 
 async def warm_up(client: AsyncClient, engine: Engine) -> None:
@@ -310,30 +325,34 @@ def replayed(work: Workload, engine: Engine, policy: str, profile: BatchedProfil
     return mean(found)
 
 
-async def served(client: AsyncClient, work: Workload, policy: str, *, salt: int) -> Figure:
-    """The real fleet, from empty caches."""
+async def served(client: AsyncClient, work: Workload, policy: str, *, salt: int) -> tuple[Figure, Workload]:
+    """The real fleet, from empty caches; the workload as it was really sent."""
     await client.set_policy(policy)
     await client.clear_cache(admin_pb2.ClearCacheRequest(all=True))
     answers = await (play_alone if work.waits_for else play)(client, work, salt)
     hit = sum(answer.cached for answer in answers) / sum(answer.prompt for answer in answers)
-    return Figure(hit, statistics.fmean(answer.ttft_s for answer in answers))
+    sent = work if work.waits_for else replace(work, arrivals_s=[answer.sent_s for answer in answers])
+    return Figure(hit, statistics.fmean(answer.ttft_s for answer in answers)), sent
 
 
-async def compare(report: Report, engine: Engine, model_dir: Path, *, sessions: int, rounds: int) -> None:
+async def compare(report: Report, engine: Engine, model_dir: Path, ways: Mapping[str, Size]) -> None:
     """All rows of one kind of engine."""
-    async with fleet(engine, model_dir) as (client, addresses, nbytes):
-        await warm_up(client, engine)
-        profile = await fitted(engine, addresses, nbytes)
-        for way in ("alone", "crowd"):
+    with worker_processes(engine, model_dir) as (addresses, nbytes):
+        async with new_router(engine, model_dir, addresses) as client:
+            await warm_up(client, engine)
+        for way, (sessions, rounds) in ways.items():
             real: dict[str, list[Figure]] = {policy: [] for policy in POLICIES}
             simulated: dict[str, list[Figure]] = {policy: [] for policy in POLICIES}
             for salt in range(rounds):
                 trace = made_trace(sessions=sessions, turns=4, seed=7 + salt)
+                profile = await fitted(engine, addresses, nbytes)
                 work = alone(trace) if way == "alone" else paced(trace, engine, profile)
                 for policy in POLICIES:
-                    real[policy].append(await served(client, work, policy, salt=salt))
+                    async with new_router(engine, model_dir, addresses) as client:
+                        figure, sent = await served(client, work, policy, salt=salt)
+                    real[policy].append(figure)
                     profile = await fitted(engine, addresses, nbytes)
-                    simulated[policy].append(replayed(work, engine, policy, profile, seed=salt + 1))
+                    simulated[policy].append(replayed(sent, engine, policy, profile, seed=salt + 1))
             add_rows(report, f"{engine.name}_{way}", real, simulated)
 
 
@@ -353,17 +372,33 @@ def add_rows(report: Report, name: str, real: dict[str, list[Figure]], simulated
         report.add(f"{name}_{policy}_ttft_real_s", [f.ttft_s for f in theirs], "s")
         report.add(f"{name}_{policy}_ttft_simulated_s", [f.ttft_s for f in ours], "s")
         report.add(f"{name}_{policy}_ttft_ratio", [mean(ours).ttft_s / mean(theirs).ttft_s], "ratio")
-    orders = [sorted(POLICIES, key=lambda policy: mean(side[policy]).ttft_s) for side in (real, simulated)]
-    report.add(f"{name}_ranking_equal", [float(orders[0] == orders[1])], "share", bar=">= 1")
+    pairs = [add_pair(report, name, one, other, real, simulated) for one, other in combinations(POLICIES, 2)]
+    report.add(f"{name}_ranking_equal", [float(all(pairs))], "share", bar=">= 1")
+
+
+def add_pair(
+    report: Report, name: str, one: str, other: str, real: dict[str, list[Figure]], simulated: dict[str, list[Figure]]
+) -> bool:
+    """How two policies differ; False when they really do, and the other way round in the simulator."""
+    theirs, ours = (
+        [a.ttft_s - b.ttft_s for a, b in zip(side[one], side[other], strict=True)] for side in (real, simulated)
+    )
+    apart, noise = statistics.fmean(theirs), math.inf
+    if len(theirs) > 1:
+        noise = 2 * statistics.stdev(theirs) / math.sqrt(len(theirs))
+        report.add(f"{name}_{one}_less_{other}_noise_s", [noise], "s")
+    report.add(f"{name}_{one}_less_{other}_real_s", [apart], "s")
+    report.add(f"{name}_{one}_less_{other}_simulated_s", [statistics.fmean(ours)], "s")
+    return abs(apart) <= noise or apart * statistics.fmean(ours) > 0
 
 
 def options() -> argparse.Namespace:
     """The flags that every benchmark has, and those that choose."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one small round")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
     parser.add_argument("--engines", metavar="NAME,...", default=",".join(ENGINES), help="default: all")
-    parser.add_argument("--rounds", type=int, default=4, help="default: 4")
+    parser.add_argument("--rounds", type=int, default=4, help="of the crowd; default: 4")
     return parser.parse_args()
 
 
@@ -374,8 +409,8 @@ def main() -> None:
         shape = ModelShape(layers=6, hidden=256, heads=4, kv_heads=2, vocab=VOCAB)
         model_dir = make_model_folder(folder, shape)
         for name in given.engines.split(","):
-            sessions, rounds = (10, 1) if given.quick else (16, given.rounds)
-            asyncio.run(compare(report, ENGINES[name], model_dir, sessions=sessions, rounds=rounds))
+            ways = {"alone": Size(8, 1), "crowd": Size(16, 2) if given.quick else Size(24, given.rounds)}
+            asyncio.run(compare(report, ENGINES[name], model_dir, ways))
     report.print(as_json=given.json)
 
 

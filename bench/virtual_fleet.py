@@ -24,6 +24,7 @@ from router.flight import Flight, FlightEnd
 from router.handshake import identity_of
 from router.index import PrefixIndex
 from router.link import Report, WorkerLink
+from router.traffic import Known
 from warmkv.v1 import inference_pb2, worker_pb2
 from workers.simulated import SimulatedEngine
 from workers.simulated_info import simulated_info
@@ -152,7 +153,7 @@ class VirtualLink:
         self._reported_at = asyncio.get_running_loop().time()
         message = load_to_wire(self.engine.load())
         message.routers = 1
-        self.report = Report(message, self._reported_at)
+        self.report = Report(message, self._reported_at, known=Known(self._reported_at, 0))
         self._fleet.reported(cast("WorkerLink", self))
 
 

@@ -30,6 +30,7 @@ class _Noted(NamedTuple):
     """What a report is made of; sent at `since`. `share`: of the time lately that was prefill."""
 
     since: float
+    known_until: float
     pending: int
     waiting: int
     running: int
@@ -109,13 +110,14 @@ class BatchedEngine:
         self.scheduler = BatchedScheduler(self._profile, self._work.block_size, self._blocks)
         self._came: list[Sequence] = []
         self._called_off: list[Sequence] = []
+        self._came_at = self._taken_until = -math.inf  # when the last request was submitted, and of those taken in
         self._known: dict[int, Sequence] = {}
         self._first_due: list[Sequence] = []  # they decode, and have no token yet
         self._plan: _Plan | None = None
         self._done = 0  # steps of the plan
         self._decode_step_ms = 0.0
         self._waking_at: float | None = None
-        self._history = deque([_Noted(self._timeline.now, 0, 0, 0, 0, 0.0, 0.0)])
+        self._history = deque([_Noted(self._timeline.now, -math.inf, 0, 0, 0, 0, 0.0, 0.0)])
 
     # What others ask
 
@@ -138,6 +140,7 @@ class BatchedEngine:
         )
         self._known[number] = sequence
         self._came.append(sequence)
+        self._came_at = self._timeline.now
         self._look_soon()
 
     def cancel(self, number: int) -> None:
@@ -189,12 +192,14 @@ class BatchedEngine:
 
     def report_time(self, by: float) -> float:
         """When the last report was sent that was sent by that time: at ends of steps, and where it is silent again."""
-        since = self._noted(by).since
-        plan = self._plan
+        noted, plan = self._noted(by), self._plan
+        since = noted.since
         if plan is not None and plan.started <= by and plan.steps > 1:
             since = max(since, plan.after(plan.done_by(by)))
-        beat = self._profile.heartbeat_s
-        return since + (by - since) // beat * beat if by >= since else since
+        if noted.running or noted.waiting or by < since:
+            return since
+        beat = self._profile.heartbeat_s  # an idle engine looks at itself anew, a busy one is silent until a step ends
+        return since + (by - since) // beat * beat
 
     def reported(self, sent: float) -> WorkerLoad:
         """The load as it was told then."""
@@ -210,6 +215,10 @@ class BatchedEngine:
             prefill_share=noted.share * math.exp((noted.since - max(sent, noted.since)) / MEMORY_S),
             pool_blocks=self._capacity // self._work.block_size,
         )
+
+    def known_until(self, sent: float) -> float:
+        """Requests are taken in when the step that runs has ended: the report of that end does not know them."""
+        return self._noted(sent).known_until
 
     def check(self) -> None:
         """Raises InvariantError when the books are wrong."""
@@ -242,7 +251,8 @@ class BatchedEngine:
         if not chunks and not decoding:
             self._plan = None
             self._tell()
-            self._note(now)
+            if self._history[-1].since < now:
+                self._note(max(now, self._history[-1].since + self._profile.report_s))
             self._wake_for_reads()
             return
         self._done = 0
@@ -264,6 +274,8 @@ class BatchedEngine:
 
     def _run(self, plan: _Plan) -> None:
         self._plan = plan
+        if self._history[-1].since > plan.started:
+            self._history.pop()  # work came before the last step's report was due: the next step's will do
         self._timeline.at(plan.after(plan.steps), lambda: self._end(plan))
 
     def _end(self, plan: _Plan) -> None:
@@ -291,7 +303,8 @@ class BatchedEngine:
             if self._known.get(sequence.number) is sequence:
                 del self._known[sequence.number]
                 self._told.ended(sequence.number)
-        self._note(now)
+        if now >= self._history[-1].since + self._profile.report_s:
+            self._note(now)
         self._next()
 
     def _take_in(self, now: float) -> None:
@@ -304,6 +317,8 @@ class BatchedEngine:
         for sequence in self._came:
             sequence.expected_cached = self._blocks.in_reach(sequence)
             self.scheduler.add(sequence)
+        if self._came:
+            self._taken_until = self._came_at
         self._came.clear()
 
     def _wake_for_reads(self) -> None:
@@ -315,22 +330,19 @@ class BatchedEngine:
     # What it tells
 
     def _tell(self) -> None:
-        change = self._blocks.pool.changes()
-        if change is not None:
-            self._told.cache_changed(change)
-        for change in self._tiers.changes():
-            self._told.cache_changed(change)
+        changes = self._tiers.changes()
+        if (change := self._blocks.pool.changes()) is not None:
+            changes.insert(0, change)
+        if changes:
+            self._told.cache_changed(changes)
 
-    def _note(self, now: float) -> None:
-        """Remember the load for the next report; reports are sent no faster than they may be."""
-        scheduler, history = self.scheduler, self._history
-        last = history[-1].since
-        since = last if last > now else max(now, last + self._profile.report_s)
-        if last > now:
-            history.pop()
+    def _note(self, since: float) -> None:
+        """Remember the load for the report of that time."""
+        scheduler, history, now = self.scheduler, self._history, self._timeline.now
         history.append(
             _Noted(
                 since,
+                self._taken_until,
                 scheduler.pending,
                 scheduler.waiting,
                 scheduler.running,

@@ -64,10 +64,12 @@ class BatchedScheduler:
         """Queue a sequence that holds nothing."""
         insort(self._waiting, sequence, key=_rank)
         self.pending += sequence.pending
+        self._blocks.expect(sequence)
 
     def remove(self, sequence: Sequence, now: float) -> None:
         """Forget it, and give its blocks back."""
         self._take_out(sequence, now)
+        self._blocks.settle(sequence)
         self._short_of_blocks = False
 
     def admit(self, now: float) -> bool:
@@ -111,11 +113,11 @@ class BatchedScheduler:
             sequence.tokens += 1
             self._prefilling.remove(sequence)
             if sequence.generated < sequence.output:
-                self.decoding.add(sequence)
+                self._decode(sequence)
         elif sequence.remaining == 1:
             self.pending -= 1
             self._prefilling.remove(sequence)
-            self.decoding.add(sequence)
+            self._decode(sequence)
         return whole
 
     def decode_room(self, most: int) -> int:
@@ -144,10 +146,15 @@ class BatchedScheduler:
     # Admission
 
     def _admit_in_turn(self, now: float) -> None:
-        while self._waiting and len(self._admitted) < self._profile.max_running:
-            if not self._blocks.take(self._waiting[0], now):
+        for sequence in list(self._waiting):
+            if len(self._admitted) >= self._profile.max_running:
                 return
-            self._start(self._waiting[0])
+            if self._blocks.awaits_another(sequence):
+                continue
+            if not self._blocks.take(sequence, now):
+                return
+            self._blocks.announce(sequence)
+            self._start(sequence)
 
     def _admit_by_rank(self, now: float) -> None:
         for sequence in list(self._waiting):
@@ -172,13 +179,17 @@ class BatchedScheduler:
         self.pending -= sequence.pending
         self._blocks.enter(sequence, now)
         if sequence.remaining == 1:
-            self.decoding.add(sequence)
+            self._decode(sequence)
             return
         self.pending += sequence.remaining
         if self._profile.reserves_prompt:
             self._prefilling.append(sequence)
         else:
             insort(self._prefilling, sequence, key=_rank)
+
+    def _decode(self, sequence: Sequence) -> None:
+        self._blocks.settle(sequence)
+        self.decoding.add(sequence)
 
     # Blocks
 
@@ -205,6 +216,7 @@ class BatchedScheduler:
         self._take_out(sequence, now)
         insort(self._waiting, sequence, key=_rank)
         self.pending += sequence.pending
+        self._blocks.expect(sequence)
         self._short_of_blocks = not self._profile.reserves_prompt
         self.preemptions += 1
 

@@ -8,6 +8,7 @@ an answer stay in the pool under names that nobody asks for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,8 +30,9 @@ class Sequence:
         tokens: prompt and answer so far. output: tokens that the answer will have. computed: tokens with K/V.
         committed: leading blocks with a name. table: blocks held. nameless: of them, those that are ours alone.
         pinned: leading segments in use by it. making: segments that others may wait for.
-        expected_cached: tokens that were in reach when it came. cached: tokens by tier, at the first admission.
-        ready_at: when its reads are done.
+        expected_cached: tokens that were in reach when it came, or were to be computed by those before it.
+        cached: tokens by tier, at the first admission.
+        ready_at: when its reads are done. counted: segments that others count on, while it waits or computes.
     """
 
     number: int
@@ -50,6 +52,7 @@ class Sequence:
     expected_cached: int = 0
     cached: Mapping[TierName, int] | None = None
     ready_at: float = 0.0
+    counted: tuple[int, ...] = ()
     loaded: int = 0
     decoding_since: tuple[int, int] | None = None  # step and tokens then
 
@@ -83,6 +86,7 @@ class SequenceBlocks:
         self._capacity = profile.pool_tokens // block_size
         self._answers_from = answers_from
         self.making: dict[int, Sequence] = {}  # segments that somebody computes now
+        self._expected: Counter[int] = Counter()  # segments of those that wait or compute
 
     def readable(self, sequence: Sequence) -> int:
         """Blocks that it may find in a cache."""
@@ -90,10 +94,32 @@ class SequenceBlocks:
         return min(known // self._block_size, len(sequence.chain))
 
     def in_reach(self, sequence: Sequence) -> int:
-        """Tokens that pool and host would give it now."""
+        """Tokens that pool and host give it now, or will when those before it are computed."""
         chain, most = sequence.chain, self.readable(sequence)
-        blocks = min(most, self.tiers.near(chain, self.pool.leading(chain)))
+        blocks = min(most, max(self.tiers.near(chain, self.pool.leading(chain)), self._coming(chain)))
         return min(blocks * self._block_size, sequence.tokens - 1)
+
+    def expect(self, sequence: Sequence) -> None:
+        """It is to be computed: those that come after it may count on it."""
+        self.settle(sequence)
+        sequence.counted = sequence.chain.segments
+        self._expected.update(sequence.counted)
+
+    def settle(self, sequence: Sequence) -> None:
+        """It is computed, or never will be."""
+        self._expected.subtract(sequence.counted)
+        for segment in sequence.counted:
+            if not self._expected[segment]:
+                del self._expected[segment]
+        sequence.counted = ()
+
+    def _coming(self, chain: Chain) -> int:
+        leading = 0
+        for segment, end in zip(chain.segments, chain.ends, strict=True):
+            if segment not in self._expected:
+                break
+            leading = end
+        return leading
 
     def take(self, sequence: Sequence, now: float) -> bool:
         """Use the cached prefix, and start the reads of what lower tiers hold sooner than it could be computed.
@@ -222,6 +248,7 @@ class SequenceBlocks:
         self.pool.clear()
         self.tiers.lose()
         self.making.clear()
+        self._expected.clear()
 
     def _name_answer(self, sequence: Sequence, now: float) -> None:
         answer = self.full(sequence) - sequence.base

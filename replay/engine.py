@@ -48,7 +48,7 @@ class Told:
 
     first_token: Callable[[int, Reuse], None]
     ended: Callable[[int], None]
-    cache_changed: Callable[[CacheChange], None]
+    cache_changed: Callable[[Sequence[CacheChange]], None]
     refused: Callable[[int], None]
 
 
@@ -81,3 +81,6 @@ class Engine(Protocol):
 
     def reported(self, sent: float) -> WorkerLoad:
         """The load that was told at that time."""
+
+    def known_until(self, sent: float) -> float:
+        """The moment up to which the requests submitted are in the report of that time."""

@@ -17,6 +17,7 @@ from router.chain_tree import Runs
 from router.index import Overlap, PrefixIndex
 from router.traffic import Traffic
 
+_NONE: Mapping[int, int] = {}
 _LOCAL = (TierName.DEVICE, TierName.HOST, TierName.DISK)  # a worker's own tiers, in the order of `Overlap`
 
 
@@ -63,15 +64,14 @@ class RunIndex(PrefixIndex):
             if found.device == found.shared:  # most workers, and a worker is asked about for every request
                 return Overlap(device, device, device, device)
             return Overlap(device, *(chain.blocks(depth) for depth in found[1:]))
+        segments, partly = chain.segments, [by_tier.get(tier, _NONE) for tier in _LOCAL]
         deepest, runs = 0, []
         for level, depth in enumerate(found):
             whole = chain.blocks(depth)
-            if depth < len(chain.segments):
-                segment = chain.segments[depth]
-                partial = max(by_tier[tier].get(segment, 0) if tier in by_tier else 0 for tier in _LOCAL[: level + 1])
-                if level == len(_LOCAL):
-                    partial = max(partial, shared.get(segment, 0))
-                whole += partial
+            if depth < len(segments):
+                segment = segments[depth]
+                levels = partly[: level + 1] if level < len(partly) else [*partly, shared]
+                whole += max([known.get(segment, 0) for known in levels])
             deepest = max(deepest, whole)
             runs.append(deepest)
         return Overlap(*runs)

@@ -172,6 +172,10 @@ class SerialEngine:
             pool_blocks=self._profile.pool_tokens // self._work.block_size,
         )
 
+    def known_until(self, sent: float) -> float:
+        """Requests are in the next report."""
+        return sent
+
     def _start_next(self) -> None:
         if self._running is not None or not self._queue:
             return
@@ -203,7 +207,7 @@ class SerialEngine:
         before, self._partial = self._partial, self._pool.partial()
         partial = {} if before is None else {before.segment: 0}
         partial.update({} if self._partial is None else dict([self._partial]))
-        self._told.cache_changed(CacheChange(TierName.DEVICE, change.stored, change.removed, partial))
+        self._told.cache_changed([CacheChange(TierName.DEVICE, change.stored, change.removed, partial)])
 
     def _finished(self, number: int, until: float) -> None:
         if self._decoding.get(number) != until:

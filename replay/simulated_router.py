@@ -24,6 +24,7 @@ from router.decide import Choice, Decider, Question
 from router.fleet import Fleet
 from router.fleet_record import FleetRecord
 from router.policy import checked_weights, find_policy
+from router.traffic import Known
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Given(NamedTuple):
 class _Report:
     load: WorkerLoad
     at: float
+    known: Known
 
 
 class _Link:
@@ -86,7 +88,8 @@ class _Link:
         """Take in the latest report that has arrived; `report` until the next call."""
         sent = self._engine.report_time(self._timeline.now - self._delay_s)
         if self.report is None or self.report.at != sent:
-            self.report = _Report(self._engine.reported(sent), sent)
+            known_until = self._engine.known_until(sent)
+            self.report = _Report(self._engine.reported(sent), sent, Known(known_until, known_until))
 
     def start_again(self) -> None:
         """A new life of the worker: what the old one reported is void."""
@@ -172,10 +175,11 @@ class SimulatedRouter:
     def heard_of(self, number: int, given: Given) -> None:
         """A worker tells of a request that another router sent to it."""
         self._keys[number] = key = next(self._next_key)
+        sent_at = self._timeline.now
 
         def hear() -> None:
             if self._keys.get(number) == key:  # else it has ended, or was sent elsewhere
-                self._count(key, number, given)
+                self._count(key, number, given, place=sent_at)
 
         self._timeline.after(self._settings.delay_s, hear)
 
@@ -198,14 +202,16 @@ class SimulatedRouter:
         if (key := self._keys.pop(number, None)) is not None:
             self._traffic.ended(key)
 
-    def cache_changed(self, worker: str, change: CacheChange, events: list[KvEvent]) -> None:
-        """The events of one step of a worker; `events` as `events_of` made them of the change."""
+    def cache_changed(self, worker: str, changes: Sequence[CacheChange], events: list[KvEvent]) -> None:
+        """The events of one step of a worker; `events` as `events_of` made them of the changes."""
         link = self._links[worker]
         incarnation = link.incarnation
 
         def apply() -> None:
             if self._index.apply(worker, incarnation, events):
-                self._index.set_partial(worker, change.tier, change.partial)
+                for change in changes:
+                    if change.partial:
+                        self._index.set_partial(worker, change.tier, change.partial)
 
         self._timeline.after(self._settings.delay_s, apply)
 
@@ -233,13 +239,14 @@ class SimulatedRouter:
         if any(traffic.sharers(c) or any(traffic.arriving_run(w, c) for w in links) for c in self._work.chains):
             raise InvariantError("a request that ended is still counted as being on its way; please report this")
 
-    def _count(self, key: int, number: int, given: Given) -> None:
+    def _count(self, key: int, number: int, given: Given, place: float | None = None) -> None:
         self._traffic.sent(
             key,
             given.worker,
             self._work.chains[number],
             work_ms=given.work_ms,
             cached_blocks=given.cached_blocks,
+            place=place,
         )
 
     def _greet(self, link: _Link) -> None:

@@ -231,10 +231,10 @@ class Simulation:
         return BatchedEngine(setup.profile, setup.tiers, work, timeline, told, shared=self._shared, remember_s=delay_s)
 
     def _told_by(self, worker: str) -> Told:
-        def cache_changed(change: CacheChange) -> None:
-            events = events_of(change)
+        def cache_changed(changes: Sequence[CacheChange]) -> None:
+            events = [event for change in changes for event in events_of(change)]
             for router in self._routers:
-                router.cache_changed(worker, change, events)
+                router.cache_changed(worker, changes, events)
 
         return Told(self._first_token, self._ended, cache_changed, self._refused)
 

@@ -124,17 +124,15 @@ def queue_ms(
 ) -> float:
     """Milliseconds until a prefill that is sent now could start.
 
-    The reported backlog shrinks while one looks at it, so the age of the report is taken off; `keep` of it stays,
-    because a believed rate above the true one would otherwise empty queues too soon. What was sent since comes behind
-    it, and is worked off in its turn. What was sent so shortly before the report that it may be in it is counted in
-    full where the backlog is smaller, and never twice: counted twice, a long prompt would send a second one like it to
-    another worker, which computes it all again.
+    The backlog that a report tells is worked off from its moment on, and what was sent since and the report does not
+    know of follows it, each at its own time (Lindley's recursion): a prefill that runs counts what is left of it.
+    `keep` of the backlog stays, because a believed rate above the true one would empty queues too soon.
 
-    `now`, `reported_at`: on one clock, in seconds; without a report `reported_at` is 0 and the load says nothing.
+    `now`, `reported_at`: on one clock, in seconds; without a report `reported_at` is minus infinity.
     """
     backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
-    left = max(backlog, sent.doubtful_ms) + sent.later_ms - (now - reported_at) * 1000.0
-    alone = (sent.until - now) * 1000.0
+    left = backlog + sent.ms + (reported_at - now) * 1000.0
+    alone = (sent.ends_at - now) * 1000.0
     return max(left, alone, keep * backlog) + (load.decode_step_ms if load.decoding else 0.0)
 
 

@@ -23,7 +23,7 @@ from router.peers import Holder, Holders, holders
 from router.policies.protocol import NO_BLOCK_LOAD, BlockLoad, Candidate, Decision, Policy, RouteRequest
 from router.policy import checked_weights, find_policy
 from router.policy_history import PolicySetting
-from router.traffic import LEAST_THERE_S, MEMORY_S, Traffic
+from router.traffic import LEAST_THERE_S, MEMORY_S, NOTHING_KNOWN, Traffic
 
 # Where both agree, the greater of two noisy numbers would be too great.
 _REPORTED = 0.9
@@ -165,11 +165,12 @@ class Decider:
         prices = Prices(question.prompt_tokens, question.block_size, shared_reads=self._fleet.record.shared_tier_reads)
         candidates = []
         for link, load, fit, work_ms in zip(links, loads, fits, works, strict=True):
-            name, at = link.name, link.report.at if link.report else 0.0
+            name, report = link.name, link.report
+            at, known = (report.at, report.known) if report else (-math.inf, NOTHING_KNOWN)
             held, coming = overlaps.get(name, NO_OVERLAP), arriving.get(name, 0)
             if load.pool_blocks and coming > load.pool_blocks:
                 coming = load.pool_blocks  # of a longer prompt the rest cannot stay
-            sent = traffic.unreported(name, at)
+            sent = traffic.unreported(name, known)
             priced = prices.of(
                 _at_least(held, coming) if coming else held,
                 load,
@@ -191,8 +192,9 @@ class Decider:
         active = self._traffic.active_blocks(question.hashes, [link.name for link in links])
         counted = []
         for link, candidate, blocks in zip(links, candidates, active, strict=True):
-            reported, at = (link.report.load.pending_tokens, link.report.at) if link.report else (0, 0.0)
-            pending = reported / question.block_size + self._traffic.unreported_blocks(link.name, at)
+            report = link.report
+            reported, known = (report.load.pending_tokens, report.known) if report else (0, NOTHING_KNOWN)
+            pending = reported / question.block_size + self._traffic.unreported_blocks(link.name, known)
             counted.append(candidate._replace(blocks=BlockLoad(pending, blocks)))
         return counted
 

@@ -38,9 +38,16 @@ class Flight:
     """
 
     def __init__(
-        self, worker: str, job: worker_pb2.Job, *, on_tokens: Callable[[int], None], on_end: Callable[[FlightEnd], None]
+        self,
+        worker: str,
+        job: worker_pb2.Job,
+        *,
+        on_tokens: Callable[[int], None],
+        on_end: Callable[[FlightEnd], None],
+        sent_at: float = 0.0,
     ) -> None:
         self.worker = worker
+        self.sent_at = sent_at
         self.job = job
         self._on_tokens = on_tokens
         self._on_end = on_end

@@ -28,6 +28,7 @@ from router.index import PrefixIndex
 from router.link_listener import Listener
 from router.protocol import WorkerAddress
 from router.rest import Rest
+from router.traffic import NOTHING_KNOWN, Known
 from router.worker_stream import LinkBroken, LinkSettings, WorkerStream
 from warmkv.v1 import common_pb2, worker_pb2
 
@@ -43,11 +44,16 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class Report:
-    """The last report of a worker: as it came, and when on the link's clock. Never changed, only replaced."""
+    """The last report of a worker: as it came, when it was true (on the link's clock), and which jobs are in it.
+
+    A job waits at its worker for the end of a step, and a report is sent again when a step
+    is long: no time that has passed since a job was sent says that a report knows of it. Never changed, only replaced.
+    """
 
     message: worker_pb2.Load
     at: float
     block_nbytes: int = 0
+    known: Known = NOTHING_KNOWN
     _load: WorkerLoad | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -165,7 +171,9 @@ class WorkerLink:
             self._flights.pop(job.job_id, None)
             on_end(end)
 
-        flight = self._flights[job.job_id] = Flight(self.name, job, on_tokens=on_tokens, on_end=ended)
+        flight = self._flights[job.job_id] = Flight(
+            self.name, job, on_tokens=on_tokens, on_end=ended, sent_at=self._clock()
+        )
         self._send(worker_pb2.ConnectRequest(submit=job))
         return flight
 
@@ -337,7 +345,7 @@ class WorkerLink:
         if step.others:
             self._listener.heard_others(self, step.others)
         if step.HasField("load"):
-            self.report = Report(step.load, self._heard_at, self.hello.block_nbytes if self.hello else 0)
+            self.report = self._report(step.load)
             self._note_lag(step.load.events_behind_ms / 1000.0)
             if not self.has_shared_tier:
                 self._note_shared_tier(known=False)
@@ -346,6 +354,11 @@ class WorkerLink:
             flight = self._flights.get(output.job_id)
             if flight is not None:
                 flight.deliver(output)
+
+    def _report(self, load: worker_pb2.Load) -> Report:
+        nbytes, at = self.hello.block_nbytes if self.hello else 0, self._heard_at - load.age_ms / 1000.0
+        known = (flight.sent_at for job, flight in reversed(self._flights.items()) if job <= load.last_job_id)
+        return Report(load, at, nbytes, Known(next(known, -math.inf), load.last_other_number))
 
     def _note_lag(self, seconds: float) -> None:
         if seconds != self._feed.behind_s:

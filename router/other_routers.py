@@ -54,7 +54,7 @@ class OtherRouters:
 
     def _sent(self, key: _Key, job: worker_pb2.OtherJob) -> None:
         hashes = short_hashes(job.block_hashes)
-        self._traffic.sent(key, key[0], hashes, work_ms=job.work_ms, cached_blocks=job.cached_blocks)
+        self._traffic.sent(key, key[0], hashes, work_ms=job.work_ms, cached_blocks=job.cached_blocks, place=job.number)
 
 
 def _is_update(job: worker_pb2.OtherJob) -> bool:

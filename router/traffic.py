@@ -24,8 +24,6 @@ LEAST_THERE_S = 1.0
 # The same of this router and the fleet's utilisation. In a moment's burst of long prompts, all counted when they are
 # sent, it is called busier than it is; where nothing is cached yet that changes no choice.
 _LEAST_SEEN_S = 2.0
-# A load report that came this long after a job was sent contains it: workers report at most every 20 ms.
-_REFLECTED_AFTER_S = 0.04
 # Who has been there for so long would have no more work in its memory had it been there for ever: 1 - exp(-40) is 1.0.
 _SETTLED_S = 40.0 * MEMORY_S
 _NEGLIGIBLE_MS = 1.0
@@ -34,7 +32,10 @@ _FLEET = ""  # the owner of what is counted for all workers together
 
 @dataclass(slots=True)
 class Sent:
-    """A request on a worker. `shared` leading names of its chain are counted as being shared by requests in flight."""
+    """A request on a worker. `shared` leading names of its chain are counted as being shared by requests in flight.
+
+    `place`: as in `Known`; None: this router sent it itself.
+    """
 
     worker: str
     hashes: Sequence[bytes]
@@ -42,25 +43,39 @@ class Sent:
     work_ms: float
     at: float
     shared: int
+    place: float | None = None
     prefilling: bool = True
 
 
+class Known(NamedTuple):
+    """Which requests a worker's report knows of.
+
+    Attributes:
+        until: of this router's, those that were sent until then, on the clock. place: of other routers', those up to
+            this place in the order in which the worker took them in.
+    """
+
+    until: float
+    place: float
+
+
+NOTHING_KNOWN = Known(-math.inf, -math.inf)
+
+
 class Unreported(NamedTuple):
-    """What was sent to a worker and its last report does not contain, or maybe not.
+    """Requests before their first token that a worker's report does not know of.
 
     A worker works while nobody looks: what was sent to an idle one 30 ms ago and takes 5 ms is done, whether or not it
     has said so. So work is followed as by a clerk at a counter (Lindley's recursion), not summed.
 
     Attributes:
-        doubtful_ms: what was sent so shortly before the report that it may be in it; what was left of it by then.
-        later_ms: work sent since. until: when that would be done had nothing else been there, on the clock, in seconds.
-        requests: all of them.
+        ms: their work. ends_at: when it is done if each began as soon as it was sent and those before it were done; on
+            the clock, in seconds.
     """
 
-    doubtful_ms: float = 0.0
-    later_ms: float = 0.0
-    until: float = 0.0
+    ms: float = 0.0
     requests: int = 0
+    ends_at: float = -math.inf
 
 
 NOTHING_UNREPORTED = Unreported()
@@ -85,9 +100,9 @@ class Traffic:
         self._flights: dict[Hashable, Sent] = {}
         self._in_flight: Counter[str] = Counter()
         self._prefilling: dict[str, dict[Hashable, Sent]] = {}  # by worker, in the order of sending
-        # The last answer of each worker, with the time of the report that it was given for. Between two decisions one
+        # The last answer of each worker, with what the report knew that it was given for. Between two decisions one
         # or two workers of a fleet say or are sent something: for the others it still holds.
-        self._unreported: dict[str, tuple[float, Unreported]] = {}
+        self._unreported: dict[str, tuple[Known, Unreported]] = {}
         self._first_at: float | None = None
 
     def met(self, worker: str, recent_work_ms: float, *, up_ms: float = 0.0) -> None:
@@ -104,16 +119,27 @@ class Traffic:
         self._fleet.add(max(0.0, news_ms), now)
         self._work[worker] = known
 
-    def sent(self, key: Hashable, worker: str, hashes: Sequence[bytes], *, work_ms: float, cached_blocks: int) -> None:
+    def sent(
+        self,
+        key: Hashable,
+        worker: str,
+        hashes: Sequence[bytes],
+        *,
+        work_ms: float,
+        cached_blocks: int,
+        place: float | None = None,
+    ) -> None:
         """A request went to a worker, predicted to be `work_ms` of load and compute, its first blocks cached there.
 
-        The hashes must not change until it has ended.
+        `place`: of one that another router sent, as in `Known`. The hashes must not change until it has ended.
         """
         now, names = self._clock(), self._names(hashes)
         self._seen_since(now)
         self._work.setdefault(worker, RecentWork()).add(work_ms, now)
         self._fleet.add(work_ms, now)
-        flight = self._flights[key] = Sent(worker, hashes, names, work_ms, now, self._depth(hashes, cached_blocks))
+        flight = self._flights[key] = Sent(
+            worker, hashes, names, work_ms, now, self._depth(hashes, cached_blocks), place
+        )
         self._in_flight[worker] += 1
         self._prefilling.setdefault(worker, {})[key] = flight
         self._unreported.pop(worker, None)
@@ -180,18 +206,18 @@ class Traffic:
         seen_s = max(MEMORY_S * (1.0 - math.exp((self._first_at - now) / MEMORY_S)), _LEAST_SEEN_S)
         return self._fleet.value(now) / (seen_s * 1000.0 * workers)
 
-    def unreported(self, worker: str, reported_at: float) -> Unreported:
-        """What a worker's report of that time cannot contain yet."""
+    def unreported(self, worker: str, known: Known) -> Unreported:
+        """What was sent to a worker and its report does not know of."""
         if not self._prefilling.get(worker):
             return NOTHING_UNREPORTED
-        known = self._unreported.get(worker)
-        if known is None or known[0] != reported_at:
-            known = self._unreported[worker] = (reported_at, _summed(self._late(worker, reported_at), reported_at))
-        return known[1]
+        answered = self._unreported.get(worker)
+        if answered is None or answered[0] != known:
+            answered = self._unreported[worker] = (known, _summed(self._late(worker, known)))
+        return answered[1]
 
-    def unreported_blocks(self, worker: str, reported_at: float) -> int:
-        """Blocks to compute that were sent to a worker and that its report of that time cannot contain yet."""
-        return sum(self._rest(f.hashes, f.shared) for f in self._late(worker, reported_at))
+    def unreported_blocks(self, worker: str, known: Known) -> int:
+        """Blocks to compute of what was sent to a worker and its report does not know of."""
+        return sum(self._rest(f.hashes, f.shared) for f in self._late(worker, known))
 
     def active_blocks(self, hashes: Sequence[bytes], workers: Sequence[str]) -> list[int]:
         """By worker the different blocks that requests in flight there use, if one with this chain were among them."""
@@ -243,12 +269,17 @@ class Traffic:
         """Blocks behind so many leading parts."""
         return len(hashes) - depth
 
-    def _late(self, worker: str, reported_at: float) -> list[Sent]:
-        late = []
+    def _late(self, worker: str, known: Known) -> list[Sent]:
+        late, own, told = [], True, True  # whether any that were sent before may be unknown
         for flight in reversed(self._prefilling.get(worker, {}).values()):
-            if flight.at + _REFLECTED_AFTER_S <= reported_at:
-                break  # and so are all that were sent before it
-            late.append(flight)
+            if flight.place is None:
+                own = is_late = own and flight.at > known.until
+            else:
+                told = is_late = told and flight.place > known.place
+            if is_late:
+                late.append(flight)
+            elif not (own or told):
+                break
         late.reverse()  # sums are made in the order of sending, whatever was reported between
         return late
 
@@ -263,17 +294,9 @@ class Traffic:
             self._arriving.remove(flight.worker, flight.names, len(flight.names))
 
 
-def _summed(late: Sequence[Sent], reported_at: float) -> Unreported:
-    """Of requests in the order of sending."""
-    doubtful = [flight for flight in late if flight.at <= reported_at]
-    later = late[len(doubtful) :]
-    left_ms = max(0.0, _done_at(doubtful) - reported_at) * 1000.0
-    return Unreported(left_ms, sum(flight.work_ms for flight in later), _done_at(later), len(late))
-
-
-def _done_at(flights: Sequence[Sent]) -> float:
-    """When a worker that did nothing else would be done with them."""
-    at = 0.0
-    for flight in flights:
-        at = max(at, flight.at) + flight.work_ms / 1000.0
-    return at
+def _summed(late: Sequence[Sent]) -> Unreported:
+    ms, ends_at = 0.0, -math.inf
+    for flight in late:
+        ms += flight.work_ms
+        ends_at = max(ends_at, flight.at) + flight.work_ms / 1000.0
+    return Unreported(ms, len(late), ends_at)

@@ -25,7 +25,7 @@ from kvstore.errors import StoreError
 from kvstore.events import BlockStored, TierName
 from kvstore.tier import Clock
 from workers.cache_commands import CacheAnswer, CacheCommand, carry_out
-from workers.protocol import Engine, Load, StepReport
+from workers.protocol import Engine, Job, JobId, Load, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,14 @@ HOLD_PEERS_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """A step's report, and the load where it is due."""
+    """A step's report, and the load where it is due.
+
+    `taken_in`: jobs that the load knows of and no load before it did, in the order in which they came.
+    """
 
     report: StepReport
     load: Load | None
+    taken_in: Sequence[JobId] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +162,7 @@ class EngineThread:
         self._load_taken_at = float("-inf")
         self._load_is_stale = True
         self._stepped_at = float("-inf")
+        self._taken_in: list[JobId] = []  # since the last load; the engine thread's own
 
     def start(self) -> None:
         """Begin."""
@@ -168,6 +173,15 @@ class EngineThread:
         with self._mailbox.changed:
             self._mailbox.commands.append(command)
             self._mailbox.changed.notify()
+
+    def submit(self, job: Job) -> None:
+        """Give it to the engine before the next step. Any thread."""
+
+        def take_in(engine: Engine) -> None:
+            engine.submit(job)
+            self._taken_in.append(job.job_id)
+
+        self.post(take_in)
 
     def ask_snapshot(self, asker: Hashable) -> None:
         """A `Snapped` follows the step that comes next. Any thread."""
@@ -249,8 +263,14 @@ class EngineThread:
         self._load_is_stale = True
         load = self._take_load()
         if report.outputs or report.events or load is not None:
-            self._publish(Stepped(report, load))
+            self._publish_step(report, load)
         return bool(report.outputs)
+
+    def _publish_step(self, report: StepReport, load: Load | None) -> None:
+        taken_in: list[JobId] = []
+        if load is not None:
+            taken_in, self._taken_in = self._taken_in, []
+        self._publish(Stepped(report, load, taken_in))
 
     def _take_load(self) -> Load | None:
         now = self._clock()
@@ -273,7 +293,7 @@ class EngineThread:
                 self._mailbox.changed.wait(max(0.0, wake_at - self._clock()))
         load = self._take_load()
         if load is not None:
-            self._publish(Stepped(StepReport(), load))
+            self._publish_step(StepReport(), load)
 
     def _clear(self, request: ClearRequest) -> Cleared | None:
         """Drop this worker's blocks; the answer, or None where it comes when the shared tier is clear too."""

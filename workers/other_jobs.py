@@ -40,6 +40,11 @@ class RunningJobs:
         )
         return told
 
+    def number(self, stream: int, job_id: int) -> int:
+        """Its `OtherJob.number`; zero of one that has ended."""
+        job = self._jobs.get((stream, job_id))
+        return job.number if job is not None else 0
+
     def has_token(self, stream: int, number: int) -> worker_pb2.OtherJob | None:
         """It has a token; what is to be told, if that is news."""
         job = self._jobs.get((stream, number))

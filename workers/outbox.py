@@ -71,11 +71,17 @@ class _Sync(Enum):
 
 
 class Outbox:
-    """See the module. Owned by one thread. `others`: what the router has yet to hear of jobs of others."""
+    """See the module. Owned by one thread.
+
+    Attributes:
+        others: what the router has yet to hear of jobs of others. last_job_id: of this router's jobs the last one that
+            the engine had taken in when the load was made.
+    """
 
     def __init__(self, hello: worker_pb2.WorkerHello, limits: OutboxLimits | None = None) -> None:
         self.overflows = 0
         self.others = News()
+        self.last_job_id = 0
         self._limits = limits or OutboxLimits()
         self._seq = 0
         self._hello: worker_pb2.WorkerHello | None = hello
@@ -93,6 +99,7 @@ class Outbox:
         self._piece_is_next = False
         self._asked_at = float("-inf")
         self._load: worker_pb2.Load | None = None
+        self._load_at = 0.0
         self._load_is_new = False  # not sent yet
         self._load_is_due = False  # worth a message of its own
         self._load_sent_at = float("-inf")
@@ -140,8 +147,9 @@ class Outbox:
         """Only the newest is sent."""
         self._fleet = record
 
-    def set_load(self, load: worker_pb2.Load) -> None:
-        """Only the newest is sent."""
+    def set_load(self, load: worker_pb2.Load, at: float) -> None:
+        """Only the newest is sent. `at`: when it was true."""
+        self._load_at = at
         self._load_is_due |= self._load is None or _busy(load) != _busy(self._load)
         self._load_is_new = True
         self._load = load
@@ -277,6 +285,8 @@ class Outbox:
         if may_send or self._must_send_load(now):
             step.load.CopyFrom(self._load)
             step.load.events_behind_ms = self._behind_ms(now)
+            step.load.last_job_id = self.last_job_id
+            step.load.age_ms = max(0.0, now - self._load_at) * 1000
             self._load_is_new = self._load_is_due = False
             self._load_sent_at = now
 

@@ -83,6 +83,8 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         self._streams: dict[int, RouterStream] = {}
         self._running = RunningJobs(clock())
         self._load: worker_pb2.Load | None = None
+        self._load_at = 0.0
+        self._last_taken_in = 0
         self._fleet: worker_pb2.FleetRecord | None = None
         self._draining = False
         self._closed: Status | None = None
@@ -185,7 +187,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         load.routers = len(set(self.routers))
         self._load = load
         for stream in self._streams.values():
-            stream.outbox.set_load(load)
+            stream.outbox.set_load(load, self._load_at)
 
     # What routers say.
 
@@ -228,7 +230,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         stream.jobs.add(message.job_id)
         self._quiet.clear()
         self._tell_others(stream.number, self._running.came(stream.number, message, self._clock()))
-        self._engine.post(lambda engine: engine.submit(job))
+        self._engine.submit(job)
 
     def _cancel(self, stream: RouterStream, number: int) -> None:
         if number in stream.jobs:
@@ -261,17 +263,27 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         told = [] if self._kv_events_off else item.report.events
         wire = [event_to_wire(event) for event in told]
         events = WireEvents(wire, sum(event.ByteSize() for event in wire), self._clock())
+        for taken in item.taken_in:
+            self._note_taken_in(taken)
         if item.load is not None:
             self._load = load_to_wire(item.load)
             self._load.routers = len(set(self.routers))
+            self._load.last_other_number = self._last_taken_in
+            self._load_at = self._clock()
         for stream in self._streams.values():
             own = outputs.get(stream.number, [])
             stream.outbox.add_outputs(own)
             stream.outbox.add_events(events)
             if item.load is not None and self._load is not None:
-                stream.outbox.set_load(self._load)
+                stream.outbox.set_load(self._load, self._load_at)
             if own or wire or item.load is not None:
                 stream.wake()
+
+    def _note_taken_in(self, job_id: object) -> None:
+        match job_id:
+            case (int(asker), int(number)) if asker in self._streams:
+                self._streams[asker].outbox.last_job_id = number
+                self._last_taken_in = max(self._last_taken_in, self._running.number(asker, number))
 
     def _outputs_by_stream(self, outputs: list[Output]) -> dict[int, list[worker_pb2.SequenceOutput]]:
         grouped: dict[int, list[worker_pb2.SequenceOutput]] = defaultdict(list)

@@ -12,7 +12,7 @@ from kvstore.events import BlockRemoved, BlockStored, KvEvent, RemovalCause, Tie
 from replay.pool import Pool
 from replay.run_index import RunIndex, RunTraffic
 from replay.workload import Chain, segment_key
-from router.traffic import Traffic
+from router.traffic import NOTHING_KNOWN, Traffic
 from tests.replay.made import made_work
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), max_size=9), min_size=1, max_size=25)
@@ -99,4 +99,4 @@ def test_traffic_of_segments_is_traffic_of_blocks(prompts: list[list[int]], does
             assert runs.arriving_run("w", c) == blocks.arriving_run("w", list(c))
             assert runs.sharers(c) == blocks.sharers(list(c))
             assert runs.active_blocks(c, ["w"]) == blocks.active_blocks(list(c), ["w"])
-        assert runs.unreported_blocks("w", 0.0) == blocks.unreported_blocks("w", 0.0)
+        assert runs.unreported_blocks("w", NOTHING_KNOWN) == blocks.unreported_blocks("w", NOTHING_KNOWN)

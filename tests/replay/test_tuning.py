@@ -29,7 +29,7 @@ RULE = "sglang_cache_aware"
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts of 40 blocks that all share, and 20 of their own, more than one worker can compute.
 
-    SGLang's rule sends all to the worker that holds the 40 until it is `balance_abs` requests ahead, 64 by default.
+    SGLang's rule sends all to the worker that holds the 40 until it is `balance_abs` requests ahead: never, at present.
     """
     lines = []
     for n in range(450):
@@ -42,7 +42,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def search(path: Path, **changes: object) -> Search:
     fleet = Fleet(workers=4, capacity_tokens=6000, prefill_tokens_per_s=4000.0)
-    known = {"present": Configuration(RULE), "policies": (RULE,), "trials": 8, "seeds": 2}
+    known = {"present": Configuration(RULE, {"balance_abs": 1000.0}), "policies": (RULE,), "trials": 8, "seeds": 2}
     requests = len(prepared(Source((path,))).requests)
     return Search(Source((path,)), fleet, requests, **{**known, **changes})  # type: ignore[arg-type]
 
@@ -57,7 +57,7 @@ def test_it_finds_the_weight_that_was_planted_and_says_that_it_is_better(found: 
     assert found.winner.policy == RULE
     weights = found.winner.weights
     # Two thirds of each prompt match: a higher threshold undoes the rule as a lower limit of imbalance does.
-    assert weights.get("balance_abs", 64) < 64 or weights.get("cache_threshold", 0.3) > 2 / 3
+    assert weights.get("balance_abs", 64) < 1000 or weights.get("cache_threshold", 0.3) > 2 / 3
     assert found.difference is not None
     assert found.difference.certain
     assert found.difference.relative < -0.5

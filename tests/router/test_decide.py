@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import count, product
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from router.fleet_record import FleetRecord
 from router.index import NO_OVERLAP, Overlap, PrefixIndex
 from router.peers import Holders
 from router.policy import checked_weights
-from router.traffic import Traffic
+from router.traffic import NOTHING_KNOWN, Known, Traffic
 from warmkv.v1 import admin_pb2
 
 
@@ -59,6 +60,7 @@ class Told:
 
     load: WorkerLoad
     at: float
+    known: Known
 
 
 class Link(SimpleNamespace):
@@ -98,15 +100,14 @@ class Fixture:
 
     def by_one(self, asked: Question, link: Link, fits: dict[str, PrefillFit]) -> tuple[Price, int, int]:
         """(price, active, arriving) of one worker, worked out from nothing but its report and what was sent."""
-        load, at = (link.report.load, link.report.at) if link.report else (WorkerLoad(), 0.0)
-        own = [(when, ms) for worker, ms, when in self.sent.values() if worker == link.name and when + 0.04 > at]
+        report = link.report
+        load, at, known = (report.load, report.at, report.known) if report else (WorkerLoad(), -math.inf, NOTHING_KNOWN)
+        own = [(when, ms) for worker, ms, when in self.sent.values() if worker == link.name and when > known.until]
         arriving = self.traffic.arriving_run(link.name, asked.hashes)
         fit = fits[link.name]
-        doubtful_ms = left_ms([(when, ms) for when, ms in own if when <= at], at)
         backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
-        later = [(when, ms) for when, ms in own if when > at]
-        queue = left_ms([(at, max(backlog, doubtful_ms)), *later], self.now)
-        queue = max(queue, left_ms(later, self.now), 0.2 * backlog)
+        queue = left_ms([(at, backlog), *own] if report else own, self.now)
+        queue = max(queue, left_ms(own, self.now), 0.2 * backlog)
         overlap = Overlap(*(max(arriving, depth) for depth in NO_OVERLAP))
         priced = price(overlap, asked.prompt_tokens, 16, load, fit, queue=queue, shared_reads=True)
         return priced, load.running + load.waiting + len(own), arriving
@@ -141,7 +142,9 @@ def test_candidates_are_what_each_worker_alone_would_be(script: list[tuple[str, 
         link = it.fleet.links()[number]
         if what == "report":
             fit = PrefillFit(10.0, 0.1 * (1 + next(reports) % 7), 0.0)
-            link.report = Told(WorkerLoad(fit, {}, 50 * len(path), waiting=len(path), running=number), it.now)
+            link.report = Told(
+                WorkerLoad(fit, {}, 50 * len(path), waiting=len(path), running=number), it.now, Known(it.now, 0)
+            )
         elif what == "wait":
             it.now += 0.03
         elif what == "sent" and number not in it.sent:

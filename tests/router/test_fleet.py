@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,9 +13,9 @@ from router.core import Router
 from router.errors import InvalidRequest, NotSupported, NoWorkerAvailable, WorkerLost, WorkerNotFound
 from router.link import LOST_AFTER_S, SUSPECT_AFTER_S
 from router.protocol import WorkerAddress
-from tests.router.fake_worker import FakeWorker
+from tests.router.fake_worker import FakeWorker, stays_quiet
 from tests.router.rig import ADMIN, ALICE, Rig, all_ready, context, eventually, generate, request, rig, states, tokens
-from warmkv.v1 import admin_pb2, inference_pb2
+from warmkv.v1 import admin_pb2, inference_pb2, worker_pb2
 
 
 @asynccontextmanager
@@ -498,3 +499,27 @@ async def test_links_are_sorted_by_name_whenever_and_in_whatever_order_workers_c
         for names in (["w2", "w0"], ["w2", "w3", "w0", "w1"]):
             fleet.discoveries[0].set([WorkerAddress(name, "127.0.0.1:1") for name in names])
             await eventually(lambda names=names: [link.name for link in router.fleet.links()] == sorted(names))
+
+
+@pytest.mark.asyncio
+async def test_a_report_covers_the_jobs_that_it_names_and_the_moment_that_it_tells_of() -> None:
+    worker = FakeWorker("w0", stays_quiet)
+    async with fakes(worker) as (_, router):
+        await all_ready(router, 1)
+        worker.beating = False
+        asking = []
+        for number in range(3):
+            asking.append(asyncio.create_task(generate(router, request(tokens(number, 20)))))
+            await eventually(lambda number=number: worker.kinds().count("submit") == number + 1)  # type: ignore[misc]
+        sent = [heard.submit.job_id for heard in worker.heard if heard.HasField("submit")]
+        link, traffic = router.fleet.link("w0"), router._traffic
+        for nth, (known, unreported) in enumerate([(0, 3), (sent[1], 1), (sent[1], 1), (sent[2], 0)], start=1):
+            said = time.monotonic()
+            worker.say(step=worker_pb2.Step(load=worker_pb2.Load(last_job_id=known, age_ms=5000.0, steps=nth)))
+            await eventually(lambda nth=nth: link.report is not None and link.report.message.steps == nth)  # type: ignore[misc]
+            assert link.report is not None
+            assert said - 5.0 <= link.report.at < said
+            assert traffic.unreported("w0", link.report.known).requests == unreported
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from router.other_routers import OtherRouters
-from router.traffic import MEMORY_S, Traffic
+from router.traffic import MEMORY_S, NOTHING_KNOWN, Traffic
 from tests.router.fake_worker import FakeWorker
 from tests.router.rig import ALICE, all_ready, context, eventually, request, rig, tokens
 from warmkv.v1 import inference_pb2, worker_pb2
@@ -48,7 +48,7 @@ def test_a_job_of_another_router_counts_as_ones_own() -> None:
             assert theirs.arriving(chain) == own.arriving(chain)
             assert theirs.sharers(chain) == own.sharers(chain)
             assert theirs.active_blocks(chain, ["w"]) == own.active_blocks(chain, ["w"])
-        assert theirs.unreported("w", 100.0) == own.unreported("w", 100.0)
+        assert theirs.unreported("w", NOTHING_KNOWN) == own.unreported("w", NOTHING_KNOWN)
         assert theirs.recent_work_ms("w") == own.recent_work_ms("w") == 7.0
         assert theirs.utilisation(2) == own.utilisation(2) > 0
         others.heard("w", [told(1, step)])

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from router.traffic import MEMORY_S, NOTHING_UNREPORTED, Traffic
+from router.traffic import MEMORY_S, NOTHING_UNREPORTED, Known, Traffic
 
 
 class Clock:
@@ -18,6 +18,11 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def known(until: float) -> Known:
+    """What a report knows that was made then."""
+    return Known(until, 0)
 
 
 def chain(*path: int) -> list[bytes]:
@@ -70,25 +75,43 @@ def test_only_cached_blocks_are_shared_and_computed_ones_once_they_are_there(tra
     assert traffic.sharers(chain(1, 2, 3)) == []
 
 
-def missing(traffic: Traffic, worker: str, reported_at: float) -> tuple[float, int]:
-    """Milliseconds of work, and requests, that are not or not for sure in a report of that time."""
-    sent = traffic.unreported(worker, reported_at)
-    return round(sent.doubtful_ms + sent.later_ms, 6), sent.requests
-
-
-def test_work_is_unreported_until_a_later_report(traffic: Traffic, clock: Clock) -> None:
+def test_work_is_unreported_until_a_report_knows_of_it(traffic: Traffic, clock: Clock) -> None:
     traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
-    assert missing(traffic, "a", clock.now - 1) == (7, 1)
-    clock.now += 0.01
-    assert missing(traffic, "a", clock.now - 0.005) == (2, 1)  # it has had 5 ms for it
-    assert missing(traffic, "a", clock.now + 0.1) == (0, 0)
-    assert missing(traffic, "b", clock.now) == (0, 0)
+    assert traffic.unreported("a", known(clock.now - 1)) == (7, 1, clock.now + 0.007)
+    assert traffic.unreported("a", known(clock.now)) == NOTHING_UNREPORTED
+    assert traffic.unreported("b", known(clock.now - 1)) == NOTHING_UNREPORTED
+
+
+def test_of_other_routers_requests_a_report_knows_up_to_a_place_in_the_workers_order(
+    traffic: Traffic, clock: Clock
+) -> None:
+    """They are told the moment they come, and taken in by the engine when its step has ended."""
+    traffic.sent(1, "a", chain(1), work_ms=10, cached_blocks=0)
+    traffic.sent(("a", 4), "a", chain(2, 3), work_ms=20, cached_blocks=0, place=4)
+    traffic.sent(("a", 5), "a", chain(4, 5, 6), work_ms=40, cached_blocks=0, place=5)
+    sent_at = clock.now
+    assert traffic.unreported("a", Known(sent_at - 1, 3))[:2] == (70, 3)
+    assert traffic.unreported("a", Known(sent_at, 3))[:2] == (60, 2)
+    assert traffic.unreported("a", Known(sent_at - 1, 4))[:2] == (50, 2)
+    assert traffic.unreported("a", Known(sent_at, 5)) == NOTHING_UNREPORTED
+    assert traffic.unreported_blocks("a", Known(sent_at + 9, 4)) == 3
+
+
+def test_unreported_work_is_done_one_after_the_other_and_not_before_it_was_sent(traffic: Traffic, clock: Clock) -> None:
+    start = clock.now
+    for key, (at, ms) in enumerate([(0.0, 100.0), (0.03, 50.0), (1.0, 20.0)]):
+        clock.now = start + at
+        traffic.sent(key, "a", [], work_ms=ms, cached_blocks=0)
+    assert traffic.unreported("a", known(start - 1)) == (170.0, 3, pytest.approx(start + 1.02))
+    traffic.ended(2)
+    assert traffic.unreported("a", known(start - 1)) == (150.0, 2, pytest.approx(start + 0.15))
+    assert traffic.unreported("a", known(start)) == (50.0, 1, pytest.approx(start + 0.08))
 
 
 def test_a_request_that_has_its_first_token_waits_no_more(traffic: Traffic, clock: Clock) -> None:
     traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
     traffic.first_token(1)
-    assert missing(traffic, "a", clock.now) == (0, 0)
+    assert traffic.unreported("a", known(clock.now - 1)) == NOTHING_UNREPORTED
 
 
 class Counted:
@@ -200,26 +223,28 @@ def test_a_worker_that_is_gone_may_have_requests_that_end_later(traffic: Traffic
 
 
 def test_what_was_answered_before_is_not_answered_after_a_change(traffic: Traffic, clock: Clock) -> None:
+    before = clock.now - 1
     traffic.sent(1, "a", [], work_ms=7, cached_blocks=0)
-    assert missing(traffic, "a", clock.now) == (7, 1)
+    assert traffic.unreported("a", known(before))[:2] == (7, 1)
     traffic.sent(2, "a", [], work_ms=5, cached_blocks=0)
-    assert missing(traffic, "a", clock.now) == (12, 2)
+    assert traffic.unreported("a", known(before))[:2] == (12, 2)
     traffic.first_token(1)
-    assert missing(traffic, "a", clock.now) == (5, 1)
-    assert missing(traffic, "a", clock.now + 1) == (0, 0)
+    assert traffic.unreported("a", known(before))[:2] == (5, 1)
+    assert traffic.unreported("a", known(clock.now)) == NOTHING_UNREPORTED
     traffic.ended(2)
-    assert missing(traffic, "a", clock.now) == (0, 0)
+    assert traffic.unreported("a", known(before)) == NOTHING_UNREPORTED
 
 
-def test_blocks_to_compute_are_unreported_until_a_report_can_contain_them(traffic: Traffic, clock: Clock) -> None:
+def test_blocks_to_compute_are_unreported_until_a_report_knows_of_them(traffic: Traffic, clock: Clock) -> None:
+    before = clock.now - 1
     traffic.sent(1, "a", chain(1, 2, 3, 4), work_ms=10, cached_blocks=1)
     traffic.sent(2, "a", chain(5, 6), work_ms=10, cached_blocks=0)
     traffic.sent(3, "b", chain(7), work_ms=10, cached_blocks=0)
-    assert traffic.unreported_blocks("a", clock.now) == 3 + 2
-    assert traffic.unreported_blocks("a", clock.now + 1) == 0
+    assert traffic.unreported_blocks("a", known(before)) == 3 + 2
+    assert traffic.unreported_blocks("a", known(clock.now)) == 0
     traffic.first_token(1)
-    assert traffic.unreported_blocks("a", clock.now) == 2
-    assert traffic.unreported_blocks("nobody", clock.now) == 0
+    assert traffic.unreported_blocks("a", known(before)) == 2
+    assert traffic.unreported_blocks("nobody", known(before)) == 0
 
 
 def test_blocks_in_use_are_counted_once_from_sending_to_the_end(traffic: Traffic) -> None:
@@ -248,19 +273,6 @@ def test_a_new_worker_is_judged_by_the_rate_of_what_it_was_given(traffic: Traffi
     joined_at = clock.now - 10.0
     assert traffic.recent_work_ms("new", joined_at=joined_at) == pytest.approx(traffic.recent_work_ms("old"), rel=0.1)
     assert traffic.recent_work_ms("new") < 0.4 * traffic.recent_work_ms("old")
-
-
-def test_work_sent_shortly_before_a_report_is_doubtful(traffic: Traffic, clock: Clock) -> None:
-    began = clock.now
-    traffic.sent(1, "w", [], work_ms=15.0, cached_blocks=0)
-    clock.now += 0.01
-    reported_at = clock.now
-    clock.now += 0.01
-    traffic.sent(2, "w", [], work_ms=3.0, cached_blocks=0)
-    sent = traffic.unreported("w", reported_at)
-    assert sent == pytest.approx((5.0, 3.0, began + 0.023, 2))
-    assert traffic.unreported("w", reported_at + 1.0) == NOTHING_UNREPORTED
-    assert traffic.unreported("other", reported_at) == NOTHING_UNREPORTED
 
 
 def test_a_worker_that_is_gone_leaves_nothing_when_its_last_request_ends(traffic: Traffic, clock: Clock) -> None:

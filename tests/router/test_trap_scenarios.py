@@ -15,7 +15,7 @@ from router.decide import Choice, Decider, Question
 from router.fleet import Fleet
 from router.fleet_record import FleetRecord
 from router.index import PrefixIndex
-from router.traffic import Traffic
+from router.traffic import NOTHING_KNOWN, Known, Traffic
 
 BLOCK = 16
 FIT = PrefillFit(fixed_ms=10.0, token_ms=0.125)
@@ -25,6 +25,7 @@ FIT = PrefillFit(fixed_ms=10.0, token_ms=0.125)
 class Report:
     load: WorkerLoad
     at: float = 0.0
+    known: Known = NOTHING_KNOWN
 
 
 @dataclass

@@ -27,7 +27,7 @@ from workers.engine_thread import (
     Snapped,
     Stepped,
 )
-from workers.protocol import CachedBlock, EngineInfo, Job, JobId, Load, Output, StepReport
+from workers.protocol import CachedBlock, EngineInfo, Job, JobId, Load, Output, SamplingParams, StepReport
 
 ROOT = BlockHash(b"r" * 32)
 
@@ -375,3 +375,29 @@ def test_stop_before_start_returns() -> None:
     rig = Rig()
     rig.thread.stop(flush_s=0.0)
     assert rig.engine.closed is None
+
+
+def test_a_load_names_the_jobs_that_it_knows_of_and_not_those_that_came_during_the_step() -> None:
+    rig, entered, go_on = Rig(), threading.Event(), threading.Event()
+    step = rig.engine.step
+
+    def long_step() -> StepReport:
+        entered.set()
+        assert go_on.wait(PATIENCE_S)
+        return step()
+
+    rig.engine.step = long_step  # type: ignore[method-assign]
+    jobs = [Job(name, [1], ROOT, [], SamplingParams(max_tokens=1)) for name in "ab"]
+    rig.thread.submit(jobs[0])
+    rig.thread.start()
+    assert entered.wait(PATIENCE_S)
+    rig.thread.submit(jobs[1])
+    go_on.set()
+    told: list[Sequence[JobId]] = []
+    while sum(map(len, told)) < 2:
+        stepped = rig.next(Stepped)
+        assert isinstance(stepped, Stepped)
+        assert stepped.load is not None or not stepped.taken_in
+        told += [stepped.taken_in] if stepped.taken_in else []
+    rig.thread.stop(flush_s=0.0)
+    assert told == [["a"], ["b"]]

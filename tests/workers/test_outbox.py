@@ -183,10 +183,10 @@ def sent_loads(outbox: Outbox, now: float) -> list[int]:
 
 def test_loads_are_at_least_20_ms_apart_and_the_newest_wins() -> None:
     outbox = live_outbox()
-    outbox.set_load(load(1))
+    outbox.set_load(load(1), 10.0)
     assert sent_loads(outbox, 10.000) == [1]
-    outbox.set_load(load(2))
-    outbox.set_load(load(3))
+    outbox.set_load(load(2), 10.0)
+    outbox.set_load(load(3), 10.0)
     assert outbox.wake_at() == pytest.approx(10.020)
     outbox.add_outputs([output(1, 5)])
     assert sent_loads(outbox, 10.010) == []
@@ -195,9 +195,9 @@ def test_loads_are_at_least_20_ms_apart_and_the_newest_wins() -> None:
 
 def test_an_unchanged_load_is_repeated_as_a_heartbeat_within_500_ms() -> None:
     outbox = live_outbox()
-    outbox.set_load(load(1))
+    outbox.set_load(load(1), 10.0)
     assert sent_loads(outbox, 10.0) == [1]
-    outbox.set_load(load(1))
+    outbox.set_load(load(1), 10.0)
     wake_at = outbox.wake_at()
     assert wake_at is not None
     assert 10.3 < wake_at <= 10.5
@@ -208,12 +208,22 @@ def test_an_unchanged_load_is_repeated_as_a_heartbeat_within_500_ms() -> None:
 
 def test_a_step_takes_a_newer_load_along_even_where_nothing_that_counts_changed() -> None:
     outbox = live_outbox()
-    outbox.set_load(worker_pb2.Load(running=1, steps=1))
+    outbox.set_load(worker_pb2.Load(running=1, steps=1), 10.0)
     pop_all(outbox, 10.0)
-    outbox.set_load(worker_pb2.Load(running=1, steps=9))
+    outbox.set_load(worker_pb2.Load(running=1, steps=9), 10.02)
     outbox.add_outputs([output(1, 5)])
     (message,) = pop_all(outbox, 10.03)
     assert message.step.load.steps == 9
+
+
+def test_a_repeated_load_says_how_old_it_is_and_which_jobs_it_knows() -> None:
+    outbox = live_outbox()
+    outbox.last_job_id = 7
+    outbox.set_load(load(1), 10.0)
+    first, again = (pop_all(outbox, now)[0].step.load for now in (10.01, 10.6))
+    assert (first.last_job_id, again.last_job_id) == (7, 7)
+    assert first.age_ms == pytest.approx(10)
+    assert again.age_ms == pytest.approx(600)
 
 
 MOVES = [*["step"] * 6, *["pop"] * 6, *["ask"] * 3, *["answer"] * 3, "resync"]

@@ -105,7 +105,7 @@ def test_another_word_than_on_or_off_is_refused() -> None:
 
 
 def behind(outbox, now: float) -> float:
-    outbox.set_load(load_to_wire(Load(running=round(now * 1000) % 97)))
+    outbox.set_load(load_to_wire(Load(running=round(now * 1000) % 97)), now)
     loads = [message.step.load for message in pop_all(outbox, now) if message.step.HasField("load")]
     return loads[-1].events_behind_ms
 

@@ -1382,6 +1382,9 @@ class Load(_message.Message):
     PREFILL_SHARE_FIELD_NUMBER: _builtins.int
     PREFILL_ERROR_FIELD_NUMBER: _builtins.int
     ROUTERS_FIELD_NUMBER: _builtins.int
+    LAST_JOB_ID_FIELD_NUMBER: _builtins.int
+    AGE_MS_FIELD_NUMBER: _builtins.int
+    LAST_OTHER_NUMBER_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the running batch."""
     waiting: _builtins.int
@@ -1412,6 +1415,14 @@ class Load(_message.Message):
     """Mean relative error of the fitted prefill time, before each prefill was learnt from; fades like the fit."""
     routers: _builtins.int
     """Routers that are connected to the worker; they share what is limited for the fleet."""
+    last_job_id: _builtins.int
+    """The highest job_id of this router that the numbers above know of; zero: of none. Later jobs lie before the engine,
+    which takes them in between two steps.
+    """
+    age_ms: _builtins.float
+    """Milliseconds since these numbers were true: a load is sent again when nothing was heard of a long step for a while."""
+    last_other_number: _builtins.int
+    """The highest OtherJob.number that the numbers above know of, whichever router's job that is; zero: of none."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierLoad]:
         """What is known of each tier."""
@@ -1434,10 +1445,13 @@ class Load(_message.Message):
         prefill_share: _builtins.float | None = ...,
         prefill_error: _builtins.float = ...,
         routers: _builtins.int = ...,
+        last_job_id: _builtins.int = ...,
+        age_ms: _builtins.float = ...,
+        last_other_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "prefill_share", b"prefill_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "events_behind_ms", b"events_behind_ms", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_error", b"prefill_error", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_share", b"prefill_share", "prefill_token_ms", b"prefill_token_ms", "routers", b"routers", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "age_ms", b"age_ms", "decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "events_behind_ms", b"events_behind_ms", "last_job_id", b"last_job_id", "last_other_number", b"last_other_number", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_error", b"prefill_error", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_share", b"prefill_share", "prefill_token_ms", b"prefill_token_ms", "routers", b"routers", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prefill_share: _TypeAlias = _typing.Literal["prefill_share"]  # noqa: Y015
     _WhichOneofArgType__prefill_share: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share"]  # noqa: Y015
