@@ -117,7 +117,7 @@ class Scene:
     def _worker(self, name: str, *facts: str) -> None:
         chains = [[word for word in part.split() if "*" in word] for part in " ".join(facts).split("holds")]
         numbers = {key: float(value) for key, value in (fact.split("=") for fact in facts if "=" in fact)}
-        assert numbers.keys() <= {"pending", "decoding", "busy", "pool"}
+        assert numbers.keys() <= {"pending", "decoding", "busy", "pool", "joined"}
         load = WorkerLoad(
             FIT,
             pending_tokens=int(numbers.get("pending", 0)),
@@ -125,7 +125,7 @@ class Scene:
             prefill_share=numbers.get("busy"),
             pool_blocks=int(numbers.get("pool", 0)),
         )
-        self.workers.all.append(Link(name, Report(load)))
+        self.workers.all.append(Link(name, Report(load), joined_at=numbers.get("joined", -1e9)))
         self.index.join(name, 1)
         self.index.begin_snapshot(name, 1)
         self.index.end_snapshot(name, 1)
