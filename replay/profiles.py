@@ -91,9 +91,9 @@ _ALL = (
     ),
     NamedProfile(
         "cpu_tiny",
-        "measured with `python -m bench.engine_profile`: the torch engine with a model of six layers and hidden size 256 "
-        "on one thread of a 2.5 GHz Xeon, CPU time of its steps, least of two; the core was shared with other programs, "
-        "an idle one is faster",
+        "measured with `python -m bench.engine_profile`: the torch engine with a model of six layers and hidden size "
+        "256 on one thread of a 2.5 GHz Xeon, CPU time of its steps, least of two; the core was shared with other "
+        "programs, an idle one is faster",
         BatchedProfile(
             PrefillFit(13.1, 0.154, 1.0e-4),
             decode_ms=8.9,
