@@ -109,9 +109,11 @@ def measure(report: Report, stepped: Stepped, repeats: int) -> None:
     mixed = [min(stepped.decode_ms(d, t, n) for _ in range(repeats)) for n, d, t in MIXED]
     (fixed, token, pair), error = fitted([(1.0, n, n * (m + n / 2)) for n, m in PREFILLS], prefills)
     (step, sequence, context), decode_error = fitted([(1.0, d, d * t) for d, t in DECODES], decodes)
-    beside = [ms - fixed - token * n - pair * n * n / 2 for ms, (n, _, _) in zip(mixed, MIXED, strict=True)]
-    added = [max(1e-3, ms - context * d * t) for ms, (_, d, t) in zip(beside, MIXED, strict=True)]
-    (start, each), mixed_error = fitted([(1.0, d) for _, d, _ in MIXED], added)
+    alone = [fixed + token * n + pair * n * n / 2 + context * d * t for n, d, t in MIXED]
+    beside = sum(ms - own for ms, own in zip(mixed, alone, strict=True))
+    each = max(0.0, beside / sum(d for _, d, _ in MIXED))
+    apart = [abs(own + each * d - ms) / ms for ms, own, (_, d, _) in zip(mixed, alone, MIXED, strict=True)]
+    mixed_error = sum(apart) / len(apart)
     for name, value in (
         ("prefill_fixed_ms", fixed),
         ("prefill_token_ms", token),
@@ -119,7 +121,6 @@ def measure(report: Report, stepped: Stepped, repeats: int) -> None:
         ("decode_ms", step),
         ("decode_sequence_ms", sequence),
         ("decode_context_ms", context),
-        ("mixed_ms", start),
         ("mixed_sequence_ms", each),
     ):
         report.add(name, [value], "ms")

@@ -199,7 +199,8 @@ class BatchedEngine:
         if noted.running or noted.waiting or by < since:
             return since
         beat = self._profile.heartbeat_s  # an idle engine looks at itself anew, a busy one is silent until a step ends
-        return since + (by - since) // beat * beat
+        silent_from = by if plan is None else min(by, plan.started)
+        return since + max(0.0, silent_from - since) // beat * beat
 
     def reported(self, sent: float) -> WorkerLoad:
         """The load as it was told then."""

@@ -8,7 +8,6 @@ an answer stay in the pool under names that nobody asks for.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -86,7 +85,7 @@ class SequenceBlocks:
         self._capacity = profile.pool_tokens // block_size
         self._answers_from = answers_from
         self.making: dict[int, Sequence] = {}  # segments that somebody computes now
-        self._expected: Counter[int] = Counter()  # segments of those that wait or compute
+        self._expected: dict[int, int] = {}  # segments of those that wait or compute
 
     def readable(self, sequence: Sequence) -> int:
         """Blocks that it may find in a cache."""
@@ -102,15 +101,18 @@ class SequenceBlocks:
     def expect(self, sequence: Sequence) -> None:
         """It is to be computed: those that come after it may count on it."""
         self.settle(sequence)
-        sequence.counted = sequence.chain.segments
-        self._expected.update(sequence.counted)
+        expected, sequence.counted = self._expected, sequence.chain.segments
+        for segment in sequence.counted:
+            expected[segment] = expected.get(segment, 0) + 1
 
     def settle(self, sequence: Sequence) -> None:
         """It is computed, or never will be."""
-        self._expected.subtract(sequence.counted)
+        expected = self._expected
         for segment in sequence.counted:
-            if not self._expected[segment]:
-                del self._expected[segment]
+            if expected[segment] == 1:
+                del expected[segment]
+            else:
+                expected[segment] -= 1
         sequence.counted = ()
 
     def _coming(self, chain: Chain) -> int:

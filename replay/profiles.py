@@ -91,12 +91,15 @@ _ALL = (
     ),
     NamedProfile(
         "cpu_tiny",
-        "rough figures of the torch engine on one CPU core with a model of six layers and hidden size 256; not fitted",
+        "measured with `python -m bench.engine_profile`: the torch engine with a model of six layers and hidden size "
+        "256 on one thread of a 2.5 GHz Xeon, CPU time of its steps, least of two; the core was shared with other "
+        "programs, an idle one is faster",
         BatchedProfile(
-            PrefillFit(6.0, 0.1, 2e-5),
-            decode_ms=6.5,
-            decode_sequence_ms=1.0,
-            mixed_sequence_ms=0.1,
+            PrefillFit(13.1, 0.154, 1.0e-4),
+            decode_ms=8.9,
+            decode_sequence_ms=0.375,
+            decode_context_ms=0.0032,
+            mixed_sequence_ms=0.15,
             max_batch_tokens=2048,
             max_running=64,
             pool_tokens=4_000,

@@ -64,14 +64,17 @@ class RunIndex(PrefixIndex):
             if found.device == found.shared:  # most workers, and a worker is asked about for every request
                 return Overlap(device, device, device, device)
             return Overlap(device, *(chain.blocks(depth) for depth in found[1:]))
-        segments, partly = chain.segments, [by_tier.get(tier, _NONE) for tier in _LOCAL]
+        segments, levels = chain.segments, (*[by_tier.get(tier, _NONE) for tier in _LOCAL], shared)
         deepest, runs = 0, []
         for level, depth in enumerate(found):
             whole = chain.blocks(depth)
             if depth < len(segments):
                 segment = segments[depth]
-                levels = partly[: level + 1] if level < len(partly) else [*partly, shared]
-                whole += max([known.get(segment, 0) for known in levels])
+                partial = 0
+                for known in levels[: level + 1]:
+                    if known and (blocks := known.get(segment, 0)) > partial:
+                        partial = blocks
+                whole += partial
             deepest = max(deepest, whole)
             runs.append(deepest)
         return Overlap(*runs)
