@@ -115,7 +115,7 @@ class BatchedEngine:
         self._first_due: list[Sequence] = []  # they decode, and have no token yet
         self._plan: _Plan | None = None
         self._done = 0  # steps of the plan
-        self._decode_step_ms = 0.0
+        self._decode_step_ms = self._profile.decode_step_ms(1, 0)  # a worker that has served before knows it
         self._waking_at: float | None = None
         self._history = deque([_Noted(self._timeline.now, -math.inf, 0, 0, 0, 0, 0.0, 0.0)])
 
