@@ -365,9 +365,9 @@ def test_a_worker_that_becomes_stuck_frees_those_that_wait_for_it() -> None:
     async def test(router: VirtualRouter) -> None:
         known = prompt(1, 3200)
         home = (await ask(router, known)).worker
-        tasks = [asyncio.ensure_future(ask(router, [*known, *prompt(50 + n, 200)])) for n in range(6)]
+        tasks = [asyncio.ensure_future(ask(router, [*known, *prompt(50 + n, 200)])) for n in range(12)]
         await asyncio.sleep(0.001)
-        assert len(router._room) > 0
+        assert len(router._room) > 6  # it is believed to work, and sent more, until it is late
         stuck = hold(router, home)
         await asyncio.sleep(30.0)
         waited = [task for task in tasks if task.done()]
