@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from kvstore.recent_work import RecentWork
+from kvstore.fading_sum import FadingSum
 from replay.batched_engine import BatchedEngine
 from replay.batched_profile import BatchedProfile
 from replay.engine import CacheChange, Engine, Reuse, Told
@@ -116,7 +116,7 @@ class Simulation:
         self._router_of: dict[int, SimulatedRouter] = {}
         self._down: set[str] = set()
         self._flights: dict[int, Given] = {}  # requests on workers
-        self._given = {name: RecentWork() for name in self._names}
+        self._given = {name: FadingSum() for name in self._names}
         self._fates = [
             Fate(arrived_s=at, output=request.output_length)
             for at, request in zip(work.arrivals_s, work.requests, strict=True)
@@ -251,7 +251,7 @@ class Simulation:
         unstarted, cut_off = self._engines[worker].fail()
         for router in self._routers:
             router.lost(worker)
-        self._given[worker] = RecentWork()
+        self._given[worker] = FadingSum()
         for number in (*unstarted, *cut_off):
             del self._flights[number]
             self._cut_off(number)

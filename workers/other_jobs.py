@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import count
 
-from kvstore.recent_work import RecentWork
+from kvstore.fading_sum import FadingSum
 from warmkv.v1 import worker_pb2
 
 ENDED = worker_pb2.OTHER_JOB_STATE_ENDED
@@ -25,7 +25,7 @@ class RunningJobs:
     def __init__(self, now: float) -> None:
         self._jobs: dict[tuple[int, int], worker_pb2.OtherJob] = {}
         self._numbers = count(1)
-        self._work = RecentWork()
+        self._work = FadingSum()
         self._began = now
 
     def came(self, stream: int, job: worker_pb2.Job, now: float) -> worker_pb2.OtherJob:

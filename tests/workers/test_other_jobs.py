@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from kvstore.recent_work import WORK_MEMORY_S
+from kvstore.fading_sum import WORK_MEMORY_S
 from tests.workers.serving import INFO, Gate, routers, serving, simulated
 from tests.workers.stream_client import StreamClient, job
 from warmkv.v1 import worker_pb2
