@@ -183,9 +183,10 @@ class SimulatedRouter:
 
         self._timeline.after(self._settings.delay_s, hear)
 
-    def met(self, worker: str, recent_work_ms: float) -> None:
-        """A worker's hello, which tells the work that it was given lately."""
-        self._traffic.met(worker, recent_work_ms)
+    def met(self, worker: str, recent_work_ms: float, up_s: float) -> None:
+        """A worker's hello, which tells the work that it was given lately, and for how long it has been there."""
+        self._links[worker].joined_at = self._timeline.now - up_s
+        self._traffic.met(worker, recent_work_ms, up_ms=up_s * 1000.0)
 
     def first_token(self, number: int) -> None:
         """A worker sent the first token, to this router or to another one."""

@@ -117,6 +117,7 @@ class Simulation:
         self._down: set[str] = set()
         self._flights: dict[int, Given] = {}  # requests on workers
         self._given = {name: FadingSum() for name in self._names}
+        self._began = dict.fromkeys(self._names, self._timeline.now)  # the present life of each worker
         self._fates = [
             Fate(arrived_s=at, output=request.output_length)
             for at, request in zip(work.arrivals_s, work.requests, strict=True)
@@ -298,8 +299,9 @@ class Simulation:
 
     def _tell_all(self, router: SimulatedRouter) -> None:
         """The workers' hellos: what a router that starts cannot know else."""
+        now = self._timeline.now
         for worker, work in self._given.items():
-            router.met(worker, work.value(self._timeline.now))
+            router.met(worker, work.value(now), now - self._began[worker])
         for number, given in self._flights.items():
             router.heard_of(number, given._replace(work_ms=0.0))
             if self._fates[number].first_token_s is not None:
@@ -307,6 +309,7 @@ class Simulation:
 
     def _recover(self, worker: str) -> None:
         self._down.discard(worker)
+        self._began[worker] = self._timeline.now
         for router in self._routers:
             router.back(worker)
         parked, self._parked = self._parked, []
