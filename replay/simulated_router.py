@@ -172,14 +172,14 @@ class SimulatedRouter:
         self._keys[number] = key = next(self._next_key)
         self._count(key, number, given)
 
-    def heard_of(self, number: int, given: Given) -> None:
-        """A worker tells of a request that another router sent to it."""
+    def heard_of(self, number: int, given: Given, *, is_met: bool = False) -> None:
+        """A worker tells of a request that another router sent to it; `is_met`: its hello has told the work."""
         self._keys[number] = key = next(self._next_key)
         sent_at = self._timeline.now
 
         def hear() -> None:
             if self._keys.get(number) == key:  # else it has ended, or was sent elsewhere
-                self._count(key, number, given, place=sent_at)
+                self._count(key, number, given, place=sent_at, is_met=is_met)
 
         self._timeline.after(self._settings.delay_s, hear)
 
@@ -240,7 +240,9 @@ class SimulatedRouter:
         if any(traffic.sharers(c) or any(traffic.arriving_run(w, c) for w in links) for c in self._work.chains):
             raise InvariantError("a request that ended is still counted as being on its way; please report this")
 
-    def _count(self, key: int, number: int, given: Given, place: float | None = None) -> None:
+    def _count(
+        self, key: int, number: int, given: Given, *, place: float | None = None, is_met: bool = False
+    ) -> None:
         self._traffic.sent(
             key,
             given.worker,
@@ -248,6 +250,7 @@ class SimulatedRouter:
             work_ms=given.work_ms,
             cached_blocks=given.cached_blocks,
             place=place,
+            is_met=is_met,
         )
 
     def _greet(self, link: _Link) -> None:

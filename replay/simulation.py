@@ -303,7 +303,7 @@ class Simulation:
         for worker, work in self._given.items():
             router.met(worker, work.value(now), now - self._began[worker])
         for number, given in self._flights.items():
-            router.heard_of(number, given._replace(work_ms=0.0))
+            router.heard_of(number, given, is_met=True)
             if self._fates[number].first_token_s is not None:
                 router.first_token(number)
 

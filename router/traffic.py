@@ -128,15 +128,18 @@ class Traffic:
         work_ms: float,
         cached_blocks: int,
         place: float | None = None,
+        is_met: bool = False,
     ) -> None:
         """A request went to a worker, predicted to be `work_ms` of load and compute, its first blocks cached there.
 
-        `place`: of one that another router sent, as in `Known`. The hashes must not change until it has ended.
+        `place`: of one that another router sent, as in `Known`. `is_met`: what `met` was told contains its work. The
+        hashes must not change until it has ended.
         """
         now, names = self._clock(), self._names(hashes)
         self._seen_since(now)
-        self._work.setdefault(worker, FadingSum()).add(work_ms, now)
-        self._fleet.add(work_ms, now)
+        given_ms = 0.0 if is_met else work_ms
+        self._work.setdefault(worker, FadingSum()).add(given_ms, now)
+        self._fleet.add(given_ms, now)
         flight = self._flights[key] = Sent(
             worker, hashes, names, work_ms, now, self._depth(hashes, cached_blocks), place
         )
