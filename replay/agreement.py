@@ -51,7 +51,7 @@ class Agreement:
 class _Seer(SimulatedRouter):
     """Knows of each placement when it is made, as the one who made it."""
 
-    def heard_of(self, number: int, given: Given) -> None:
+    def heard_of(self, number: int, given: Given, *, is_met: bool = False) -> None:
         self.took(number, given)
 
 

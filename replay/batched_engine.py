@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kvstore.events import TierName
-from kvstore.recent_work import RecentWork
+from kvstore.fading_sum import FadingSum
 from replay.batched_profile import BatchedProfile
 from replay.batched_scheduler import BatchedScheduler
 from replay.batched_sequence import Sequence, SequenceBlocks
@@ -101,7 +101,7 @@ class BatchedEngine:
         self._expires = tiers.ttl_s is not None
         self._blocks = SequenceBlocks(profile, work.block_size, pool, self._tiers, answers_from=len(work.lengths))
         self.busy_s = 0.0
-        self._busy = RecentWork()
+        self._busy = FadingSum()
         self._orders = 0
         self._lives = 0
         self._start_empty()

@@ -172,20 +172,21 @@ class SimulatedRouter:
         self._keys[number] = key = next(self._next_key)
         self._count(key, number, given)
 
-    def heard_of(self, number: int, given: Given) -> None:
-        """A worker tells of a request that another router sent to it."""
+    def heard_of(self, number: int, given: Given, *, is_met: bool = False) -> None:
+        """A worker tells of a request that another router sent to it; `is_met`: its hello has told the work."""
         self._keys[number] = key = next(self._next_key)
         sent_at = self._timeline.now
 
         def hear() -> None:
             if self._keys.get(number) == key:  # else it has ended, or was sent elsewhere
-                self._count(key, number, given, place=sent_at)
+                self._count(key, number, given, place=sent_at, is_met=is_met)
 
         self._timeline.after(self._settings.delay_s, hear)
 
-    def met(self, worker: str, recent_work_ms: float) -> None:
-        """A worker's hello, which tells the work that it was given lately."""
-        self._traffic.met(worker, recent_work_ms)
+    def met(self, worker: str, recent_work_ms: float, up_s: float) -> None:
+        """A worker's hello, which tells the work that it was given lately, and for how long it has been there."""
+        self._links[worker].joined_at = self._timeline.now - up_s
+        self._traffic.met(worker, recent_work_ms, up_ms=up_s * 1000.0)
 
     def first_token(self, number: int) -> None:
         """A worker sent the first token, to this router or to another one."""
@@ -239,7 +240,9 @@ class SimulatedRouter:
         if any(traffic.sharers(c) or any(traffic.arriving_run(w, c) for w in links) for c in self._work.chains):
             raise InvariantError("a request that ended is still counted as being on its way; please report this")
 
-    def _count(self, key: int, number: int, given: Given, place: float | None = None) -> None:
+    def _count(
+        self, key: int, number: int, given: Given, *, place: float | None = None, is_met: bool = False
+    ) -> None:
         self._traffic.sent(
             key,
             given.worker,
@@ -247,6 +250,7 @@ class SimulatedRouter:
             work_ms=given.work_ms,
             cached_blocks=given.cached_blocks,
             place=place,
+            is_met=is_met,
         )
 
     def _greet(self, link: _Link) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from kvstore.recent_work import RecentWork
+from kvstore.fading_sum import FadingSum
 from replay.batched_engine import BatchedEngine
 from replay.batched_profile import BatchedProfile
 from replay.engine import CacheChange, Engine, Reuse, Told
@@ -116,7 +116,8 @@ class Simulation:
         self._router_of: dict[int, SimulatedRouter] = {}
         self._down: set[str] = set()
         self._flights: dict[int, Given] = {}  # requests on workers
-        self._given = {name: RecentWork() for name in self._names}
+        self._given = {name: FadingSum() for name in self._names}
+        self._began = dict.fromkeys(self._names, self._timeline.now)  # the present life of each worker
         self._fates = [
             Fate(arrived_s=at, output=request.output_length)
             for at, request in zip(work.arrivals_s, work.requests, strict=True)
@@ -251,7 +252,7 @@ class Simulation:
         unstarted, cut_off = self._engines[worker].fail()
         for router in self._routers:
             router.lost(worker)
-        self._given[worker] = RecentWork()
+        self._given[worker] = FadingSum()
         for number in (*unstarted, *cut_off):
             del self._flights[number]
             self._cut_off(number)
@@ -298,15 +299,17 @@ class Simulation:
 
     def _tell_all(self, router: SimulatedRouter) -> None:
         """The workers' hellos: what a router that starts cannot know else."""
+        now = self._timeline.now
         for worker, work in self._given.items():
-            router.met(worker, work.value(self._timeline.now))
+            router.met(worker, work.value(now), now - self._began[worker])
         for number, given in self._flights.items():
-            router.heard_of(number, given._replace(work_ms=0.0))
+            router.heard_of(number, given, is_met=True)
             if self._fates[number].first_token_s is not None:
                 router.first_token(number)
 
     def _recover(self, worker: str) -> None:
         self._down.discard(worker)
+        self._began[worker] = self._timeline.now
         for router in self._routers:
             router.back(worker)
         parked, self._parked = self._parked, []

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from kvstore.recent_work import RecentWork
+from kvstore.fading_sum import FadingSum
 from router.drain_rate import DrainRate
 
 _SAMPLES = 256
@@ -50,7 +50,7 @@ class AnswerPace:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._ms, self._tokens = RecentWork(_PACE_MEMORY_S), RecentWork(_PACE_MEMORY_S)
+        self._ms, self._tokens = FadingSum(_PACE_MEMORY_S), FadingSum(_PACE_MEMORY_S)
 
     def came(self, seconds: float, tokens: int) -> None:
         """So many tokens came so long after those before."""

@@ -68,7 +68,7 @@ class WorkerLink:
     """The link to one worker. `run` keeps it up until it is cancelled.
 
     Attributes:
-        joined_at: when this incarnation was first heard, on the link's clock.
+        joined_at: since when this incarnation has been there, as it says, on the link's clock.
         has_shared_tier: whether its incarnation is known to have one, be its server there or not.
     """
 

@@ -54,9 +54,17 @@ class OtherRouters:
 
     def _sent(self, key: _Key, job: worker_pb2.OtherJob) -> None:
         hashes = short_hashes(job.block_hashes)
-        self._traffic.sent(key, key[0], hashes, work_ms=job.work_ms, cached_blocks=job.cached_blocks, place=job.number)
+        self._traffic.sent(
+            key,
+            key[0],
+            hashes,
+            work_ms=job.work_ms,
+            cached_blocks=job.cached_blocks,
+            place=job.number,
+            is_met=job.work_is_known,
+        )
 
 
 def _is_update(job: worker_pb2.OtherJob) -> bool:
     """Whether it speaks of a job that was told before, and so says nothing of its prompt."""
-    return job.state == worker_pb2.OTHER_JOB_STATE_DECODE and not job.block_hashes
+    return job.state == worker_pb2.OTHER_JOB_STATE_DECODE and not (job.block_hashes or job.work_ms)

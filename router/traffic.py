@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvstore.recent_work import WORK_MEMORY_S, RecentWork
+from kvstore.fading_sum import WORK_MEMORY_S, FadingSum
 from router.chain_tree import ChainTree, Runs
 
 # How long placements and utilisation are remembered, in seconds.
@@ -90,9 +90,9 @@ class Traffic:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._work: dict[str, RecentWork] = {}
-        self._lost_work: dict[str, RecentWork] = {}  # of workers that may come back; the fleet's sum has it
-        self._fleet = RecentWork()
+        self._work: dict[str, FadingSum] = {}
+        self._lost_work: dict[str, FadingSum] = {}  # of workers that may come back; the fleet's sum has it
+        self._fleet = FadingSum()
         self._arriving = ChainTree()
         self._sharing = ChainTree()
         self._active = ChainTree()
@@ -113,7 +113,7 @@ class Traffic:
         now = self._clock()
         if recent_work_ms:
             self._seen_since(now - up_ms / 1000.0)
-        known = self._work.get(worker) or self._lost_work.pop(worker, None) or RecentWork()
+        known = self._work.get(worker) or self._lost_work.pop(worker, None) or FadingSum()
         news_ms = recent_work_ms - known.value(now)
         known.add(news_ms, now)
         self._fleet.add(max(0.0, news_ms), now)
@@ -128,15 +128,18 @@ class Traffic:
         work_ms: float,
         cached_blocks: int,
         place: float | None = None,
+        is_met: bool = False,
     ) -> None:
         """A request went to a worker, predicted to be `work_ms` of load and compute, its first blocks cached there.
 
-        `place`: of one that another router sent, as in `Known`. The hashes must not change until it has ended.
+        `place`: of one that another router sent, as in `Known`. `is_met`: what `met` was told contains its work. The
+        hashes must not change until it has ended.
         """
         now, names = self._clock(), self._names(hashes)
         self._seen_since(now)
-        self._work.setdefault(worker, RecentWork()).add(work_ms, now)
-        self._fleet.add(work_ms, now)
+        given_ms = 0.0 if is_met else work_ms
+        self._work.setdefault(worker, FadingSum()).add(given_ms, now)
+        self._fleet.add(given_ms, now)
         flight = self._flights[key] = Sent(
             worker, hashes, names, work_ms, now, self._depth(hashes, cached_blocks), place
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import count
 
-from kvstore.recent_work import RecentWork
+from kvstore.fading_sum import FadingSum
 from warmkv.v1 import worker_pb2
 
 ENDED = worker_pb2.OTHER_JOB_STATE_ENDED
@@ -25,7 +25,7 @@ class RunningJobs:
     def __init__(self, now: float) -> None:
         self._jobs: dict[tuple[int, int], worker_pb2.OtherJob] = {}
         self._numbers = count(1)
-        self._work = RecentWork()
+        self._work = FadingSum()
         self._began = now
 
     def came(self, stream: int, job: worker_pb2.Job, now: float) -> worker_pb2.OtherJob:
@@ -61,12 +61,12 @@ class RunningJobs:
         return job
 
     def of_others(self, stream: int) -> Iterator[worker_pb2.OtherJob]:
-        """Those of other streams, whose work is known from `recent_work_ms` or was told before."""
+        """Those of other streams, as told to one that begins: it knows their work from `recent_work_ms`."""
         for (owner, _), job in self._jobs.items():
             if owner != stream:
                 known = worker_pb2.OtherJob()
                 known.CopyFrom(job)
-                known.work_ms = 0.0
+                known.work_is_known = True
                 yield known
 
     def recent_work_ms(self, now: float) -> float:
@@ -103,8 +103,12 @@ class News:
 
     def again(self, running: Iterable[worker_pb2.OtherJob]) -> None:
         """The router may have forgotten everything, or nothing: tell all of these, and the ends that still wait."""
-        ends = {number: job for number, job in self._waiting.items() if job.state == ENDED}
-        self._waiting = ends | {job.number: job for job in running}
+        before, self._waiting = self._waiting, {}
+        self._waiting.update((number, job) for number, job in before.items() if job.state == ENDED)
+        for job in running:
+            if job.number in before and job.number not in self._told:
+                job.work_is_known = False  # it has waited since the stream began, and nobody has heard of it
+            self._waiting[job.number] = job
 
     def pop(self, max_bytes: int) -> list[worker_pb2.OtherJob]:
         """The oldest of it, about so many bytes but one message at least; they count as told."""

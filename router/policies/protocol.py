@@ -31,7 +31,7 @@ class BlockLoad(NamedTuple):
     """A worker's load in blocks of K/V.
 
     Attributes:
-        pending: blocks of prompts still to be computed there. active: different blocks of this router's requests in
+        pending: blocks of prompts still to be computed there. active: different blocks of all routers' requests in
         flight there, those of the request that is decided among them.
     """
 

@@ -51,8 +51,34 @@ def test_a_restarted_router_goes_on_as_if_it_had_never_been_away(monkeypatch: py
     work = WORKS["sessions that share a system prompt"]()
     restarted = setup(1, restarts=(RouterRestart(0, 10.0, 1.0),))
     assert compare(work, restarted, since_s=10.0).share >= AS_BAR
-    monkeypatch.setattr(SimulatedRouter, "met", lambda self, worker, recent_work_ms: None)
+    monkeypatch.setattr(SimulatedRouter, "met", lambda self, worker, recent_work_ms, up_s: None)
     assert compare(work, restarted, since_s=10.0).share < AS_BAR
+
+
+class _Restarted(ComparedSimulation):
+    """Notes how busy the fleet is to the restarted router, and to the one that was never away."""
+
+    def __init__(self, work: Workload, setup: Setup) -> None:
+        super().__init__(work, setup)
+        self.seen: list[tuple[float, float]] = []
+
+    def _tell_all(self, router: SimulatedRouter) -> None:
+        super()._tell_all(router)
+        for later_s in (0.0, 1.0, 5.0, 20.0):
+            self._timeline.after(later_s, lambda: self.seen.append((_busy(router), _busy(self._seer))))
+
+
+def _busy(router: SimulatedRouter) -> float:
+    return router._traffic.utilisation(8)
+
+
+def test_a_restarted_router_does_not_take_the_work_of_half_a_minute_for_that_of_a_moment() -> None:
+    work = WORKS["sessions that share a system prompt"]()
+    simulation = _Restarted(work, setup(1, restarts=(RouterRestart(0, 10.0, 1.0),)))
+    simulation.run()
+    assert len(simulation.seen) == 4
+    for restarted, never_away in simulation.seen:
+        assert restarted == pytest.approx(never_away, rel=0.02)
 
 
 def test_the_seer_changes_nothing_and_nothing_is_left_in_anybodys_books() -> None:

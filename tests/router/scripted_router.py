@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from router.errors import InvalidRequest
+from router.policy import find_policy
 from router.protocol import CacheApi, Caller, RequestContext
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 
@@ -29,16 +30,7 @@ PREFIXES = [
 ]
 # policy -> share of prompt tokens (device, host, redis), p50 in ms
 MIX = {"round_robin": ((0.24, 0.08, 0.0), 118.0), "cache_aware": ((0.62, 0.17, 0.04), 43.0)}
-WEIGHTS = [
-    ("queue", 1.0, 0.0, 100.0, "", "Weight of waiting behind the worker's queue."),
-    ("load", 1.0, 0.0, 100.0, "", "Weight of reading blocks from host RAM, disk or the shared tier."),
-    ("compute", 1.0, 0.0, 100.0, "", "Weight of computing what is not cached; the price multiplies it."),
-    ("price_floor", 1.5, 1.0, 100.0, "", "Price of compute in an idle fleet; higher keeps sessions warm."),
-    ("price_cap", 10.0, 1.0, 1000.0, "", "Price of compute in a saturated fleet."),
-    ("tie_ms", 20.0, 0.0, 10_000.0, "ms", "Costs closer than this go to the quietest worker, but see tie_share."),
-    ("tie_share", 0.05, 0.0, 1.0, "", "A tie is never wider than this share of the prompt's cold prefill."),
-    ("affinity_ms", 10.0, 0.0, 60_000.0, "ms", "Charged to workers that a request's affinity key does not name."),
-]
+WEIGHTS = [(w.name, w.default, w.min, w.max, w.unit, w.help) for w in find_policy("cache_aware").weights]
 
 
 class ScriptedRouter:

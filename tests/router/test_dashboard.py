@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from router.auth import ApiKeys, open_access
 from router.config import RouterConfig
 from router.http import create_app
-from tests.router.scripted_router import MIB, ScriptedRouter, hash_of
+from tests.router.scripted_router import MIB, WEIGHTS, ScriptedRouter, hash_of
 from warmkv.v1 import admin_pb2, common_pb2
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -466,7 +466,7 @@ def test_the_policy_form_sets_the_policy_with_the_chosen_weights(
     expect(page.locator("#apply")).to_be_disabled()
     page.select_option("#policy-name", "cache_aware")
     expect(page.locator("#policy-help")).to_contain_text("lowest predicted milliseconds")
-    expect(page.locator(".weight")).to_have_count(8)
+    expect(page.locator(".weight")).to_have_count(len(WEIGHTS))
     page.fill("#weight-queue", "2.5")
     slider = page.get_by_role("slider", name="tie_ms")
     slider.focus()
@@ -662,7 +662,7 @@ def test_nothing_jumps_when_the_first_data_come_and_the_policy_changes(
     server.advance(5)
     server.do(lambda router: router.set_policy(admin_pb2.SetPolicyRequest(policy={"name": "cache_aware"})))
     server.advance(3)
-    expect(page.locator(".weight")).to_have_count(8)
+    expect(page.locator(".weight")).to_have_count(len(WEIGHTS))
     assert boxes(page) == before
     bottoms = [page.locator(one).bounding_box() for one in ("#apply", ".at-policy")]
     inner, outer = [box["y"] + box["height"] for box in bottoms if box is not None]
@@ -684,7 +684,7 @@ def test_no_width_needs_sideways_scrolling(
     page = open_page(server.url, viewport={"width": width, "height": 800}).page
     live(page)
     expect(page.locator("#prefixes tbody tr")).to_have_count(8)
-    expect(page.locator(".weight")).to_have_count(8)
+    expect(page.locator(".weight")).to_have_count(len(WEIGHTS))
     shot(page, tmp_path, f"width-{width}")
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
@@ -714,7 +714,7 @@ def test_both_themes_are_themes_and_their_text_can_be_read(
     watched = open_page(server.url, color_scheme=scheme)
     page = watched.page
     live(page)
-    expect(page.locator(".weight")).to_have_count(8)
+    expect(page.locator(".weight")).to_have_count(len(WEIGHTS))
     background = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (max(background) < 64) is (scheme == "dark")
     for selector in ("#hit-rate", ".sub", ".hint", ".help", "#problems", "thead th", ".muted", ".state.lost", ".unit"):
@@ -728,7 +728,7 @@ def test_everything_can_be_reached_by_keys_and_has_a_name(server: Server, open_p
     server.advance(2)
     page = open_page(server.url).page
     live(page)
-    expect(page.locator(".weight")).to_have_count(8)
+    expect(page.locator(".weight")).to_have_count(len(WEIGHTS))
     reached = set()
     for _ in range(60):
         page.keyboard.press("Tab")

@@ -99,6 +99,29 @@ def test_a_worker_says_in_its_hello_what_work_it_was_given() -> None:
     assert traffic.utilisation(1) == pytest.approx(700.0 / (MEMORY_S * 1000))
 
 
+def test_what_runs_when_a_stream_begins_is_in_the_hello_and_still_before_the_worker() -> None:
+    """Before a long step nobody but the worker's server knows of it: no report does."""
+    traffic = Traffic(Clock())
+    others = OtherRouters(traffic)
+    others.greeted("w", worker_pb2.WorkerHello(recent_work_ms=600.0, up_ms=3_600_000))
+    job = told(1, "PREFILL", A, B, work_ms=500.0)
+    job.work_is_known = True
+    others.heard("w", [job])
+    assert traffic.recent_work_ms("w") == 600.0
+    assert traffic.utilisation(1) == pytest.approx(600.0 / (MEMORY_S * 1000))
+    assert traffic.unreported("w", NOTHING_KNOWN).ms == 500.0
+    others.heard("w", [told(1, "DECODE"), told(1, "ENDED")])
+    assert traffic.check()
+
+
+def test_a_prompt_of_less_than_a_block_that_has_a_token_when_it_is_told_of_counts_as_work() -> None:
+    traffic = Traffic(Clock())
+    others = OtherRouters(traffic)
+    others.heard("w", [told(1, "DECODE", work_ms=10.0), told(1, "ENDED"), told(2, "DECODE")])
+    assert traffic.recent_work_ms("w") == 10.0
+    assert traffic.check()
+
+
 def test_lost_workers_are_forgotten_with_their_work() -> None:
     clock = Clock()
     traffic = Traffic(clock)

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from kvstore.recent_work import WORK_MEMORY_S
+from kvstore.fading_sum import WORK_MEMORY_S
 from tests.workers.serving import INFO, Gate, routers, serving, simulated
 from tests.workers.stream_client import StreamClient, job
 from warmkv.v1 import worker_pb2
@@ -107,7 +107,17 @@ def test_work_is_told_once_and_what_ran_before_is_in_the_hello() -> None:
     assert token is not None
     late.add(token)
     (told,) = late.pop(1 << 20)
-    assert (told.state, told.work_ms, len(told.block_hashes)) == (DECODE, 0.0, 32)
+    assert (told.state, told.work_ms, told.work_is_known, len(told.block_hashes)) == (DECODE, 100.0, True, 32)
+
+
+def test_work_that_waits_to_be_told_is_no_less_news_after_a_resync() -> None:
+    running, news = RunningJobs(0.0), News()
+    news.add(running.came(1, of_job(1), 0.0))
+    news.pop(1 << 20)
+    news.add(running.came(1, of_job(2), 0.0))
+    for _ in range(2):
+        news.again(running.of_others(2))
+        assert [job.work_is_known for job in news._waiting.values()] == [True, False]
 
 
 def others(router: StreamClient) -> list[worker_pb2.OtherJob]:
@@ -143,7 +153,7 @@ def test_a_router_that_comes_later_hears_of_what_runs_and_of_the_work_that_was()
         late.wait_for(lambda: len(others(late)) == 2)
         hello = late.messages[0].hello
         assert 90.0 < hello.recent_work_ms <= 100.0
-        assert [told.work_ms for told in others(late)] == [0.0, 0.0]
+        assert [(told.work_ms, told.work_is_known) for told in others(late)] == [(50.0, True)] * 2
         one.drop()  # takes its jobs with it
         late.wait_for(lambda: [told.state for told in others(late)].count(ENDED) == 2)
         gate.open()

@@ -1238,6 +1238,7 @@ class OtherJob(_message.Message):
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     WORK_MS_FIELD_NUMBER: _builtins.int
+    WORK_IS_KNOWN_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Unique in the worker's life."""
     state: Global___OtherJobState.ValueType
@@ -1247,7 +1248,9 @@ class OtherJob(_message.Message):
     cached_blocks: _builtins.int
     """Job.cached_blocks; likewise."""
     work_ms: _builtins.float
-    """Job.work_ms; likewise. Zero where WorkerHello.recent_work_ms contains it."""
+    """Job.work_ms; likewise."""
+    work_is_known: _builtins.bool
+    """Whether WorkerHello.recent_work_ms contains work_ms, or the router was told of it on this stream before."""
     def __init__(
         self,
         *,
@@ -1256,10 +1259,11 @@ class OtherJob(_message.Message):
         block_hashes: _builtins.bytes = ...,
         cached_blocks: _builtins.int = ...,
         work_ms: _builtins.float = ...,
+        work_is_known: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "cached_blocks", b"cached_blocks", "number", b"number", "state", b"state", "work_ms", b"work_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "cached_blocks", b"cached_blocks", "number", b"number", "state", b"state", "work_is_known", b"work_is_known", "work_ms", b"work_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,15 +1,16 @@
-"""How much work came lately: a sum that forgets. Workers and routers count with one memory, so that theirs agree."""
+"""A sum that forgets: how much of something came lately. Pure; the time is an argument."""
 
 from __future__ import annotations
 
 import math
 
-# Longer than a prefill, shorter than swings of load; seconds.
+# The memory of work that was given to a worker, in seconds: longer than a prefill, shorter than swings of load. Workers
+# and routers count with the same one, so that their sums agree.
 WORK_MEMORY_S = 30.0
 
 
-class RecentWork:
-    """A sum that forgets exponentially: after `memory_s` seconds a contribution counts 1/e."""
+class FadingSum:
+    """Forgets exponentially: after `memory_s` seconds a contribution counts 1/e."""
 
     __slots__ = ("_at", "_memory_s", "_sum")
 
