@@ -7,6 +7,7 @@ real thing but for the streams: what a worker says comes at the end of its step,
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import selectors
 from collections.abc import Awaitable, Callable, Sequence
@@ -153,7 +154,9 @@ class VirtualLink:
         self._reported_at = asyncio.get_running_loop().time()
         message = load_to_wire(self.engine.load())
         message.routers = 1
-        self.report = Report(message, self._reported_at, known=Known(self._reported_at, 0))
+        # Here many things happen in one moment, and what is sent in that of a report is mostly sent after it.
+        before = math.nextafter(self._reported_at, -math.inf)
+        self.report = Report(message, self._reported_at, known=Known(before, 0))
         self._fleet.reported(cast("WorkerLink", self))
 
 
