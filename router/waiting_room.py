@@ -194,7 +194,7 @@ class WaitingRoom:
             if self._queue.remove(ticket):
                 self._note_length()
 
-    def _turn_away(self, ticket: Ticket[Guest], error: RouterError) -> None:
+    def _turn_away(self, ticket: Ticket[Guest], error: Exception) -> None:
         self._queue.remove(ticket)
         self._left(ticket.body, error)
 
@@ -236,7 +236,12 @@ class WaitingRoom:
         while left and len(skipped) < _MOST_SKIPPED and (ticket := self._queue.next(skipped)) is not None:
             guest = ticket.body
             if guest.not_before <= now:
-                choice = self._headroom.decide(guest.question)
+                try:
+                    choice = self._headroom.decide(guest.question)
+                except Exception as error:  # noqa: BLE001 - as in _serve
+                    self._turn_away(ticket, error)
+                    left -= 1
+                    continue
                 if choice is None:
                     self._nobody()
                     break

@@ -11,7 +11,16 @@ import pytest
 from bench.overload import AT_ONCE, Arrival, Outcome, conversations, offer, run
 from bench.virtual_fleet import VirtualRouter, question, run_virtually
 from router.config import OverloadConfig
-from router.errors import DeadlineUnreachable, Draining, NoWorkerAvailable, Overloaded, QuotaExceeded, RouterError
+from router.decide import Choice, Question
+from router.errors import (
+    DeadlineUnreachable,
+    Draining,
+    InternalError,
+    NoWorkerAvailable,
+    Overloaded,
+    QuotaExceeded,
+    RouterError,
+)
 from router.protocol import Caller, RequestContext, Role
 from warmkv.v1 import inference_pb2
 from workers.simulated_sequence import Timing
@@ -435,6 +444,33 @@ def test_those_that_wait_are_told_when_no_worker_is_left() -> None:
         assert 3.0 <= asyncio.get_running_loop().time() - began <= 3.6
 
     on_router(test)
+
+
+def test_a_request_that_cannot_be_decided_fails_alone_and_those_behind_it_are_served(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(router: VirtualRouter) -> None:
+        tasks = await flood(router, 10)
+        decide = router._decider.decide
+
+        def fails_for_one(asked: Question) -> Choice | None:
+            if asked.hashes == broken:
+                raise ZeroDivisionError("a policy's defect")
+            return decide(asked)
+
+        waiting = asyncio.ensure_future(ask(router, prompt(7, 150), priority=10))
+        await asyncio.sleep(0.001)
+        assert len(router._room) == 8
+        first, _ = next(router._room._queue.in_order())
+        broken = first.body.question.hashes
+        router._decider.decide = fails_for_one  # type: ignore[method-assign]
+        async with asyncio.timeout(60):
+            results = await asyncio.gather(waiting, *tasks, return_exceptions=True)
+        assert [type(each) for each in results] == [InternalError] + [inference_pb2.Route] * 10
+        assert router.stats(show_prompts=False).requests == {"INTERNAL": 1, "OK": 10}
+
+    on_router(test)
+    assert "a policy's defect" in caplog.text
 
 
 def test_explain_says_how_long_a_request_would_wait() -> None:
