@@ -391,6 +391,25 @@ def test_a_worker_that_becomes_stuck_frees_those_that_wait_for_it() -> None:
     on_router(test, workers=2)
 
 
+def test_where_all_workers_are_stuck_those_that_wait_are_told_so_and_what_to_do() -> None:
+    async def test(router: VirtualRouter) -> None:
+        held = [asyncio.ensure_future(ask(router, prompt(n, 64))) for n in range(2)]
+        await asyncio.sleep(0.001)
+        stuck = [hold(router, name) for name in ("w0", "w1")]
+        await asyncio.sleep(12.0)
+        with pytest.raises(Overloaded, match=r"all workers that take requests \(w0, w1\) .*restart those") as refused:
+            await ask(router, prompt(9, 64))
+        assert "raise router.max_queue_wait" not in refused.value.message
+        for each in held:
+            each.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        for link in stuck:
+            for flight in list(link.flights.values()):
+                flight.lose("it is stuck for good")
+
+    on_router(test, workers=2)
+
+
 def test_a_request_whose_worker_is_full_lets_those_pass_whose_worker_is_not() -> None:
     async def test(router: VirtualRouter) -> None:
         first, second = prompt(1, 3200), prompt(2, 3200)
