@@ -5,7 +5,8 @@ what they agree on (`fleet`), what events do to the index (`event_feed`), what e
 asyncio task a link; what it learns goes to the index and to its listener at once, in the order of the stream.
 
 A broken stream loses the worker at once. Silence makes it suspect after `SUSPECT_AFTER_S` (it gets nothing new; the
-next word from it ends that) and lost after `LOST_AFTER_S`. Jobs of a lost worker end with `FlightLost`.
+next word from it ends that) and lost after `LOST_AFTER_S`. Jobs of a lost worker end with `FlightLost`, those that it
+was never sent with `FlightGap`.
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ class WorkerLink:
         flight = self._flights[job.job_id] = Flight(
             self.name, job, on_tokens=on_tokens, on_end=ended, sent_at=self._clock()
         )
-        self._send(worker_pb2.ConnectRequest(submit=job))
+        if self._stream is not None:
+            self._stream.send(worker_pb2.ConnectRequest(submit=job), flight.leaves)
         return flight
 
     def cancel(self, flight: Flight) -> None:
@@ -373,7 +375,10 @@ class WorkerLink:
         self.refused, self.problem = refused, why
         self._feed.end()
         for flight in list(self._flights.values()):
-            flight.lose(f"worker {self.name} was lost: {why}")
+            if flight.sent:
+                flight.lose(f"worker {self.name} was lost: {why}")
+            else:
+                flight.miss(f"worker {self.name} was lost before it was sent the job: {why}")
         self._asked.fail_orders(f"it was lost: {why}; try again when it is back")
         self._asked.forget_probes()
         if was_connected:

@@ -96,7 +96,7 @@ class Refusals:
         if stuck:
             remedy = (
                 f"all workers that take requests ({', '.join(sorted(stuck))}) are far behind with the first tokens of"
-                " what they were sent; look into their logs, restart those that hang, or add workers, and send it again."
+                " what they were sent; look into their logs, restart those that hang or add workers, and send it again."
             )
         raise Overloaded(
             f"The request {waits} in this router's queue, where none waits for more than {longest:g} s; {remedy}",
