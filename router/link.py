@@ -69,6 +69,7 @@ class WorkerLink:
     """The link to one worker. `run` keeps it up until it is cancelled.
 
     Attributes:
+        failures: how many tries in a row did not reach it.
         joined_at: when this incarnation was first heard, on the link's clock.
         has_shared_tier: whether its incarnation is known to have one, be its server there or not.
     """
@@ -89,6 +90,7 @@ class WorkerLink:
         self.report: Report | None = None
         self.joined_at = -math.inf
         self.problem = ""
+        self.failures = 0
         self.connected = False
         self.suspect = False
         self.refused = False
@@ -154,6 +156,7 @@ class WorkerLink:
                 # A link that ended would leave its worker up for ever.
                 log.exception("a link failed by a defect; report this", extra={"worker": self.name})
                 error = failure
+            self.failures = 0 if self.connected else self.failures + 1
             pause = rest.after_failure(self._clock(), was_there=self.connected)
             self._down(_describe(error, self.address), refused=_is_refusal(error))
             await self._rest(pause * (0.8 + 0.4 * self._jitter()))
