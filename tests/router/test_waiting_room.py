@@ -203,6 +203,31 @@ def test_a_cancelled_request_that_waits_leaves_nothing_and_costs_the_worker_noth
     on_router(test)
 
 
+@pytest.mark.parametrize("end", ["cancelled", "deadline"])
+def test_what_ends_in_its_workers_queue_costs_nothing_and_what_ends_under_way_does(end: str) -> None:
+    async def test(router: VirtualRouter) -> None:
+        first = asyncio.ensure_future(ask(router, prompt(1, 640), max_tokens=200))
+        await asyncio.sleep(0.001)
+        deadline_s = 0.3 if end == "deadline" else None
+        second = asyncio.ensure_future(ask(router, prompt(2, 400), tenant="b", max_tokens=200, deadline_s=deadline_s))
+        await asyncio.sleep(0.2)
+        assert (router.links[0].jobs, router.links[0].engine.load().waiting) == (2, 1)
+        flows = router._room._queue._flows
+        assert flows["b"].start >= 400
+        if end == "cancelled":
+            second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        await asyncio.sleep(0.2)
+        assert router.links[0].jobs == 1
+        assert flows["b"].start == pytest.approx(0.0)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await asyncio.sleep(1.0)
+        assert flows["a"].start >= 640
+
+    on_router(test, overload=OverloadConfig(max_worker_queue_s=2.0), max_running=1)
+
+
 def test_a_deadline_that_cannot_be_met_is_refused_at_once_and_one_that_can_is_kept() -> None:
     async def test(router: VirtualRouter) -> None:
         await measured(router)
