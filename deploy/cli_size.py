@@ -120,7 +120,7 @@ def _config(path: Path) -> Mapping[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Failure(
             f"{file} cannot be read ({error}); give --model a model folder or its config.json", USAGE
         ) from None

@@ -120,7 +120,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise SettingsProblem(f"{path} is no file; give --config the path of a TOML file, or leave it out")
     try:
         return dict(TomlConfigSettingsSource(Settings, path).toml_data)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsProblem(f"{path} is not valid TOML ({error}); correct it") from error
 
 
@@ -157,7 +157,7 @@ def _flag_value(value: object) -> object:
     if isinstance(value, str) and value.startswith("{"):
         try:
             return tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise SettingsProblem(f"{value} is no TOML table ({error}); write it like {{load = 2.0}}") from error
     return value
 

@@ -66,7 +66,7 @@ def scope_options(tenant: str | None, prefix: str | None, messages: str | None) 
 def _chat(file: str) -> list[dict[str, str]]:
     try:
         chat = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Failure(f"--messages {file}: {error}; give a file with a JSON list of messages", USAGE) from None
     keys = {"role", "content"}
     if not isinstance(chat, list) or not all(isinstance(each, dict) and each.keys() == keys for each in chat):

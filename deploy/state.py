@@ -64,7 +64,7 @@ def read_record(state_dir: Path) -> ClusterRecord | None:
         return ClusterRecord(**fields)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise StateProblem(f"{path} cannot be read ({error}); if no warmkv runs here, remove it") from error
 
 

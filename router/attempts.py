@@ -4,8 +4,8 @@ Covers: the life of a request's jobs. Does not cover: preparing it, when it is s
 is sent (`core`).
 
 A request whose worker is lost before it said anything is sent to another one, once: a request that has lost two workers
-may be what kills them. A gap in the stream of a healthy worker is no such sign: it is sent again, to
-another one where there is one. Once tokens were handed out, either is an error.
+may be what kills them. A gap in the stream of a healthy worker is no such sign, nor is one that ended before the
+job was sent: it is sent again, to another one where there is one. Once tokens were handed out, either is an error.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def _read(path: Path) -> Mapping[bytes, tuple[bytes, Caller]]:
         entries = tomllib.loads(path.read_text(encoding="utf-8")).get("keys")
     except OSError as error:
         raise KeysFileError(f"{path} cannot be read ({error.strerror}). Restore it.") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise KeysFileError(f"{path} is not valid TOML ({error}). Correct it.") from error
     if not isinstance(entries, list) or not entries:
         raise KeysFileError(f"{path} has no [[keys]]. Add one, or start without a keys file.")

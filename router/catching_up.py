@@ -4,8 +4,9 @@ Covers: which of the workers that it met first have yet to say what they hold, a
 for. Does not cover: the waiting itself (`readiness`). A router that decided as soon as one worker is known would send
 everything there, and whatever the others hold would be computed once more.
 
-A worker is waited for until its snapshot is complete, it cannot be reached, or it was refused; all of them until
-`patience_s` have passed since the first list of workers came.
+A worker is waited for until its snapshot is complete, it was refused, is no longer listed, or was not reached in so
+many tries that it counts as dead: one try may fail for a moment. All of them until `patience_s` have passed since the
+first list of workers came.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from router.link import WorkerLink
+
+_DEAD_AFTER = 4  # tries in a row: about a second and a half where nobody listens
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +40,10 @@ class CatchingUp:
             self._started, self.waiting = self._clock(), names
 
     def note(self, links: Sequence[WorkerLink]) -> None:
-        """Look who is still missing; the wait ends with the last one, or with the patience."""
+        """Look who of those listed is still missing; the wait ends with the last one, or with the patience."""
         if self._started is None or self._ended:
             return
-        missing = {link.name for link in links if not (link.synced or link.refused or link.problem)}
+        missing = {link.name for link in links if not (link.synced or link.refused or link.failures >= _DEAD_AFTER)}
         self.waiting = tuple(name for name in self.waiting if name in missing)
         waited_s = self._clock() - self._started
         if not self.waiting:

@@ -64,8 +64,9 @@ class Charges:
         """The request has ended, and no worker is at it any more.
 
         One that no worker reported on, because it was lost, keeps what it was charged: it took nobody knows what.
+        One that ended in its worker's queue took nothing.
         """
-        if charge.sent and not entry.fates:
+        if charge.sent and entry.begun and not entry.fates:
             return
         prompt = self._prompt(entry.fates.get("computed", 0), entry.reused)
         if charge.sent:

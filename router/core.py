@@ -41,6 +41,7 @@ from router.prepare import Preparer
 from router.protocol import Caller, Discovery, Encoder, RequestContext
 from router.readiness import Readiness, time_left
 from router.record_file import keeper, restored
+from router.record_writer import RecordWriter
 from router.request import PreparedPrompt, Request, job_for
 from router.self_audit import SelfAudit
 from router.settling import Settle, settle_nothing
@@ -108,6 +109,7 @@ class Router:
         self._traffic = Traffic(clock)
         self._prefixes = PrefixMap()
         self._recent = Recent(clock)
+        self._records: RecordWriter | None = None
         self.fleet = self._make_fleet(encoder, discovery, credentials)
         self._watchers = Watchers(
             clock, wall_clock, self._block_size, secret=config.fleet_secret, show_prompts=config.show_prompts
@@ -152,6 +154,8 @@ class Router:
         if self._auditing is not None:
             self._auditing.cancel()
         await self.fleet.close()
+        if self._records is not None:
+            await self._records.close()
 
     def drain(self) -> None:
         """Admit nothing new, and send those that wait elsewhere; what runs goes on."""
@@ -340,10 +344,10 @@ class Router:
     def _make_fleet(self, encoder: Encoder, discovery: Discovery, credentials: grpc.ChannelCredentials | None) -> Fleet:
         config = self._config
         record = FleetRecord(0, config.name, config.policy, dict(config.weights), frozenset(), config.shared_tier_reads)
-        keep: Callable[[FleetRecord], None] = _kept_nowhere
         if config.record_file:
             file, configured = Path(config.record_file), record
             keep = keeper(file, configured.setting)
+            self._records = RecordWriter(keep)
             record = restored(file, configured, time_ms=int(self._wall_clock() * 1000))
             if record is not configured:
                 keep(record)  # so that an edit of the settings is noted once, and when it was
@@ -362,7 +366,7 @@ class Router:
             catch_up_s=config.catch_up_s,
             on_load=lambda: self._room.look_again(),
             wall_clock=self._wall_clock,
-            keep_record=keep,
+            keep_record=self._records.write if self._records else _kept_nowhere,
         )
 
     def _block_size(self) -> int:

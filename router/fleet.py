@@ -244,7 +244,7 @@ class Fleet:
         if hellos := self._hellos():
             self._context_length = min(hello.context_length for hello in hellos)
             self._vocab_size = min(hello.vocab_size for hello in hellos)
-        self._catching_up.note(self.links())
+        self._catching_up.note(self.listed())
         if link.connected and not link.synced:
             link.send_record(self.record.to_wire())
             self._clears.joined(link)
@@ -342,7 +342,7 @@ class Fleet:
             self._index.sweep(_SWEEP_BLOCKS)
             self._beliefs.tick(self.links())
             if self._catching_up.waiting:
-                self._catching_up.note(self.links())
+                self._catching_up.note(self.listed())
                 self._changed.set()
             self._forget_missing(now)
 

@@ -18,7 +18,7 @@ class FlightLost(Exception):
 
 
 class FlightGap(Exception):
-    """The stream lost something of this job; its worker is well."""
+    """The stream lost something of this job, or ended before the job was sent: no sign that it kills workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,9 @@ class Flight:
 
     `on_tokens` is called with the number of tokens whenever some came, `on_end` exactly once; both also when nobody
     reads any more.
+
+    Attributes:
+        sent: whether the worker may have some of the job; until then it waits in this router for its stream.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Flight:
     ) -> None:
         self.worker = worker
         self.sent_at = sent_at
+        self.sent = False
         self.job = job
         self._on_tokens = on_tokens
         self._on_end = on_end
@@ -61,6 +65,10 @@ class Flight:
     def ended(self) -> bool:
         """Whether the worker has nothing more to say."""
         return self._ended
+
+    def leaves(self) -> None:
+        """It is being sent."""
+        self.sent = True
 
     def deliver(self, output: worker_pb2.SequenceOutput) -> None:
         """The worker said something."""

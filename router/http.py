@@ -199,7 +199,7 @@ def _set_policy_request(body: bytes) -> admin_pb2.SetPolicyRequest:
         if not isinstance(change, dict):
             raise TypeError("it is no JSON object")
         return ParseDict(change, admin_pb2.SetPolicyRequest())
-    except (ValueError, TypeError, AttributeError, ParseError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, ParseError) as error:
         raise InvalidRequest(
             f"The body is not a SetPolicyRequest: {error}. Send "
             '{"policy": {"name": NAME, "weights": {NAME: NUMBER}}, "shared_tier_reads": BOOLEAN}, any part of it.'

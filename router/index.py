@@ -162,17 +162,19 @@ class PrefixIndex:
         self._take_out(slot_mask(known.slot), Gone.EVICTED)
         known.counted = known.deaf = False
         self._forget_removed(known)
-        known.removed = set()
+        known.removed, known.cleared = set(), set()
         self._workers.count()
 
     def snapshot(self, worker: str, incarnation: int, blocks: Iterable[BlockStored]) -> None:
-        """A piece of a snapshot. Blocks whose removal was reported since it began stay removed."""
+        """A piece of a snapshot. Blocks that were reported removed or cleared since it began stay gone."""
         known = self._workers.fenced(worker, incarnation)
         if known is None:
             return
         for event in blocks:
             if known.deaf:
                 break
+            if event.tier in known.cleared:
+                continue
             for kept in _without(event, known.removed or set()):
                 self._store(known, kept)
         if self._runs.table.made - self._settled >= SETTLE_EVERY:
@@ -182,7 +184,7 @@ class PrefixIndex:
         """The snapshot is complete: the worker's blocks count."""
         known = self._workers.fenced(worker, incarnation)
         if known is not None:
-            known.counted = True
+            known.counted, known.cleared = True, set()
             self._forget_removed(known)
             self._workers.count()
 
@@ -362,6 +364,8 @@ class PrefixIndex:
         return fewer
 
     def _clear(self, known: IndexWorker, tier: TierName) -> None:
+        if known.removed is not None:
+            known.cleared.add(tier)
         self._take_out(tier_mask(known.slot, tier), Gone.CLEARED)
 
     def _expire(self) -> None:

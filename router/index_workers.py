@@ -15,14 +15,15 @@ _OWN_LEVELS, _ALL_LEVELS = 0b0111, 0b1111
 
 
 class IndexWorker:
-    """What the index knows of a worker. `removed` collects removals while a snapshot is being read.
+    """What the index knows of a worker. `removed` and `cleared` collect removals while a snapshot is being read.
 
     Attributes:
         shares: it reads from the shared tier. counted: its bits count. deaf: so much was removed while its snapshot
-            was read that it is not remembered, and the rest of the snapshot is not believed.
+            was read that it is not remembered, and the rest of the snapshot is not believed. cleared: tiers that were
+            cleared meanwhile, of which the rest of the snapshot tells what they held before.
     """
 
-    __slots__ = ("counted", "deaf", "incarnation", "removed", "shares", "slot")
+    __slots__ = ("cleared", "counted", "deaf", "incarnation", "removed", "shares", "slot")
 
     def __init__(self, slot: int, incarnation: int, *, shares: bool) -> None:
         self.slot = slot
@@ -31,6 +32,7 @@ class IndexWorker:
         self.counted = False
         self.deaf = False
         self.removed: set[tuple[TierName, bytes]] | None = None
+        self.cleared: set[TierName] = set()
 
 
 class IndexWorkers:

@@ -22,6 +22,7 @@ class Entry:
     Attributes:
         code: the gRPC status name. worker: where it ended; empty when it reached none.
         prompt_tokens: its length. fates: sums to prompt_tokens, or is empty when no worker ran it.
+        begun: whether a worker may have worked at it; False: its only one said that it had not.
         generated_tokens: those that its last worker made. predicted_cached: what the router expected to be reused.
     """
 
@@ -32,6 +33,7 @@ class Entry:
     fates: Mapping[str, int] = field(default_factory=dict)
     generated_tokens: int = 0
     predicted_cached: int = 0
+    begun: bool = True
 
     @property
     def reused(self) -> int:

@@ -5,7 +5,8 @@ what they agree on (`fleet`), what events do to the index (`event_feed`), what e
 asyncio task a link; what it learns goes to the index and to its listener at once, in the order of the stream.
 
 A broken stream loses the worker at once. Silence makes it suspect after `SUSPECT_AFTER_S` (it gets nothing new; the
-next word from it ends that) and lost after `LOST_AFTER_S`. Jobs of a lost worker end with `FlightLost`.
+next word from it ends that) and lost after `LOST_AFTER_S`. Jobs of a lost worker end with `FlightLost`, those that it
+was never sent with `FlightGap`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class WorkerLink:
     """The link to one worker. `run` keeps it up until it is cancelled.
 
     Attributes:
+        failures: how many tries in a row did not reach it.
         joined_at: since when this incarnation has been there, as it says, on the link's clock.
         has_shared_tier: whether its incarnation is known to have one, be its server there or not.
     """
@@ -88,6 +90,7 @@ class WorkerLink:
         self.report: Report | None = None
         self.joined_at = -math.inf
         self.problem = ""
+        self.failures = 0
         self.connected = False
         self.suspect = False
         self.refused = False
@@ -153,6 +156,7 @@ class WorkerLink:
                 # A link that ended would leave its worker up for ever.
                 log.exception("a link failed by a defect; report this", extra={"worker": self.name})
                 error = failure
+            self.failures = 0 if self.connected else self.failures + 1
             pause = rest.after_failure(self._clock(), was_there=self.connected)
             self._down(_describe(error, self.address), refused=_is_refusal(error))
             await self._rest(pause * (0.8 + 0.4 * self._jitter()))
@@ -174,7 +178,8 @@ class WorkerLink:
         flight = self._flights[job.job_id] = Flight(
             self.name, job, on_tokens=on_tokens, on_end=ended, sent_at=self._clock()
         )
-        self._send(worker_pb2.ConnectRequest(submit=job))
+        if self._stream is not None:
+            self._stream.send(worker_pb2.ConnectRequest(submit=job), flight.leaves)
         return flight
 
     def cancel(self, flight: Flight) -> None:
@@ -373,7 +378,10 @@ class WorkerLink:
         self.refused, self.problem = refused, why
         self._feed.end()
         for flight in list(self._flights.values()):
-            flight.lose(f"worker {self.name} was lost: {why}")
+            if flight.sent:
+                flight.lose(f"worker {self.name} was lost: {why}")
+            else:
+                flight.miss(f"worker {self.name} was lost before it was sent the job: {why}")
         self._asked.fail_orders(f"it was lost: {why}; try again when it is back")
         self._asked.forget_probes()
         if was_connected:

@@ -64,7 +64,7 @@ def read_json_object(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelFolderError(f"{path} is missing. Give a complete Hugging Face model folder.") from error
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path} cannot be read ({error}). Restore the file.") from error
     if not isinstance(value, dict):
         raise ModelFolderError(f"{path} does not hold a JSON object. Restore the file.")

@@ -6,6 +6,7 @@ Covers: deadlines that cannot be met, quotas, the bounds of the queue. Does not 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from router.config import OverloadConfig
@@ -80,19 +81,25 @@ class Refusals:
                 "max_queued_tokens_per_tenant", whose, held + tokens, config.max_queued_tokens_per_tenant, "tokens"
             )
 
-    def check_wait(self, waited_s: float, wait_ms: float) -> None:
+    def check_wait(self, waited_s: float, wait_ms: float, *, stuck: Collection[str] = ()) -> None:
         """Raises Overloaded when a request has waited for as long as any may.
 
         Args:
             waited_s: so far. wait_ms: predicted to come; of one that has yet to begin it counts, at its best.
+            stuck: the workers, if all that take requests are.
         """
         longest = self._config.max_queue_wait_s
         if waited_s <= longest and (waited_s or self._forecast.waits.likely_ms(wait_ms) <= longest * 1000.0):
             return
         waits = f"has waited for {waited_s:.0f} s" if waited_s else f"would wait for about {_seconds(wait_ms)}"
+        remedy = "send it again later, add workers, or raise router.max_queue_wait."
+        if stuck:
+            remedy = (
+                f"all workers that take requests ({', '.join(sorted(stuck))}) are far behind with the first tokens of"
+                " what they were sent; look into their logs, restart those that hang or add workers, and send it again."
+            )
         raise Overloaded(
-            f"The request {waits} in this router's queue, where none waits for more than {longest:g} s; send it again"
-            " later, add workers, or raise router.max_queue_wait.",
+            f"The request {waits} in this router's queue, where none waits for more than {longest:g} s; {remedy}",
             retry_after_s=min(_LATEST_S, max(_DEFAULT_S, wait_ms / 1000.0 - longest)),
             limit="max_queue_wait",
         )

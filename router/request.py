@@ -73,6 +73,7 @@ class Request:
     lost: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)  # workers whose stream lost something of it
     avoid: set[str] = field(default_factory=set)
+    begun: bool = False  # some worker may have worked at it
     answer_ids: list[int] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
     ttft_ms: float = 0.0
@@ -104,6 +105,7 @@ class Request:
         Settles it unless it may still be tried elsewhere or `finish` is to say how it ended.
         """
         right = True
+        self.begun = self.begun or not _ended_in_the_queue(end)
         if end.last is not None:
             self.finish_reason = end.last.finish_reason
         if end.last is not None and end.last.HasField("fates"):
@@ -154,8 +156,16 @@ class Request:
             fates=self.fates,
             generated_tokens=self.generated,
             predicted_cached=self.choice.price.cached_tokens if self.choice else 0,
+            begun=self.begun,
         )
         self.settle(self, entry)
+
+
+def _ended_in_the_queue(end: FlightEnd) -> bool:
+    """Whether its worker says that it was given up before it was begun."""
+    if end.last is None or end.last.HasField("fates"):
+        return False
+    return end.last.finish_reason in (common_pb2.FINISH_REASON_CANCELLED, common_pb2.FINISH_REASON_DEADLINE)
 
 
 def job_for(

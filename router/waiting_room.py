@@ -194,7 +194,7 @@ class WaitingRoom:
             if self._queue.remove(ticket):
                 self._note_length()
 
-    def _turn_away(self, ticket: Ticket[Guest], error: RouterError) -> None:
+    def _turn_away(self, ticket: Ticket[Guest], error: Exception) -> None:
         self._queue.remove(ticket)
         self._left(ticket.body, error)
 
@@ -236,7 +236,12 @@ class WaitingRoom:
         while left and len(skipped) < _MOST_SKIPPED and (ticket := self._queue.next(skipped)) is not None:
             guest = ticket.body
             if guest.not_before <= now:
-                choice = self._headroom.decide(guest.question)
+                try:
+                    choice = self._headroom.decide(guest.question)
+                except Exception as error:  # noqa: BLE001 - as in _serve
+                    self._turn_away(ticket, error)
+                    left -= 1
+                    continue
                 if choice is None:
                     self._nobody()
                     break
@@ -291,17 +296,23 @@ class WaitingRoom:
             for ticket, _ in list(self._queue.in_order()):
                 self._turn_away(ticket, self._readiness.none_ready())
 
+    def _all_stuck(self) -> frozenset[str]:
+        """The workers that take requests, where none of them is to be waited for; else none."""
+        ready = frozenset(link.name for link in self._fleet.links() if self._fleet.takes_requests(link))
+        return ready if ready <= self._headroom.stuck() else frozenset()
+
     def _judge(self) -> None:
         """Refuse who has waited for too long, and whose deadline cannot be met any more."""
         now = self._clock()
         if now - self._judged_at < _JUDGE_EVERY_S:
             return
         self._judged_at = now
+        stuck = self._all_stuck()
         for ticket, ahead_ms in list(self._queue.in_order()):
             guest = ticket.body
             wait_ms = self._forecast.wait_ms(ahead_ms)
             try:
-                self._refusals.check_wait(now - guest.queued_at, wait_ms)
+                self._refusals.check_wait(now - guest.queued_at, wait_ms, stuck=stuck)
                 guest.parts = guest.parts._replace(wait_ms=wait_ms)
                 self._check_deadline(guest, doubt=_DOUBT)
             except RouterError as error:

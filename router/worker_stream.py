@@ -46,6 +46,10 @@ class LinkSettings:
     credentials: grpc.ChannelCredentials | None = None
 
 
+def _nobody_asks() -> None:
+    return
+
+
 class WorkerStream:
     """See the module. Make it on the event loop, `run` it once."""
 
@@ -53,15 +57,18 @@ class WorkerStream:
         self._address = address
         self._settings = settings
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._outgoing: asyncio.Queue[worker_pb2.ConnectRequest] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[tuple[worker_pb2.ConnectRequest, Callable[[], None]]] = asyncio.Queue()
         hello = worker_pb2.RouterHello(
             protocol_version=PROTOCOL_VERSION, package_version=settings.version, router=settings.router
         )
         self.send(worker_pb2.ConnectRequest(hello=hello))
 
-    def send(self, request: worker_pb2.ConnectRequest) -> None:
-        """Queue a message; messages keep their order."""
-        self._outgoing.put_nowait(request)
+    def send(self, request: worker_pb2.ConnectRequest, on_leaving: Callable[[], None] = _nobody_asks) -> None:
+        """Queue a message; messages keep their order.
+
+        `on_leaving` is called before its first byte may leave; if the stream ends without, the worker never had it.
+        """
+        self._outgoing.put_nowait((request, on_leaving))
 
     def break_off(self, why: str) -> None:
         """End `run` with LinkBroken."""
@@ -113,7 +120,10 @@ class WorkerStream:
 
     async def _write(self, call: _Call) -> None:
         while True:
-            await call.write(await self._outgoing.get())
+            request, on_leaving = await self._outgoing.get()
+            if not call.done():
+                on_leaving()
+            await call.write(request)
 
     def _channel(self) -> grpc.aio.Channel:
         if self._settings.credentials is None:

@@ -98,7 +98,7 @@ def _read_json(file: Path) -> Mapping[str, Any]:
         raise ModelFolderError(f"{file} is missing; copy the whole model folder") from None
     except OSError as error:
         raise ModelFolderError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{file} is not valid JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ModelFolderError(f"{file} holds no JSON object; fetch it again")

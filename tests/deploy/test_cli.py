@@ -133,6 +133,12 @@ def test_wrong_usage_exits_with_2_and_no_traceback(new_warmkv: Callable[[], Warm
     done = new_warmkv().invoke(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_a_chat_that_nests_too_deeply_is_wrong_usage(new_warmkv: Callable[[], Warmkv], tmp_path: Path) -> None:
+    (tmp_path / "chat.json").write_text("[" * 100_000)
+    done = new_warmkv().invoke("cache", "warm", "--messages", str(tmp_path / "chat.json"))
+    assert (done.returncode, "JSON list of messages" in done.stderr) == (2, True)
     assert done.stderr.strip()
 
 

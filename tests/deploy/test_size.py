@@ -134,3 +134,6 @@ def test_wrong_usage_is_one_line_and_code_2(
 def test_a_file_that_is_no_configuration_is_named(warmkv: Warmkv, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     assert "no JSON object" in warmkv.invoke("size", "--model", str(tmp_path)).stderr
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    done = warmkv.invoke("size", "--model", str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n"), "cannot be read" in done.stderr) == (2, 1, True)

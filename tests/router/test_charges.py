@@ -84,6 +84,19 @@ def test_what_was_never_sent_costs_nothing() -> None:
     assert not queue._flows
 
 
+def test_what_its_worker_had_not_begun_costs_nothing() -> None:
+    charges, queue, quotas = parts()
+    queue.charge("a", 1.0)
+    before = queue._flows["a"].start
+    charge = charges.expected("a", prompt_tokens=5000, cached_tokens=0, max_tokens=100)
+    quotas.take("a", charge.quota)
+    queue.charge("a", charge.cost)
+    charge.sent = True
+    charges.settle(charge, Entry("a", "w0", "CANCELLED", 5000, begun=False))
+    assert left(quotas) == 60_000
+    assert queue._flows["a"].start == pytest.approx(before)
+
+
 def test_a_lost_request_keeps_what_it_was_charged() -> None:
     charges, _, quotas = parts()
     charge = charges.expected("a", prompt_tokens=5000, cached_tokens=0, max_tokens=100)

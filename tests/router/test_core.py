@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
@@ -671,6 +672,34 @@ async def test_a_call_that_its_edge_ends_at_the_deadline_is_booked_as_that() -> 
                 await generate(router, request(tokens(1, 20)), about=context(deadline=deadline))
         worker.hang_up()
         assert dict((await settled(router, 1)).requests) == {"DEADLINE_EXCEEDED": 1}
+
+
+class StopsReading(FakeWorker):
+    """Its first stream is read no further than the router's hello."""
+
+    async def _listen(self, requests: Any) -> None:
+        if self.connects > 1:
+            await super()._listen(requests)
+
+
+@pytest.mark.asyncio
+async def test_a_job_that_never_left_this_router_is_no_suspect_of_having_killed_a_worker() -> None:
+    workers = [StopsReading(f"w{n}", answers) for n in range(2)]
+    async with fakes(*workers) as (_, router):
+        await all_ready(router, 2)
+        for worker in workers:  # more than a stream takes in: what comes after it stays here
+            for names in (600_000, 1):  # the next one is tried in the moment of the end
+                router.fleet.link(worker.name).probe([bytes(32)] * names, lambda _: None)
+        await asyncio.sleep(0.1)
+        running = asyncio.ensure_future(generate(router, request(tokens(1, 20))))
+        for _ in workers:
+            await eventually(lambda: any(router.fleet.link(w.name).jobs for w in workers))
+            (holder,) = [w for w in workers if router.fleet.link(w.name).jobs]
+            holder.hang_up()
+            await eventually(lambda w=holder: not router.fleet.link(w.name).connected)  # type: ignore[misc]
+        answer = await running
+        assert (answer.route.retries, sum(w.kinds().count("submit") for w in workers)) == (2, 1)
+        assert dict((await settled(router, 1)).requests) == {"OK": 1}
 
 
 def gaps(worker: FakeWorker, job: object) -> None:

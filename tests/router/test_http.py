@@ -435,7 +435,8 @@ async def test_what_a_foreign_page_could_send_changes_nothing(
 @pytest.mark.parametrize(
     "body",
     ["", "no json", "[]", "7", '{"policy": 7}', '{"unknown": 1}', '{"policy": {"weights": {"queue": "x"}}}',
-     '{"policy": {"name": "nobody_knows"}}', '{"shared_tier_reads": "yes"}'],
+     '{"policy": {"name": "nobody_knows"}}', '{"shared_tier_reads": "yes"}',
+     "[" * 60_000, '{"policy":' * 6_000, '{"policy": {"weights": {"queue": %s}}}' % ("[" * 900 + "]" * 900)],
 )  # fmt: skip
 async def test_a_body_that_is_no_policy_is_a_400_that_says_what_to_send(body: str) -> None:
     router = ScriptedRouter()

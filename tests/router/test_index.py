@@ -126,6 +126,24 @@ def test_a_block_removed_while_the_snapshot_is_read_stays_removed(index: PrefixI
     assert index.held(c[3])
 
 
+def test_a_tier_cleared_while_the_snapshot_is_read_stays_cleared_but_for_what_was_stored_since(
+    index: PrefixIndex,
+) -> None:
+    c, other = chain(1), chain(2)
+    index.begin_snapshot("a", 1)
+    index.snapshot("a", 1, [BlockStored(DEVICE, c[:1])])
+    index.apply("a", 1, [AllBlocksCleared(DEVICE), BlockStored(DEVICE, c[:2])])
+    index.snapshot("a", 1, [BlockStored(DEVICE, c), BlockStored(HOST, other)])
+    index.end_snapshot("a", 1)
+    assert index.match(c)["a"].device == 2
+    assert index.match(other)["a"].host == 4
+    joined(index, "a", 1)  # the next snapshot is believed
+    index.begin_snapshot("a", 1)
+    index.snapshot("a", 1, [BlockStored(DEVICE, c)])
+    index.end_snapshot("a", 1)
+    assert index.match(c)["a"].device == 4
+
+
 def test_a_distrusted_worker_has_no_credit_until_its_next_snapshot(index: PrefixIndex) -> None:
     c = chain(1)
     index.apply("a", 1, [BlockStored(DEVICE, c)])

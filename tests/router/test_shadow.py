@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from router import record_file
 from router.errors import InvalidRequest
 from router.fleet_record import FleetRecord
 from router.policy_history import Order, PolicySetting, rollback_target
@@ -121,6 +124,38 @@ async def test_setting_what_is_in_force_is_no_change() -> None:
         name = router.get_policy().policy.name
         done = router.set_policy(admin_pb2.SetPolicyRequest(policy=policy(name)), caller=ADMIN)
         assert (done.version, list(router.get_policy().changes)) == (0, [])
+
+
+@pytest.mark.asyncio
+async def test_a_slow_disk_holds_up_nothing_and_the_last_policy_is_on_it_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, disk_goes_on, written = tmp_path / "policy.json", threading.Event(), list[str]()
+    whole = record_file._write_whole
+
+    def slowly(path: Path, text: str) -> None:
+        assert disk_goes_on.wait(timeout=20)
+        whole(path, text)
+        written.append(json.loads(text)["record"]["policy"])
+
+    async with rig(1) as fleet:
+        router = await fleet.start_router(record_file=str(file))
+        await all_ready(router, 1)
+        monkeypatch.setattr(record_file, "_write_whole", slowly)
+        rescue = threading.Timer(5.0, disk_goes_on.set)  # where the disk does hold up the event loop
+        rescue.start()
+        for name in ("sticky", "round_robin", "lowest_ttft"):
+            router.set_policy(admin_pb2.SetPolicyRequest(policy=policy(name)), caller=ADMIN)
+            await asyncio.sleep(0.05)
+        assert (await generate(router, request(tokens(1, 40)))).route.policy == "lowest_ttft"
+        assert not disk_goes_on.is_set()
+        closing = asyncio.ensure_future(router.close())
+        await asyncio.sleep(0.05)
+        assert not closing.done()
+        rescue.cancel()
+        disk_goes_on.set()
+        await closing
+        assert written == ["sticky", "lowest_ttft"]
 
 
 CONFIGURED = FleetRecord(0, "r0", "cache_aware", {"load": 2.0})

@@ -11,7 +11,16 @@ import pytest
 from bench.overload import AT_ONCE, Arrival, Outcome, conversations, offer, run
 from bench.virtual_fleet import VirtualRouter, question, run_virtually
 from router.config import OverloadConfig
-from router.errors import DeadlineUnreachable, Draining, NoWorkerAvailable, Overloaded, QuotaExceeded, RouterError
+from router.decide import Choice, Question
+from router.errors import (
+    DeadlineUnreachable,
+    Draining,
+    InternalError,
+    NoWorkerAvailable,
+    Overloaded,
+    QuotaExceeded,
+    RouterError,
+)
 from router.protocol import Caller, RequestContext, Role
 from warmkv.v1 import inference_pb2
 from workers.simulated_sequence import Timing
@@ -192,6 +201,31 @@ def test_a_cancelled_request_that_waits_leaves_nothing_and_costs_the_worker_noth
         assert router.stats(show_prompts=False).requests["CANCELLED"] == 7
 
     on_router(test)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "deadline"])
+def test_what_ends_in_its_workers_queue_costs_nothing_and_what_ends_under_way_does(end: str) -> None:
+    async def test(router: VirtualRouter) -> None:
+        first = asyncio.ensure_future(ask(router, prompt(1, 640), max_tokens=200))
+        await asyncio.sleep(0.001)
+        deadline_s = 0.3 if end == "deadline" else None
+        second = asyncio.ensure_future(ask(router, prompt(2, 400), tenant="b", max_tokens=200, deadline_s=deadline_s))
+        await asyncio.sleep(0.2)
+        assert (router.links[0].jobs, router.links[0].engine.load().waiting) == (2, 1)
+        flows = router._room._queue._flows
+        assert flows["b"].start >= 400
+        if end == "cancelled":
+            second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        await asyncio.sleep(0.2)
+        assert router.links[0].jobs == 1
+        assert flows["b"].start == pytest.approx(0.0)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await asyncio.sleep(1.0)
+        assert flows["a"].start >= 640
+
+    on_router(test, overload=OverloadConfig(max_worker_queue_s=2.0), max_running=1)
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once_and_one_that_can_is_kept() -> None:
@@ -382,6 +416,25 @@ def test_a_worker_that_becomes_stuck_frees_those_that_wait_for_it() -> None:
     on_router(test, workers=2)
 
 
+def test_where_all_workers_are_stuck_those_that_wait_are_told_so_and_what_to_do() -> None:
+    async def test(router: VirtualRouter) -> None:
+        held = [asyncio.ensure_future(ask(router, prompt(n, 64))) for n in range(2)]
+        await asyncio.sleep(0.001)
+        stuck = [hold(router, name) for name in ("w0", "w1")]
+        await asyncio.sleep(12.0)
+        with pytest.raises(Overloaded, match=r"all workers that take requests \(w0, w1\) .*restart those") as refused:
+            await ask(router, prompt(9, 64))
+        assert "raise router.max_queue_wait" not in refused.value.message
+        for each in held:
+            each.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        for link in stuck:
+            for flight in list(link.flights.values()):
+                flight.lose("it is stuck for good")
+
+    on_router(test, workers=2)
+
+
 def test_a_request_whose_worker_is_full_lets_those_pass_whose_worker_is_not() -> None:
     async def test(router: VirtualRouter) -> None:
         first, second = prompt(1, 3200), prompt(2, 3200)
@@ -435,6 +488,33 @@ def test_those_that_wait_are_told_when_no_worker_is_left() -> None:
         assert 3.0 <= asyncio.get_running_loop().time() - began <= 3.6
 
     on_router(test)
+
+
+def test_a_request_that_cannot_be_decided_fails_alone_and_those_behind_it_are_served(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(router: VirtualRouter) -> None:
+        tasks = await flood(router, 10)
+        decide = router._decider.decide
+
+        def fails_for_one(asked: Question) -> Choice | None:
+            if asked.hashes == broken:
+                raise ZeroDivisionError("a policy's defect")
+            return decide(asked)
+
+        waiting = asyncio.ensure_future(ask(router, prompt(7, 150), priority=10))
+        await asyncio.sleep(0.001)
+        assert len(router._room) == 8
+        first, _ = next(router._room._queue.in_order())
+        broken = first.body.question.hashes
+        router._decider.decide = fails_for_one  # type: ignore[method-assign]
+        async with asyncio.timeout(60):
+            results = await asyncio.gather(waiting, *tasks, return_exceptions=True)
+        assert [type(each) for each in results] == [InternalError] + [inference_pb2.Route] * 10
+        assert router.stats(show_prompts=False).requests == {"INTERNAL": 1, "OK": 10}
+
+    on_router(test)
+    assert "a policy's defect" in caplog.text
 
 
 def test_explain_says_how_long_a_request_would_wait() -> None:

@@ -148,6 +148,42 @@ async def test_the_wait_is_bounded_and_the_state_is_told_meanwhile() -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_worker_that_is_not_reached_at_first_is_waited_for() -> None:
+    late = FakeWorker("w1")
+    port = int((await late.start()).rsplit(":", 1)[1])
+    await late.stop()
+    late = FakeWorker("w1")
+    async with rig(1) as fleet:
+        fleet.addresses["w1"] = f"127.0.0.1:{port}"
+        router = await fleet.start_router(catch_up_s=30.0)
+        link = router.fleet.link
+        await eventually(lambda: len(router.list_workers()) == 2 and link("w1").problem and link("w0").synced)
+        assert list(router.fleet.catching_up) == ["w1"]
+        await late.start(port)
+        try:
+            await eventually(lambda: not router.fleet.catching_up)
+            assert link("w1").synced
+        finally:
+            await late.stop()
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_is_no_longer_listed_is_not_waited_for() -> None:
+    silent = FakeWorker("w1")
+    silent.snapshots = False
+    async with rig(1) as fleet:
+        fleet.addresses["w1"] = await silent.start()
+        try:
+            router = await fleet.start_router(catch_up_s=30.0)
+            await eventually(lambda: list(router.fleet.catching_up) == ["w1"])
+            del fleet.addresses["w1"]
+            fleet.announce()
+            await eventually(lambda: not router.fleet.catching_up)
+        finally:
+            await silent.stop()
+
+
+@pytest.mark.asyncio
 async def test_a_worker_that_cannot_be_reached_is_not_waited_for() -> None:
     async with rig(1) as fleet:
         fleet.addresses["gone"] = "127.0.0.1:1"
