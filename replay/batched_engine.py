@@ -106,7 +106,6 @@ class BatchedEngine:
         self._blocks = SequenceBlocks(profile, work.block_size, pool, self._tiers, answers_from=len(work.lengths))
         self.busy_s = 0.0
         self._busy = RecentWork()
-        self._answers = Answers(work.block_size)
         self._orders = 0
         self._lives = 0
         self._start_empty()
@@ -121,6 +120,7 @@ class BatchedEngine:
         self._plan: _Plan | None = None
         self._done = 0  # steps of the plan
         self._decode_step_ms = self._profile.decode_step_ms(1, 0)  # a worker that has served before knows it
+        self._answers = Answers(self._work.block_size)
         self._waking_at: float | None = None
         self._history = deque([_Noted(self._timeline.now, -math.inf, 0, 0, 0, 0, 0.0, 0.0)])
 

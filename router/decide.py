@@ -188,9 +188,7 @@ class Decider:
             )
         return self._with_blocks(question, links, candidates) if self._counts_blocks() else candidates
 
-    def _lacked_blocks(
-        self, question: Question, links: Sequence[WorkerLink], loads: Sequence[WorkerLoad]
-    ) -> list[int]:
+    def _lacked_blocks(self, question: Question, links: Sequence[WorkerLink], loads: Sequence[WorkerLoad]) -> list[int]:
         """By worker the blocks that its pool has too few for this prompt and all that are there.
 
         Which of its blocks others use already is asked only where that can matter: mostly pools have room.
