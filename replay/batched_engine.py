@@ -24,6 +24,7 @@ from replay.timeline import Timeline
 from replay.workload import Workload
 from router.cost import WorkerLoad
 from router.traffic import MEMORY_S
+from workers.step_times import Answers
 
 
 class _Noted(NamedTuple):
@@ -37,6 +38,9 @@ class _Noted(NamedTuple):
     decoding: int
     decode_step_ms: float
     share: float
+    answer_blocks: int = 0
+    answer_ms: float = 0.0
+    freed_blocks: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +120,7 @@ class BatchedEngine:
         self._plan: _Plan | None = None
         self._done = 0  # steps of the plan
         self._decode_step_ms = self._profile.decode_step_ms(1, 0)  # a worker that has served before knows it
+        self._answers = Answers(self._work.block_size)
         self._waking_at: float | None = None
         self._history = deque([_Noted(self._timeline.now, -math.inf, 0, 0, 0, 0, 0.0, 0.0)])
 
@@ -215,6 +220,10 @@ class BatchedEngine:
             decode_step_ms=noted.decode_step_ms,
             prefill_share=noted.share * math.exp((noted.since - max(sent, noted.since)) / MEMORY_S),
             pool_blocks=self._capacity // self._work.block_size,
+            answer_blocks=noted.answer_blocks,
+            slots=self._profile.max_running,
+            answer_ms=noted.answer_ms,
+            freed_blocks=noted.freed_blocks,
         )
 
     def known_until(self, sent: float) -> float:
@@ -292,15 +301,20 @@ class BatchedEngine:
         scheduler.take_decode_blocks(plan.steps - self._done)
         scheduler.decoded(plan.steps - self._done)
         prefilled = [s for s, length in plan.chunks if scheduler.prefilled(s, length, now)]
+        room = self._blocks.pool.available
         ended = scheduler.ended(now)
         for sequence in [s for s in prefilled if s.generated >= s.output]:
             scheduler.remove(sequence, now)
             ended.append(sequence)
+        freed = (self._blocks.pool.available - room) / max(1, len(ended))
         self._tell()
         for sequence in (*newcomers, *(s for s in prefilled if s.generated == 1)):
+            sequence.first_token_at = now
             if self._known.get(sequence.number) is sequence:
                 self._told.first_token(sequence.number, self._reuse(sequence, now))
         for sequence in ended:
+            if sequence.first_token_at is not None:
+                self._answers.ended((now - sequence.first_token_at) * 1e3, sequence.generated, freed)
             if self._known.get(sequence.number) is sequence:
                 del self._known[sequence.number]
                 self._told.ended(sequence.number)
@@ -350,6 +364,9 @@ class BatchedEngine:
                 len(scheduler.decoding),
                 self._decode_step_ms,
                 self._busy.value(now) / MEMORY_S,
+                scheduler.decoding.answer_blocks + (self._answers.growth_blocks if scheduler.decoding else 0),
+                self._answers.ms,
+                self._answers.blocks,
             )
         )
         while len(history) > 1 and history[1].since <= now - self._remember_s:

@@ -54,6 +54,7 @@ class Sequence:
     counted: tuple[int, ...] = ()
     loaded: int = 0
     decoding_since: tuple[int, int] | None = None  # step and tokens then
+    first_token_at: float | None = None
 
     @property
     def remaining(self) -> int:

@@ -45,6 +45,13 @@ class Decoding:
         """Tokens of all together."""
         return self._offset + self.steps * len(self._entries)
 
+    @property
+    def answer_blocks(self) -> int:
+        """Blocks that all need besides those of their prompts."""
+        size, steps = self._block_size, self.steps
+        tokens = ((each, *(each.decoding_since or (steps, each.tokens))) for each in self._entries)
+        return sum(max(0, -(-(so_far + steps - since) // size) - each.base) for each, since, so_far in tokens)
+
     def add(self, sequence: Sequence) -> None:
         """It has one token to compute at the next step, and then one at each."""
         self._count += 1

@@ -6,6 +6,7 @@ terms weigh (`policy`) or what was sent where (`traffic`). Pure functions over m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 from types import MappingProxyType
@@ -58,6 +59,10 @@ class WorkerLoad(NamedTuple):
         running: in the batch. decoding: of those, past their prefill. decode_step_ms: one step of theirs.
         prefill_share: of its time lately (memory: 30 s) that it prefilled, for all routers; None: it does not tell.
         pool_blocks: blocks that its device tier has room for; 0: not known.
+        answer_blocks: of those, what answers under way hold besides their prompts, and will before one of them ends.
+        slots: sequences that may hold blocks; 0: not known.
+        answer_ms: mean time from an answer's first token to its end; 0: not known.
+        freed_blocks: mean that one gave back when it ended.
     """
 
     fit: PrefillFit | None = None
@@ -69,6 +74,10 @@ class WorkerLoad(NamedTuple):
     decode_step_ms: float = 0.0
     prefill_share: float | None = None
     pool_blocks: int = 0
+    answer_blocks: int = 0
+    slots: int = 0
+    answer_ms: float = 0.0
+    freed_blocks: float = 0.0
 
 
 NO_LOAD = WorkerLoad()
@@ -119,8 +128,38 @@ def pool_fits(fits: Mapping[str, PrefillFit | None]) -> dict[str, PrefillFit]:
     }
 
 
+def lacked_blocks(load: WorkerLoad, prompt_blocks: int) -> int:
+    """Blocks that a pool has too few; zero or less: there is room, or the worker does not tell.
+
+    `prompt_blocks`: different ones of all prompts there, with the one that is asked for.
+    """
+    known = load.answer_ms and load.pool_blocks
+    return prompt_blocks + load.answer_blocks - load.pool_blocks if known else 0
+
+
+def room_ms(load: WorkerLoad, blocks: int, requests: int) -> float:
+    """Milliseconds until so many answers have ended that a worker has blocks and a slot for one more prompt.
+
+    Of n that run one ends every `answer_ms / n` on average (Little's law), however long those will be. Zero where there
+    is room, and while the worker does not tell.
+
+    `blocks`: its `lacked_blocks`. `requests`: that are there, without this one.
+    """
+    ends = math.ceil(max(0, blocks) / max(1.0, load.freed_blocks))
+    if load.slots:
+        ends = max(ends, requests + 1 - load.slots)
+    return load.answer_ms * ends / max(1, load.running)
+
+
 def queue_ms(
-    load: WorkerLoad, fit: PrefillFit, sent: Unreported, *, now: float, reported_at: float, keep: float = 0.2
+    load: WorkerLoad,
+    fit: PrefillFit,
+    sent: Unreported,
+    *,
+    now: float,
+    reported_at: float,
+    room: float = 0.0,
+    keep: float = 0.2,
 ) -> float:
     """Milliseconds until a prefill that is sent now could start.
 
@@ -128,12 +167,13 @@ def queue_ms(
     know of follows it, each at its own time (Lindley's recursion): a prefill that runs counts what is left of it.
     `keep` of the backlog stays, because a believed rate above the true one would empty queues too soon.
 
+    `room`: its `room_ms`; those before this prompt are computed meanwhile, so the longer of both waits counts.
     `now`, `reported_at`: on one clock, in seconds; without a report `reported_at` is minus infinity.
     """
     backlog = fit.token_ms * load.pending_tokens + fit.fixed_ms * load.waiting
     left = backlog + sent.ms + (reported_at - now) * 1000.0
     alone = (sent.ends_at - now) * 1000.0
-    return max(left, alone, keep * backlog) + (load.decode_step_ms if load.decoding else 0.0)
+    return max(left, alone, keep * backlog, room) + (load.decode_step_ms if load.decoding else 0.0)
 
 
 class Prices:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from kvstore.events import TierName
 from router.chain_tree import Runs
-from router.cost import NO_LOAD, PrefillFit, Price, Prices, WorkerLoad, pool_fits, queue_ms
+from router.cost import NO_LOAD, PrefillFit, Price, Prices, WorkerLoad, lacked_blocks, pool_fits, queue_ms, room_ms
 from router.fleet import Fleet
 from router.fleet_record import FleetRecord
 from router.index import NO_OVERLAP, Overlap
@@ -163,27 +163,44 @@ class Decider:
         works = traffic.recent_works_ms([(link.name, link.joined_at) for link in links])
         newer_than = max(min((link.joined_at for link in links), default=now) + LEAST_THERE_S, now - MEMORY_S)
         prices = Prices(question.prompt_tokens, question.block_size, shared_reads=self._fleet.record.shared_tier_reads)
+        lacks = self._lacked_blocks(question, links, loads)
         candidates = []
-        for link, load, fit, work_ms in zip(links, loads, fits, works, strict=True):
+        for link, load, fit, work_ms, lacked in zip(links, loads, fits, works, lacks, strict=True):
             name, report = link.name, link.report
             at, known = (report.at, report.known) if report else (-math.inf, NOTHING_KNOWN)
             held, coming = overlaps.get(name, NO_OVERLAP), arriving.get(name, 0)
             if load.pool_blocks and coming > load.pool_blocks:
                 coming = load.pool_blocks  # of a longer prompt the rest cannot stay
             sent = traffic.unreported(name, known)
+            active = load.running + load.waiting + sent.requests
+            room = room_ms(load, lacked, active) if load.answer_ms else 0.0
             priced = prices.of(
                 _at_least(held, coming) if coming else held,
                 load,
                 fit,
-                queue_ms(load, fit, sent, now=now, reported_at=at),
+                queue_ms(load, fit, sent, now=now, reported_at=at, room=room),
                 peers.depth(name) if TierName.PEER in load.reads else 0,
             )
-            share, active = shares.of(priced.cached_tokens), load.running + load.waiting + sent.requests
+            share = shares.of(priced.cached_tokens)
             new = link.joined_at > newer_than
             candidates.append(
                 Candidate(name, priced, share, active, work_ms, held, coming, NO_BLOCK_LOAD, load.decoding, new)
             )
         return self._with_blocks(question, links, candidates) if self._counts_blocks() else candidates
+
+    def _lacked_blocks(self, question: Question, links: Sequence[WorkerLink], loads: Sequence[WorkerLoad]) -> list[int]:
+        """By worker the blocks that its pool has too few for this prompt and all that are there.
+
+        Which of its blocks others use already is asked only where that can matter: mostly pools have room.
+        """
+        traffic, own = self._traffic, len(question.hashes)
+        most = [
+            lacked_blocks(load, own + traffic.prompt_blocks(link.name)) for link, load in zip(links, loads, strict=True)
+        ]
+        if max(most, default=0) <= 0:
+            return most
+        used = traffic.active_blocks(question.hashes, [link.name for link in links])
+        return [lacked_blocks(load, blocks) for load, blocks in zip(loads, used, strict=True)]
 
     def _with_blocks(
         self, question: Question, links: Sequence[WorkerLink], candidates: Sequence[Candidate]

@@ -65,6 +65,10 @@ def worker_load(load: worker_pb2.Load, block_nbytes: int = 0) -> WorkerLoad:
         decode_step_ms=load.decode_step_ms,
         prefill_share=load.prefill_share if load.HasField("prefill_share") else None,
         pool_blocks=_pool_bytes(load) // block_nbytes if block_nbytes else 0,
+        answer_blocks=load.answer_blocks,
+        slots=load.slots,
+        answer_ms=load.answer_ms,
+        freed_blocks=load.freed_blocks,
     )
 
 

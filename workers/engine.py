@@ -44,7 +44,7 @@ from workers.sampler import Row, Sampled, sample
 from workers.scheduler import Chunk, Scheduler
 from workers.sequence import Sequence
 from workers.step_failures import NOT_FINITE, StepFailures
-from workers.step_times import BusyShare, StepTimes
+from workers.step_times import Answers, BusyShare, StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ class TorchEngine:
         self._capacity = num_blocks * self._block_size
         self._default = Lifetime(default_ttl_s, is_default=True)
         self._times, self._prefilling = times or StepTimes(self._block_size), BusyShare()
+        self._answers, self._slots = Answers(self._block_size), max_running
         self._scheduler = Scheduler(
             store,
             block_size=self._block_size,
@@ -171,12 +172,12 @@ class TorchEngine:
         """How busy it is."""
         running, waiting = self._scheduler.running, self._scheduler.waiting
         prefill, read_ms = self._times.prefill, self.store.read_ms()
-        decoding = sum(sequence.remaining == 1 for sequence in running)
+        decoding = [sequence for sequence in running if sequence.remaining == 1]
         return Load(
             running=len(running),
             waiting=len(waiting),
             pending_prefill_tokens=sum(_pending(sequence) for sequence in self._scheduler),
-            decoding=decoding,
+            decoding=len(decoding),
             prefill_fixed_ms=prefill.fixed_ms,
             prefill_token_ms=prefill.token_ms,
             prefill_pair_ms=prefill.pair_ms,
@@ -185,6 +186,10 @@ class TorchEngine:
             preemptions=self._scheduler.preemptions,
             prefill_share=self._prefilling.value(self._clock()),
             prefill_error=self._times.prefill_error,
+            answer_blocks=self._answer_blocks(decoding),
+            slots=self._slots,
+            answer_ms=self._answers.ms,
+            freed_blocks=self._answers.blocks,
             tiers={
                 name: (stats, *_one_block(*read_ms.get(name, (0, 0)))) for name, stats in self.store.stats().items()
             },
@@ -202,6 +207,11 @@ class TorchEngine:
             self._peers.close()  # before the host tier, whose blocks it sends
         self.store.close(flush_s=flush_s)
         self._kv = ()
+
+    def _answer_blocks(self, decoding: list[Sequence]) -> int:
+        size = self._block_size
+        held = sum(len(sequence.block_table) - sequence.num_prompt // size for sequence in decoding)
+        return held + self._answers.growth_blocks if decoding else 0
 
     def _expected_blocks(self, sequence: Sequence) -> int:
         """Leading blocks in reach when those before it are prefilled: a burst over one document computes it once."""
@@ -306,8 +316,9 @@ class TorchEngine:
         if logprob is not None:
             output.logprobs.append(logprob)
         if sequence.num_generated == 1:
+            sequence.first_token_at = self._clock()
             waited = (sequence.first_step_at or sequence.submitted_at) - sequence.submitted_at
-            output.worker_ttft_ms = (self._clock() - sequence.submitted_at) * 1000
+            output.worker_ttft_ms = (sequence.first_token_at - sequence.submitted_at) * 1000
             output.load_ms = sequence.load_ms
             output.queue_ms = max(0.0, waited * 1000 - sequence.load_ms)
         return output
@@ -328,7 +339,11 @@ class TorchEngine:
         output.fates = sequence.fates
         if sequence.turn is not None and sequence.num_committed > len(sequence.job.block_hashes):
             self._conversations.answered(sequence.turn, sequence.hashes[sequence.num_committed - 1])
+        available = self.store.device.available
         self._scheduler.remove(sequence)
+        if sequence.first_token_at is not None:
+            answered_ms = (self._clock() - sequence.first_token_at) * 1000
+            self._answers.ended(answered_ms, sequence.num_generated, self.store.device.available - available)
         del self._sequences[sequence.job.job_id]
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: JobError | None = None) -> None:

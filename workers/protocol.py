@@ -138,7 +138,10 @@ class Load:
     `prefill_fixed_ms + prefill_token_ms * n + prefill_pair_ms * n * (m + n / 2)`.
 
     `prefill_share`: share of the last half minute that went to steps that prefill. `prefill_error`: mean relative error
-    of the predicted prefill time. `tiers` has (counters and fill, read latency ms, ms to read a block) for each tier.
+    of the predicted prefill time. `answer_blocks`: what answers under way hold besides their prompts, and will before
+    one of them ends. `slots`: sequences that may hold blocks. `answer_ms`, `freed_blocks`: of answers that ended lately,
+    mean time since the first token, and mean of blocks that could be had then and not before. `tiers` has (counters and
+    fill, read latency ms, ms to read a block) for each tier.
     """
 
     running: int = 0
@@ -153,6 +156,10 @@ class Load:
     preemptions: int = 0
     prefill_share: float = 0.0
     prefill_error: float = 0.0
+    answer_blocks: int = 0
+    slots: int = 0
+    answer_ms: float = 0.0
+    freed_blocks: float = 0.0
     tiers: dict[TierName, tuple[TierStats, float, float]] = field(default_factory=dict)
 
 

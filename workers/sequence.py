@@ -64,8 +64,8 @@ class Sequence:
         num_proven: leading blocks over which finite logits were computed for it.
         expected_cached: tokens of the prompt that local tiers held when it came, or will when those before it are
         prefilled; what the load counts until admission.
-        first_step_at: when it was first computed; None before. load_ms: how long its blocks took to come, the first
-        time.
+        first_step_at, first_token_at: when it was first computed, and had its first token; None before.
+        load_ms: how long its blocks took to come, the first time.
     """
 
     job: Job
@@ -86,6 +86,7 @@ class Sequence:
     num_proven: int = 0
     expected_cached: int = 0
     first_step_at: float | None = None
+    first_token_at: float | None = None
     load_ms: float = 0.0
 
     @property

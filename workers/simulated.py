@@ -37,7 +37,7 @@ from workers.simulated_cache import SimulatedCache
 from workers.simulated_info import info_for
 from workers.simulated_sequence import Sequence, Timing, pseudo_token
 from workers.simulated_store import EventLog, SimulatedTier
-from workers.step_times import BusyShare
+from workers.step_times import Answers, BusyShare
 
 Sleep = Callable[[float], None]  # seconds
 
@@ -88,7 +88,7 @@ class SimulatedEngine:
         self._orders = 0
         self._steps = 0
         self._preemptions = 0
-        self._prefilling = BusyShare()
+        self._prefilling, self._answers = BusyShare(), Answers(info.scheme.block_size)
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
@@ -140,12 +140,12 @@ class SimulatedEngine:
 
     def load(self) -> Load:
         """How busy it is."""
-        timing = self.timing
+        timing, decoding = self.timing, [sequence for sequence in self._running if sequence.missing == 1]
         return Load(
             running=len(self._running),
             waiting=len(self._waiting),
             pending_prefill_tokens=sum(s.pending for s in self._jobs.values()),
-            decoding=sum(s.missing == 1 for s in self._running),
+            decoding=len(decoding),
             prefill_fixed_ms=timing.prefill_fixed_ms,
             prefill_token_ms=timing.prefill_token_ms,
             prefill_pair_ms=timing.prefill_pair_ms,
@@ -153,6 +153,10 @@ class SimulatedEngine:
             steps=self._steps,
             preemptions=self._preemptions,
             prefill_share=self._prefilling.value(self._clock()),
+            answer_blocks=self._answer_blocks(decoding),
+            slots=self._max_running,
+            answer_ms=self._answers.ms,
+            freed_blocks=self._answers.blocks,
             tiers={tier.name: (tier.stats(), *self._read_ms(tier)) for tier in self._tiers},
         )
 
@@ -164,6 +168,11 @@ class SimulatedEngine:
         """Forget everything."""
         for sequence in list(self._jobs.values()):
             self._end(sequence, FinishReason.CANCELLED)
+
+    def _answer_blocks(self, decoding: list[Sequence]) -> int:
+        size = self.info.scheme.block_size
+        held = sum(len(s.held) + s.private - len(s.job.token_ids) // size for s in decoding)
+        return held + self._answers.growth_blocks if decoding else 0
 
     def _private(self) -> int:
         return sum(sequence.private for sequence in self._jobs.values())
@@ -252,6 +261,8 @@ class SimulatedEngine:
         token = pseudo_token(sequence, self.info.vocab_size)
         sequence.tokens.append(token)
         sequence.generated += 1
+        if sequence.generated == 1:
+            sequence.first_token_at = self._clock()
         output = Output(job.job_id, token_ids=[token], text=f" {token}", completion_tokens=sequence.generated)
         if sampling.logprobs is not None:
             output.logprobs.append(TokenLogprob(token, -1.0, ((token, -1.0),)[: sampling.logprobs]))
@@ -283,7 +294,11 @@ class SimulatedEngine:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
+        available = self._device.available
         self._blocks.give_back(sequence)
+        if sequence.first_token_at is not None:
+            answered_ms = (self._clock() - sequence.first_token_at) * 1000
+            self._answers.ended(answered_ms, sequence.generated, self._device.available - available)
 
 
 def build_engine(

@@ -52,6 +52,7 @@ class Sequence:
     private: int = 0
     ready_at: float = 0.0
     admitted_at: float | None = None
+    first_token_at: float | None = None
     load_ms: float = 0.0
     generated: int = 0
     fates: dict[str, int] | None = None

@@ -104,6 +104,11 @@ class SimulatedTier:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    @property
+    def available(self) -> int:
+        """Blocks that can be had, by eviction if need be."""
+        return self.capacity - len(self._lru) - self.private + self._lru.evictable
+
     def match(self, names: Sequence[BlockHash]) -> int:
         """How many leading blocks it holds. A question."""
         for count, name in enumerate(names):
@@ -113,7 +118,7 @@ class SimulatedTier:
 
     def has_room(self, count: int) -> bool:
         """Whether `make_room` would succeed. A question."""
-        return len(self._lru) + self.private - self._lru.evictable + count <= self.capacity
+        return count <= self.available
 
     def make_room(self, count: int) -> bool:
         """Evict until that many more blocks fit; False, and nothing evicted, when they cannot."""

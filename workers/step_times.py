@@ -27,6 +27,32 @@ class BusyShare:
         return self._share * math.exp(-max(0.0, now - self._at) / _SHARE_MEMORY_S)
 
 
+class Answers:
+    """What the answers were like that ended lately: what those bring to prompts that wait for room. Means that fade.
+
+    Attributes:
+        ms: from the first token to the end. blocks: that the end gave back and nobody else used.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        """Of a model with blocks of so many tokens. All are zero before the first answer ended."""
+        self._block_size = block_size
+        self._tokens = self.ms = self.blocks = 0.0
+        self._share = 1.0
+
+    def ended(self, ms: float, tokens: int, freed_blocks: float) -> None:
+        """An answer of so many tokens ended."""
+        share, self._share = self._share, _FADE
+        self.ms += share * (ms - self.ms)
+        self._tokens += share * (tokens - self._tokens)
+        self.blocks += share * (freed_blocks - self.blocks)
+
+    @property
+    def growth_blocks(self) -> int:
+        """Blocks that those under way take together until one of them ends: n grow for an n-th of an answer's time."""
+        return math.ceil(self._tokens / self._block_size)
+
+
 class StepTimes:
     """Prefill cost and decode step time, fitted online.
 

@@ -330,6 +330,10 @@ def load_to_wire(load: Load) -> worker_pb2.Load:
         preemptions=load.preemptions,
         prefill_share=load.prefill_share,
         prefill_error=load.prefill_error,
+        answer_blocks=load.answer_blocks,
+        slots=load.slots,
+        answer_ms=load.answer_ms,
+        freed_blocks=load.freed_blocks,
         tiers=[
             _tier_to_wire(tier, stats, latency_ms, block_ms)
             for tier, (stats, latency_ms, block_ms) in load.tiers.items()

@@ -13,11 +13,11 @@ from kvstore.blocks import block_hashes
 from kvstore.layout import KVLayout
 from replay.batched_profile import BatchedProfile
 from replay.simulated_router import RouterSettings
-from replay.simulation import Setup, simulate
+from replay.simulation import Setup, Simulation, simulate
 from replay.workload import Workload, workload
 from router.cost import PrefillFit
 from tests.replay.made import BLOCK, made
-from workers.protocol import Job, SamplingParams
+from workers.protocol import Job, Load, SamplingParams
 from workers.simulated import SimulatedEngine
 from workers.simulated_info import simulated_info
 from workers.simulated_sequence import Timing
@@ -66,8 +66,8 @@ def token_ids(work: Workload, number: int) -> list[int]:
     return found + [number] * (work.requests[number].input_length - len(found))
 
 
-def served(work: Workload) -> tuple[list[float], list[int], int]:
-    """By the worker's engine: when first tokens came, tokens cached, preemptions."""
+def served(work: Workload) -> tuple[list[float], list[int], Load]:
+    """By the worker's engine: when first tokens came, tokens cached, its last report."""
     now = VirtualTime()
     engine = SimulatedEngine(
         INFO,
@@ -98,7 +98,7 @@ def served(work: Workload) -> tuple[list[float], list[int], int]:
             if output.fates:
                 cached[output.job_id] = output.fates["device"]
     numbers = range(len(work.requests))
-    return [first[n] for n in numbers], [cached[n] for n in numbers], engine.load().preemptions
+    return [first[n] for n in numbers], [cached[n] for n in numbers], engine.load()
 
 
 @settings(max_examples=40, deadline=None)
@@ -112,8 +112,8 @@ def served(work: Workload) -> tuple[list[float], list[int], int]:
 def test_times_and_hits(prompts: list[Prompt]) -> None:
     work = work_of(prompts)
     fates = simulate(work, Setup(1, RouterSettings("round_robin"), PROFILE)).fates
-    first, cached, preemptions = served(work)
-    assume(not preemptions)  # which of several idle blocks goes then may differ
+    first, cached, load = served(work)
+    assume(not load.preemptions)  # which of several idle blocks goes then may differ
     assert [fate.cached for fate in fates] == cached
     assert [fate.first_token_s for fate in fates] == pytest.approx(first)
 
@@ -122,3 +122,15 @@ def test_a_burst_over_one_document_computes_it_once() -> None:
     work = work_of([(n * 0.001, list(range(9)), 3) for n in range(4)])
     fates = simulate(work, Setup(1, RouterSettings("round_robin"), PROFILE)).fates
     assert [fate.cached for fate in fates] == served(work)[1] == [0, 90, 90, 90]
+
+
+def test_reports_tell_the_same_of_answers() -> None:
+    work = work_of([(n * 0.05, [0, 0, n], 9 + 4 * n) for n in range(5)])
+    simulation = Simulation(work, Setup(1, RouterSettings("round_robin"), PROFILE))
+    simulation.run()
+    (engine,) = simulation._engines.values()
+    told, load = engine.reported(engine.report_time(simulation._timeline.now)), served(work)[2]
+    assert not load.preemptions
+    assert (told.answer_ms, told.freed_blocks) == pytest.approx((load.answer_ms, load.freed_blocks))
+    assert (told.slots, told.answer_blocks) == (load.slots, load.answer_blocks) == (RUNNING, 0)
+    assert told.freed_blocks > 0

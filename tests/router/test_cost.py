@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.events import TierName
-from router.cost import DEFAULT_FIT, NO_LOAD, PrefillFit, TierRead, WorkerLoad, pool_fits, price, queue_ms
+from router.cost import (
+    DEFAULT_FIT,
+    NO_LOAD,
+    PrefillFit,
+    TierRead,
+    WorkerLoad,
+    lacked_blocks,
+    pool_fits,
+    price,
+    queue_ms,
+    room_ms,
+)
 from router.index import NO_OVERLAP, Overlap
 from router.traffic import Unreported
 
@@ -84,6 +95,33 @@ def test_work_that_an_idle_worker_has_had_time_for_is_no_queue() -> None:
 def test_later_work_is_not_forgotten_when_the_backlog_is_thought_done() -> None:
     load = WorkerLoad(pending_tokens=1000)
     assert queue_of(load, age_ms=10_000, ms=70.0, ends_at=100.07) == pytest.approx(70.0)
+
+
+def test_a_full_pool_is_waited_for_until_enough_answers_have_ended() -> None:
+    load = WorkerLoad(pool_blocks=100, answer_blocks=20, running=4, answer_ms=1000.0, freed_blocks=30.0)
+    assert room_ms(load, lacked_blocks(load, 80), 4) == 0.0
+    assert room_ms(load, lacked_blocks(load, 81), 4) == pytest.approx(250)
+    assert room_ms(load, lacked_blocks(load, 110), 4) == pytest.approx(250)
+    assert room_ms(load, lacked_blocks(load, 111), 4) == pytest.approx(500)
+
+
+def test_a_full_batch_is_waited_for() -> None:
+    load = WorkerLoad(slots=4, running=4, answer_ms=1000.0)
+    assert [room_ms(load, 0, requests) for requests in (3, 4, 6)] == [0.0, 250.0, 750.0]
+
+
+def test_nobody_waits_for_room_at_a_worker_that_tells_nothing_of_it() -> None:
+    assert lacked_blocks(WorkerLoad(pool_blocks=100), 500) == 0  # no answer has ended yet
+    assert lacked_blocks(WorkerLoad(answer_ms=1000.0), 500) == 0
+    assert room_ms(WorkerLoad(answer_ms=1000.0), 0, 500) == 0.0
+
+
+def test_prompts_before_are_computed_while_one_waits_for_room() -> None:
+    load = WorkerLoad(pending_tokens=1000, decoding=1, decode_step_ms=8.0)
+    waits = [
+        queue_ms(load, FIT, Unreported(), now=100.0, reported_at=100.0, room=room_of) for room_of in (0.0, 60.0, 250.0)
+    ]
+    assert waits == pytest.approx([108, 108, 258])
 
 
 def test_fits_that_differ_by_noise_are_pooled_and_slow_machines_keep_their_own() -> None:

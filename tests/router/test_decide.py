@@ -165,6 +165,28 @@ def test_candidates_are_what_each_worker_alone_would_be(script: list[tuple[str, 
         assert [c.worker for c in candidates] == [link.name for link in links]
 
 
+def test_room_is_waited_for_by_what_all_prompts_need_together_and_by_nobody_where_there_is_some() -> None:
+    it = Fixture()
+    load = WorkerLoad(pool_blocks=6, answer_blocks=1, running=2, answer_ms=800.0, freed_blocks=1.0)
+    for link in it.fleet.links():
+        link.report = Told(load, it.now, Known(it.now, 0))
+
+    def waits(*path: int) -> list[float]:
+        asked = Question(blocks(*path), 16 * len(path) + 3, 16, b"digest")
+        candidates = it.decider.candidates(asked, it.fleet.links(), {}, Holders())  # type: ignore[arg-type]
+        return [candidate.price.queue_ms for candidate in candidates]
+
+    assert waits(0, 0, 0, 0, 0) == [0.0] * 4  # it just fits
+    it.traffic.sent(1, "a", blocks(0, 0, 0), work_ms=0.0, cached_blocks=0)
+    it.traffic.sent(2, "b", blocks(1, 1, 1), work_ms=0.0, cached_blocks=0)
+    # Known to no report yet; what is used already is not needed again.
+    assert waits(0, 0, 0, 0, 0) == [0.0, 3 * 400.0, 0.0, 0.0]
+    it.traffic.first_token(2)
+    assert waits(0, 0, 0, 0, 0)[1] == 3 * 400.0
+    it.traffic.ended(2)
+    assert waits(0, 0, 0, 0, 0) == [0.0] * 4
+
+
 def test_another_record_is_in_force_at_once() -> None:
     it = Fixture()
     asked = Question([], 100, 16, b"digest")

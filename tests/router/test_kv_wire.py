@@ -48,6 +48,19 @@ def test_a_report_without_a_fit_has_none_and_broken_tiers_cannot_be_read() -> No
     assert fitted.fit == PrefillFit(1, 2, 3)
 
 
+def test_a_report_tells_what_room_there_is() -> None:
+    device = worker_pb2.TierLoad(tier=common_pb2.TIER_DEVICE, capacity_bytes=4000)
+    told = worker_pb2.Load(tiers=[device], answer_blocks=3, slots=8, answer_ms=1500.0, freed_blocks=2.5)
+    load = kv_wire.worker_load(told, block_nbytes=40)
+    assert (load.pool_blocks, load.answer_blocks, load.slots, load.answer_ms, load.freed_blocks) == (
+        100,
+        3,
+        8,
+        1500,
+        2.5,
+    )
+
+
 def test_reading_from_other_workers_has_a_price_once_blocks_came_from_there() -> None:
     peer = worker_pb2.TierLoad(tier=common_pb2.TIER_PEER, healthy=True, read_latency_ms=1.0, read_block_ms=3.0)
     assert kv_wire.worker_load(worker_pb2.Load(tiers=[peer])).reads == {}, "a peer that failed was measured, too"

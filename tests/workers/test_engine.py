@@ -301,6 +301,22 @@ def test_load_says_what_runs_and_waits_and_how_fast_it_goes():
     rig.close()
 
 
+def test_load_says_what_answers_hold_and_what_their_ends_bring():
+    rig = make_rig(max_running=3)
+    size, (first, second) = rig.engine.info.scheme.block_size, prompts(2, lengths=(100,) * 2)
+    rig.engine.submit(rig.job(0, first, max_tokens=size))
+    rig.engine.submit(rig.job(1, second, max_tokens=3 * size))
+    _outputs(rig, 1 + size // 2)
+    load = rig.engine.load()
+    assert (load.slots, load.answer_ms, load.freed_blocks) == (3, 0.0, 0.0)
+    held = [-(-(100 + size // 2) // size) - 100 // size] * load.decoding
+    assert load.answer_blocks == sum(held) > 0
+    while rig.engine.load().answer_ms == 0:
+        _outputs(rig, 1)
+    assert rig.engine.load().freed_blocks == -(-(100 + size - 1) // size)  # of its last token nothing is computed
+    rig.close()
+
+
 def test_a_model_that_gives_no_numbers_fails_the_job_and_stores_nothing_of_that_step(rig: Rig, monkeypatch):
     forward = rig.engine.runner.forward
     monkeypatch.setattr(rig.engine.runner, "forward", lambda *step: forward(*step) * math.nan)

@@ -345,6 +345,28 @@ def test_load_counts_what_waits_runs_and_decodes() -> None:
     assert (load.running, load.waiting, load.decoding, load.pending_prefill_tokens) == (2, 1, 2, 16)
 
 
+def test_load_tells_what_answers_hold_and_what_their_ends_bring() -> None:
+    engine, _ = engine_of(max_running=3)
+    shared = prompt(16, seed=1)  # four blocks of four
+    for number in range(2):
+        engine.submit(job(number, [*shared, *prompt(6, seed=number + 2)], max_tokens=7 + 10 * number))
+    engine.step()
+    engine.step()
+    load = engine.load()
+    assert (load.slots, load.decoding, load.answer_ms, load.freed_blocks) == (3, 2, 0.0, 0.0)
+    assert load.answer_blocks == 2  # of each the block that prompt and answer share
+    while not any(output.finish for output in engine.step().outputs):
+        pass
+    load = engine.load()
+    # Six steps, in one of which the second prompt was computed: it waited for the blocks of the first.
+    assert load.answer_ms == pytest.approx(6 * TIMING.decode_step_ms + TIMING.prefill_ms(6, 16))
+    assert load.freed_blocks == 3  # one of its own prompt, two of its answer: the other one still uses the first four
+    assert load.answer_blocks == 2 + 2  # of that; and as many as an answer of seven tokens takes
+    while engine.has_work():
+        engine.step()
+    assert engine.load().answer_blocks == 0
+
+
 def test_a_burst_of_one_prompt_computes_it_once_and_counts_it_once() -> None:
     engine, _ = engine_of(max_batch_tokens=8)
     burst = [job(number, [*prompt(32), number, number, number], max_tokens=3) for number in range(5)]

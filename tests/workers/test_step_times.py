@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from workers.step_times import BusyShare, StepTimes
+from workers.step_times import Answers, BusyShare, StepTimes
 
 
 def _ms(new: int, cached: int) -> float:
@@ -56,6 +56,18 @@ def test_the_fits_error_is_that_of_predictions_made_before_they_were_learnt_from
     assert times.prefill_error == pytest.approx(0.0, abs=1e-3)
     times.observe([(100, 0)], 100.0)  # twice as long as foretold: half of it was not
     assert times.prefill_error == pytest.approx(0.05, abs=2e-3)
+
+
+def test_answers_are_what_those_were_that_ended_lately() -> None:
+    answers = Answers(16)
+    assert (answers.ms, answers.blocks, answers.growth_blocks) == (0.0, 0.0, 0)
+    answers.ended(0.0, 1, 0)
+    answers.ended(1000.0, 101, 10)
+    assert (answers.ms, answers.blocks, answers.growth_blocks) == (pytest.approx(100), pytest.approx(1), 1)
+    for _ in range(60):
+        answers.ended(1000.0, 101, 10)
+    assert (answers.ms, answers.blocks) == (pytest.approx(1000, rel=0.01), pytest.approx(10, rel=0.01))
+    assert answers.growth_blocks == 7
 
 
 def test_a_busy_share_is_the_share_of_the_last_half_minute() -> None:

@@ -255,6 +255,11 @@ def test_load_carries_every_tier() -> None:
     )
 
 
+def test_load_carries_what_room_there_is() -> None:
+    got = load_to_wire(Load(answer_blocks=3, slots=8, answer_ms=1500.0, freed_blocks=2.5))
+    assert (got.answer_blocks, got.slots, got.answer_ms, got.freed_blocks) == (3, 8, 1500.0, 2.5)
+
+
 def test_what_a_clear_dropped_arrives_by_tier() -> None:
     got = clear_done_to_wire(3, {TierName.DEVICE: 1, TierName.HOST: 2, TierName.REDIS: 4}, "")
     assert (got.clear_id, got.device, got.host, got.disk, got.redis, got.error) == (3, 1, 2, 0, 4, "")

@@ -1389,6 +1389,10 @@ class Load(_message.Message):
     LAST_JOB_ID_FIELD_NUMBER: _builtins.int
     AGE_MS_FIELD_NUMBER: _builtins.int
     LAST_OTHER_NUMBER_FIELD_NUMBER: _builtins.int
+    ANSWER_BLOCKS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    ANSWER_MS_FIELD_NUMBER: _builtins.int
+    FREED_BLOCKS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the running batch."""
     waiting: _builtins.int
@@ -1427,6 +1431,16 @@ class Load(_message.Message):
     """Milliseconds since these numbers were true: a load is sent again when nothing was heard of a long step for a while."""
     last_other_number: _builtins.int
     """The highest OtherJob.number that the numbers above know of, whichever router's job that is; zero: of none."""
+    answer_blocks: _builtins.int
+    """Blocks of the device tier that answers under way hold besides those of their prompts, and will take before one of
+    them is likely to end.
+    """
+    slots: _builtins.int
+    """Sequences that may hold blocks at once. Zero: it does not tell."""
+    answer_ms: _builtins.float
+    """Of answers that ended lately, mean time from the first token to the end, milliseconds. Zero: none ended yet."""
+    freed_blocks: _builtins.float
+    """Of the same, mean of the device tier's blocks that could be had once one had ended, and not before."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierLoad]:
         """What is known of each tier."""
@@ -1452,10 +1466,14 @@ class Load(_message.Message):
         last_job_id: _builtins.int = ...,
         age_ms: _builtins.float = ...,
         last_other_number: _builtins.int = ...,
+        answer_blocks: _builtins.int = ...,
+        slots: _builtins.int = ...,
+        answer_ms: _builtins.float = ...,
+        freed_blocks: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "prefill_share", b"prefill_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "age_ms", b"age_ms", "decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "events_behind_ms", b"events_behind_ms", "last_job_id", b"last_job_id", "last_other_number", b"last_other_number", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_error", b"prefill_error", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_share", b"prefill_share", "prefill_token_ms", b"prefill_token_ms", "routers", b"routers", "running", b"running", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share", "age_ms", b"age_ms", "answer_blocks", b"answer_blocks", "answer_ms", b"answer_ms", "decode_step_ms", b"decode_step_ms", "decoding", b"decoding", "events_behind_ms", b"events_behind_ms", "freed_blocks", b"freed_blocks", "last_job_id", b"last_job_id", "last_other_number", b"last_other_number", "pending_prefill_tokens", b"pending_prefill_tokens", "preemptions", b"preemptions", "prefill_error", b"prefill_error", "prefill_fixed_ms", b"prefill_fixed_ms", "prefill_pair_ms", b"prefill_pair_ms", "prefill_share", b"prefill_share", "prefill_token_ms", b"prefill_token_ms", "routers", b"routers", "running", b"running", "slots", b"slots", "steps", b"steps", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prefill_share: _TypeAlias = _typing.Literal["prefill_share"]  # noqa: Y015
     _WhichOneofArgType__prefill_share: _TypeAlias = _typing.Literal["_prefill_share", b"_prefill_share"]  # noqa: Y015
