@@ -240,9 +240,7 @@ class SimulatedRouter:
         if any(traffic.sharers(c) or any(traffic.arriving_run(w, c) for w in links) for c in self._work.chains):
             raise InvariantError("a request that ended is still counted as being on its way; please report this")
 
-    def _count(
-        self, key: int, number: int, given: Given, *, place: float | None = None, is_met: bool = False
-    ) -> None:
+    def _count(self, key: int, number: int, given: Given, *, place: float | None = None, is_met: bool = False) -> None:
         self._traffic.sent(
             key,
             given.worker,
