@@ -107,7 +107,7 @@ class News:
         self._waiting.update((number, job) for number, job in before.items() if job.state == ENDED)
         for job in running:
             if job.number in before and job.number not in self._told:
-                job.work_is_known = False  # it has waited since the stream began, and nobody has heard of it
+                job.work_is_known = before[job.number].work_is_known  # it is not told yet, only queued anew
             self._waiting[job.number] = job
 
     def pop(self, max_bytes: int) -> list[worker_pb2.OtherJob]:

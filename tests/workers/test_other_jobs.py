@@ -120,6 +120,15 @@ def test_work_that_waits_to_be_told_is_no_less_news_after_a_resync() -> None:
         assert [job.work_is_known for job in news._waiting.values()] == [True, False]
 
 
+def test_work_that_the_hello_tells_is_no_news_after_a_resync() -> None:
+    running, late = RunningJobs(0.0), News()
+    running.came(1, of_job(1), 0.0)
+    for _ in range(2):
+        late.again(running.of_others(2))
+    (told,) = late.pop(1 << 20)
+    assert told.work_is_known
+
+
 def others(router: StreamClient) -> list[worker_pb2.OtherJob]:
     return [other for message in list(router.messages) for other in message.step.others]
 
