@@ -139,9 +139,9 @@ class Load:
 
     `prefill_share`: share of the last half minute that went to steps that prefill. `prefill_error`: mean relative error
     of the predicted prefill time. `answer_blocks`: what answers under way hold besides their prompts, and will before
-    one of them ends. `slots`: sequences that may hold blocks. `answer_ms`, `freed_blocks`: of answers that ended lately,
-    mean time since the first token, and mean of blocks that could be had then and not before. `tiers` has (counters and
-    fill, read latency ms, ms to read a block) for each tier.
+    one of them ends. `slots`: sequences that may hold blocks. `answer_ms`, `freed_blocks`: of answers that ended
+    lately, mean time since the first token and mean of blocks that could be had then and not before. `tiers` has
+    (counters and fill, read latency ms, ms to read a block) for each tier.
     """
 
     running: int = 0
