@@ -154,8 +154,7 @@ class Router:
         if self._auditing is not None:
             self._auditing.cancel()
         await self.fleet.close()
-        if self._records is not None:
-            await self._records.close()
+        await self.policy_kept()
 
     def drain(self) -> None:
         """Admit nothing new, and send those that wait elsewhere; what runs goes on."""
@@ -254,6 +253,11 @@ class Router:
     def get_policy(self) -> admin_pb2.GetPolicyResponse:
         """The policy in force and those available."""
         return self._operators.get_policy()
+
+    async def policy_kept(self) -> None:
+        """Returns when what is in force would outlive this process, if it is to."""
+        if self._records is not None:
+            await self._records.written()
 
     def set_policy(self, request: admin_pb2.SetPolicyRequest, *, caller: Caller) -> admin_pb2.SetPolicyResponse:
         """From the next request on, on all routers within a second. Raises InvalidRequest; then nothing changed."""

@@ -180,7 +180,9 @@ class _Handlers:
         if caller.role is not Role.ADMIN:
             raise PermissionDenied("Setting the policy needs a key of the role admin. Use such a key.")
         check_csrf(request.headers, self._csrf_token)
-        return _json(to_plain(self._router.set_policy(_set_policy_request(await request.read()), caller=caller)))
+        response = self._router.set_policy(_set_policy_request(await request.read()), caller=caller)
+        await self._router.policy_kept()
+        return _json(to_plain(response))
 
     def _caller(self, request: web.Request) -> Caller:
         header = request.headers.get("Authorization")

@@ -218,6 +218,10 @@ class RouterApi(Protocol):
         """The policy in force and those available."""
         ...
 
+    async def policy_kept(self) -> None:
+        """Returns when what is in force would outlive this process, if it is to."""
+        ...
+
     def set_policy(self, request: admin_pb2.SetPolicyRequest, *, caller: Caller) -> admin_pb2.SetPolicyResponse:
         """From the next request on, on all routers within a second. Raises InvalidRequest."""
         ...

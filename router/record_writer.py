@@ -29,8 +29,8 @@ class RecordWriter:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._write(), name="record-writer")
 
-    async def close(self) -> None:
-        """Returns when the last record is written."""
+    async def written(self) -> None:
+        """Returns when the last record is on the disk, or the disk has refused it."""
         if self._task is not None:
             await asyncio.wait({self._task})
 

@@ -83,17 +83,23 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         return self._router.get_policy()
 
     async def SetPolicy(self, request: admin_pb2.SetPolicyRequest, context: Context) -> admin_pb2.SetPolicyResponse:
-        return self._router.set_policy(request, caller=_admin())
+        response = self._router.set_policy(request, caller=_admin())
+        await self._router.policy_kept()
+        return response
 
     async def SetShadowPolicy(
         self, request: admin_pb2.SetShadowPolicyRequest, context: Context
     ) -> admin_pb2.SetShadowPolicyResponse:
-        return self._router.set_shadow_policy(request, caller=_admin())
+        response = self._router.set_shadow_policy(request, caller=_admin())
+        await self._router.policy_kept()
+        return response
 
     async def RollbackPolicy(
         self, request: admin_pb2.RollbackPolicyRequest, context: Context
     ) -> admin_pb2.RollbackPolicyResponse:
-        return self._router.rollback_policy(request, caller=_admin())
+        response = self._router.rollback_policy(request, caller=_admin())
+        await self._router.policy_kept()
+        return response
 
     async def ClearCache(self, request: admin_pb2.ClearCacheRequest, context: Context) -> admin_pb2.ClearCacheResponse:
         return await self._router.clear_cache(request, caller=_admin())

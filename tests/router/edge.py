@@ -97,6 +97,9 @@ class WordRouter:
     def get_policy(self) -> admin_pb2.GetPolicyResponse:
         return admin_pb2.GetPolicyResponse(policy=self.policy, version=1)
 
+    async def policy_kept(self) -> None:
+        return None
+
     def set_policy(self, request: admin_pb2.SetPolicyRequest, *, caller: Caller) -> admin_pb2.SetPolicyResponse:
         self.policy.MergeFrom(request.policy)
         return admin_pb2.SetPolicyResponse(policy=self.policy, version=2)

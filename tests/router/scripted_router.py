@@ -176,6 +176,9 @@ class ScriptedRouter:
             shared_tier_reads=self.now.shared_tier_reads,
         )
 
+    async def policy_kept(self) -> None:
+        return None
+
     def set_policy(
         self, request: admin_pb2.SetPolicyRequest, *, caller: Caller | None = None
     ) -> admin_pb2.SetPolicyResponse:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from router import record_file
+from router import record_file, service
 from router.errors import InvalidRequest
 from router.fleet_record import FleetRecord
 from router.policy_history import Order, PolicySetting, rollback_target
 from router.record_file import keeper, restored
+from router.service import AdminService
 from tests.router.rig import ADMIN, all_ready, eventually, generate, request, rig, tokens
 from warmkv.v1 import admin_pb2
 
@@ -156,6 +157,37 @@ async def test_a_slow_disk_holds_up_nothing_and_the_last_policy_is_on_it_at_the_
         disk_goes_on.set()
         await closing
         assert written == ["sticky", "lowest_ttft"]
+
+
+@pytest.mark.asyncio
+async def test_who_set_a_policy_is_answered_when_it_would_outlive_the_router(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, disk_goes_on = tmp_path / "policy.json", threading.Event()
+    whole = record_file._write_whole
+
+    def slowly(path: Path, text: str) -> None:
+        assert disk_goes_on.wait(timeout=20)
+        whole(path, text)
+
+    async with rig(1) as fleet:
+        router = await fleet.start_router(record_file=str(file))
+        await all_ready(router, 1)
+        monkeypatch.setattr(record_file, "_write_whole", slowly)
+        edge = AdminService(router)
+        monkeypatch.setattr(service, "_admin", lambda: ADMIN)
+        for call, change in (
+            (edge.SetPolicy, admin_pb2.SetPolicyRequest(policy=policy("sticky"))),
+            (edge.SetShadowPolicy, admin_pb2.SetShadowPolicyRequest(policy=policy("round_robin"))),
+            (edge.RollbackPolicy, admin_pb2.RollbackPolicyRequest()),
+        ):
+            disk_goes_on.clear()
+            answer = asyncio.ensure_future(call(change, None))  # type: ignore[operator]
+            await asyncio.sleep(0.05)
+            assert not answer.done()
+            disk_goes_on.set()
+            version = (await answer).version
+            assert int(json.loads(file.read_text())["record"]["version"]) == version
 
 
 CONFIGURED = FleetRecord(0, "r0", "cache_aware", {"load": 2.0})
