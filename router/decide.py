@@ -173,7 +173,7 @@ class Decider:
                 coming = load.pool_blocks  # of a longer prompt the rest cannot stay
             sent = traffic.unreported(name, known)
             active = load.running + load.waiting + sent.requests
-            room = room_ms(load, lacked, active) if load.answer_ms else 0.0
+            room = room_ms(load, lacked, active) if lacked > 0 or active >= load.slots else 0.0
             priced = prices.of(
                 _at_least(held, coming) if coming else held,
                 load,
@@ -193,13 +193,12 @@ class Decider:
 
         Which of its blocks others use already is asked only where that can matter: mostly pools have room.
         """
-        traffic, own = self._traffic, len(question.hashes)
-        most = [
-            lacked_blocks(load, own + traffic.prompt_blocks(link.name)) for link, load in zip(links, loads, strict=True)
-        ]
-        if max(most, default=0) <= 0:
-            return most
-        used = traffic.active_blocks(question.hashes, [link.name for link in links])
+        names, own = [link.name for link in links], len(question.hashes)
+        held = self._traffic.prompt_blocks(names)
+        most = [blocks + own + load.answer_blocks - load.pool_blocks for blocks, load in zip(held, loads, strict=True)]
+        if not any(load.answer_ms for lacked, load in zip(most, loads, strict=True) if lacked > 0):
+            return [0] * len(most)
+        used = self._traffic.active_blocks(question.hashes, names)
         return [lacked_blocks(load, blocks) for load, blocks in zip(loads, used, strict=True)]
 
     def _with_blocks(

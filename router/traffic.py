@@ -222,9 +222,9 @@ class Traffic:
         """Blocks to compute of what was sent to a worker and its report does not know of."""
         return sum(self._rest(f.hashes, f.shared) for f in self._late(worker, known))
 
-    def prompt_blocks(self, worker: str) -> int:
-        """Different blocks of the prompts of requests in flight there."""
-        return self._active_blocks.get(worker, 0)
+    def prompt_blocks(self, workers: Sequence[str]) -> list[int]:
+        """By worker the different blocks of the prompts in flight there."""
+        return [self._active_blocks.get(worker, 0) for worker in workers]
 
     def active_blocks(self, hashes: Sequence[bytes], workers: Sequence[str]) -> list[int]:
         """By worker the different blocks that requests in flight there use, if one with this chain were among them."""
