@@ -225,6 +225,9 @@ class Fleet:
         if problem := misfit(hello, self._expected, self.identity if others else None):
             raise Refused(problem)
         self.identity = identity_of(hello)
+
+    def joined(self, link: WorkerLink, hello: worker_pb2.WorkerHello) -> None:
+        """It tells the work that all routers have given it."""
         self._others.greeted(link.name, hello)
 
     def heard_record(self, link: WorkerLink, record: worker_pb2.FleetRecord) -> None:

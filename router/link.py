@@ -268,6 +268,7 @@ class WorkerLink:
             self.report, self.has_shared_tier = None, False
             self.joined_at = self._clock() - hello.up_ms / 1000.0
         self.hello = hello
+        self._listener.joined(self, hello)
         self._note_shared_tier(known=bool(hello.shared_tier_id))
         self._feed.begin(hello.incarnation, first.seq)
         self._heard_at = self._clock()

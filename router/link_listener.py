@@ -18,6 +18,10 @@ class Listener(Protocol):
         """The worker said hello. Raises Refused."""
         ...
 
+    def joined(self, link: WorkerLink, hello: worker_pb2.WorkerHello) -> None:
+        """Its hello fits, and it is the incarnation that is heard."""
+        ...
+
     def heard_record(self, link: WorkerLink, record: worker_pb2.FleetRecord) -> None:
         """The worker carries this fleet record."""
         ...

@@ -181,11 +181,12 @@ async def test_an_older_incarnation_is_not_listened_to() -> None:
     worker = FakeWorker("w0", incarnation=5)
     async with fakes(worker) as (_, router):
         await all_ready(router, 1)
-        worker.hello.incarnation = 4
+        worker.hello.incarnation, worker.hello.recent_work_ms, worker.hello.up_ms = 4, 60_000.0, 60_000
         worker.hang_up()
         await eventually(lambda: worker.connects >= 3)
         assert states(router)["w0"] == "LOST"
         assert "older incarnation" in router.list_workers()[0].problem
+        assert router._traffic.utilisation(1) == 0.0
         worker.hello.incarnation = 6
         await all_ready(router, 1)
 
