@@ -9,6 +9,10 @@ from router.policies.keys import rendezvous
 from router.policies.protocol import Candidate, Decision, RouteRequest, Term, Weight
 from router.policies.ties import hit_reason, only, quietest
 
+# Who was given less than this in the last half minute, a hundredth of it, needs no help: a second turn that was moved
+# to a worker that came a moment later would miss what the first one left.
+_IDLE_MS = 300.0
+
 
 class CacheAware:
     """Fewest predicted milliseconds to the first token, where computing costs more the busier the fleet is.
@@ -120,9 +124,10 @@ def _own_share(c: Candidate, w: Mapping[str, float]) -> float:
 
 
 def _owed_ms(candidates: Sequence[Candidate], w: Mapping[str, float]) -> list[float]:
-    """What each new worker lacks of its share of work."""
+    """What each new worker lacks of its share of work, where the others have any to speak of."""
     others = [c.recent_work_ms for c in candidates if not c.new]
-    share_ms = w["warm_up"] * fsum(others) / len(others) if others else 0.0
+    work_ms = fsum(others) / len(others) if others else 0.0
+    share_ms = w["warm_up"] * work_ms if work_ms >= _IDLE_MS else 0.0
     return [max(0.0, share_ms - c.recent_work_ms) if c.new else 0.0 for c in candidates]
 
 

@@ -108,6 +108,15 @@ def test_a_new_worker_is_owed_a_share_of_the_others_work_and_no_more() -> None:
     assert not taken(0, new=False)
 
 
+def test_a_new_worker_is_owed_nothing_by_others_that_are_idle() -> None:
+    def taken(recent: float) -> bool:
+        two = [candidate("a", compute=1, recent=recent, cached=900), candidate("b", compute=20, new=True)]
+        return choose("cache_aware", two).chosen.worker == "b"
+
+    assert not taken(299)
+    assert taken(301)
+
+
 def test_where_all_are_new_nobody_is_owed_anything() -> None:
     two = [candidate("a", compute=10, recent=4000, new=True), candidate("b", compute=310, new=True)]
     assert choose("cache_aware", two).costs == (15.0, 465.0)
