@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from router.decide import Choice, Decider, Question
 from router.fleet import Fleet
-from router.pace import Pace
+from router.lateness import Lateness
 from router.policies.protocol import Candidate
 
 SOONEST_S = 0.01  # between two looks
@@ -19,11 +19,11 @@ _STUCK_AFTER_S = 10.0  # a worker that is so late is not waited for: others are 
 class Headroom:
     """`max_queue_s`: the longest queue that a worker is given, by prediction; None: any."""
 
-    def __init__(self, max_queue_s: float | None, fleet: Fleet, decider: Decider, pace: Pace) -> None:
+    def __init__(self, max_queue_s: float | None, fleet: Fleet, decider: Decider, lateness: Lateness) -> None:
         self._limit_s = max_queue_s
         self._fleet = fleet
         self._decider = decider
-        self._pace = pace
+        self._lateness = lateness
 
     def decide(self, question: Question) -> Choice | None:
         """What the decider says, of workers that are not stuck; None: there is none."""
@@ -32,7 +32,7 @@ class Headroom:
 
     def stuck(self) -> frozenset[str]:
         """Workers that are not to be waited for."""
-        return frozenset() if self._limit_s is None else self._pace.late(max(self._limit_s, _STUCK_AFTER_S))
+        return frozenset() if self._limit_s is None else self._lateness.late(max(self._limit_s, _STUCK_AFTER_S))
 
     def has(self, choice: Choice) -> bool:
         """Whether the chosen worker has room."""
@@ -44,11 +44,11 @@ class Headroom:
 
     def first_token_ms(self, choice: Choice) -> float:
         """From now on at the chosen worker."""
-        return self._queue_ms(choice.decision.chosen) + choice.price.load_ms + choice.price.compute_ms
+        return choice.decision.chosen.price.queue_ms + choice.price.load_ms + choice.price.compute_ms
 
     def in_s(self, choice: Choice) -> float:
         """When to ask again: a queue is predicted to shrink by a second in a second."""
-        over_s = self._queue_ms(choice.decision.chosen) / 1000.0 - (self._limit_s or 0.0)
+        over_s = choice.decision.chosen.price.queue_ms / 1000.0 - (self._limit_s or 0.0)
         return min(_ROOM_AGAIN_S, max(SOONEST_S, over_s))
 
     def is_measured(self, worker: str) -> bool:
@@ -60,11 +60,5 @@ class Headroom:
         """Whether its queue is, by prediction and by what it has yet to answer."""
         if self._limit_s is None:
             return True
-        short = self._queue_ms(candidate) <= self._limit_s * 1000.0
-        return short and not self._pace.is_late(candidate.worker, self._limit_s)
-
-    def _queue_ms(self, candidate: Candidate) -> float:
-        """By what it is predicted to compute, or by its pace if that is more: the one knows all routers' prompts, the
-        other what else keeps them waiting.
-        """
-        return max(candidate.price.queue_ms, self._pace.queue_ms(candidate.worker))
+        short = candidate.price.queue_ms <= self._limit_s * 1000.0
+        return short and not self._lateness.is_late(candidate.worker, self._limit_s)

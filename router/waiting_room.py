@@ -29,9 +29,9 @@ from router.fleet import Fleet
 from router.forecast import Forecast, Parts
 from router.guest import Guest
 from router.headroom import SOONEST_S, Headroom
+from router.lateness import Lateness
 from router.ledger import Entry
 from router.metrics import Metrics
-from router.pace import Pace
 from router.quotas import TokenQuotas
 from router.readiness import Readiness, time_left
 from router.refusals import Refusals
@@ -66,8 +66,8 @@ class WaitingRoom:
         self._forecast = Forecast(clock)
         self._refusals = Refusals(config, self._queue, self._quotas, self._forecast)
         self._charges = Charges(config, self._queue, self._quotas)
-        self._pace = Pace(clock)
-        self._headroom = Headroom(config.max_worker_queue_s, fleet, decider, self._pace)
+        self._lateness = Lateness(clock)
+        self._headroom = Headroom(config.max_worker_queue_s, fleet, decider, self._lateness)
         self._timer: asyncio.TimerHandle | None = None
         self._passed_at = self._judged_at = -_LOOK_AGAIN_S
         self._nobody_until: float | None = None
@@ -123,21 +123,21 @@ class WaitingRoom:
 
     def sent(self, key: int, choice: Choice) -> None:
         """A job went to a worker."""
-        self._pace.sent(key, choice.worker, _work_ms(choice))
+        self._lateness.sent(key, choice.worker, _work_ms(choice))
 
     def first_token(self, key: int, worker: str) -> None:
         """It has a first token."""
-        self._pace.spoke(key, worker)
+        self._lateness.spoke(key, worker)
         self.look_again()
 
     def ended(self, key: int, worker: str) -> None:
         """Its worker has no more to say."""
-        self._pace.left(key, worker)
+        self._lateness.spoke(key, worker)
         self.look_again()
 
     def forget(self, worker: str) -> None:
         """A worker is gone for good."""
-        self._pace.forget(worker)
+        self._lateness.forget(worker)
 
     def answered(self, guest: Guest) -> None:
         """A request has its first token."""

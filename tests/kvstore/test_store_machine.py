@@ -6,6 +6,7 @@ be found is asked of the tiers themselves, naively: the longest prefix whose blo
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from hypothesis import settings
@@ -20,7 +21,7 @@ from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, RemovalC
 from kvstore.host.tier import HostTier
 from kvstore.source import ABSENT_S
 from kvstore.store import Acquisition, ReadTiers, TieredStore
-from kvstore.tier import BlockMeta, chain_metas
+from kvstore.tier import BlockMeta, LocalTier, chain_metas
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ROOT, ManualClock, names, payload, payloads
 from tests.kvstore.fake_tier import FakeSharedTier
 
@@ -268,6 +269,19 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def events_tell_what_local_tiers_hold(self) -> None:
+        patience = time.monotonic() + 5.0  # what a thread writes after the events were drained is told by the next ones
+        while True:
+            self._believe_events()
+            wrong = [] if self.loading() else [tier.name for tier in self.local if not self._is_believed(tier)]
+            if not wrong or time.monotonic() > patience:
+                break
+            time.sleep(0.01)
+        assert not wrong
+
+    def _is_believed(self, tier: LocalTier) -> bool:
+        return self.believed[tier.name] == {short(meta.hash) for meta in tier.metas()}
+
+    def _believe_events(self) -> None:
         for event in self.store.drain_events():
             known = self.believed[event.tier]
             if isinstance(event, BlockStored):
@@ -276,9 +290,6 @@ class StoreMachine(RuleBasedStateMachine):
                 known -= set(event.hashes)
             elif isinstance(event, AllBlocksCleared):
                 known.clear()
-        if not self.loading():  # else an I/O thread may be writing to host
-            for tier in self.local:
-                assert self.believed[tier.name] == {short(meta.hash) for meta in tier.metas()}, tier.name
 
 
 StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

@@ -72,7 +72,7 @@ def what_is_left(router: Router) -> dict[str, int]:
     return {
         "in flight": router._admission.in_flight,
         "waiting": len(room) + room.tokens + room._queue.work_ms.__ceil__(),
-        "unanswered": room._pace.silent(),
+        "unanswered": room._lateness.silent(),
         "sent": len(traffic._flights) + sum(traffic._in_flight.values()),
         "prefilling": sum(map(len, traffic._prefilling.values())),
         "jobs": sum(link.jobs for link in router.fleet.links()),

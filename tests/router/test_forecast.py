@@ -6,7 +6,7 @@ import pytest
 
 from router.drain_rate import DrainRate
 from router.forecast import AnswerPace, Errors, Forecast, Parts
-from router.pace import Pace
+from router.lateness import Lateness
 
 
 class Clock:
@@ -158,7 +158,7 @@ def test_an_answer_pace_of_few_tokens_is_none() -> None:
 
 def test_a_worker_is_late_when_its_oldest_silent_request_is_over_its_own_work_and_the_limit() -> None:
     clock = Clock()
-    pace = Pace(clock)
+    pace = Lateness(clock)
     pace.sent(1, "w0", own_ms=1000)
     pace.sent(2, "w1", own_ms=0)
     clock.now = 2.5
@@ -170,55 +170,17 @@ def test_a_worker_is_late_when_its_oldest_silent_request_is_over_its_own_work_an
     pace.spoke(1, "w0")
     assert pace.late(2.0) == {"w1"}
     pace.spoke(2, "w1")
-    pace.left(9, "w9")
+    pace.spoke(9, "w9")
     assert pace.late(2.0) == set()
     pace.spoke(3, "w0")
     assert not pace.silent()
 
 
-def test_a_workers_queue_is_by_the_rate_of_its_first_tokens() -> None:
-    clock = Clock()
-    pace = Pace(clock)
-    key = 0
-    for _ in range(20):  # prompts of 10 ms, of which one in 200 ms gets a place in the batch
-        while pace.silent() < 3:
-            pace.sent(key := key + 1, "w0", own_ms=10)
-        clock.now += 0.2
-        pace.spoke(key - 2, "w0")
-    assert pace.queue_ms("w0") == pytest.approx(2 * 200, rel=0.1)
-    pace.sent(1000, "w0", own_ms=3000)  # one of those and a long one, which waits for no more places than they do
-    assert pace.queue_ms("w0") == pytest.approx(3 * 200, rel=0.1)
-    assert pace.queue_ms("w1") == 0
-    for number in range(key + 1):
-        pace.left(number, "w0")
-    pace.left(1000, "w0")
-    assert (pace.queue_ms("w0"), pace.silent()) == (0, 0)
-
-
-def test_the_rate_of_long_prompts_says_nothing_of_short_ones() -> None:
-    clock = Clock()
-    pace = Pace(clock)
-    pace.sent(0, "w0", own_ms=1000)
-    for key in range(1, 10):
-        pace.sent(key, "w0", own_ms=1000)
-        clock.now += 1.0
-        pace.spoke(key - 1, "w0")
-    pace.left(9, "w0")
-    for key in range(100, 110):
-        pace.sent(key, "w0", own_ms=10)
-    assert pace.queue_ms("w0") == pytest.approx(100, rel=0.1)
-
-
-def test_what_ends_without_a_first_token_was_not_served() -> None:
-    clock = Clock()
-    pace = Pace(clock)
+def test_a_worker_that_is_gone_is_forgotten() -> None:
+    pace = Lateness(Clock())
     for key in range(20):
         pace.sent(key, "w0", own_ms=10)
-    for key in range(10):
-        clock.now += 0.1
-        pace.left(key, "w0")
-    assert pace.queue_ms("w0") == 0  # nothing is known
+    assert pace.silent() == 20
     pace.forget("w0")
     pace.spoke(15, "w0")
-    pace.left(16, "w0")
     assert pace.silent() == 0

@@ -90,7 +90,7 @@ async def test_a_caller_that_hangs_up_while_it_waits_leaves_nothing() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         await eventually(lambda: router.stats(show_prompts=False).in_flight == 0)
         assert (len(router._room), router._room.tokens) == (0, 0)
-        await eventually(lambda: not router._room._pace.silent())
+        await eventually(lambda: not router._room._lateness.silent())
         assert await ask(client, 99) > 0
 
 

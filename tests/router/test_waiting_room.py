@@ -48,7 +48,7 @@ def on_router(test: Test, workers: int = 1, overload: OverloadConfig = SHORT, **
 
 def assert_nothing_is_left(router: VirtualRouter) -> None:
     room = router._room
-    assert (len(room), room.tokens, room.check(), room._pace.silent()) == (0, 0, True, 0)
+    assert (len(room), room.tokens, room.check(), room._lateness.silent()) == (0, 0, True, 0)
     assert router.stats(show_prompts=False).in_flight == 0
     assert router._traffic.check()
 

@@ -254,6 +254,8 @@ async def on_redis(url: str, workers: int = 2, **settings: object) -> AsyncItera
     try:
         await router.start()
         await all_ready(router, workers)
+        # A server that is slow to answer a worker is told in a report and not in the hello.
+        await eventually(lambda: all(link.has_shared_tier for link in router.fleet.links()))
         yield router
     finally:
         await router.close()
