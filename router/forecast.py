@@ -1,7 +1,8 @@
 """How long a request would take here, how well that is known, and whether a deadline can still be met. Pure.
 
 Covers: the measured pace of answers, the measured error of past forecasts, the correction that follows. Does not cover:
-the order of the queue (`fair_queue`), how fast it drains (`drain_rate`) or what a worker will take (`cost`, `lateness`).
+the order of the queue (`fair_queue`), how fast it drains (`drain_rate`), what a worker will take (`cost`) or whether it
+keeps to that (`lateness`).
 
 A forecast has three parts: the wait here, the time at the worker until the first token, the rest of the answer. Their
 errors have nothing to do with one another, so each part is held against what came, and corrected by itself. A request
