@@ -62,7 +62,7 @@ class DirectCaller:
 
     async def handshake(self) -> None:
         """Say hello and read everything up to the end of the snapshot."""
-        hello = worker_pb2.RouterHello(protocol_version=1, package_version="0", router="bench")
+        hello = worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, package_version="0", router="bench")
         await self._call.write(worker_pb2.ConnectRequest(hello=hello))
         async for message in self._messages:
             if message.HasField("hello"):

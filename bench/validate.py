@@ -253,7 +253,7 @@ async def last_load(address: str) -> tuple[HashScheme, worker_pb2.Load]:
     """What a worker says of itself, to a router that only listens: its scheme and its load."""
     async with grpc.aio.insecure_channel(address) as channel:
         call = worker_pb2_grpc.WorkerServiceStub(channel).Connect(metadata=(("authorization", f"Bearer {SECRET}"),))
-        hello = worker_pb2.RouterHello(protocol_version=1, package_version="0", router="listener")
+        hello = worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, package_version="0", router="listener")
         await call.write(worker_pb2.ConnectRequest(hello=hello))
         block_size = 0
         async for message in call:
