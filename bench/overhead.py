@@ -30,6 +30,7 @@ from deploy.local_fleet import free_port
 from deploy.summary import percentile
 from kvstore.blocks import HashScheme, block_hashes, short
 from kvstore.token_ids import packed
+from router.handshake import PROTOCOL_VERSION
 from warmkv.client import AsyncClient, WarmkvError
 from warmkv.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from workers.build import build_engine

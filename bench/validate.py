@@ -52,6 +52,7 @@ from replay.simulated_router import RouterSettings
 from replay.simulation import Setup, simulate
 from replay.traces import Request, Trace
 from replay.workload import Workload, workload
+from router.handshake import PROTOCOL_VERSION
 from warmkv.client import AsyncClient, WarmkvError
 from warmkv.v1 import admin_pb2, worker_pb2, worker_pb2_grpc
 from workers.config import WorkerConfig
