@@ -40,9 +40,7 @@ async def test_a_server_that_comes_later_counts_for_every_worker_and_is_cleared_
         await generate(router, request(tokens(2, 40)))
         with PrivateRedis(maxmemory_bytes=256 << 20) as server:
             socket.symlink_to(server.url.removeprefix("unix://"))
-            for again in range(
-                200
-            ):  # breakers look for the server now and then, when they are asked
+            for again in range(200):  # breakers look for the server now and then, when they are asked
                 await asyncio.gather(*(generate(router, request(tokens(1000 + 4 * again + n, 40))) for n in range(4)))
                 await asyncio.sleep(0.05)
                 if all(worker.tiers[-1].healthy for worker in router.list_workers()):
