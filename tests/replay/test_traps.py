@@ -120,12 +120,15 @@ def chats(seconds: float, sessions_per_s: float) -> list[Request]:
     return requests
 
 
-def test_overload_keeps_the_hits_that_greedy_routing_gives_up() -> None:
-    """Far more than the fleet can compute without any hit."""
-    work = work_of(chats(60, 6.0))
+@pytest.mark.parametrize(("sessions_per_s", "margin", "at_most"), [(6.0, 0.02, 0.9), (8.0, 0.04, 0.7)])
+def test_overload_keeps_the_hits_that_greedy_routing_gives_up(
+    sessions_per_s: float, margin: float, at_most: float
+) -> None:
+    """Far more than the fleet can compute without any hit; the second is more than it can with all of them, too."""
+    work = work_of(chats(60, sessions_per_s))
     ours, greedy = played(work, 4).figures(), played(work, 4, policy="lowest_ttft").figures()
-    assert ours.hit > greedy.hit + 0.015
-    assert ours.ttft_mean_s < greedy.ttft_mean_s
+    assert ours.hit > greedy.hit + margin
+    assert ours.ttft_mean_s < at_most * greedy.ttft_mean_s
 
 
 def test_a_worker_that_joins_gets_its_share_of_new_prompts_and_not_all_of_them() -> None:

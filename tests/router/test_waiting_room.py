@@ -538,7 +538,7 @@ def test_under_twice_the_load_late_binding_answers_more_of_what_it_lets_in_and_k
     assert late.hit >= at_once.hit
     assert late.died < 0.02 * late.asked
     assert late.died < at_once.died / 3
-    assert late.good > 0.97 * at_once.good
+    assert late.good >= at_once.good
 
 
 def test_an_outcome_counts_every_request_once() -> None:
