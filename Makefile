@@ -6,7 +6,11 @@ PY := $(VENV)/bin/python
 # PyTorch's CPU index: make setup TORCH_INDEX=URL
 TORCH_INDEX ?=
 
-.PHONY: help setup demo test check proto bench bench-peers lock clean
+BUF := npx --yes @bufbuild/buf@1.75.0
+# The minor version whose wire contract the protos may add to and not break (proto/released).
+RELEASED := 0.1
+
+.PHONY: help setup demo test check proto release-protos bench bench-peers lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -27,18 +31,21 @@ demo: setup  ## see it work: four workers, real chats, three acts (add ARGS="--w
 test: setup  ## every test (add ARGS="-k name")
 	$(PY) -m pytest $(ARGS)
 
-check: setup  ## formatting, lint, types, import laws, generated code, protos
+check: setup  ## formatting, lint, types, import laws, generated code, protos and what they may not break
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(PY) -m deploy.protos --check
 	$(PY) -m deploy.reference --check
-	@if command -v npx >/dev/null; then cd proto && npx --yes @bufbuild/buf@1.75.0 lint; \
-	else echo "buf lint: skipped, npx is not installed"; fi
+	@if command -v npx >/dev/null; then cd proto && $(BUF) lint && $(BUF) breaking --against released/$(RELEASED).binpb; \
+	else echo "buf lint and buf breaking: skipped, npx is not installed"; fi
 
 proto: setup  ## regenerate the Python stubs from proto/*.proto
 	$(PY) -m deploy.protos
+
+release-protos:  ## keep the wire contract of a release: make release-protos RELEASED=0.2
+	cd proto && $(BUF) build --exclude-source-info -o released/$(RELEASED).binpb
 
 bench: setup  ## the benchmarks, quickly (python -m bench.NAME for one of them in full)
 	for name in reuse overhead e2e store faults eviction policies router; do $(PY) -m bench.$$name --quick || exit 1; done

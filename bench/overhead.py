@@ -30,7 +30,7 @@ from deploy.local_fleet import free_port
 from deploy.summary import percentile
 from kvstore.blocks import HashScheme, block_hashes, short
 from kvstore.token_ids import packed
-from router.handshake import PROTOCOL_VERSION
+from warmkv import versions
 from warmkv.client import AsyncClient, WarmkvError
 from warmkv.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from workers.build import build_engine
@@ -63,7 +63,7 @@ class DirectCaller:
 
     async def handshake(self) -> None:
         """Say hello and read everything up to the end of the snapshot."""
-        hello = worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, package_version="0", router="bench")
+        hello = worker_pb2.RouterHello(protocol_version=versions.NEWEST, package_version="0", router="bench")
         await self._call.write(worker_pb2.ConnectRequest(hello=hello))
         async for message in self._messages:
             if message.HasField("hello"):

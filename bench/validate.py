@@ -52,7 +52,7 @@ from replay.simulated_router import RouterSettings
 from replay.simulation import Setup, simulate
 from replay.traces import Request, Trace
 from replay.workload import Workload, workload
-from router.handshake import PROTOCOL_VERSION
+from warmkv import versions
 from warmkv.client import AsyncClient, WarmkvError
 from warmkv.v1 import admin_pb2, worker_pb2, worker_pb2_grpc
 from workers.config import WorkerConfig
@@ -254,7 +254,7 @@ async def last_load(address: str) -> tuple[HashScheme, worker_pb2.Load]:
     """What a worker says of itself, to a router that only listens: its scheme and its load."""
     async with grpc.aio.insecure_channel(address) as channel:
         call = worker_pb2_grpc.WorkerServiceStub(channel).Connect(metadata=(("authorization", f"Bearer {SECRET}"),))
-        hello = worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, package_version="0", router="listener")
+        hello = worker_pb2.RouterHello(protocol_version=versions.NEWEST, package_version="0", router="listener")
         await call.write(worker_pb2.ConnectRequest(hello=hello))
         block_size = 0
         async for message in call:

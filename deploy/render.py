@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.json_format import MessageToDict
 
 from deploy.layers import Row
+from warmkv import versions
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
     parts = [table(header, (_worker_row(worker) for worker in stats.workers))] if stats.workers else ["no workers"]
     parts += [f"{worker.name}: {worker.problem}" for worker in stats.workers if worker.problem]
     parts += [f"{worker.name}: {doubt}" for worker in stats.workers if (doubt := _doubt(worker.index))]
+    parts += [note for worker in stats.workers if (note := _older(worker))]
     if stats.catching_up:
         parts.append(f"this router is catching up: it waits for what {', '.join(stats.catching_up)} hold")
     parts.append("")
@@ -188,6 +190,16 @@ def _worker_row(worker: admin_pb2.WorkerInfo) -> tuple[str, ...]:
 def _doubt(trust: admin_pb2.IndexTrust) -> str:
     """Why what a worker is believed to hold counts less; empty: it does not."""
     return f"suspect: {trust.suspect}; its blocks count {trust.credit:.0%}" if trust.suspect else ""
+
+
+def _older(worker: admin_pb2.WorkerInfo) -> str:
+    """What a worker of the version before cannot do; empty: it is not one."""
+    if not 0 < worker.protocol_version < versions.NEWEST:
+        return ""
+    return (
+        f"{worker.name}: runs warmkv {worker.package_version}, which is older: it speaks protocol"
+        f" {worker.protocol_version} and gets no request that needs {versions.NEWEST}"
+    )
 
 
 def _audit_text(trusts: Sequence[admin_pb2.IndexTrust]) -> str:

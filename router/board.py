@@ -146,6 +146,8 @@ class Board:
             problem=link.problem,
             model=link.hello.model if link.hello else "",
             device=link.hello.device if link.hello else "",
+            package_version=link.hello.package_version if link.hello else "",
+            protocol_version=link.hello.protocol_version if link.hello else 0,
             index=self._trust(link) if link.synced else None,
         )
         if link.report is not None and link.connected:

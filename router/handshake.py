@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvstore.blocks import HashScheme
+from warmkv import versions
 from warmkv.v1 import worker_pb2
-
-PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +49,10 @@ def identity_of(hello: worker_pb2.WorkerHello) -> FleetIdentity:
 
 def misfit(hello: worker_pb2.WorkerHello, expected: Expected, fleet: FleetIdentity | None) -> str:
     """Why the worker cannot join, and the remedy; empty when it can. `fleet`: of the workers that have joined."""
-    if hello.protocol_version != PROTOCOL_VERSION:
+    if not versions.OLDEST <= hello.protocol_version <= versions.NEWEST:
         return (
-            f"protocol_version is {hello.protocol_version} and this router speaks {PROTOCOL_VERSION};"
-            " install the same warmkv version on both."
+            f"protocol_version is {hello.protocol_version} and this router speaks {versions.span()};"
+            " install warmkv of the same or the next minor version on both."
         )
     if expected.model and hello.model != expected.model:
         return f"model is {hello.model!r} and this router serves {expected.model!r}; start it with that model_name."

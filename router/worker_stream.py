@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from router.handshake import PROTOCOL_VERSION
+from warmkv import versions
 from warmkv.v1 import worker_pb2, worker_pb2_grpc
 
 _HELLO_TIMEOUT_S = 5.0
@@ -59,7 +59,10 @@ class WorkerStream:
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._outgoing: asyncio.Queue[tuple[worker_pb2.ConnectRequest, Callable[[], None]]] = asyncio.Queue()
         hello = worker_pb2.RouterHello(
-            protocol_version=PROTOCOL_VERSION, package_version=settings.version, router=settings.router
+            protocol_version=versions.OLDEST,
+            newest_protocol_version=versions.NEWEST,
+            package_version=settings.version,
+            router=settings.router,
         )
         self.send(worker_pb2.ConnectRequest(hello=hello))
 

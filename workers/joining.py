@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from warmkv import versions
 from warmkv.v1 import worker_pb2
 from workers.router_stream import Context
-from workers.wire import PROTOCOL_VERSION, package_version
+from workers.wire import package_version
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,13 @@ class Door:
 
     async def greeted(
         self, requests: AsyncIterator[worker_pb2.ConnectRequest], context: Context
-    ) -> worker_pb2.RouterHello:
-        """The hello of a router that fits."""
+    ) -> tuple[worker_pb2.RouterHello, int]:
+        """The hello of a router that fits, and the protocol version of its stream."""
         hello = await self._first(requests, context)
-        if hello.protocol_version != PROTOCOL_VERSION:
+        version = versions.agreed(hello.protocol_version, hello.newest_protocol_version)
+        if version is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self._version_mismatch(hello))
-        return hello
+        return hello, version
 
     async def authenticate(self, context: Context) -> None:
         """Turn away whoever does not know the fleet's secret."""
@@ -63,8 +65,9 @@ class Door:
         return first.hello
 
     def _version_mismatch(self, hello: worker_pb2.RouterHello) -> str:
+        theirs = max(hello.protocol_version, hello.newest_protocol_version)
         return (
-            f"protocol_version: worker {self._worker} (warmkv {package_version()}) speaks {PROTOCOL_VERSION}, "
-            f"router {hello.router} (warmkv {hello.package_version}) speaks {hello.protocol_version}; "
-            "install the same warmkv version on routers and workers"
+            f"protocol_version: worker {self._worker} (warmkv {package_version()}) speaks {versions.span()}, "
+            f"router {hello.router} (warmkv {hello.package_version}) speaks {hello.protocol_version} to {theirs}; "
+            "install warmkv of the same or the next minor version on routers and workers"
         )

@@ -99,9 +99,10 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         await self._door.authenticate(context)
         if self._closed is not None:
             await context.abort(self._closed.code, self._closed.message)
-        hello = await self._door.greeted(request_iterator, context)
-        stream = self._open(hello.router)
-        logger.info("router connected", extra={"router": hello.router, "version": hello.package_version})
+        hello, protocol = await self._door.greeted(request_iterator, context)
+        stream = self._open(hello.router, protocol)
+        facts = {"router": hello.router, "version": hello.package_version, "protocol": protocol}
+        logger.info("router connected", extra=facts)
         try:
             await stream.run(
                 request_iterator,
@@ -162,10 +163,14 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
 
     # Joining.
 
-    def _open(self, router: str) -> RouterStream:
+    def _open(self, router: str, protocol: int) -> RouterStream:
         # Asked anew each time: the shared tier's server may have come, or restarted.
         hello = hello_to_wire(
-            self._info(), worker=self._worker, incarnation=self._incarnation, kv_events_off=self._kv_events_off
+            self._info(),
+            worker=self._worker,
+            incarnation=self._incarnation,
+            protocol_version=protocol,
+            kv_events_off=self._kv_events_off,
         )
         now = self._clock()
         hello.recent_work_ms, hello.up_ms = self._running.recent_work_ms(now), self._running.up_ms(now)

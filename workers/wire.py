@@ -32,7 +32,6 @@ from workers.protocol import (
     TokenLogprob,
 )
 
-PROTOCOL_VERSION = 2
 MAX_KEEP_PRIORITY = 100
 MAX_PEERS = 3  # of a job; what follows is left out
 
@@ -88,12 +87,15 @@ def package_version() -> str:
 
 
 def hello_to_wire(
-    info: EngineInfo, *, worker: str, incarnation: int, kv_events_off: bool = False
+    info: EngineInfo, *, worker: str, incarnation: int, protocol_version: int, kv_events_off: bool = False
 ) -> worker_pb2.WorkerHello:
-    """What the worker says of itself, once a stream. `kv_events_off`: it will not tell which blocks it holds."""
+    """What the worker says of itself, once a stream.
+
+    `protocol_version`: of the stream. `kv_events_off`: it will not tell which blocks it holds.
+    """
     scheme = info.scheme
     return worker_pb2.WorkerHello(
-        protocol_version=PROTOCOL_VERSION,
+        protocol_version=protocol_version,
         package_version=package_version(),
         worker=worker,
         incarnation=incarnation,

@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc
 
-from router.handshake import PROTOCOL_VERSION
 from tests.router.rig import BLOCK, LAYOUT
+from warmkv import versions
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2, worker_pb2_grpc
 
 Submitted = Callable[["FakeWorker", worker_pb2.Job], None]
@@ -70,7 +70,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.name = name
         self.submitted = submitted
         self.hello = worker_pb2.WorkerHello(
-            protocol_version=PROTOCOL_VERSION,
+            protocol_version=versions.NEWEST,
             worker=name,
             incarnation=1,
             model="sim",

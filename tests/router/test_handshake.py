@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from router.handshake import PROTOCOL_VERSION, Expected, identity_of, misfit
+from router.handshake import Expected, identity_of, misfit
+from warmkv import versions
 from warmkv.v1 import worker_pb2
 
 EXPECTED = Expected("m", b"t")
@@ -10,7 +11,7 @@ EXPECTED = Expected("m", b"t")
 
 def hello(**changes: object) -> worker_pb2.WorkerHello:
     scheme = worker_pb2.HashScheme(model_fingerprint=b"f", layout="L", block_size=16, tp_size=1, version=1)
-    message = worker_pb2.WorkerHello(protocol_version=PROTOCOL_VERSION, model="m", tokenizer_sha256=b"t", scheme=scheme)
+    message = worker_pb2.WorkerHello(protocol_version=versions.NEWEST, model="m", tokenizer_sha256=b"t", scheme=scheme)
     for field, value in changes.items():
         target = message.scheme if field in worker_pb2.HashScheme.DESCRIPTOR.fields_by_name else message
         setattr(target, field, value)
@@ -26,7 +27,11 @@ def test_a_worker_like_the_others_fits() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"protocol_version": 1}, "protocol_version is 1.*install the same"),
+        (
+            {"protocol_version": versions.OLDEST - 1},
+            "protocol_version is 1.*install warmkv of the same or the next minor",
+        ),
+        ({"protocol_version": versions.NEWEST + 1}, "protocol_version is 4.*this router speaks 2 to 3"),
         ({"model": "x"}, "model is 'x'.*model_name"),
         ({"tokenizer_sha256": b"x"}, "tokenizer_sha256.*model_dir"),
         ({"block_size": 0}, "block_size"),

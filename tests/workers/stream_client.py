@@ -14,8 +14,8 @@ import grpc
 from kvstore.blocks import SHORT_HASH_BYTES, HashScheme, block_hashes, short
 from kvstore.events import BlockStored
 from kvstore.token_ids import packed
+from warmkv import versions
 from warmkv.v1 import common_pb2, worker_pb2, worker_pb2_grpc
-from workers.wire import PROTOCOL_VERSION
 
 SECRET = "fleet secret"
 PATIENCE_S = 30.0  # how long a test waits for what must come; never how fast it must be
@@ -98,7 +98,8 @@ class StreamClient:
         *,
         name: str = "r0",
         secret: str = SECRET,
-        protocol_version: int = PROTOCOL_VERSION,
+        protocol_version: int = versions.NEWEST,
+        newest_protocol_version: int = 0,
         first: worker_pb2.ConnectRequest | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
@@ -117,7 +118,12 @@ class StreamClient:
             if credentials is None
             else grpc.secure_channel(address, credentials, CLIENT_OPTIONS)
         )
-        hello = worker_pb2.RouterHello(protocol_version=protocol_version, package_version="0.0.1", router=name)
+        hello = worker_pb2.RouterHello(
+            protocol_version=protocol_version,
+            newest_protocol_version=newest_protocol_version,
+            package_version="0.0.1",
+            router=name,
+        )
         self._requests.put(first or worker_pb2.ConnectRequest(hello=hello))
         stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
         metadata = (("authorization", f"Bearer {secret}"),)

@@ -17,11 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.workers.serving import INFO, Gate, config, routers, serving, simulated
 from tests.workers.stream_client import PATIENCE_S, StreamClient, job
+from warmkv import versions
 from warmkv.v1 import common_pb2, worker_pb2
 from workers.protocol import StepReport
 from workers.server import WorkerServer
 from workers.simulated import SimulatedEngine
-from workers.wire import PROTOCOL_VERSION
 
 PROMPT = list(range(51))
 
@@ -221,7 +221,7 @@ def test_with_a_client_ca_only_routers_with_its_certificates_get_in(tmp_path: Pa
 
 def test_a_second_hello_ends_the_stream() -> None:
     with serving() as (_, address), routers(address) as (router,):
-        router.send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION))
+        router.send(hello=worker_pb2.RouterHello(protocol_version=versions.NEWEST))
         error = router.wait_ended()
         assert error is not None
         assert error.code() == grpc.StatusCode.INVALID_ARGUMENT

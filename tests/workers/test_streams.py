@@ -44,12 +44,25 @@ def test_a_caller_without_the_fleet_secret_is_refused(secret: str) -> None:
         assert "fleet_secret" in details
 
 
-def test_another_protocol_version_is_refused_naming_the_field_and_the_remedy() -> None:
+@pytest.mark.parametrize(("oldest", "newest"), [(99, 0), (1, 0), (0, 1), (4, 5)])
+def test_another_protocol_version_is_refused_naming_the_field_and_the_remedy(oldest: int, newest: int) -> None:
     with serving() as (_, address):
-        code, details = refused(address, protocol_version=99)
+        code, details = refused(address, protocol_version=oldest, newest_protocol_version=newest)
         assert code == grpc.StatusCode.FAILED_PRECONDITION
         assert details.startswith("protocol_version:")
-        assert "install the same warmkv version" in details
+        assert "install warmkv of the same or the next minor version" in details
+
+
+@pytest.mark.parametrize(
+    ("oldest", "newest", "agreed"),
+    [(2, 0, 2), (2, 2, 2), (1, 2, 2), (2, 3, 3), (3, 3, 3), (3, 4, 3), (2, 9, 3)],
+)
+def test_a_stream_has_the_newest_version_that_both_ends_speak(oldest: int, newest: int, agreed: int) -> None:
+    with (
+        serving() as (_, address),
+        routers(address, protocol_version=oldest, newest_protocol_version=newest) as (router,),
+    ):
+        assert router.messages[0].hello.protocol_version == agreed
 
 
 def test_a_stream_that_does_not_begin_with_a_hello_is_refused() -> None:

@@ -120,6 +120,8 @@ class WorkerInfo(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     PREFILL_MS_PER_1K_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    PACKAGE_VERSION_FIELD_NUMBER: _builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     address: _builtins.str
@@ -140,6 +142,10 @@ class WorkerInfo(_message.Message):
     """Requests that wait there, from all routers."""
     prefill_ms_per_1k: _builtins.float
     """Milliseconds to prefill 1,000 tokens, as measured."""
+    package_version: _builtins.str
+    """Version of warmkv that it runs; empty: it was never reached."""
+    protocol_version: _builtins.int
+    """Version of the protocol of its stream with this router."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierUsage]:
         """How full its tiers are."""
@@ -163,10 +169,12 @@ class WorkerInfo(_message.Message):
         tiers: _abc.Iterable[Global___TierUsage] | None = ...,
         prefill_ms_per_1k: _builtins.float = ...,
         index: Global___IndexTrust | None = ...,
+        package_version: _builtins.str = ...,
+        protocol_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "index", b"index", "model", b"model", "name", b"name", "prefill_ms_per_1k", b"prefill_ms_per_1k", "problem", b"problem", "running", b"running", "state", b"state", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "index", b"index", "model", b"model", "name", b"name", "package_version", b"package_version", "prefill_ms_per_1k", b"prefill_ms_per_1k", "problem", b"problem", "protocol_version", b"protocol_version", "running", b"running", "state", b"state", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

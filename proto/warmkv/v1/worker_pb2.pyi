@@ -132,22 +132,26 @@ class RouterHello(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     PACKAGE_VERSION_FIELD_NUMBER: _builtins.int
     ROUTER_FIELD_NUMBER: _builtins.int
+    NEWEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
-    """The stream's protocol; a mismatch is refused."""
+    """The oldest version of the stream's protocol that it speaks."""
     package_version: _builtins.str
     """The router's package version; for the log."""
     router: _builtins.str
     """The router's name."""
+    newest_protocol_version: _builtins.int
+    """The newest version of the stream's protocol that it speaks; zero: protocol_version."""
     def __init__(
         self,
         *,
         protocol_version: _builtins.int = ...,
         package_version: _builtins.str = ...,
         router: _builtins.str = ...,
+        newest_protocol_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["package_version", b"package_version", "protocol_version", b"protocol_version", "router", b"router"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["newest_protocol_version", b"newest_protocol_version", "package_version", b"package_version", "protocol_version", b"protocol_version", "router", b"router"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -260,7 +264,9 @@ class WorkerHello(_message.Message):
     RECENT_WORK_MS_FIELD_NUMBER: _builtins.int
     UP_MS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
-    """The stream's protocol."""
+    """The version of this stream's protocol: the newest that both ends speak. A router that speaks none of the worker's is
+    refused.
+    """
     package_version: _builtins.str
     """The worker's package version."""
     worker: _builtins.str
