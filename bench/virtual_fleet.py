@@ -26,6 +26,7 @@ from router.handshake import identity_of
 from router.index import PrefixIndex
 from router.link import Report, WorkerLink
 from router.traffic import Known
+from warmkv import versions
 from warmkv.v1 import inference_pb2, worker_pb2
 from workers.simulated import SimulatedEngine
 from workers.simulated_info import simulated_info
@@ -85,7 +86,7 @@ class VirtualLink:
     ) -> None:
         self.name = name
         self.engine = engine
-        self.hello = hello_to_wire(engine.info, worker=name, incarnation=1)
+        self.hello = hello_to_wire(engine.info, worker=name, incarnation=1, protocol_version=versions.NEWEST)
         self.incarnation = 1
         self.report: Report | None = None
         self.flights: dict[int, Flight] = {}
