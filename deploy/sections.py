@@ -136,6 +136,11 @@ class WorkersSettings(_Section):
     port: Port = Field(default=0, description="Where workers listen; 0: any free port.")
     peer_port: Port = Field(default=0, description="Where workers serve blocks to one another; 0: any free port.")
     start_timeout: Duration = Field(default=600.0, description="How long `up` waits for workers to be ready.")
+    watchdog: Duration = Field(
+        default=300.0,
+        description="How long one turn of a worker's engine may take; one that is stuck for longer is ended and started"
+        " anew. 0: never.",
+    )
     flush: Duration = Field(
         default=5.0, description="How long a worker that is told to end may write blocks to disk and the shared tier."
     )

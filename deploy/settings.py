@@ -101,6 +101,7 @@ class Settings(BaseSettings):
             context_length=self.model.context_length,
             max_batch_tokens=self.workers.max_batch_tokens,
             max_running=self.workers.max_running,
+            watchdog_s=self.workers.watchdog,
             fleet_secret=fleet_secret,
             bind_host=self._bind_host(),
             advertise_host=self._advertise_host(),

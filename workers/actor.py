@@ -141,9 +141,12 @@ class WorkerActor:
         if config.advertise_host is None and config.bind_host in ("0.0.0.0", "::"):
             config = replace(config, advertise_host=self._node)
         engine: Engine | None = None
+        owns = self._exit_process is os._exit
         try:
             engine = self._build_engine(config)
-            self._server = WorkerServer(config, engine, incarnation=self._incarnation, on_fatal=self._die)
+            self._server = WorkerServer(
+                config, engine, incarnation=self._incarnation, on_fatal=self._die, owns_process=owns
+            )
             self._address = self._server.start()
         except Exception as error:
             logger.exception("worker could not start", extra={"worker": config.name})

@@ -39,6 +39,8 @@ class WorkerConfig:
         load_slack_s: by how much a load of blocks may be late before they are computed.
         context_length: None: the model's own.
         max_batch_tokens: tokens a step. max_running: sequences a step.
+        watchdog_s: the longest that one turn of the engine's thread may take before the worker counts as stuck and
+        ends, to be started anew; zero: for ever.
         fleet_secret: what routers must present. bind_host: where to listen. advertise_host: what routers dial;
         None: the node's address. port: zero: any.
         tls_cert, tls_key, tls_client_ca: PEM files; None: plaintext.
@@ -76,6 +78,7 @@ class WorkerConfig:
     context_length: int | None = None
     max_batch_tokens: int = 2048
     max_running: int = 64
+    watchdog_s: float = 300.0
     fleet_secret: str = ""
     bind_host: str = "127.0.0.1"
     advertise_host: str | None = None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -43,7 +44,8 @@ from workers.refusal import refusal
 from workers.sampler import Row, Sampled, sample
 from workers.scheduler import Chunk, Scheduler
 from workers.sequence import Sequence
-from workers.step_failures import NOT_FINITE, StepFailures
+from workers.step_budget import StepBudget
+from workers.step_failures import NOT_FINITE, StepFailures, is_out_of_memory
 from workers.step_times import Answers, BusyShare, StepTimes
 
 log = logging.getLogger(__name__)
@@ -109,7 +111,7 @@ class TorchEngine:
         self._conversations = Conversations()
         self._outputs: list[Output] = []  # for the next report
         self._arrivals = self._steps = 0
-        self._failures = StepFailures()
+        self._failures, self._budget = StepFailures(), StepBudget(max_batch_tokens)
         self._stalled = False
         self.cache = EngineCache(store, self._scheduler, peers, self._default)
         self._proven = Proven()
@@ -229,11 +231,15 @@ class TorchEngine:
         try:
             sampled = self._forward(chunks)
         except RuntimeError as error:  # torch's errors, out of memory among them
+            if is_out_of_memory(error) and self._again_smaller(sizes):
+                return
             told = self._failures.failed(error, len(chunks))
             for chunk in chunks:
                 self._end(chunk.sequence, FinishReason.ERROR, told)
             return
         self._failures.succeeded()
+        self._budget.fitted()
+        self._scheduler.max_batch_tokens = self._budget.tokens
         self._commit(chunks, sampled)
         for sequence, token in sampled.items():
             self._advance(sequence, token)
@@ -242,6 +248,15 @@ class TorchEngine:
         self._times.observe(sizes, (ended - started) * 1000)
         if any(length > 1 for length, _ in sizes):
             self._prefilling.add(ended - started, ended)
+
+    def _again_smaller(self, sizes: list[tuple[int, int]]) -> bool:
+        """Whether the next steps are made smaller after one that did not fit: no sequence has lost anything."""
+        if not self._budget.out_of_memory(sum(length for length, _ in sizes)):
+            return False
+        self._scheduler.max_batch_tokens = self._budget.tokens
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()  # what other sizes of steps have left unused
+        return True
 
     def _forward(self, chunks: list[Chunk]) -> dict[Sequence, Sampled]:
         """Compute the chunks; the next token of each sequence that is up to date now."""

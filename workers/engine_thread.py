@@ -162,6 +162,7 @@ class EngineThread:
         self._load_taken_at = float("-inf")
         self._load_is_stale = True
         self._stepped_at = float("-inf")
+        self._turn_began: float | None = None  # None: no turn is under way
         self._taken_in: list[JobId] = []  # since the last load; the engine thread's own
 
     def start(self) -> None:
@@ -207,22 +208,38 @@ class EngineThread:
             self._mailbox.orders.append(order)
             self._mailbox.changed.notify()
 
-    def stop(self, *, flush_s: float) -> None:
-        """End after the step that runs, close the engine, and return. Idempotent; any thread but its own."""
+    def stop(self, *, flush_s: float, within_s: float | None = None) -> None:
+        """End after the step that runs, close the engine, and return. Idempotent; any thread but its own.
+
+        `within_s`: return after so long even if the thread has not ended, as one that is stuck never will.
+        """
         with self._mailbox.changed:
             self._mailbox.flush_s = flush_s
             self._mailbox.changed.notify()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(within_s)
+
+    @property
+    def ident(self) -> int | None:
+        """Of the thread; None: it has not begun."""
+        return self._thread.ident
+
+    def turn_takes_s(self) -> float:
+        """For how long the turn under way has run; zero between two. Any thread."""
+        began = self._turn_began
+        return 0.0 if began is None else self._clock() - began
 
     def _run(self) -> None:
         try:
             while self._mailbox.flush_s is None:
+                self._turn_began = self._clock()
                 self._turn()
+                self._turn_began = None
         except BaseException as error:  # whatever it was: a worker without an engine must not look alive
             logger.exception("engine failed")
             self._publish(Failed(error))
         finally:
+            self._turn_began = None
             self._close()
 
     def _turn(self) -> None:

@@ -82,7 +82,7 @@ class Scheduler:
     A sequence is waiting (holds nothing), loading (its cached prefix is on its way) or running.
 
     Attributes:
-        reads: the tiers that may be read. preemptions: so far.
+        reads: the tiers that may be read. preemptions: so far. max_batch_tokens: of the next step; may be changed.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Scheduler:
         if min(block_size, max_batch_tokens, max_running) < 1:
             raise ValueError("block_size, max_batch_tokens and max_running must be at least 1; raise them")
         self._store, self._block_size = store, block_size
-        self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
+        self.max_batch_tokens, self._max_running = max_batch_tokens, max_running
         self._compute_ms, self._lifetime = compute_ms, lifetime
         self._waiting: list[Sequence] = []  # each of the three sorted by rank
         self._loading: list[Sequence] = []
@@ -163,7 +163,7 @@ class Scheduler:
         decoding = [sequence for sequence in self._running if sequence.remaining == 1]
         prefilling = [sequence for sequence in self._running if sequence.remaining > 1]
         for sequence in (*decoding, *prefilling):
-            length = min(sequence.remaining, self._max_batch_tokens - sum(lengths.values()))
+            length = min(sequence.remaining, self.max_batch_tokens - sum(lengths.values()))
             if length > 0 and sequence in self._running and self._grow(sequence, length, lengths):
                 lengths[sequence] = length
         return [Chunk(sequence, length) for sequence, length in lengths.items()]

@@ -29,11 +29,14 @@ from workers.outbox import OutboxLimits
 from workers.protocol import Engine
 from workers.router_stream import Status
 from workers.streams import WorkerStreams
+from workers.watchdog import EngineStuckError, Watchdog
 
 logger = logging.getLogger(__name__)
 
 # How long ending streams may take to send what is in their outboxes.
 END_GRACE_S = 1.0
+# How long an engine's thread that was found stuck may take to end after all.
+STUCK_GRACE_S = 1.0
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Jobs carry up to a million token ids and their hashes; snapshots and steps stay far below this.
@@ -57,8 +60,9 @@ class WorkerServer:
         config: name, secret, address, TLS. engine: owned by this server once `start` has returned, and closed by it.
         incarnation: grows with every restart; by default the wall clock in nanoseconds.
         clock: seconds; the same as the engine's, for deadlines count on it.
-        on_fatal: called once, after the routers were told, when the engine raised; the process should end and be
-        restarted.
+        on_fatal: called once, after the routers were told, when the engine raised or is stuck; the process should end
+        and be restarted.
+        owns_process: whether the process is this worker's own, and may be ended where not even `on_fatal` can be.
 
     Raises:
         ValueError: settings that contradict one another, or no secret on an address that others can reach.
@@ -73,6 +77,7 @@ class WorkerServer:
         clock: Clock = time.monotonic,
         on_fatal: Callable[[BaseException], None] | None = None,
         limits: OutboxLimits | None = None,
+        owns_process: bool = False,
     ) -> None:
         _check(config)
         self.failure: BaseException | None = None
@@ -89,6 +94,7 @@ class WorkerServer:
         self._inbox: deque[Published] = deque()
         self._delivery_is_scheduled = False
         self._engine_thread = EngineThread(engine, self._publish, clock=clock, name=config.name)
+        self._owns_process = owns_process
 
     def start(self) -> str:
         """Listen and run; the address that routers dial, `host:port`.
@@ -135,7 +141,7 @@ class WorkerServer:
             item = self._inbox.popleft()
             self._streams.deliver(item)
             if isinstance(item, Failed):
-                self.failure = item.error
+                self.failure = self.failure or item.error
                 self._closing.set()
 
     def _run(self) -> None:
@@ -171,15 +177,32 @@ class WorkerServer:
         self._engine_thread.start()
         self._address.set_result(authority(advertised_host(self._config), port))
         logger.info("worker serves", extra={"worker": self._config.name, "port": port})
+        watching = self._watch()
         try:
             await self._closing.wait()
         finally:
+            if watching is not None:
+                watching.cancel()
             await self._end(server)
+
+    def _watch(self) -> asyncio.Task[None] | None:
+        limit_s = self._config.watchdog_s
+        if not limit_s:
+            return None
+        watchdog = Watchdog(
+            self._engine_thread,
+            limit_s,
+            lambda stuck: self._publish(Failed(stuck)),
+            last_resort=self._owns_process,
+        )
+        return asyncio.create_task(watchdog.watch(), name="watchdog")
 
     async def _end(self, server: grpc.aio.Server) -> None:
         self._streams.close(Status(grpc.StatusCode.UNAVAILABLE, "the worker was stopped; use another"))
         await server.stop(END_GRACE_S)
-        await asyncio.to_thread(self._engine_thread.stop, flush_s=self._flush_s)
+        # A thread that is stuck is left behind: nothing can end it but the end of the process.
+        within_s = STUCK_GRACE_S if isinstance(self.failure, EngineStuckError) else None
+        await asyncio.to_thread(self._engine_thread.stop, flush_s=self._flush_s, within_s=within_s)
         logger.info("worker ended", extra={"worker": self._config.name})
 
 
@@ -190,6 +213,8 @@ def _check(config: WorkerConfig) -> None:
         raise ValueError("tls_client_ca needs tls_cert and tls_key; set them, or leave it out")
     if config.kv_events not in ("on", "off"):
         raise ValueError(f"kv_events is {config.kv_events!r}; set it to on or off")
+    if config.watchdog_s < 0:
+        raise ValueError(f"watchdog_s is {config.watchdog_s:g}; give seconds, or zero for none")
     if not config.fleet_secret and not _is_loopback(config.bind_host):
         raise ValueError(f"{config.bind_host} can be reached by others; set fleet_secret, or bind to 127.0.0.1")
 

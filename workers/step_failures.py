@@ -36,7 +36,7 @@ class StepFailures:
             RuntimeError: the error, where the device is broken or too many steps in a row failed.
         """
         log.error("step failed", exc_info=error, extra={"sequences": sequences})
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             self._in_a_row += 1
             if self._in_a_row >= MAX_FAILED_STEPS or _is_of_device(error):
                 raise error
@@ -44,7 +44,8 @@ class StepFailures:
         return JobError("ENGINE_FAILURE", message)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device had too little memory for a step; nothing is broken."""
     return isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
 
 

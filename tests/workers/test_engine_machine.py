@@ -1,0 +1,294 @@
+"""The whole engine over real tiers, driven at random, against a model that can be worked out by hand.
+
+Arrivals, cancels, priorities, preemptions, a shared tier that hangs, fails, forgets and cuts short, steps without
+memory, logits that are no numbers, clears, time. Whatever happens: every job ends once, an answer is the model's or
+ends in one of the errors that were caused, no block leaks and none is free and in use.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Hashable
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvstore.blocks import HashScheme, block_hashes
+from kvstore.device import DeviceTier
+from kvstore.host.tier import HostTier
+from kvstore.lifetime import Lifetime
+from kvstore.store import TieredStore
+from tests.kvstore.blocks_for_tests import ManualClock
+from tests.kvstore.fake_tier import FakeSharedTier
+from tests.workers.arithmetic import FIRST_TOKEN, LAYOUT, VOCAB, ArithmeticRunner, answer, info_fields
+from tests.workers.engine_rig import Answer
+from workers.engine import TorchEngine
+from workers.protocol import EngineInfo, FinishReason, Job, SamplingParams
+
+torch.set_num_threads(1)
+
+DEVICE_BLOCKS = 18
+SCHEME = HashScheme(b"f" * 32, LAYOUT.describe(), LAYOUT.block_size)
+ROOT = SCHEME.root(b"")
+PROMPT = list(range(500, 530))
+CAUSED = {"MODEL_OUTPUT_NOT_FINITE", "ENGINE_FAILURE", "PROMPT_TOO_LONG"}
+
+
+class Rig:
+    """`compute_ms`: what computing blocks is said to take; endless: whatever is cached is read."""
+
+    def __init__(self, compute_ms: float = math.inf) -> None:
+        self.clock = ManualClock()
+        self.shared = FakeSharedTier(self.clock)
+        clocks = {"clock": self.clock, "wall_clock": self.clock}
+        nbytes = LAYOUT.block_nbytes
+        self.device = DeviceTier(LAYOUT, DEVICE_BLOCKS * nbytes, **clocks, poison=True)
+        host = HostTier(LAYOUT, 10 * nbytes, **clocks)
+        self.store = TieredStore(LAYOUT, self.device, host, self.shared, **clocks, default_ttl_s=500.0)
+        self.runner = ArithmeticRunner()
+        self.engine = TorchEngine(
+            self.runner,  # type: ignore[arg-type]
+            self.store,
+            [self.device.kv(0)],
+            EngineInfo(scheme=SCHEME, **info_fields()),
+            num_blocks=DEVICE_BLOCKS,
+            max_batch_tokens=24,
+            max_running=5,
+            default_ttl_s=500.0,
+            clock=self.clock,
+        )
+        self.engine._scheduler._compute_ms = lambda first, count: compute_ms
+        self.jobs: dict[Hashable, Job] = {}
+        self.answers: dict[Hashable, Answer] = {}
+        self.cancelled: set[Hashable] = set()
+
+    def submit(self, prompt: list[int], *, max_tokens: int, **options: object) -> None:
+        name = len(self.jobs)
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        names = block_hashes(prompt, ROOT, LAYOUT.block_size)
+        job = Job(name, prompt, ROOT, names, sampling, **options)  # type: ignore[arg-type]
+        self.jobs[name] = job
+        self.engine.submit(job)
+
+    def step(self) -> bool:
+        """Whether it made an output."""
+        outputs = self.engine.step().outputs
+        for output in outputs:
+            self.answers.setdefault(output.job_id, Answer()).add(output)
+        return bool(outputs)
+
+    @property
+    def open(self) -> list[Hashable]:
+        return [name for name in self.jobs if name not in self.answers or self.answers[name].finish is None]
+
+    def finish(self) -> None:
+        self.shared.reads_open.set()
+        self.shared.raises, self.shared.read_limit, self.shared.healthy = None, None, True
+        self.runner.room = math.inf
+        for _ in range(3000):
+            if not self.engine.has_work():
+                break
+            if not self.step():
+                self.engine.wait(0.2)
+        assert not self.open, "a job did not end"
+        for name in self.jobs:
+            self.judge(name)
+        self.store.check()
+        assert [block for block in range(DEVICE_BLOCKS) if self.device.refs(block)] == [], "a block leaked"
+        assert len(self.engine._scheduler) == 0
+        self.engine.close(flush_s=5)
+
+    def judge(self, name: Hashable) -> None:
+        job, got = self.jobs[name], self.answers[name]
+        room = min(200, DEVICE_BLOCKS * LAYOUT.block_size) - len(job.token_ids)
+        wanted = answer(job.token_ids, min(job.sampling.max_tokens, max(room, 0)))
+        if got.finish is FinishReason.LENGTH:
+            assert got.token_ids == wanted
+            assert got.fates is not None
+            assert sum(got.fates.values()) == len(job.token_ids)
+            assert not job.no_read or set(got.fates) == {"computed"}
+            return
+        assert got.token_ids == wanted[: len(got.token_ids)], "what came before its end is right"
+        if got.finish is FinishReason.CANCELLED:
+            assert name in self.cancelled
+        else:
+            assert got.finish is FinishReason.ERROR
+            assert got.error is not None
+            assert got.error.reason in CAUSED
+
+
+class EngineMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rig = Rig()
+
+    @rule(
+        stem=st.integers(0, 2),
+        shared=st.integers(0, 30),
+        own=st.integers(1, 12),
+        max_tokens=st.integers(1, 14),
+        priority=st.sampled_from([0, 0, 0, 1]),
+        flags=st.sampled_from(["", "", "", "no_store", "no_read"]),
+        ttl_s=st.sampled_from([None, 5.0]),
+    )
+    def submit(self, stem, shared, own, max_tokens, priority, flags, ttl_s):
+        draw = random.Random(len(self.rig.jobs))
+        prompt = [FIRST_TOKEN + stem] * shared + [draw.randrange(FIRST_TOKEN, VOCAB) for _ in range(own)]
+        options = {flags: True} if flags else {}
+        lifetime = None if ttl_s is None else Lifetime(ttl_s)
+        self.rig.submit(prompt, max_tokens=max_tokens, priority=priority, lifetime=lifetime, **options)
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count):
+        for _ in range(count):
+            self.rig.step()
+
+    @rule()
+    def whatever_is_on_its_way_comes(self):
+        if self.rig.shared.reads_open.is_set():
+            self.rig.engine.wait(0.05)
+            self.rig.step()
+
+    # Which jobs are open depends on when threads read; what is drawn must not.
+    @precondition(lambda self: self.rig.jobs)
+    @rule(data=st.data())
+    def cancel(self, data):
+        name = data.draw(st.sampled_from(list(self.rig.jobs)))
+        self.rig.cancelled.add(name)
+        self.rig.engine.cancel(name)
+
+    @rule(hangs=st.booleans())
+    def the_shared_tier_hangs(self, hangs):
+        (self.rig.shared.reads_open.clear if hangs else self.rig.shared.reads_open.set)()
+
+    @rule(how=st.sampled_from(["raises", "cuts", "breaker", "well"]))
+    def the_shared_tier_fails(self, how):
+        shared = self.rig.shared
+        shared.raises = RuntimeError("broken") if how == "raises" else None
+        shared.read_limit = 1 if how == "cuts" else None
+        shared.healthy = how != "breaker"
+
+    @rule(share=st.integers(2, 4))
+    def the_shared_tier_forgets(self, share):
+        self.rig.shared.lose(list(self.rig.shared.held())[::share])
+
+    @rule(seconds=st.sampled_from([0.01, 1.0, 7.0]))
+    def time_passes(self, seconds):
+        self.rig.clock.now += seconds
+
+    @rule()
+    def local_tiers_are_cleared(self):
+        self.rig.engine.cache.clear()
+
+    @rule()
+    def a_step_gives_no_numbers(self):
+        self.rig.runner.not_finite = True
+
+    @rule(room=st.sampled_from([0, 3, 17, math.inf]))
+    def memory_is_short(self, room):
+        self.rig.runner.room = room
+
+    @invariant()
+    def the_books_are_right(self):
+        self.rig.store.check()
+        held = [block for sequence in self.rig.engine._scheduler for block in sequence.block_table]
+        assert all(self.rig.device.refs(block) for block in held), "a block is free and in use"
+        # What will be written belongs to one sequence.
+        for sequence in self.rig.engine._scheduler:
+            fresh = sequence.block_table[sequence.num_computed // LAYOUT.block_size :]
+            assert all(held.count(block) == 1 for block in fresh)
+
+    def teardown(self):
+        self.rig.finish()
+
+
+EngineMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestEngineMachine = EngineMachine.TestCase
+
+
+def test_the_arithmetic_of_a_cached_prefix_is_that_of_a_cold_one() -> None:
+    rig = Rig()
+    prompt = list(range(20, 41))
+    for _ in range(2):
+        rig.submit(prompt, max_tokens=5)
+        while rig.open:
+            rig.step()
+    assert rig.answers[1].fates == {"device": 20, "computed": 1}
+    rig.finish()
+
+
+def waits(rig: Rig) -> None:
+    """Behind others that take all slots."""
+    for seed in range(5):
+        rig.submit([20 + seed] * 4, max_tokens=14)
+    rig.step()
+
+
+def loads(rig: Rig) -> None:
+    """Its blocks are on their way from a tier that does not answer."""
+    rig.submit(PROMPT, max_tokens=1)
+    while rig.open:
+        rig.step()
+    assert rig.store.flush(30)
+    rig.engine.cache.clear()
+    rig.shared.reads_open.clear()
+
+
+def awaits_another(rig: Rig) -> None:
+    """Another job is computing the same prompt."""
+    rig.submit([*PROMPT, 11], max_tokens=9)
+    rig.step()
+
+
+def is_preempted(rig: Rig) -> None:
+    """A job of higher priority has taken its blocks."""
+    rig.submit(list(range(600, 620)), max_tokens=40, priority=1)
+    while len(rig.answers.get(0, Answer()).token_ids) < 39:
+        rig.step()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("state", [None, waits, loads, awaits_another, is_preempted])
+def test_a_job_cancelled_in_any_state_ends_at_once_and_holds_nothing(
+    state: Callable[[Rig], None] | None, steps: int
+) -> None:
+    rig = Rig()
+    if state is not None:
+        state(rig)
+    name = len(rig.jobs)
+    rig.submit(PROMPT, max_tokens=14)
+    for _ in range(steps):
+        rig.step()
+    before = list(rig.answers.get(name, Answer()).token_ids)
+    rig.cancelled.add(name)
+    rig.engine.cancel(name)
+    held = [block for sequence in rig.engine._scheduler for block in sequence.block_table]
+    assert all(rig.device.refs(block) == held.count(block) for block in range(DEVICE_BLOCKS) if block not in held)
+    rig.step()
+    assert rig.answers[name].finish is FinishReason.CANCELLED
+    assert rig.answers[name].token_ids == before
+    rig.finish()
+
+
+def test_a_tier_that_hangs_for_half_a_minute_costs_nobody_an_answer() -> None:
+    rig = Rig(compute_ms=5.0)
+    rig.submit(PROMPT, max_tokens=4)
+    while rig.open:
+        rig.step()
+    assert rig.store.flush(30)
+    rig.engine.cache.clear()
+    rig.shared.reads_open.clear()
+    for seed in range(4):
+        rig.submit(PROMPT if seed % 2 else [20 + seed] * 9, max_tokens=10)
+    rounds = 0
+    while rig.open:
+        rig.clock.now += 0.02
+        rig.step()
+        rounds += 1
+        assert rounds < 1500, "half a minute is over, and somebody still waits for the tier"
+    rig.shared.reads_open.set()  # what was asked for comes after all, to nobody
+    rig.finish()

@@ -1,0 +1,127 @@
+"""An engine that is stuck is noticed: its routers are told, its worker ends, and says where it was."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import grpc
+import pytest
+
+from tests.workers.serving import INFO, Gate, config, routers, simulated
+from tests.workers.stream_client import PATIENCE_S, job
+from warmkv.v1 import common_pb2
+from workers.server import WorkerServer
+from workers.watchdog import EngineStuckError, Watchdog
+
+PROMPT = list(range(40))
+
+
+class Turns:
+    ident = None
+
+    def __init__(self, *takes: float) -> None:
+        self.takes = list(takes)
+
+    def turn_takes_s(self) -> float:
+        return self.takes.pop(0)
+
+
+@pytest.mark.asyncio
+async def test_it_bites_once_at_the_first_turn_that_takes_too_long() -> None:
+    bites: list[BaseException] = []
+    turns = Turns(0.0, 0.1, 0.2, 0.21, 9.0)
+    await Watchdog(turns, 0.2, bites.append).watch()
+    assert [type(bite) for bite in bites] == [EngineStuckError]
+    assert "0 s, and workers.watchdog allows 0.2 s" in str(bites[0])
+    assert turns.takes == [9.0]
+
+
+def test_a_stuck_engine_ends_its_streams_and_its_server_and_says_where_it_is() -> None:
+    gate, failures = Gate(), []
+    server = WorkerServer(config(watchdog_s=0.4), simulated(sleep=gate), on_fatal=failures.append)
+    address = server.start()
+    with routers(address) as (client,):
+        client.send(submit=job(INFO.scheme, 1, PROMPT, max_tokens=1000))
+        gate.wait_arrived()
+        error = client.wait_ended()
+        assert error is not None
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert client.outputs[1][-1].finish_reason == common_pb2.FINISH_REASON_ERROR
+        assert client.outputs[1][-1].error.reason == "ENGINE_FAILED"
+    assert server.wait_closed(PATIENCE_S)
+    (failure,) = failures
+    assert isinstance(failure, EngineStuckError)
+    assert "in step" in str(failure)
+    assert "serving.py" in str(failure), "the stack names the call that does not return"
+    gate.open()
+
+
+def test_long_steps_within_the_limit_and_an_idle_engine_are_left_alone() -> None:
+    server = WorkerServer(config(watchdog_s=1.0), simulated(sleep=lambda seconds: time.sleep(0.02)))
+    address = server.start()
+    with routers(address) as (client,):
+        for number in range(3):
+            client.send(submit=job(INFO.scheme, number, PROMPT, max_tokens=20))
+            client.wait_finished(number)
+        time.sleep(1.3)  # idle for longer than a turn may take
+        client.send(submit=job(INFO.scheme, 9, PROMPT, max_tokens=2))
+        client.wait_finished(9)
+    server.close()
+    assert server.failure is None
+
+
+def test_zero_is_no_watchdog() -> None:
+    gate = Gate()
+    server = WorkerServer(config(watchdog_s=0.0), simulated(sleep=gate))
+    with routers(server.start()) as (client,):
+        client.send(submit=job(INFO.scheme, 1, PROMPT, max_tokens=2))
+        gate.wait_arrived()
+        assert not [thread for thread in threading.enumerate() if "watchdog" in thread.name]
+        gate.open()
+        client.wait_finished(1)
+    server.close()
+
+
+def test_a_call_that_keeps_the_interpreters_lock_ends_the_process_with_all_stacks() -> None:
+    script = textwrap.dedent(
+        """
+        import asyncio, ctypes, threading, time
+        from workers.watchdog import Watchdog
+
+        class Turns:
+            ident = None
+            def turn_takes_s(self): return 0.0
+
+        def holds_the_lock():
+            time.sleep(0.3)
+            ctypes.PyDLL(None).sleep(60)  # PyDLL: the lock is kept
+
+        threading.Thread(target=holds_the_lock, daemon=True).start()
+        asyncio.run(Watchdog(Turns(), 0.5, print, last_resort=True).watch())
+        """
+    )
+    started = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, env=dict(os.environ), check=False
+    )
+    assert time.monotonic() - started < 40
+    assert ended.returncode == 1
+    assert "holds_the_lock" in ended.stderr
+
+
+@pytest.mark.asyncio
+async def test_cancelling_the_watch_disarms_the_last_resort() -> None:
+    bites: list[BaseException] = []
+    dog = Watchdog(Turns(*[0.0] * 1000), 0.1, bites.append, last_resort=True)
+    watching = asyncio.create_task(dog.watch())
+    await asyncio.sleep(0.05)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    await asyncio.sleep(0.4)  # this process would have ended by now
+    assert bites == []
