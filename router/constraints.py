@@ -64,7 +64,7 @@ def _problem(kind: str, text: str) -> str:
     except (ValueError, RecursionError) as error:
         return str(error)
     is_wrong, messages = LLMatcher.validate_grammar_with_warnings(source)
-    return " ".join(messages).strip()[:500] if is_wrong else ""
+    return " ".join(" ".join(messages).split())[:500] if is_wrong else ""
 
 
 def _source(kind: str, text: str) -> str:

@@ -57,7 +57,7 @@ class Progress:
         """
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise ConstraintError(_first_line(self._matcher.get_error()))
+            raise ConstraintError(_in_one_line(self._matcher.get_error()))
         return mask
 
     def append(self, token_id: int) -> None:
@@ -125,7 +125,7 @@ class Grammars:
             tokenizer, source, log_level=0, limits=LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
         )
         if matcher.is_error():
-            raise ConstraintError(_first_line(matcher.get_error()))
+            raise ConstraintError(_in_one_line(matcher.get_error()))
         return Grammar(matcher)
 
 
@@ -158,5 +158,5 @@ _SOURCES: dict[str, Callable[[str], str]] = {
 }
 
 
-def _first_line(message: str) -> str:
-    return message.split("\n<state>")[0].strip()[:500]
+def _in_one_line(message: str) -> str:
+    return " ".join(message.split("\n<state>")[0].split())[:500]
