@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from deploy.connection import Connection, Json, asks_router
 from deploy.failures import USAGE, Failure, reports_failures
 from deploy.lifetime_options import ExpiresAt, FixedTtl, KeepPriority, Ttl, lifetime_options
+from deploy.sampling_options import Shape, asks_shape
 
 if TYPE_CHECKING:
     from warmkv.client import GenerateOptions
@@ -36,6 +37,7 @@ def add_to(app: typer.Typer) -> None:
 
 @reports_failures
 @asks_router
+@asks_shape
 def generate(
     prompt: Prompt,
     max_tokens: MaxTokens = 128,
@@ -48,18 +50,20 @@ def generate(
     keep_priority: KeepPriority = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")] = None,
     *,
+    shape: Shape,
     connection: Connection,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt; the text comes as it is made.
+    """Continue a prompt; the text comes as it is made, several answers one after the other when all are there.
 
     Afterwards one line on standard error says how much of the prompt was cached, where it ran and why.
     """
     from deploy.render import generation_json, generation_text
 
     lifetime = lifetime_options(ttl, expires_at, keep_priority, fixed_ttl=fixed_ttl)
-    options: GenerateOptions = {**_options(max_tokens, temperature, top_p, seed, stop), **lifetime}
+    common = _options(max_tokens, temperature, top_p, seed, stop)
+    options = cast("GenerateOptions", {**common, **shape, **lifetime})
     with connection.client(timeout=None) as client:
         stream = client.generate(_text(prompt), **options)
         if as_json:
@@ -138,6 +142,10 @@ def _options(
 
 
 def _print_stream(stream: Stream) -> None:
+    if len(stream.samples) > 1:
+        for sample in stream.result().samples:
+            sys.stdout.write(f"--- answer {sample.index} ({sample.finish_reason})\n{sample.text}\n")
+        return
     for piece in stream:
         sys.stdout.write(piece.text)
         sys.stdout.flush()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from deploy.failures import UNREACHABLE, USAGE, Failure
+from deploy.option_groups import asks_for
 
 if TYPE_CHECKING:
     from warmkv.client import Client, Tls
@@ -97,21 +96,7 @@ def asks_router(command: Callable[..., R]) -> Callable[..., R]:
 
     The command is called with a `Connection`; typer sees the options.
     """
-    asked = inspect.signature(_reach, eval_str=True).parameters.values()
-    own = inspect.signature(command, eval_str=True)
-
-    @functools.wraps(command)
-    def run(**given: Any) -> R:
-        reach = {option.name: given.pop(option.name) for option in asked}
-        return command(connection=_reach(**reach), **given)
-
-    shown: list[inspect.Parameter] = []
-    for parameter in own.parameters.values():
-        shown += asked if parameter.name == "connection" else [parameter]
-    as_options = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in shown]
-    run.__signature__ = own.replace(parameters=as_options)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in shown}
-    return run
+    return asks_for("connection", _reach, command)
 
 
 def _reach(

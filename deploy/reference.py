@@ -37,6 +37,7 @@ _REMEDIES = {
     "UNAUTHENTICATED": "Send `authorization: Bearer KEY` with a key of the keys file.",
     "PERMISSION_DENIED": 'Use a key with `role = "admin"`; on HTTP also a Host, origin and CSRF token of ours.',
     "MODEL_NOT_FOUND": "Leave the model's name empty, or send the name in the message.",
+    "ADAPTER_NOT_FOUND": "Leave `adapter` empty: none are served yet.",
     "WORKER_NOT_FOUND": "Use a name that `warmkv status` shows.",
     "OVERLOADED": "Retry after `RetryInfo` says; add workers, or raise the limit in `metadata.limit`.",
     "DEADLINE_UNREACHABLE": "Retry after `RetryInfo` says, allow more time, or add workers.",
@@ -46,7 +47,7 @@ _REMEDIES = {
     "WORKER_LOST": "Send it again, unless `lost_workers` is set: then look into what the prompt does to workers first.",
     "DRAINING": "Send it to another router.",
     "DEADLINE_EXCEEDED": "Allow more time, or ask for less.",
-    "NOT_SUPPORTED": "See the message: without Ray nothing can be scaled.",
+    "NOT_SUPPORTED": "See the message: without Ray nothing can be scaled, and simulated workers keep no constraint.",
     "INTERNAL": "Report it with `metadata.request_id` and the log lines of that id.",
 }
 

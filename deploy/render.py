@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from deploy.finding import Finding
-    from warmkv.stream import Generation
+    from warmkv.stream import Generation, Sample
 
 FATES = ("device", "host", "disk", "redis", "peer", "computed")
 _UNHEALTHY = {
@@ -144,21 +144,35 @@ def generation_text(stream: Generation) -> str:
     waited = f", {route.router_wait_ms:.0f} of it in the router's queue" if route.router_wait_ms else ""
     predicted = f", predicted {route.predicted_ttft_ms:.0f}" if route.predicted_ttft_ms else ""
     return (
-        f"[{fates_text(usage.prompt_tokens_by_fate)}; {usage.completion_tokens} generated, {stream.finish_reason}; "
+        f"[{fates_text(usage.prompt_tokens_by_fate)}; {usage.completion_tokens} generated, {_ends(stream)}; "
         f"{route.worker} because {route.reason}; first token after {route.ttft_ms:.0f} ms{waited}{predicted}]"
     )
 
 
+def _ends(stream: Generation) -> str:
+    """Why the answers ended, each reason once."""
+    return "/".join(dict.fromkeys(str(sample.finish_reason) for sample in stream.samples))
+
+
 def generation_json(stream: Generation) -> str:
-    """The whole answer."""
-    whole = {
-        "text": stream.text,
-        "token_ids": list(stream.token_ids),
-        "finish_reason": stream.finish_reason,
-        "usage": json.loads(message_json(stream.usage)),
-        "route": json.loads(message_json(stream.route)),
-    }
+    """The whole answer, or all of them."""
+    whole: dict[str, object] = _sample_plain(stream.samples[0])
+    whole["usage"] = json.loads(message_json(stream.usage))
+    whole["route"] = json.loads(message_json(stream.route))
+    if len(stream.samples) > 1:
+        whole["samples"] = [_sample_plain(sample) for sample in stream.samples]
     return json.dumps(whole, ensure_ascii=False)
+
+
+def _sample_plain(sample: Sample) -> dict[str, object]:
+    plain: dict[str, object] = {
+        "text": sample.text,
+        "token_ids": list(sample.token_ids),
+        "finish_reason": sample.finish_reason,
+    }
+    if sample.logprobs:
+        plain["logprobs"] = [json.loads(message_json(each)) for each in sample.logprobs]
+    return plain
 
 
 def explain_text(answer: inference_pb2.ExplainResponse) -> str:

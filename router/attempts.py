@@ -93,6 +93,10 @@ class Attempts:
         if work.flight is not None and not work.flight.ended:
             self._fleet.link(work.flight.worker).cancel(work.flight)
 
+    async def place(self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job) -> None:
+        """Send it, and the samples beside it, to one worker; returns when they were sent. Raises as `next_output`."""
+        await self._place(work, prepared, job)
+
     async def _place(self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job) -> None:
         """Send it to a worker. Only the first time it waits for its turn: what was let in once is not held up again."""
         choice = await self._choose(work, prepared)
@@ -104,6 +108,7 @@ class Attempts:
             priority=job.priority,
             question=prepared.question,
             max_tokens=job.sampling.max_tokens,
+            samples=1 + len(work.beside),
             deadline=work.context.deadline,
             send=lambda best: self._submit(work, prepared, job, best),
         )
@@ -135,15 +140,35 @@ class Attempts:
             raise _none_left(work, error) from error
 
     def _submit(self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job, choice: Choice) -> None:
-        """Send the job and remember that it was sent."""
-        key, question = next(self._keys), prepared.question
+        """Send the job, and with it those of the samples beside it, and remember that they were sent."""
+        question = prepared.question
         work_ms = choice.price.load_ms + choice.price.compute_ms
         cached_blocks = min(choice.held, choice.price.cached_tokens // question.block_size)
         self._decider.taken()
-        self._traffic.sent(key, choice.worker, question.hashes, work_ms=work_ms, cached_blocks=cached_blocks)
         self._index.placed(question.hashes)
-        self._room.sent(key, choice)
         self._note(work, choice, question.prompt_tokens)
+        self._send(work, prepared, job, choice, work_ms, cached_blocks)
+        beside, work.beside = work.beside, []
+        if not job.cache.no_store and not job.cache.no_read:  # else each computes the prompt for itself
+            cached_blocks = (question.prompt_tokens - 1) // question.block_size
+            tail = question.prompt_tokens - cached_blocks * question.block_size
+            work_ms = choice.price.cold_ms * tail / question.prompt_tokens
+        for other, its_job in beside:
+            other.choice, other.sent_at, other.guest = choice, work.sent_at, work.guest
+            self._send(other, prepared, its_job, choice, work_ms, cached_blocks)
+
+    def _send(
+        self,
+        work: Request,
+        prepared: PreparedPrompt,
+        job: worker_pb2.Job,
+        choice: Choice,
+        work_ms: float,
+        cached_blocks: int,
+    ) -> None:
+        key, question = next(self._keys), prepared.question
+        self._traffic.sent(key, choice.worker, question.hashes, work_ms=work_ms, cached_blocks=cached_blocks)
+        self._room.sent(key, choice)
         link = self._fleet.link(choice.worker)
         cache = job.cache
         placement = self._beliefs.placed(link, question.hashes, reads=not cache.no_read, stores=not cache.no_store)

@@ -25,8 +25,8 @@ class Charge:
     """What was charged for a request and is settled at its end.
 
     Attributes:
-        cost: tokens of work, for its tenant's turn. quota: tokens, of its tenant's quota. max_tokens: of its answer.
-        sent: whether it has gone to a worker; until then its turn is charged nothing.
+        cost: tokens of work, for its tenant's turn. quota: tokens, of its tenant's quota. max_tokens: of an answer.
+        sent: whether it has gone to a worker; until then its turn is charged nothing. samples: answers to the prompt.
     """
 
     tenant: str
@@ -34,6 +34,7 @@ class Charge:
     quota: float
     max_tokens: int
     sent: bool = False
+    samples: int = 1
 
 
 class Charges:
@@ -50,11 +51,13 @@ class Charges:
         self._quotas = quotas
         self._answers: OrderedDict[tuple[str, int], float] = OrderedDict()
 
-    def expected(self, tenant: str, *, prompt_tokens: int, cached_tokens: int, max_tokens: int) -> Charge:
-        """For a prompt of which so much is predicted to be cached. Charges nothing."""
+    def expected(
+        self, tenant: str, *, prompt_tokens: int, cached_tokens: int, max_tokens: int, samples: int = 1
+    ) -> Charge:
+        """For a prompt of which so much is predicted to be cached, and so many answers. Charges nothing."""
         prompt = self._prompt(prompt_tokens - cached_tokens, cached_tokens)
-        answer = self.answer_tokens(tenant, max_tokens, unknown=_FIRST_GUESS)
-        return Charge(tenant, prompt + self._output_weight * answer, prompt + answer, max_tokens)
+        answer = samples * self.answer_tokens(tenant, max_tokens, unknown=_FIRST_GUESS)
+        return Charge(tenant, prompt + self._output_weight * answer, prompt + answer, max_tokens, samples=samples)
 
     def answer_tokens(self, tenant: str, max_tokens: int, *, unknown: float) -> float:
         """How long an answer is expected to be; `unknown`: of a tenant that has had none like it."""
@@ -73,12 +76,12 @@ class Charges:
             self._queue.settle(charge.tenant, prompt + self._output_weight * entry.generated_tokens - charge.cost)
         self._quotas.take(charge.tenant, prompt + entry.generated_tokens - charge.quota)
         if entry.code == "OK":
-            self._learn(_kind(charge.tenant, charge.max_tokens), entry.generated_tokens)
+            self._learn(_kind(charge.tenant, charge.max_tokens), entry.generated_tokens / charge.samples)
 
     def _prompt(self, computed: int, cached: int) -> float:
         return computed + self._cached_weight * cached
 
-    def _learn(self, kind: tuple[str, int], generated: int) -> None:
+    def _learn(self, kind: tuple[str, int], generated: float) -> None:
         mean = self._answers.pop(kind, float(generated))
         self._answers[kind] = mean + (generated - mean) * _NEWEST
         if len(self._answers) > _MOST_MEANS:

@@ -25,6 +25,7 @@ from router.beliefs import Beliefs
 from router.board import Board, Recent
 from router.cache_admin import CacheAdmin
 from router.config import RouterConfig, named_tenants
+from router.constraints import ConstraintChecks
 from router.decide import Decider
 from router.errors import InternalError, RouterError
 from router.explain import explained
@@ -43,9 +44,11 @@ from router.readiness import Readiness, time_left
 from router.record_file import keeper, restored
 from router.record_writer import RecordWriter
 from router.request import PreparedPrompt, Request, job_for
+from router.samples import Samples
 from router.self_audit import SelfAudit
 from router.settling import Settle, settle_nothing
 from router.shadow import Shadow
+from router.shaping import check_adapter, samples_of
 from router.state import State
 from router.traffic import Traffic
 from router.validation import check_cache, check_model, check_priority, filled_cache, filled_sampling
@@ -103,6 +106,7 @@ class Router:
             version=_package_version(),
             tenants=named_tenants(config.overload),
         )
+        self._constraints = ConstraintChecks()
         self._admission = Admission(config.max_in_flight, config.max_in_flight_per_tenant)
         self._index = PrefixIndex(clock, limit_bytes=config.index_bytes, settle=settle)
         self._beliefs = Beliefs(self._index, clock, ttl_s=config.belief_ttl_s)
@@ -170,13 +174,19 @@ class Router:
         to = self._accounts
         work = Request(caller, context, self._clock(), self._clock, to.settle, to.first_token, to.gap)
         code = grpc.StatusCode.CANCELLED
+        samples: Samples | None = None
         try:
             with self._admission.admitted(caller.tenant):
                 prepared = await self._prepared(request, work)
                 self._watchers.arrived(work, request, prepared)
                 job = self._job(request, work, prepared)
                 self._prefixes.count(prepared.question.hashes, caller.tenant, self._label(request.input))
-                last = False
+                if (count := samples_of(request)) > 1:
+                    samples = Samples(work, job, count, self._attempts)
+                    async with aclosing(samples.outputs(prepared)) as outputs:
+                        async for sample, output in outputs:
+                            yield samples.completed(sample, self._response(sample, prepared, output))
+                last = samples is not None
                 while not last:
                     output = await self._attempts.next_output(work, prepared, job)
                     last = bool(output.finish_reason)
@@ -197,8 +207,11 @@ class Router:
                 request_id=context.request_id,
             ) from error
         finally:
-            work.finish(code)
-            self._attempts.leave(work)
+            if samples is None:
+                work.finish(code)
+                self._attempts.leave(work)
+            else:
+                samples.finish(code)
 
     async def explain(self, request: inference_pb2.ExplainRequest, *, caller: Caller) -> inference_pb2.ExplainResponse:
         """What `generate` would decide. Changes nothing. Raises RouterError."""
@@ -310,9 +323,12 @@ class Router:
 
     async def _prepared(self, body: inference_pb2.GenerateRequest, work: Request) -> PreparedPrompt:
         check_model(body.model, self._config.model_name)
+        check_adapter(body.adapter)
+        samples_of(body)
         check_priority(body.priority)
         self._room.check_quota(work.caller.tenant)
         check_cache(body.cache, wall=self._wall_clock())
+        await self._constraints.check(body.sampling)
         prepared = await self._preparer.prepare(body.input, work.caller, body.cache, deadline=work.context.deadline)
         work.prompt_tokens = prepared.question.prompt_tokens
         self._audit.seen.add(prepared.chain.joined)

@@ -6,6 +6,7 @@
     ├── Unauthenticated           UNAUTHENTICATED / 401
     ├── PermissionDenied          PERMISSION_DENIED / 403
     ├── ModelNotFound             NOT_FOUND / 404
+    ├── AdapterNotFound           NOT_FOUND / 404
     ├── WorkerNotFound            NOT_FOUND / 404
     ├── Overloaded                RESOURCE_EXHAUSTED / 429, with RetryInfo
     │   ├── DeadlineUnreachable
@@ -84,6 +85,14 @@ class ModelNotFound(RouterError):
     """This fleet does not serve that model."""
 
     reason = "MODEL_NOT_FOUND"
+    code = grpc.StatusCode.NOT_FOUND
+    http_status = 404
+
+
+class AdapterNotFound(RouterError):
+    """This fleet does not serve that LoRA adapter."""
+
+    reason = "ADAPTER_NOT_FOUND"
     code = grpc.StatusCode.NOT_FOUND
     http_status = 404
 

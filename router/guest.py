@@ -16,7 +16,7 @@ class Guest:
     """A request at the door. Times are on the router's clock but for `deadline`, which is on the event loop's.
 
     Attributes:
-        max_tokens: of its answer. send: gives it to a worker; called at most once.
+        max_tokens: of an answer. samples: answers that it wants. send: gives it to a worker; called at most once.
         charge: what it was charged, once it was let in. parts: the newest forecast of it.
         foreseen_wait_ms: what was forecast when it began to wait, which is `queued_at`. waited_ms: how long it did.
         sent_at: when it went to a worker; first_at: when it had its first token; zero: not yet.
@@ -29,6 +29,7 @@ class Guest:
     max_tokens: int
     deadline: float | None
     send: Callable[[Choice], None]
+    samples: int = 1
     charge: Charge | None = None
     parts: Parts = NOTHING
     foreseen_wait_ms: float = 0.0

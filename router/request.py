@@ -7,7 +7,7 @@ ledger. Does not cover: the order of the steps (`core`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import grpc
@@ -70,6 +70,7 @@ class Request:
     record: admin_pb2.DecisionRecord | None = None
     arrival: Arrival | None = None  # set while somebody watches
     flight: Flight | None = None
+    beside: list[tuple[Request, worker_pb2.Job]] = field(default_factory=list)  # samples that go where it goes
     lost: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)  # workers whose stream lost something of it
     avoid: set[str] = field(default_factory=set)
@@ -82,6 +83,14 @@ class Request:
     generated: int = 0
     finish_reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_UNSPECIFIED
     _last_token_at: float = 0.0
+
+    def sample(
+        self, *, settle: Callable[[Request, Entry], None], on_first: Callable[[Request, float], None]
+    ) -> Request:
+        """One of several answers to the prompt of a request that has not been sent: with a job and a life of its own."""
+        given = [each.name for each in fields(self) if each.default is each.default_factory is MISSING]
+        same = {name: getattr(self, name) for name in given}
+        return Request(**{**same, "settle": settle, "on_first": on_first}, prompt_tokens=self.prompt_tokens)
 
     @property
     def waited_ms(self) -> float:

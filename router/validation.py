@@ -1,7 +1,8 @@
 """What a request must look like before it may cost anything. Pure: raises, or fills the defaults in.
 
-Covers: model, input, sampling, priority, cache directives, lengths. Does not cover: templates (`tokenizer`) or quotas
-(`admission`). Every message says which value to send instead.
+Covers: model, input, sampling, priority, cache directives, lengths. Does not cover: penalties, bias and samples
+(`shaping`), constraints (`constraints`), templates (`tokenizer`) or quotas (`admission`). Every message says which
+value to send instead.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from router.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from router.shaping import check_bias, check_penalties
 from warmkv.v1 import common_pb2, inference_pb2
 
 _MAX_STOPS, _MAX_STOP_BYTES = 16, 256
@@ -126,10 +128,15 @@ def filled_sampling(
     _fill(sampling, "top_p", 1.0)
     _fill(sampling, "top_k", 0)
     _fill(sampling, "min_p", 0.0)
+    _fill(sampling, "repetition_penalty", 1.0)
+    _fill(sampling, "presence_penalty", 0.0)
+    _fill(sampling, "frequency_penalty", 0.0)
     _fill(sampling, "max_tokens", max(1, context_length - prompt_tokens))
     if not sampling.HasField("seed"):
         sampling.seed = draw_seed() % _MAX_SEED
     _check_numbers(sampling)
+    check_penalties(sampling)
+    check_bias(sampling, vocab_size)
     _check_stops(sampling, vocab_size)
     _check_fits(sampling.max_tokens, prompt_tokens, context_length)
     return sampling

@@ -327,6 +327,7 @@ class WaitingRoom:
             prompt_tokens=guest.question.prompt_tokens,
             cached_tokens=choice.price.cached_tokens,
             max_tokens=guest.max_tokens,
+            samples=guest.samples,
         )
 
     def _parts(self, guest: Guest, choice: Choice, wait_ms: float) -> Parts:

@@ -5,7 +5,14 @@ Covers: which refusals are tried elsewhere, and the error of the others. Does no
 
 from __future__ import annotations
 
-from router.errors import ContextLengthExceeded, InternalError, InvalidRequest, Overloaded, RouterError
+from router.errors import (
+    ContextLengthExceeded,
+    InternalError,
+    InvalidRequest,
+    NotSupported,
+    Overloaded,
+    RouterError,
+)
 from warmkv.v1 import worker_pb2
 
 # The job never ran, and another worker may take it.
@@ -19,6 +26,10 @@ _MEANING: dict[str, type[RouterError]] = {
     "EMPTY_PROMPT": InvalidRequest,
     "TOKEN_OUT_OF_RANGE": InvalidRequest,
     "INVALID_SAMPLING": InvalidRequest,
+    "INVALID_CONSTRAINT": InvalidRequest,
+    "CONSTRAINT_TOO_COMPLEX": InvalidRequest,
+    "CONSTRAINT_DEAD_END": InvalidRequest,
+    "CONSTRAINT_NOT_SUPPORTED": NotSupported,
     "OVERLOADED": Overloaded,
 }
 

@@ -79,7 +79,7 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     )
     if recalling is not None and not recalling.wait(config.redis_recall_s):
         log.warning("the shared tier holds so much that the start does not wait until it is learnt")
-    return TorchEngine(
+    engine = TorchEngine(
         runner,
         store,
         [device.kv(layer) for layer in range(layout.layers)],
@@ -93,6 +93,8 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         peers=peers,
         times=times,
     )
+    engine.grammars.prepare()
+    return engine
 
 
 def _measured(config: WorkerConfig, block_size: int, clock: Clock) -> tuple[Spare, StepTimes]:

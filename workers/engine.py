@@ -22,10 +22,12 @@ from kvstore.events import BlockStored
 from kvstore.lifetime import Lifetime
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta, Clock
+from workers.anteroom import Anteroom
 from workers.attention.step import KVViews, Span
 from workers.conversations import Conversations
 from workers.detokenize import TextStream
 from workers.engine_cache import EngineCache
+from workers.grammars import Grammars
 from workers.models import ModelRunner
 from workers.peers import Peers
 from workers.protocol import (
@@ -41,6 +43,7 @@ from workers.protocol import (
 )
 from workers.proven import Proven
 from workers.refusal import refusal
+from workers.row_state import row_state
 from workers.sampler import Row, Sampled, sample
 from workers.scheduler import Chunk, Scheduler
 from workers.sequence import Sequence
@@ -55,7 +58,7 @@ class TorchEngine:
     """`workers.protocol.Engine` on a PyTorch model. Everything but `info` belongs to one thread.
 
     Attributes:
-        runner: the model. store: its blocks. cache: what is done with them besides jobs.
+        runner: the model. store: its blocks. cache: what is done with them besides jobs. grammars: of constraints.
     """
 
     def __init__(
@@ -94,6 +97,10 @@ class TorchEngine:
         self._note_shared_tier()
         self.runner, self.store, self._kv, self._clock = runner, store, kv, clock
         self._tokenizer = Tokenizer.from_file(str(runner.folder.tokenizer_file))
+        self.grammars = Grammars(
+            runner.folder.tokenizer_file, vocab_size=info.vocab_size, end_tokens=info.eos_token_ids
+        )
+        self._anteroom = Anteroom(self.grammars, clock)
         self._block_size = info.scheme.block_size
         self._capacity = num_blocks * self._block_size
         self._default = Lifetime(default_ttl_s, is_default=True)
@@ -136,7 +143,11 @@ class TorchEngine:
         )
         sequence.expected_cached = self._expected_blocks(sequence) * self._block_size
         self._sequences[job.job_id] = sequence
-        self._scheduler.add(sequence)
+        if job.sampling.constraint is not None:
+            self._anteroom.add(sequence)
+        else:
+            sequence.row = row_state(job.sampling, sequence.prompt_ids, sequence.generated_ids)
+            self._scheduler.add(sequence)
 
     def cancel(self, job_id: JobId) -> None:
         """Free its blocks at once; its last output comes with the next step."""
@@ -157,6 +168,7 @@ class TorchEngine:
         self.store.pump()
         self._note_shared_tier()
         self._end_overdue()
+        self._admit_compiled()
         chunks = self._scheduler.schedule()
         if chunks:
             self._run(chunks)
@@ -177,7 +189,7 @@ class TorchEngine:
         decoding = [sequence for sequence in running if sequence.remaining == 1]
         return Load(
             running=len(running),
-            waiting=len(waiting),
+            waiting=len(waiting) + len(self._anteroom),
             pending_prefill_tokens=sum(_pending(sequence) for sequence in self._scheduler),
             decoding=len(decoding),
             prefill_fixed_ms=prefill.fixed_ms,
@@ -207,6 +219,7 @@ class TorchEngine:
             self._end(sequence, FinishReason.CANCELLED)
         if self._peers is not None:
             self._peers.close()  # before the host tier, whose blocks it sends
+        self.grammars.close()
         self.store.close(flush_s=flush_s)
         self._kv = ()
 
@@ -283,7 +296,7 @@ class TorchEngine:
     def _sample(self, ready: list[Sequence], logits: Tensor) -> dict[Sequence, Sampled]:
         if not ready:
             return {}
-        rows = [Row(sequence.job.sampling, len(sequence.token_ids)) for sequence in ready]
+        rows = [Row(sequence.job.sampling, len(sequence.token_ids), sequence.row) for sequence in ready]
         return dict(zip(ready, sample(logits, rows), strict=True))
 
     def _commit(self, chunks: list[Chunk], sampled: dict[Sequence, Sampled]) -> None:
@@ -305,8 +318,9 @@ class TorchEngine:
     def _advance(self, sequence: Sequence, sampled: Sampled) -> None:
         """Append a token; the output that tells of it."""
         if sampled.token_id is None:
-            self._drop_doubtful_blocks(sequence)
-            self._end(sequence, FinishReason.ERROR, NOT_FINITE)
+            if sampled.error is None:
+                self._drop_doubtful_blocks(sequence)
+            self._end(sequence, FinishReason.ERROR, sampled.error or NOT_FINITE)
             return
         if sequence.num_proven < sequence.num_committed:
             self._proven.add(sequence.hashes[sequence.num_proven : sequence.num_committed])
@@ -318,7 +332,9 @@ class TorchEngine:
             output.finish = FinishReason.STOP
         else:
             self._read(output, partial(sequence.text.push, sampled.token_id))
-        if output.finish is None and sequence.text.stopped:
+            if sequence.row is not None:
+                sequence.row.append(sampled.token_id)
+        if output.finish is None and (sequence.text.stopped or (sequence.row is not None and sequence.row.complete)):
             output.finish = FinishReason.STOP
         elif output.finish is None and self._is_full(sequence):
             output.finish = FinishReason.LENGTH
@@ -356,6 +372,7 @@ class TorchEngine:
             self._conversations.answered(sequence.turn, sequence.hashes[sequence.num_committed - 1])
         available = self.store.device.available
         self._scheduler.remove(sequence)
+        self._anteroom.remove(sequence)
         if sequence.first_token_at is not None:
             answered_ms = (self._clock() - sequence.first_token_at) * 1000
             self._answers.ended(answered_ms, sequence.num_generated, self.store.device.available - available)
@@ -371,6 +388,13 @@ class TorchEngine:
         current = self._shared_tier_id()
         if current != self.info.shared_tier_id:
             self.info = replace(self.info, shared_tier_id=current)
+
+    def _admit_compiled(self) -> None:
+        for sequence, error in self._anteroom.leaving():
+            if error is None:
+                self._scheduler.add(sequence)
+            else:
+                self._end(sequence, FinishReason.ERROR, error)
 
     def _end_overdue(self) -> None:
         now = self._clock()

@@ -29,6 +29,18 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer's text is held to.
+
+    Attributes:
+        kind: `json_schema`, `regex`, `grammar` (Lark) or `json_object`. text: of it; empty for `json_object`.
+    """
+
+    kind: str
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen; every default filled in and every value in range (the router refuses the rest).
 
@@ -37,7 +49,10 @@ class SamplingParams:
         seed: draws depend on it and the position only, never on the batch.
         stop: end before the first of these strings. stop_token_ids: end at these, besides the model's own end tokens.
         logprobs: None, or how many alternatives to return with each token (0 to 20).
-        ignore_eos: do not stop at the model's own end tokens.
+        ignore_eos: do not stop at the model's own end tokens; never with a constraint.
+        repetition_penalty: (0, 10], of tokens of prompt and answer. presence_penalty, frequency_penalty: [-2, 2], of
+        tokens of the answer. logit_bias: (token, [-100, 100]), each token once. See `logits` for what they do.
+        constraint: what the text is held to; None: nothing.
     """
 
     max_tokens: int
@@ -50,6 +65,21 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    constraint: Constraint | None = None
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that were there before are less or more likely for it."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether a step's logits cannot be sampled before the token of the step before is known on the host."""
+        return self.penalizes or self.constraint is not None
 
 
 @dataclass(frozen=True, slots=True)

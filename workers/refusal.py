@@ -33,6 +33,14 @@ def too_long(job: Job, longest: int) -> JobError | None:
     return None
 
 
+def needs_text(job: Job) -> JobError | None:
+    """An engine that makes no text of its own cannot hold it to anything."""
+    if job.sampling.constraint is None:
+        return None
+    message = "a simulated worker makes no text that a constraint could hold; leave it out, or serve a model"
+    return JobError("CONSTRAINT_NOT_SUPPORTED", message)
+
+
 def _duplicate(job: Job, running: Container[JobId]) -> JobError | None:
     if job.job_id in running:
         return JobError("DUPLICATE_JOB", f"job {job.job_id} is running already; give each job an id of its own")

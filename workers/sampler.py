@@ -1,6 +1,7 @@
 """Choose the next tokens of a batch, each row by its own parameters.
 
-Covers: greedy, temperature, top-k, top-p, min-p, seeds, log-probabilities. Does not cover: penalties, constraints.
+Covers: greedy, temperature, top-k, top-p, min-p, seeds, log-probabilities. Does not cover: bias, penalties and
+constraints (`logits`), which come first.
 
 Filters apply in the order temperature, top-k, top-p (over what top-k left), min-p. Sorting a vocabulary of 128k costs
 20 times as much as taking its 1024 likeliest tokens, so a filtered row is sampled from those, and again from the whole
@@ -21,7 +22,9 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from workers.protocol import SamplingParams, TokenLogprob
+from workers.logits import adjust
+from workers.protocol import JobError, SamplingParams, TokenLogprob
+from workers.row_state import RowState
 
 CANDIDATES = 1024
 _DRAW_BYTES = 6  # 48 bits: a draw times a sum in float64 stays below the sum
@@ -29,18 +32,26 @@ _DRAW_BYTES = 6  # 48 bits: a draw times a sum in float64 stays below the sum
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """How to sample one row. `position` is that of the new token in its sequence."""
+    """How to sample one row. `position` is that of the new token in its sequence.
+
+    `state`: what else its logits depend on; None: nothing.
+    """
 
     params: SamplingParams
     position: int
+    state: RowState | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token of one row; None when the model's logits are not finite. `logprob` only where asked for."""
+    """The token of one row; None when the model's logits are not finite, or for the reason that `error` tells.
+
+    `logprob` only where asked for, and of the raw logits.
+    """
 
     token_id: int | None
     logprob: TokenLogprob | None = None
+    error: JobError | None = None
 
 
 def sample(logits: Tensor, rows: Sequence[Row], *, candidates: int = CANDIDATES) -> list[Sampled]:
@@ -51,14 +62,17 @@ def sample(logits: Tensor, rows: Sequence[Row], *, candidates: int = CANDIDATES)
         rows: R of them. candidates: a filtered row is tried on so many of its likeliest tokens first.
     """
     best, tokens = logits.max(-1)
+    finite = [math.isfinite(value) for value in best.tolist()]  # a NaN anywhere in a row is its maximum
+    adjusted, errors = _adjusted(logits, best, tokens, rows)
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
         where = torch.tensor(drawn, device=logits.device)
-        tokens[where] = _draw(logits[where], best[where], [rows[index] for index in drawn], candidates)
+        tokens[where] = _draw(adjusted[where], best[where], [rows[index] for index in drawn], candidates)
     ids = tokens.tolist()
-    finite = [math.isfinite(value) for value in best.tolist()]  # a NaN anywhere in a row is its maximum
     logprobs = _logprobs(logits, ids, rows)
-    return [Sampled(token, logprobs.get(i)) if finite[i] else Sampled(None) for i, token in enumerate(ids)]
+    failed = {index: Sampled(None) for index, is_finite in enumerate(finite) if not is_finite}
+    failed |= {index: Sampled(None, error=error) for index, error in errors.items() if index not in failed}
+    return [failed.get(index) or Sampled(token, logprobs.get(index)) for index, token in enumerate(ids)]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -66,6 +80,24 @@ def uniform(seed: int, position: int) -> float:
     message = (seed % (1 << 64)).to_bytes(8, "little") + position.to_bytes(8, "little")
     digest = blake2b(message, digest_size=_DRAW_BYTES, person=b"warmkv sampler").digest()
     return float(int.from_bytes(digest, "little") / (1 << (8 * _DRAW_BYTES)))
+
+
+def _adjusted(
+    logits: Tensor, best: Tensor, tokens: Tensor, rows: Sequence[Row]
+) -> tuple[Tensor, dict[int, JobError]]:
+    """(logits after all that rows ask for before the draw, by row why it has no token).
+
+    Rows without a state cost nothing. `best` [R] and `tokens` [R] are brought up to date.
+    """
+    stateful = {index: row.state for index, row in enumerate(rows) if row.state is not None}
+    if not stateful:
+        return logits, {}
+    where = torch.tensor(list(stateful), device=logits.device)
+    part = logits[where]
+    errors = adjust(part, list(stateful.values()))
+    best[where], tokens[where] = part.max(-1)
+    whole = part if len(stateful) == len(rows) else logits.index_copy(0, where, part)
+    return whole, {index: errors[place] for place, index in enumerate(stateful) if place in errors}
 
 
 def _draw(logits: Tensor, best: Tensor, rows: Sequence[Row], candidates: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from kvstore.tier import BlockMeta
 from workers.conversations import Turn
 from workers.detokenize import TextStream
 from workers.protocol import Job
+from workers.row_state import RowState
 
 COMPUTED = "computed"
 _OUTSIDE = (TierName.DISK, TierName.REDIS, TierName.PEER)  # others may have written what lies there
@@ -66,6 +68,7 @@ class Sequence:
         prefilled; what the load counts until admission.
         first_step_at, first_token_at: when it was first computed, and had its first token; None before.
         load_ms: how long its blocks took to come, the first time.
+        row: what its own tokens do to its next logits; None: nothing. It outlives preemption.
     """
 
     job: Job
@@ -88,6 +91,22 @@ class Sequence:
     first_step_at: float | None = None
     first_token_at: float | None = None
     load_ms: float = 0.0
+    row: RowState | None = None
+
+    @property
+    def prompt_ids(self) -> Items[int]:
+        """What the caller sent; a copy."""
+        return self.token_ids[: self.num_prompt]
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """What was generated so far; a copy."""
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def needs_last_token(self) -> bool:
+        """See `SamplingParams.needs_last_token`."""
+        return self.job.sampling.needs_last_token
 
     @property
     def rank(self) -> Rank:

@@ -3,7 +3,8 @@
 Covers: continuous batching with chunked prefill, prefix reuse over device and host, preemption by recomputation,
 deadlines, cancellation, load, events; on an injected clock, so that an hour can pass in a millisecond. Does not cover:
 a shared tier, stop strings, text that means something. A sampled token follows from the prompt, its position and (with
-a temperature) the seed, so a stream is the same cold, warm or preempted.
+a temperature) the seed, so a stream is the same cold, warm or preempted. As there are no logits, filters, penalties and
+bias change nothing, which the log says once of the latter two; a constraint is refused.
 
 A step lasts `decode_step_ms` when a sequence decodes, plus the fitted prefill time of each chunk, and sleeps for it.
 """
@@ -11,6 +12,7 @@ A step lasts `decode_step_ms` when a sequence decodes, plus the fitted prefill t
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from array import array
 from bisect import insort
@@ -31,7 +33,7 @@ from workers.protocol import (
     StepReport,
     TokenLogprob,
 )
-from workers.refusal import empty, too_long
+from workers.refusal import empty, needs_text, too_long
 from workers.simulated_blocks import SequenceBlocks
 from workers.simulated_cache import SimulatedCache
 from workers.simulated_info import info_for
@@ -40,6 +42,8 @@ from workers.simulated_store import EventLog, SimulatedTier
 from workers.step_times import Answers, BusyShare
 
 Sleep = Callable[[float], None]  # seconds
+
+log = logging.getLogger(__name__)
 
 
 class SimulatedEngine:
@@ -88,13 +92,16 @@ class SimulatedEngine:
         self._orders = 0
         self._steps = 0
         self._preemptions = 0
+        self._told = False  # that parameters are not heard
         self._prefilling, self._answers = BusyShare(), Answers(info.scheme.block_size)
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
-        if (error := empty(job) or too_long(job, self.info.context_length)) is not None:
+        error = empty(job) or too_long(job, self.info.context_length) or needs_text(job)
+        if error is not None:
             self._ended.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
             return
+        self._note_unheard(job)
         self._orders += 1
         sequence = Sequence(
             job=job,
@@ -168,6 +175,11 @@ class SimulatedEngine:
         """Forget everything."""
         for sequence in list(self._jobs.values()):
             self._end(sequence, FinishReason.CANCELLED)
+
+    def _note_unheard(self, job: Job) -> None:
+        if not self._told and (job.sampling.penalizes or job.sampling.logit_bias):
+            self._told = True
+            log.warning("penalties and bias change nothing on a simulated worker: it has no logits")
 
     def _answer_blocks(self, decoding: list[Sequence]) -> int:
         size = self.info.scheme.block_size

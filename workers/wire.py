@@ -20,6 +20,7 @@ from kvstore.tier import TierStats
 from kvstore.token_ids import unpacked
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
 from workers.protocol import (
+    Constraint,
     EngineInfo,
     FinishReason,
     Job,
@@ -138,7 +139,7 @@ def job_from_wire(message: worker_pb2.Job, *, job_id: JobId, info: EngineInfo, n
         token_ids=token_ids,
         root=root,
         block_hashes=hashes,
-        sampling=sampling_from_wire(message.sampling, room=max(1, info.context_length - len(token_ids))),
+        sampling=_sampling_of(message.sampling, len(token_ids), info),
         priority=message.priority,
         lifetime=_lifetime(cache),
         no_store=cache.no_store,
@@ -149,6 +150,11 @@ def job_from_wire(message: worker_pb2.Job, *, job_id: JobId, info: EngineInfo, n
         request_id=message.request_id,
         peers=tuple(PeerHint(hint.address, hint.blocks) for hint in message.peers[:MAX_PEERS]),
     )
+
+
+def _sampling_of(message: common_pb2.SamplingParams, prompt_tokens: int, info: EngineInfo) -> SamplingParams:
+    room = max(1, info.context_length - prompt_tokens)
+    return sampling_from_wire(message, room=room, vocab_size=info.vocab_size)
 
 
 def _prompt_of(message: worker_pb2.Job) -> Sequence[int]:
@@ -197,29 +203,47 @@ def _derive_chain(
     return root, hashes
 
 
-def sampling_from_wire(message: common_pb2.SamplingParams, *, room: int) -> SamplingParams:
+_OPTIONAL = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "logprobs",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+def sampling_from_wire(message: common_pb2.SamplingParams, *, room: int, vocab_size: int) -> SamplingParams:
     """Sampling with every default filled in. `room`: tokens that fit the context, for an unset `max_tokens`.
 
     Raises:
         JobRefused: a value is out of range (the router refuses such before; this is the second lock).
     """
-    defaults = SamplingParams(max_tokens=room)
     filled = replace(
-        defaults,
-        **{
-            name: getattr(message, name)
-            for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs")
-            if message.HasField(name)
-        },
+        SamplingParams(max_tokens=room),
+        **{name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)},
         stop=tuple(message.stop),
         stop_token_ids=frozenset(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        constraint=_constraint_of(message) if message.HasField("constraint") else None,
     )
-    _check_sampling(filled)
+    _check_sampling(filled, vocab_size)
     return filled
 
 
-def _check_sampling(sampling: SamplingParams) -> None:
+def _constraint_of(message: common_pb2.SamplingParams) -> Constraint:
+    kind = message.constraint.WhichOneof("kind")
+    if kind is None:
+        raise JobRefused(Refusal.INVALID_SAMPLING, "a constraint of a kind that this worker does not know; upgrade it")
+    return Constraint(kind, "" if kind == "json_object" else getattr(message.constraint, kind))
+
+
+def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     # Written so that NaN fails too.
     rules = {
         "max_tokens must be at least 1": sampling.max_tokens >= 1,
@@ -227,6 +251,12 @@ def _check_sampling(sampling: SamplingParams) -> None:
         "top_p must be above 0 and at most 1": 0 < sampling.top_p <= 1,
         "min_p must be within 0 and 1": 0 <= sampling.min_p <= 1,
         "logprobs must be at most 20": sampling.logprobs is None or sampling.logprobs <= 20,
+        "repetition_penalty must be above 0 and at most 10": 0 < sampling.repetition_penalty <= 10,
+        "presence_penalty must be within -2 and 2": -2 <= sampling.presence_penalty <= 2,
+        "frequency_penalty must be within -2 and 2": -2 <= sampling.frequency_penalty <= 2,
+        "logit_bias must be within -100 and 100": all(-100 <= value <= 100 for _, value in sampling.logit_bias),
+        f"logit_bias must name tokens below {vocab_size}": all(token < vocab_size for token, _ in sampling.logit_bias),
+        "ignore_eos and a constraint exclude one another": not (sampling.ignore_eos and sampling.constraint),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:

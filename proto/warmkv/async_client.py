@@ -202,7 +202,10 @@ class AsyncClient:
         metadata = self._calls.metadata(options.get("request_id"), options.get("traceparent"))
         waits = self._calls.retry.waits(options.get("timeout", self._calls.timeout))
         return AsyncStream(
-            lambda left: self._inference.Generate(request, timeout=left, metadata=metadata), waits, on_complete
+            lambda left: self._inference.Generate(request, timeout=left, metadata=metadata),
+            waits,
+            on_complete,
+            n=request.n,
         )
 
     async def _followed(

@@ -38,7 +38,10 @@ class Chat(Generic[S_co]):
 
         Raises:
             RuntimeError: the answer before this one has not been read to its end.
+            TypeError: several answers were asked for, of which it could go on from one only.
         """
+        if {**self._options, **options}.get("n", 1) != 1:
+            raise TypeError("a chat goes on from one answer; leave n out, or use generate(messages=...).")
         if self._running is not None and not self._running.done:
             raise RuntimeError("the last answer has not been read to its end. Read it, or cancel it.")
         question = ChatMessage("user", text)

@@ -46,7 +46,7 @@ from warmkv.requests import (
     unpin_request,
     warm_request,
 )
-from warmkv.stream import AsyncStream, Generation, Piece, Stream
+from warmkv.stream import AsyncStream, Generation, Piece, Sample, Stream
 from warmkv.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "Piece",
     "PromptOptions",
     "Retry",
+    "Sample",
     "Stream",
     "Tls",
     "WarmOptions",
@@ -230,7 +231,10 @@ class Client:
         metadata = self._calls.metadata(options.get("request_id"), options.get("traceparent"))
         waits = self._calls.retry.waits(options.get("timeout", self._calls.timeout))
         return Stream(
-            lambda left: self._inference.Generate(request, timeout=left, metadata=metadata), waits, on_complete
+            lambda left: self._inference.Generate(request, timeout=left, metadata=metadata),
+            waits,
+            on_complete,
+            n=request.n,
         )
 
     def _followed(self, method: grpc.UnaryStreamMultiCallable[Q, A], request: Q, timeout: float | None) -> Iterator[A]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,12 @@ class GenerateOptions(InputOptions, CacheOptions, total=False):
         max_tokens: most tokens to generate. temperature: zero is greedy. top_p, top_k, min_p: filters.
         seed: makes sampling repeatable. stop: texts, stop_token_ids: ids at which to end.
         logprobs: return log-probabilities, with so many alternatives. ignore_eos: do not end at the model's end tokens.
+        repetition_penalty, presence_penalty, frequency_penalty: against tokens that were there before. logit_bias: what
+        is added to the logits of these token ids.
+        json_schema, regex, grammar, json_object: what the answer is held to, one of them at most. A schema may be
+        given as text or as a mapping; a grammar is in Lark syntax.
+        n: independent answers to the prompt; see `Generation.samples`. adapter: a LoRA adapter, of which none are
+        served yet.
         priority: higher runs first.
         timeout: seconds for the whole answer, attempts included.
         request_id, traceparent: sent along; the router makes them otherwise.
@@ -109,13 +116,38 @@ class GenerateOptions(InputOptions, CacheOptions, total=False):
     stop_token_ids: Sequence[int]
     logprobs: int
     ignore_eos: bool
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    json_schema: str | Mapping[str, Any]
+    regex: str
+    grammar: str
+    json_object: bool
+    n: int
+    adapter: str
     priority: int
     timeout: float | None
     request_id: str
     traceparent: str
 
 
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "logprobs", "ignore_eos")
+_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop_token_ids",
+    "logprobs",
+    "ignore_eos",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
+_CONSTRAINTS = ("json_schema", "regex", "grammar", "json_object")
 
 
 def generate_request(text: str | None, options: GenerateOptions) -> inference_pb2.GenerateRequest:
@@ -130,12 +162,16 @@ def generate_request(text: str | None, options: GenerateOptions) -> inference_pb
     sampling = common_pb2.SamplingParams(**{name: given[name] for name in _SAMPLING if name in given})
     stop = options.get("stop", ())
     sampling.stop.extend([stop] if isinstance(stop, str) else stop)
+    if (constraint := _constraint(given)) is not None:
+        sampling.constraint.CopyFrom(constraint)
     return inference_pb2.GenerateRequest(
         model=options.get("model", ""),
         input=input_of(text, options),
         sampling=sampling,
         priority=options.get("priority", 0),
         cache=cache_directives(options),
+        n=options.get("n"),
+        adapter=options.get("adapter", ""),
     )
 
 
@@ -280,6 +316,23 @@ def set_shadow_policy_request(name: str, weights: Mapping[str, float] | None) ->
             raise ValueError("weights were given and no policy; name the policy that shall score.")
         return admin_pb2.SetShadowPolicyRequest()
     return admin_pb2.SetShadowPolicyRequest(policy=admin_pb2.Policy(name=name, weights=weights or {}))
+
+
+def _constraint(given: Mapping[str, Any]) -> common_pb2.Constraint | None:
+    """What the answer is held to; None: nothing.
+
+    Raises:
+        TypeError: several were given, or a schema that is no JSON.
+    """
+    kinds = [kind for kind in _CONSTRAINTS if kind in given]
+    if len(kinds) > 1:
+        raise TypeError(f"give one constraint at most, and not {' and '.join(kinds)}.")
+    if not kinds:
+        return None
+    value = given[kinds[0]]
+    if kinds[0] == "json_schema" and isinstance(value, Mapping):
+        value = json.dumps(value, ensure_ascii=False)
+    return common_pb2.Constraint(**{kinds[0]: value})
 
 
 def _message(message: ChatMessage | Mapping[str, Any]) -> inference_pb2.ChatMessage:

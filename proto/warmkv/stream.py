@@ -16,22 +16,50 @@ from warmkv.v1 import common_pb2, inference_pb2
 
 Piece = inference_pb2.GenerateResponse
 Open = Callable[[float | None], Any]
+_MOST_AT_ONCE = 1024  # samples that are there before they spoke; a number that the router will refuse costs nothing
+
+
+class Sample:
+    """One answer of a generation, as far as it has come.
+
+    Attributes:
+        index: from 0. token_ids, logprobs: so far.
+        finish_reason: `stop`, `length`, `deadline`, ...; `cancelled` after `cancel()`; None while it runs.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.token_ids: list[int] = []
+        self.logprobs: list[common_pb2.TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self._texts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        self._texts = ["".join(self._texts)]
+        return self._texts[0]
+
+    def _add(self, piece: Piece) -> None:
+        self._texts.append(piece.text)
+        self.token_ids += piece.token_ids
+        self.logprobs += piece.logprobs
+        if piece.finish_reason:
+            self.finish_reason = (
+                common_pb2.FinishReason.Name(piece.finish_reason).removeprefix("FINISH_REASON_").lower()
+            )
 
 
 class Generation:
     """What has come so far.
 
     Attributes:
-        token_ids, logprobs: of all pieces so far.
-        finish_reason: `stop`, `length`, `deadline`, ...; `cancelled` after `cancel()`; None while it runs.
+        samples: the answers, in order: one, or as many as `n` asked for.
         done: whether the stream ended, however it did.
     """
 
-    def __init__(self, on_complete: Callable[[Generation], None] | None = None) -> None:
-        self._texts: list[str] = []
-        self.token_ids: list[int] = []
-        self.logprobs: list[common_pb2.TokenLogprob] = []
-        self.finish_reason: str | None = None
+    def __init__(self, on_complete: Callable[[Generation], None] | None = None, *, n: int = 1) -> None:
+        self.samples = [Sample(index) for index in range(min(max(1, n), _MOST_AT_ONCE))]
         self._last: Piece | None = None
         self.done = False
         self._spoken = False
@@ -39,9 +67,23 @@ class Generation:
 
     @property
     def text(self) -> str:
-        """The text of all pieces so far."""
-        self._texts = ["".join(self._texts)]
-        return self._texts[0]
+        """The text so far; of the first answer, where there are several."""
+        return self.samples[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids so far; of the first answer, where there are several."""
+        return self.samples[0].token_ids
+
+    @property
+    def logprobs(self) -> list[common_pb2.TokenLogprob]:
+        """One for each of `token_ids`, when asked for."""
+        return self.samples[0].logprobs
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As that of a sample; of the first answer, where there are several."""
+        return self.samples[0].finish_reason
 
     @property
     def usage(self) -> inference_pb2.Usage:
@@ -68,19 +110,21 @@ class Generation:
 
     def _add(self, piece: Piece) -> Piece:
         self._spoken = True
-        self._texts.append(piece.text)
-        self.token_ids += piece.token_ids
-        self.logprobs += piece.logprobs
-        if piece.finish_reason:
-            self.finish_reason = (
-                common_pb2.FinishReason.Name(piece.finish_reason).removeprefix("FINISH_REASON_").lower()
-            )
+        while len(self.samples) <= piece.index:
+            self.samples.append(Sample(len(self.samples)))
+        self.samples[piece.index]._add(piece)
+        if piece.HasField("usage"):
             self._last = piece
         return piece
 
+    def _is_cancelled(self) -> None:
+        self.done = True
+        for sample in self.samples:
+            sample.finish_reason = sample.finish_reason or "cancelled"
+
     def _end(self) -> None:
         """The stream ended without an error; a complete answer is handed on, once."""
-        if not self.done and self.finish_reason is not None and self._on_complete is not None:
+        if not self.done and self._last is not None and self._on_complete is not None:
             self._on_complete(self)
         self.done = True
 
@@ -100,8 +144,10 @@ class Generation:
 class Stream(Generation):
     """Iterate over it for the pieces as they come; `result()` reads them all. A `with` block cancels what is left."""
 
-    def __init__(self, open_call: Open, waits: Waits, on_complete: Callable[[Generation], None] | None = None) -> None:
-        super().__init__(on_complete)
+    def __init__(
+        self, open_call: Open, waits: Waits, on_complete: Callable[[Generation], None] | None = None, *, n: int = 1
+    ) -> None:
+        super().__init__(on_complete, n=n)
         self._open = open_call
         self._waits = waits
         self._cancelled = False
@@ -136,8 +182,8 @@ class Stream(Generation):
     def cancel(self) -> None:
         """Stop; the router frees the request's blocks. Nothing after the end."""
         if not self.done:
-            self._cancelled = self.done = True
-            self.finish_reason = "cancelled"
+            self._cancelled = True
+            self._is_cancelled()
             self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -150,8 +196,10 @@ class Stream(Generation):
 class AsyncStream(Generation):
     """Iterate over it for the pieces as they come; `result()` reads them all. `async with` cancels what is left."""
 
-    def __init__(self, open_call: Open, waits: Waits, on_complete: Callable[[Generation], None] | None = None) -> None:
-        super().__init__(on_complete)
+    def __init__(
+        self, open_call: Open, waits: Waits, on_complete: Callable[[Generation], None] | None = None, *, n: int = 1
+    ) -> None:
+        super().__init__(on_complete, n=n)
         self._open = open_call
         self._waits = waits
         self._cancelled = False
@@ -191,8 +239,8 @@ class AsyncStream(Generation):
     def cancel(self) -> None:
         """Stop; the router frees the request's blocks. Nothing after the end."""
         if not self.done:
-            self._cancelled = self.done = True
-            self.finish_reason = "cancelled"
+            self._cancelled = True
+            self._is_cancelled()
             self._call.cancel()
 
     async def __aenter__(self) -> Self:

@@ -111,6 +111,10 @@ def test_the_command_line_starts_without_torch_ray_or_grpc() -> None:
         ["cache", "warm", "x", "--expires-at", "next week"],
         ["generate", "x", "--ttl", "5m", "--expires-at", "2100-01-01T00:00Z"],
         ["generate", "x", "--keep-priority", "101"],
+        ["generate", "x", "--json-object", "--regex", "a+"],
+        ["generate", "x", "--logit-bias", "7:3"],
+        ["generate", "x", "--grammar", "nowhere.lark"],
+        ["generate", "x", "--n", "65"],
         ["cache", "warm", "--messages", "/does/not/exist.json"],
         ["cache", "pin"],
         ["cache", "pin", "--tenant", "x", "--for", "a while"],
@@ -227,6 +231,23 @@ def test_generate_streams_the_text_and_says_where_the_prompt_was_found(fleet: Fl
         r"\[[89]\d% of \d+ tokens cached \(device \d+\); 5 generated, length; w\d because prefix", warm.stderr
     )
     assert fleet.run(*arguments, "--quiet").stderr == ""
+
+
+def test_generate_prints_several_answers_one_after_the_other(fleet: Fleet) -> None:
+    done = fleet.run("generate", "hi", "--max-tokens", "3", "--seed", "5", "-n", "2", "--presence-penalty", "0.5")
+    assert re.fullmatch(r"--- answer 0 \(length\)\n.+\n--- answer 1 \(length\)\n.+\n", done.stdout)
+    assert "6 generated, length" in done.stderr
+    whole = fleet.json("generate", "hi", "--max-tokens", "3", "-n", "2", "--logprobs", "1", "--logit-bias", "3=-5")
+    assert len(whole["samples"]) == 2
+    assert whole["text"] == whole["samples"][0]["text"]
+    assert len(whole["samples"][1]["logprobs"]) == 3
+
+
+def test_what_a_simulated_worker_cannot_do_is_an_error_and_so_is_a_wrong_regex(fleet: Fleet) -> None:
+    assert "NOT_SUPPORTED" in fleet.run("generate", "hi", "--regex", "yes|no").stderr
+    assert "unclosed group" in fleet.run("generate", "hi", "--regex", "(").stderr
+    (schema := fleet.warmkv.state_dir / "schema.json").write_text('{"type": "nonsense"}')
+    assert "nonsense" in fleet.run("generate", "hi", "--json-schema", str(schema)).stderr
 
 
 def test_generate_as_json_has_the_whole_answer_and_reads_standard_input(fleet: Fleet) -> None:

@@ -177,6 +177,17 @@ def test_every_field_of_a_scheme_counts() -> None:
     assert SCHEME.differences(replace(SCHEME)) == []
 
 
+def test_a_block_made_under_one_adapter_is_never_found_under_another() -> None:
+    tokens, salt = list(range(160)), b"tenant a"
+    schemes = [replace(SCHEME, adapter=adapter) for adapter in (b"", b"a" * 32, b"b" * 32, b"a" * 31)]
+    chains = [block_hashes(tokens, scheme.root(salt), SCHEME.block_size) for scheme in schemes]
+    names = [name for chain in chains for name in chain]
+    assert len(names) == 40
+    assert len(set(names)) == len({short(name) for name in names}) == 40
+    roots = {scheme.root(tenant) for scheme in schemes for tenant in (b"", b"tenant a", b"tenant b")}
+    assert len(roots) == 12  # neither does a tenant's salt make up for an adapter
+
+
 def test_bytes_cannot_move_from_one_field_to_the_next() -> None:
     moved = replace(SCHEME, model_fingerprint=SCHEME.model_fingerprint + b"L", layout=SCHEME.layout[1:])
     assert moved.digest() != SCHEME.digest()

@@ -54,7 +54,15 @@ class WordRouter:
                     await asyncio.sleep(self.delay_s)
                 self.sent += 1
                 self.started.set()
-                yield self._piece(i, count, context)
+                for index in range(max(1, request.n)):
+                    piece = self._piece(i, count, context)
+                    piece.index = index
+                    if index < request.n - 1:
+                        piece.ClearField("usage")
+                        piece.ClearField("route")
+                    elif piece.finish_reason:
+                        piece.usage.completion_tokens *= max(1, request.n)
+                    yield piece
         finally:
             self.closed.set()
 

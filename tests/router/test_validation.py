@@ -61,11 +61,37 @@ def test_what_was_given_stays() -> None:
         ({"stop": [""]}, "1 to 256 bytes"),
         ({"stop": ["é" * 129]}, "1 to 256 bytes"),
         ({"stop_token_ids": [50]}, "below 50"),
+        ({"repetition_penalty": 0.0}, "above 0 and up to 10"),
+        ({"repetition_penalty": float("nan")}, "above 0 and up to 10"),
+        ({"repetition_penalty": 10.5}, "above 0 and up to 10"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5; set it from -2 to 2"),
+        ({"presence_penalty": float("nan")}, "from -2 to 2"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty is -2.5; set it from -2 to 2"),
+        ({"logit_bias": {50: 1.0}}, "logit_bias names token 50.* below 50"),
+        ({"logit_bias": {7: 101.0}}, "logit_bias of token 7 is 101; set it from -100 to 100"),
+        ({"logit_bias": {7: float("nan")}}, "from -100 to 100"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "at most 1,024"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_range(given: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         filled(**given)
+
+
+def test_each_of_these_names_its_field() -> None:
+    given = {"repetition_penalty": -1.0, "presence_penalty": 9.0, "frequency_penalty": 9.0, "logit_bias": {50: 1.0}}
+    for name, value in given.items():
+        with pytest.raises(InvalidRequest) as caught:
+            filled(**{name: value})
+        assert caught.value.metadata["field"] == name
+
+
+def test_without_penalties_they_are_filled_in_as_none() -> None:
+    sampling = filled()
+    penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    assert penalties == (1.0, 0.0, 0.0)
+    assert not sampling.logit_bias
+    assert not sampling.HasField("constraint")
 
 
 def test_an_answer_that_does_not_fit_is_refused_with_what_fits() -> None:

@@ -1,6 +1,7 @@
 """Both clients against a real server: streams, chats, retries, errors, operators' calls."""
 
 import asyncio
+import json
 import subprocess
 import sys
 import threading
@@ -31,7 +32,7 @@ from tests.router.edge import WordRouter, raised_by, serving
 from warmkv import errors
 from warmkv.channel import Retry
 from warmkv.client import AsyncClient, ChatMessage, Client, WarmkvError
-from warmkv.requests import generate_request, warm_request
+from warmkv.requests import GenerateOptions, generate_request, warm_request
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,13 +128,16 @@ async def test_every_option_reaches_the_router() -> None:
             messages=[ChatMessage("user", "a"), {"role": "assistant", "content": "b", "token_ids": [4, 5]}],
             add_generation_prompt=False, max_tokens=2, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=9,
             stop="x", stop_token_ids=[7], logprobs=2, ignore_eos=True, priority=-3, model="tiny", ttl=60,
-            no_store=True, no_read=True, affinity_key="k",
+            no_store=True, no_read=True, affinity_key="k", repetition_penalty=1.5, presence_penalty=0.5,
+            frequency_penalty=-0.5, logit_bias={3: -100.0}, regex="a+", n=2, adapter="lora",
         ).result()  # fmt: skip
     request = router.requests[0]
     assert request.sampling == common_pb2.SamplingParams(
         max_tokens=2, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, seed=9, stop=["x"], stop_token_ids=[7],
-        logprobs=2, ignore_eos=True,
+        logprobs=2, ignore_eos=True, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5,
+        logit_bias={3: -100.0}, constraint=common_pb2.Constraint(regex="a+"),
     )  # fmt: skip
+    assert (request.n, request.adapter) == (2, "lora")
     assert request.cache == common_pb2.CacheDirectives(ttl_seconds=60, no_store=True, no_read=True, affinity_key="k")
     assert (request.priority, request.model) == (-3, "tiny")
     assert [(m.role, m.content, list(m.token_ids)) for m in request.input.chat.messages] == [
@@ -164,6 +168,47 @@ def test_what_is_left_out_stays_unset() -> None:
     assert not request.cache.HasField("ttl_seconds")
     assert generate_request(None, {"token_ids": [1, 2]}).input.token_ids.ids == [1, 2]
     assert generate_request(None, {"messages": []}).input.WhichOneof("kind") == "chat"
+
+
+def test_a_constraint_is_one_of_four_and_a_schema_may_be_a_mapping() -> None:
+    def constraint(**options: Any) -> common_pb2.Constraint:
+        return generate_request("hi", GenerateOptions(**options)).sampling.constraint
+
+    schema = {"type": "object", "title": "größe"}
+    assert constraint(json_schema=schema) == constraint(json_schema=json.dumps(schema, ensure_ascii=False))
+    assert constraint(grammar="start: /a/").grammar == "start: /a/"
+    assert constraint(json_object=True).json_object
+    assert not generate_request("hi", {}).sampling.HasField("constraint")
+    with pytest.raises(TypeError, match="json_schema and regex"):
+        constraint(json_schema="{}", regex="a")
+
+
+@pytest.mark.asyncio
+async def test_several_answers_come_interleaved_and_are_put_together_each_for_itself() -> None:
+    async with connected(WordRouter()) as client:
+        stream = client.generate("hi", max_tokens=3, n=3)
+        assert [sample.finish_reason for sample in stream.samples] == [None] * 3
+        pieces = [(piece.index, piece.text) async for piece in stream]
+    assert pieces[:4] == [(0, "0 "), (1, "0 "), (2, "0 "), (0, "1 ")]
+    assert [(each.index, each.text, each.token_ids) for each in stream.samples] == [
+        (place, "0 1 2 ", [0, 1, 2]) for place in range(3)
+    ]
+    assert [sample.finish_reason for sample in stream.samples] == ["length"] * 3
+    assert (stream.text, stream.token_ids, stream.finish_reason) == ("0 1 2 ", [0, 1, 2], "length")
+    assert stream.usage.completion_tokens == 9
+
+
+def test_several_answers_without_asyncio_can_be_left_half_read() -> None:
+    with served_from_a_thread(WordRouter()) as target, Client(target) as client:
+        with client.generate("hi", max_tokens=3, n=2) as stream:
+            for piece in stream:
+                if piece.index == 0 and piece.finish_reason:
+                    break
+        assert [sample.finish_reason for sample in stream.samples] == ["length", "cancelled"]
+        with pytest.raises(RuntimeError, match="last piece"):
+            _ = stream.usage
+        with pytest.raises(TypeError, match="goes on from one answer"):
+            client.chat(n=2).send("hi")
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ class Oracle:
         self._ends = set(runner(architecture).folder.eos_token_ids)
         self._model = AutoModelForCausalLM.from_pretrained(model_folder(architecture), dtype=torch.float32).eval()
 
-    def generate(self, batch: Sequence[Sequence[int]], max_tokens: int = 64) -> list[Expected]:
+    def generate(self, batch: Sequence[Sequence[int]], max_tokens: int = 64, **options: object) -> list[Expected]:
         """Greedy continuations; prompts of one length run together."""
         found: dict[int, Expected] = {}
         for length in sorted({len(prompt) for prompt in batch}):
@@ -231,6 +231,7 @@ class Oracle:
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
+                **options,
             )
             logits = torch.stack(out.logits, 1)
             for row, place in enumerate(places):

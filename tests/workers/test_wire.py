@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from kvstore.tier import TierStats
 from kvstore.token_ids import unpacked
 from tests.workers.stream_client import job, split
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
-from workers.protocol import FinishReason, JobError, Load, Output, PeerHint, TokenLogprob
+from workers.protocol import Constraint, FinishReason, JobError, Load, Output, PeerHint, TokenLogprob
 from workers.simulated_info import simulated_info
 from workers.wire import (
     JobRefused,
@@ -136,12 +137,45 @@ def test_a_token_outside_of_the_vocabulary_is_refused() -> None:
         ("top_p", 1.1),
         ("min_p", 1.5),
         ("logprobs", 21),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.nan),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
     ],
 )
 def test_sampling_values_out_of_range_are_refused(field: str, value: float) -> None:
     message = good_job()
     setattr(message.sampling, field, value)
     assert refusal(message) == Refusal.INVALID_SAMPLING
+
+
+def test_bias_and_constraints_that_make_no_sense_are_refused() -> None:
+    for sampling in (
+        common_pb2.SamplingParams(logit_bias={1: math.nan}),
+        common_pb2.SamplingParams(logit_bias={1: 101.0}),
+        common_pb2.SamplingParams(logit_bias={1000: 1.0}),
+        common_pb2.SamplingParams(constraint=common_pb2.Constraint()),
+        common_pb2.SamplingParams(constraint=common_pb2.Constraint(regex="a"), ignore_eos=True),
+    ):
+        message = good_job()
+        message.sampling.CopyFrom(sampling)
+        assert refusal(message) == Refusal.INVALID_SAMPLING
+
+
+@pytest.mark.parametrize(
+    ("sent", "got"),
+    [
+        ({"json_schema": "{}"}, Constraint("json_schema", "{}")),
+        ({"regex": "a+"}, Constraint("regex", "a+")),
+        ({"grammar": "start: /a/"}, Constraint("grammar", "start: /a/")),
+        ({"json_object": True}, Constraint("json_object")),
+    ],
+)
+def test_a_constraint_arrives_with_its_kind(sent: dict[str, Any], got: Constraint) -> None:
+    message = good_job()
+    message.sampling.ignore_eos = False
+    message.sampling.constraint.CopyFrom(common_pb2.Constraint(**sent))
+    assert job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0).sampling.constraint == got
 
 
 def test_sampling_arrives_as_it_was_sent() -> None:
@@ -158,12 +192,18 @@ def test_sampling_arrives_as_it_was_sent() -> None:
             stop_token_ids=[4, 5],
             logprobs=2,
             ignore_eos=True,
+            repetition_penalty=1.5,
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            logit_bias={9: 2.0, 3: -100.0},
         )
     )
     got = job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0).sampling
     assert (got.max_tokens, got.temperature, got.top_p, got.top_k, got.min_p) == (5, 0.5, 0.25, 3, 0.125)
     assert (got.seed, got.stop, got.stop_token_ids) == (1 << 63, ("a", "b"), frozenset({4, 5}))
     assert (got.logprobs, got.ignore_eos) == (2, True)
+    assert (got.repetition_penalty, got.presence_penalty, got.frequency_penalty) == (1.5, 0.5, -0.5)
+    assert (got.logit_bias, got.constraint) == (((3, -100.0), (9, 2.0)), None)
 
 
 def test_unset_sampling_has_the_documented_defaults_and_as_many_tokens_as_the_context_allows() -> None:
@@ -172,6 +212,8 @@ def test_unset_sampling_has_the_documented_defaults_and_as_many_tokens_as_the_co
     got = job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0).sampling
     assert (got.max_tokens, got.temperature, got.top_p, got.top_k, got.min_p) == (88, 1.0, 1.0, 0, 0.0)
     assert got.logprobs is None
+    assert (got.repetition_penalty, got.presence_penalty, got.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert not got.needs_last_token
 
 
 def test_an_output_arrives_whole() -> None:

@@ -24,33 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16warmkv/v1/common.proto\x12\twarmkv.v1\"i\n\x0cTokensByFate\x12\x10\n\x08\x63omputed\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\r\x12\x0c\n\x04\x64isk\x18\x04 \x01(\r\x12\r\n\x05redis\x18\x05 \x01(\r\x12\x0c\n\x04peer\x18\x06 \x01(\r\"\xb6\x02\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x15\n\x08logprobs\x18\t \x01(\rH\x06\x88\x01\x01\x12\x12\n\nignore_eos\x18\n \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xdd\x01\n\x0f\x43\x61\x63heDirectives\x12\x18\n\x0bttl_seconds\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08no_store\x18\x02 \x01(\x08\x12\x0f\n\x07no_read\x18\x03 \x01(\x08\x12\x14\n\x0c\x61\x66\x66inity_key\x18\x04 \x01(\t\x12\x17\n\nexpires_at\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x11\n\tfixed_ttl\x18\x06 \x01(\x08\x12\x1a\n\rkeep_priority\x18\x07 \x01(\rH\x02\x88\x01\x01\x42\x0e\n\x0c_ttl_secondsB\r\n\x0b_expires_atB\x10\n\x0e_keep_priority\"U\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\"\n\x03top\x18\x03 \x03(\x0b\x32\x15.warmkv.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xa0\x01\n\rPolicySetting\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x36\n\x07weights\x18\x02 \x03(\x0b\x32%.warmkv.v1.PolicySetting.WeightsEntry\x12\x19\n\x11shared_tier_reads\x18\x03 \x01(\x08\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa9\x01\n\x0cPolicyChange\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0f\n\x07time_ms\x18\x02 \x01(\x04\x12\n\n\x02\x62y\x18\x03 \x01(\t\x12\x0e\n\x06router\x18\x04 \x01(\t\x12\r\n\x05order\x18\x05 \x01(\t\x12&\n\x04\x66rom\x18\x06 \x01(\x0b\x32\x18.warmkv.v1.PolicySetting\x12$\n\x02to\x18\x07 \x01(\x0b\x32\x18.warmkv.v1.PolicySetting*j\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x12\r\n\tTIER_DISK\x10\x03\x12\x0e\n\nTIER_REDIS\x10\x04\x12\r\n\tTIER_PEER\x10\x05*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16warmkv/v1/common.proto\x12\twarmkv.v1\"i\n\x0cTokensByFate\x12\x10\n\x08\x63omputed\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\r\x12\x0c\n\x04\x64isk\x18\x04 \x01(\r\x12\r\n\x05redis\x18\x05 \x01(\r\x12\x0c\n\x04peer\x18\x06 \x01(\r\"\xf3\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x15\n\x08logprobs\x18\t \x01(\rH\x06\x88\x01\x01\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x02H\t\x88\x01\x01\x12<\n\nlogit_bias\x18\x0e \x03(\x0b\x32(.warmkv.v1.SamplingParams.LogitBiasEntry\x12)\n\nconstraint\x18\x0f \x01(\x0b\x32\x15.warmkv.v1.Constraint\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x0b\n\t_logprobsB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"f\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x04 \x01(\x08H\x00\x42\x06\n\x04kind\"\xdd\x01\n\x0f\x43\x61\x63heDirectives\x12\x18\n\x0bttl_seconds\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08no_store\x18\x02 \x01(\x08\x12\x0f\n\x07no_read\x18\x03 \x01(\x08\x12\x14\n\x0c\x61\x66\x66inity_key\x18\x04 \x01(\t\x12\x17\n\nexpires_at\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x11\n\tfixed_ttl\x18\x06 \x01(\x08\x12\x1a\n\rkeep_priority\x18\x07 \x01(\rH\x02\x88\x01\x01\x42\x0e\n\x0c_ttl_secondsB\r\n\x0b_expires_atB\x10\n\x0e_keep_priority\"U\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\"\n\x03top\x18\x03 \x03(\x0b\x32\x15.warmkv.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xa0\x01\n\rPolicySetting\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x36\n\x07weights\x18\x02 \x03(\x0b\x32%.warmkv.v1.PolicySetting.WeightsEntry\x12\x19\n\x11shared_tier_reads\x18\x03 \x01(\x08\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa9\x01\n\x0cPolicyChange\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0f\n\x07time_ms\x18\x02 \x01(\x04\x12\n\n\x02\x62y\x18\x03 \x01(\t\x12\x0e\n\x06router\x18\x04 \x01(\t\x12\r\n\x05order\x18\x05 \x01(\t\x12&\n\x04\x66rom\x18\x06 \x01(\x0b\x32\x18.warmkv.v1.PolicySetting\x12$\n\x02to\x18\x07 \x01(\x0b\x32\x18.warmkv.v1.PolicySetting*j\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x12\r\n\tTIER_DISK\x10\x03\x12\x0e\n\nTIER_REDIS\x10\x04\x12\r\n\tTIER_PEER\x10\x05*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'warmkv.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_POLICYSETTING_WEIGHTSENTRY']._loaded_options = None
   _globals['_POLICYSETTING_WEIGHTSENTRY']._serialized_options = b'8\001'
-  _globals['_TIER']._serialized_start=1152
-  _globals['_TIER']._serialized_end=1258
-  _globals['_FINISHREASON']._serialized_start=1261
-  _globals['_FINISHREASON']._serialized_end=1438
+  _globals['_TIER']._serialized_start=1573
+  _globals['_TIER']._serialized_end=1679
+  _globals['_FINISHREASON']._serialized_start=1682
+  _globals['_FINISHREASON']._serialized_end=1859
   _globals['_TOKENSBYFATE']._serialized_start=37
   _globals['_TOKENSBYFATE']._serialized_end=142
   _globals['_SAMPLINGPARAMS']._serialized_start=145
-  _globals['_SAMPLINGPARAMS']._serialized_end=455
-  _globals['_CACHEDIRECTIVES']._serialized_start=458
-  _globals['_CACHEDIRECTIVES']._serialized_end=679
-  _globals['_TOKENLOGPROB']._serialized_start=681
-  _globals['_TOKENLOGPROB']._serialized_end=766
-  _globals['_TOPLOGPROB']._serialized_start=768
-  _globals['_TOPLOGPROB']._serialized_end=815
-  _globals['_POLICYSETTING']._serialized_start=818
-  _globals['_POLICYSETTING']._serialized_end=978
-  _globals['_POLICYSETTING_WEIGHTSENTRY']._serialized_start=932
-  _globals['_POLICYSETTING_WEIGHTSENTRY']._serialized_end=978
-  _globals['_POLICYCHANGE']._serialized_start=981
-  _globals['_POLICYCHANGE']._serialized_end=1150
+  _globals['_SAMPLINGPARAMS']._serialized_end=772
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=575
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=623
+  _globals['_CONSTRAINT']._serialized_start=774
+  _globals['_CONSTRAINT']._serialized_end=876
+  _globals['_CACHEDIRECTIVES']._serialized_start=879
+  _globals['_CACHEDIRECTIVES']._serialized_end=1100
+  _globals['_TOKENLOGPROB']._serialized_start=1102
+  _globals['_TOKENLOGPROB']._serialized_end=1187
+  _globals['_TOPLOGPROB']._serialized_start=1189
+  _globals['_TOPLOGPROB']._serialized_end=1236
+  _globals['_POLICYSETTING']._serialized_start=1239
+  _globals['_POLICYSETTING']._serialized_end=1399
+  _globals['_POLICYSETTING_WEIGHTSENTRY']._serialized_start=1353
+  _globals['_POLICYSETTING_WEIGHTSENTRY']._serialized_end=1399
+  _globals['_POLICYCHANGE']._serialized_start=1402
+  _globals['_POLICYCHANGE']._serialized_end=1571
 # @@protoc_insertion_point(module_scope)

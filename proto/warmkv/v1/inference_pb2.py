@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from warmkv.v1 import common_pb2 as warmkv_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19warmkv/v1/inference.proto\x12\twarmkv.v1\x1a\x16warmkv/v1/common.proto\"j\n\x05Input\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.warmkv.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.warmkv.v1.TokenIdsH\x00\x42\x06\n\x04kind\"n\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.warmkv.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"?\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xab\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.warmkv.v1.Input\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.warmkv.v1.SamplingParams\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12)\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x1a.warmkv.v1.CacheDirectives\"\xd0\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.warmkv.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.warmkv.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.warmkv.v1.Usage\x12\x1f\n\x05route\x18\x06 \x01(\x0b\x32\x10.warmkv.v1.Route\"q\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x36\n\x15prompt_tokens_by_fate\x18\x03 \x01(\x0b\x32\x17.warmkv.v1.TokensByFate\"\xd1\x01\n\x05Route\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x19\n\x11predicted_ttft_ms\x18\x04 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x05 \x01(\x01\x12\x1f\n\x17predicted_cached_tokens\x18\x06 \x01(\r\x12\x0f\n\x07retries\x18\x07 \x01(\r\x12\x0e\n\x06router\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x16\n\x0erouter_wait_ms\x18\x0f \x01(\x01\"k\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.warmkv.v1.Input\x12)\n\x05\x63\x61\x63he\x18\x03 \x01(\x0b\x32\x1a.warmkv.v1.CacheDirectives\"\xda\x02\n\x0f\x45xplainResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12\x38\n\x07weights\x18\x05 \x03(\x0b\x32\'.warmkv.v1.ExplainResponse.WeightsEntry\x12\x0e\n\x06worker\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12(\n\ncandidates\x18\x08 \x03(\x0b\x32\x14.warmkv.v1.Candidate\x12\x1d\n\x04miss\x18\t \x01(\x0b\x32\x0f.warmkv.v1.Miss\x12\x11\n\tcost_unit\x18\x14 \x01(\t\x12\x16\n\x0erouter_wait_ms\x18\x0f \x01(\x01\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xf8\x01\n\tCandidate\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08\x65ligible\x18\x02 \x01(\x08\x12\x18\n\x10\x65xcluded_because\x18\x03 \x01(\t\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x17.warmkv.v1.TokensByFate\x12\"\n\x05terms\x18\x05 \x03(\x0b\x32\x13.warmkv.v1.CostTerm\x12\x0f\n\x07\x63ost_ms\x18\x06 \x01(\x01\x12\x19\n\x11predicted_ttft_ms\x18\x07 \x01(\x01\x12\x17\n\x0f\x61\x63tive_requests\x18\x08 \x01(\r\x12\x0f\n\x07suspect\x18\t \x01(\t\x12\x0c\n\x04\x63ost\x18\x14 \x01(\x01\"4\n\x08\x43ostTerm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02ms\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"5\n\x04Miss\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"A\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.warmkv.v1.Input\"M\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08rendered\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x03(\x0c\x32\xe0\x01\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.warmkv.v1.GenerateRequest\x1a\x1b.warmkv.v1.GenerateResponse0\x01\x12@\n\x07\x45xplain\x12\x19.warmkv.v1.ExplainRequest\x1a\x1a.warmkv.v1.ExplainResponse\x12\x43\n\x08Tokenize\x12\x1a.warmkv.v1.TokenizeRequest\x1a\x1b.warmkv.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19warmkv/v1/inference.proto\x12\twarmkv.v1\x1a\x16warmkv/v1/common.proto\"j\n\x05Input\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.warmkv.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.warmkv.v1.TokenIdsH\x00\x42\x06\n\x04kind\"n\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.warmkv.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"?\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd2\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.warmkv.v1.Input\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.warmkv.v1.SamplingParams\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12)\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x1a.warmkv.v1.CacheDirectives\x12\x0e\n\x01n\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\tB\x04\n\x02_n\"\xdf\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.warmkv.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.warmkv.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.warmkv.v1.Usage\x12\x1f\n\x05route\x18\x06 \x01(\x0b\x32\x10.warmkv.v1.Route\x12\r\n\x05index\x18\x07 \x01(\r\"q\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x36\n\x15prompt_tokens_by_fate\x18\x03 \x01(\x0b\x32\x17.warmkv.v1.TokensByFate\"\xd1\x01\n\x05Route\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x19\n\x11predicted_ttft_ms\x18\x04 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x05 \x01(\x01\x12\x1f\n\x17predicted_cached_tokens\x18\x06 \x01(\r\x12\x0f\n\x07retries\x18\x07 \x01(\r\x12\x0e\n\x06router\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x16\n\x0erouter_wait_ms\x18\x0f \x01(\x01\"k\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.warmkv.v1.Input\x12)\n\x05\x63\x61\x63he\x18\x03 \x01(\x0b\x32\x1a.warmkv.v1.CacheDirectives\"\xda\x02\n\x0f\x45xplainResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12\x38\n\x07weights\x18\x05 \x03(\x0b\x32\'.warmkv.v1.ExplainResponse.WeightsEntry\x12\x0e\n\x06worker\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12(\n\ncandidates\x18\x08 \x03(\x0b\x32\x14.warmkv.v1.Candidate\x12\x1d\n\x04miss\x18\t \x01(\x0b\x32\x0f.warmkv.v1.Miss\x12\x11\n\tcost_unit\x18\x14 \x01(\t\x12\x16\n\x0erouter_wait_ms\x18\x0f \x01(\x01\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xf8\x01\n\tCandidate\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08\x65ligible\x18\x02 \x01(\x08\x12\x18\n\x10\x65xcluded_because\x18\x03 \x01(\t\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x17.warmkv.v1.TokensByFate\x12\"\n\x05terms\x18\x05 \x03(\x0b\x32\x13.warmkv.v1.CostTerm\x12\x0f\n\x07\x63ost_ms\x18\x06 \x01(\x01\x12\x19\n\x11predicted_ttft_ms\x18\x07 \x01(\x01\x12\x17\n\x0f\x61\x63tive_requests\x18\x08 \x01(\r\x12\x0f\n\x07suspect\x18\t \x01(\t\x12\x0c\n\x04\x63ost\x18\x14 \x01(\x01\"4\n\x08\x43ostTerm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02ms\x18\x02 \x01(\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"5\n\x04Miss\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"A\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x05input\x18\x02 \x01(\x0b\x32\x10.warmkv.v1.Input\"M\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08rendered\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x03(\x0c\x32\xe0\x01\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.warmkv.v1.GenerateRequest\x1a\x1b.warmkv.v1.GenerateResponse0\x01\x12@\n\x07\x45xplain\x12\x19.warmkv.v1.ExplainRequest\x1a\x1a.warmkv.v1.ExplainResponse\x12\x43\n\x08Tokenize\x12\x1a.warmkv.v1.TokenizeRequest\x1a\x1b.warmkv.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,29 +43,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=349
   _globals['_TOKENIDS']._serialized_end=372
   _globals['_GENERATEREQUEST']._serialized_start=375
-  _globals['_GENERATEREQUEST']._serialized_end=546
-  _globals['_GENERATERESPONSE']._serialized_start=549
-  _globals['_GENERATERESPONSE']._serialized_end=757
-  _globals['_USAGE']._serialized_start=759
-  _globals['_USAGE']._serialized_end=872
-  _globals['_ROUTE']._serialized_start=875
-  _globals['_ROUTE']._serialized_end=1084
-  _globals['_EXPLAINREQUEST']._serialized_start=1086
-  _globals['_EXPLAINREQUEST']._serialized_end=1193
-  _globals['_EXPLAINRESPONSE']._serialized_start=1196
-  _globals['_EXPLAINRESPONSE']._serialized_end=1542
-  _globals['_EXPLAINRESPONSE_WEIGHTSENTRY']._serialized_start=1496
-  _globals['_EXPLAINRESPONSE_WEIGHTSENTRY']._serialized_end=1542
-  _globals['_CANDIDATE']._serialized_start=1545
-  _globals['_CANDIDATE']._serialized_end=1793
-  _globals['_COSTTERM']._serialized_start=1795
-  _globals['_COSTTERM']._serialized_end=1847
-  _globals['_MISS']._serialized_start=1849
-  _globals['_MISS']._serialized_end=1902
-  _globals['_TOKENIZEREQUEST']._serialized_start=1904
-  _globals['_TOKENIZEREQUEST']._serialized_end=1969
-  _globals['_TOKENIZERESPONSE']._serialized_start=1971
-  _globals['_TOKENIZERESPONSE']._serialized_end=2048
-  _globals['_INFERENCESERVICE']._serialized_start=2051
-  _globals['_INFERENCESERVICE']._serialized_end=2275
+  _globals['_GENERATEREQUEST']._serialized_end=585
+  _globals['_GENERATERESPONSE']._serialized_start=588
+  _globals['_GENERATERESPONSE']._serialized_end=811
+  _globals['_USAGE']._serialized_start=813
+  _globals['_USAGE']._serialized_end=926
+  _globals['_ROUTE']._serialized_start=929
+  _globals['_ROUTE']._serialized_end=1138
+  _globals['_EXPLAINREQUEST']._serialized_start=1140
+  _globals['_EXPLAINREQUEST']._serialized_end=1247
+  _globals['_EXPLAINRESPONSE']._serialized_start=1250
+  _globals['_EXPLAINRESPONSE']._serialized_end=1596
+  _globals['_EXPLAINRESPONSE_WEIGHTSENTRY']._serialized_start=1550
+  _globals['_EXPLAINRESPONSE_WEIGHTSENTRY']._serialized_end=1596
+  _globals['_CANDIDATE']._serialized_start=1599
+  _globals['_CANDIDATE']._serialized_end=1847
+  _globals['_COSTTERM']._serialized_start=1849
+  _globals['_COSTTERM']._serialized_end=1901
+  _globals['_MISS']._serialized_start=1903
+  _globals['_MISS']._serialized_end=1956
+  _globals['_TOKENIZEREQUEST']._serialized_start=1958
+  _globals['_TOKENIZEREQUEST']._serialized_end=2023
+  _globals['_TOKENIZERESPONSE']._serialized_start=2025
+  _globals['_TOKENIZERESPONSE']._serialized_end=2102
+  _globals['_INFERENCESERVICE']._serialized_start=2105
+  _globals['_INFERENCESERVICE']._serialized_end=2329
 # @@protoc_insertion_point(module_scope)

@@ -154,10 +154,18 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name; empty: the one that is served."""
     priority: _builtins.int
     """Higher runs first. Range [-100, 100]."""
+    n: _builtins.int
+    """Independent answers to the same prompt, 1 to 64; unset: 1. They run on one worker, which computes the prompt once;
+    answer i is that of a request alone with the seed plus i. Their messages come interleaved.
+    """
+    adapter: _builtins.str
+    """The LoRA adapter to run with; empty: none. No adapters are served yet: a name is refused with NOT_FOUND."""
     @_builtins.property
     def input(self) -> Global___Input:
         """The prompt."""
@@ -178,18 +186,22 @@ class GenerateRequest(_message.Message):
         sampling: _common_pb2.SamplingParams | None = ...,
         priority: _builtins.int = ...,
         cache: _common_pb2.CacheDirectives | None = ...,
+        n: _builtins.int | None = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "input", b"input", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "cache", b"cache", "input", b"input", "n", b"n", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "input", b"input", "model", b"model", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "adapter", b"adapter", "cache", b"cache", "input", b"input", "model", b"model", "n", b"n", "priority", b"priority", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
-    """A piece of the answer. The last one carries finish_reason, usage and route."""
+    """A piece of an answer. The last one of each answer carries its finish_reason, the last one of all usage and route."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -199,10 +211,13 @@ class GenerateResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     ROUTE_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """New text. Bytes of an unfinished character, and a possible start of a stop string, are held back."""
     finish_reason: _common_pb2.FinishReason.ValueType
-    """Set in the last message only."""
+    """Set in the last message of an answer only."""
+    index: _builtins.int
+    """Which answer this belongs to, from 0, of GenerateRequest.n."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New token ids."""
@@ -228,10 +243,11 @@ class GenerateResponse(_message.Message):
         finish_reason: _common_pb2.FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         route: Global___Route | None = ...,
+        index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "route", b"route", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "route", b"route", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,12 +263,12 @@ class Usage(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_BY_FATE_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Length of the prompt in tokens."""
+    """Length of the prompt in tokens; counted once, however many answers were asked for."""
     completion_tokens: _builtins.int
-    """Generated tokens, the end token included."""
+    """Generated tokens of all answers, their end tokens included."""
     @_builtins.property
     def prompt_tokens_by_fate(self) -> _common_pb2.TokensByFate:
-        """The fate of every prompt token; sums to prompt_tokens."""
+        """The fate of every prompt token; sums to prompt_tokens. Of several answers: in the first of them that has any."""
 
     def __init__(
         self,

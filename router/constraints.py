@@ -1,0 +1,78 @@
+"""Whether a constraint on an answer can be used at all, told before anything is encoded.
+
+Covers: its size, what it must not go with, and its syntax by the library that workers compile it with. Does not cover:
+whether it fits the model's tokens, which its worker finds out. Most take a millisecond or two; as large ones take a
+hundred, they are looked at in a thread, and those that were right lately are not looked at again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import OrderedDict
+
+from llguidance import LLMatcher
+
+from router.errors import InvalidRequest
+from warmkv.v1 import common_pb2
+
+MAX_BYTES = 64 << 10
+_MOST_REMEMBERED = 256
+_NAMES = {"json_schema": "a JSON Schema", "regex": "a regular expression", "grammar": "a grammar in Lark syntax"}
+
+
+class ConstraintChecks:
+    """Checks, and remembers what was right. Owned by one event loop."""
+
+    def __init__(self) -> None:
+        self._right: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    async def check(self, sampling: common_pb2.SamplingParams) -> None:
+        """Raises InvalidRequest unless its constraint, if it has one, can be used."""
+        if not sampling.HasField("constraint"):
+            return
+        kind = sampling.constraint.WhichOneof("kind")
+        if kind is None:
+            raise _wrong("is empty; set one of json_schema, regex, grammar and json_object, or leave it out.")
+        if sampling.ignore_eos:
+            raise _wrong("and ignore_eos exclude one another, as the end token tells where it ends; leave one out.")
+        if kind == "json_object":
+            if not sampling.constraint.json_object:
+                raise _wrong(".json_object is false; set it to true, or leave the constraint out.")
+            return
+        await self._check_text(kind, getattr(sampling.constraint, kind))
+
+    async def _check_text(self, kind: str, text: str) -> None:
+        if not 1 <= len(text.encode()) <= MAX_BYTES:
+            raise _wrong(f".{kind} has {len(text.encode()):,} bytes; send 1 to {MAX_BYTES:,}.")
+        if (kind, text) not in self._right:
+            problem = await asyncio.to_thread(_problem, kind, text)
+            if problem:
+                raise _wrong(f".{kind} cannot be used: {problem}. Send {_NAMES[kind]} that the library takes.")
+        self._right[kind, text] = None
+        self._right.move_to_end((kind, text))
+        if len(self._right) > _MOST_REMEMBERED:
+            self._right.popitem(last=False)
+
+
+def _problem(kind: str, text: str) -> str:
+    """What is wrong with it; empty: nothing that shows without the model's tokens."""
+    try:
+        if kind == "json_schema" and not isinstance(json.loads(text), dict):
+            return "the schema is no JSON object"
+        source = _source(kind, text)
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(source)
+    return " ".join(" ".join(messages).split())[:500] if is_wrong else ""
+
+
+def _source(kind: str, text: str) -> str:
+    if kind == "json_schema":
+        return LLMatcher.grammar_from_json_schema(text)
+    return LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)
+
+
+def _wrong(what: str) -> InvalidRequest:
+    separator = "" if what.startswith(".") else " "
+    return InvalidRequest(f"sampling.constraint{separator}{what}", field="sampling.constraint")
