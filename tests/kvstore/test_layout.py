@@ -28,13 +28,13 @@ layouts = st.builds(
 def test_sizes_of_a_known_model() -> None:
     assert LLAMA_8B.token_nbytes == 128 * KIB
     assert LLAMA_8B.block_nbytes == 2 * MIB
-    assert LLAMA_8B.layer_elements == 16 * 8 * 256
+    assert LLAMA_8B.layer_nbytes == 16 * 8 * 256 * 2
     assert LLAMA_8B.describe() == "L32 KVH8 K128 V128 bfloat16 B16"
 
 
 @given(layouts)
 def test_a_block_is_its_layers_one_after_the_other(layout: KVLayout) -> None:
-    assert layout.block_nbytes == layout.layers * layout.layer_elements * DTYPE_BYTES[layout.dtype]
+    assert layout.block_nbytes == layout.layers * layout.layer_nbytes
     assert layout.block_nbytes == layout.token_nbytes * layout.block_size
 
 
