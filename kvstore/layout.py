@@ -149,15 +149,3 @@ class KVLayout:
 
     def _padded(self, nbytes: int) -> int:
         return -(-nbytes // ALIGNMENT) * ALIGNMENT if self.quantised else nbytes
-
-
-def describe_kv_dtype(layout: str) -> str:
-    """What K/V is stored as, of a layout in words (`KVLayout.describe`): `bfloat16`, or quantised `int8`.
-
-    Words that are none of ours, as another version's may be, give an empty string.
-    """
-    words = layout.split()
-    if len(words) < 6 or words[4] not in DTYPE_BYTES:
-        return ""
-    names = {described: name for name, described in _DESCRIBED.items()}
-    return words[4] if len(words) == 6 else names.get(words[6], "")

@@ -146,6 +146,7 @@ class Board:
             problem=link.problem,
             model=link.hello.model if link.hello else "",
             device=link.hello.device if link.hello else "",
+            layout=link.hello.scheme.layout if link.hello else "",
             index=self._trust(link) if link.synced else None,
         )
         if link.report is not None and link.connected:
