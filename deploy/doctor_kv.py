@@ -23,7 +23,8 @@ def check_kv(settings: Settings, state_dir: Path) -> Iterator[Finding]:
         config = json.loads((Path(settings.model.dir) / "config.json").read_text(encoding="utf-8"))
         layout = layout_of_config(config, dtype=settings.model.dtype, kv_dtype=stored)
     except ModelShapeError:
-        yield Finding("ok", "kv", f"stored as {stored}; the workers will know how large a token of it is")
+        what = "as the model computes it" if stored == UNQUANTISED else f"as {stored}"
+        yield Finding("ok", "kv", f"stored {what}; the workers will know how large a token of it is")
         return
     except (OSError, ValueError):  # told by the check of the model folder
         return

@@ -108,6 +108,15 @@ def test_a_row_of_zeros_is_read_as_zeros(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_row_whose_scale_is_below_the_normal_floats_has_codes_in_range(kind: str):
+    """A scale there is a multiple of 2**-133; rounding it down by a third would put codes out of range."""
+    numbers = torch.tensor([[1.49 * 2.0**-133 * LARGEST_CODE[kind], 0.0]], dtype=torch.float32)
+    codes, scales = quantise(numbers, kind)
+    assert scales.item() == 2.0**-133
+    assert codes[0, 0].item() == (127 if kind == "int8" else 0x7E)  # not the bits of a NaN
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_bytes_follow_from_the_row_alone(kind: str, dtype: torch.dtype):
     numbers = torch.randn(37, 3, 20, generator=torch.Generator().manual_seed(1)).to(dtype)
