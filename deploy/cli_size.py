@@ -91,7 +91,7 @@ def size(
     redis_nbytes = 0 if redis_bytes is None else _size("--redis-bytes", redis_bytes)
     capacities = dict(zip(TIERS, (store.device_bytes, store.host_bytes, store.disk_bytes, redis_nbytes), strict=True))
     plan = plan_sizes(
-        layout_of_model(settings.model.dir, settings.model.dtype, store.block_size),
+        layout_of_model(settings.model.dir, settings.model.dtype, store.block_size, settings.engine.kv_dtype),
         capacities,
         workers=max(1, settings.workers.count),
         conversation_tokens=conversation_tokens,
@@ -101,7 +101,7 @@ def size(
     typer.echo(size_json(plan) if as_json else size_text(plan))
 
 
-def layout_of_model(path: Path | None, dtype: str, block_size: int | None) -> KVLayout:
+def layout_of_model(path: Path | None, dtype: str, block_size: int | None, kv_dtype: str = "auto") -> KVLayout:
     """The layout of a model folder, or of its config.json alone. Raises Failure."""
     from dataclasses import replace
 
@@ -110,7 +110,7 @@ def layout_of_model(path: Path | None, dtype: str, block_size: int | None) -> KV
     if path is None:
         raise Failure("no model was named; give --model DIR, or --model config.json", USAGE)
     try:
-        layout = layout_of_config(_config(path), dtype=dtype)
+        layout = layout_of_config(_config(path), dtype=dtype, kv_dtype=kv_dtype)
     except ModelShapeError as error:
         raise Failure(str(error), USAGE) from None
     return layout if block_size is None else replace(layout, block_size=block_size)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from kvstore.layout import DTYPE_BYTES, KVLayout
+from kvstore.layout import DTYPE_BYTES, UNQUANTISED, KVLayout
 
 # Attention without groups: as many K/V heads as heads.
 _UNGROUPED = frozenset({"gpt2", "gpt_neox", "opt"})
@@ -38,11 +38,12 @@ class ModelShapeError(ValueError):
     """The layout cannot be told from config.json. The message ends with what to do."""
 
 
-def layout_of_config(config: Mapping[str, Any], *, dtype: str = "auto") -> KVLayout:
+def layout_of_config(config: Mapping[str, Any], *, dtype: str = "auto", kv_dtype: str = UNQUANTISED) -> KVLayout:
     """The layout of one block, with the block size that workers choose.
 
     Args:
         config: a Hugging Face config.json. dtype: of the weights in memory; `auto`: what the configuration says.
+        kv_dtype: one of `kvstore.layout.KV_DTYPES`, what is stored.
 
     Raises:
         ModelShapeError: the model is of a kind that is not covered, or a field is missing or makes no sense.
@@ -58,6 +59,7 @@ def layout_of_config(config: Mapping[str, Any], *, dtype: str = "auto") -> KVLay
         k_dim=(dim := _head_dim(str(kind), text, heads)),
         v_dim=dim,
         dtype=_dtype(config, text, dtype),
+        kv_dtype=kv_dtype,
     )
     return layout.with_chosen_block_size()
 

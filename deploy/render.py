@@ -83,6 +83,8 @@ def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
     if stats.catching_up:
         parts.append(f"this router is catching up: it waits for what {', '.join(stats.catching_up)} hold")
     parts.append("")
+    if layouts := sorted({worker.layout for worker in stats.workers if worker.layout}):
+        parts.append(f"K/V        {'; '.join(layouts)}")
     parts.append(f"policy     {stats.policy.name} {weights_text(stats.policy.weights)}".rstrip())
     parts.append(f"prompts    {fates_text(stats.prompt_tokens)}")
     reads = "on" if stats.shared_tier_reads else "off"

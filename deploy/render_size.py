@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from deploy.quantities import size_text as bytes_text
 from deploy.render import table
 from deploy.size import SizedTier, SizePlan
+from kvstore.layout import UNQUANTISED, KVLayout
 
 
 def size_text(plan: SizePlan) -> str:
@@ -15,7 +16,7 @@ def size_text(plan: SizePlan) -> str:
     layout = plan.layout
     lines = [
         f"layout      {layout.describe()}",
-        f"token       {bytes_text(layout.token_nbytes)} of K/V",
+        f"token       {bytes_text(layout.token_nbytes)} of K/V{_against_unquantised(layout)}",
         f"block       {layout.block_size} tokens, {bytes_text(layout.block_nbytes)}",
     ]
     if plan.break_even_bytes_per_s is not None:
@@ -58,6 +59,11 @@ def speed_text(bytes_per_s: float) -> str:
         if bytes_per_s >= factor:
             return f"{bytes_per_s / factor:.3g} {unit}"
     return f"{bytes_per_s / 1e3:.3g} kB/s"
+
+
+def _against_unquantised(layout: KVLayout) -> str:
+    plain = replace(layout, kv_dtype=UNQUANTISED).token_nbytes
+    return f" as {layout.kv_dtype}; {bytes_text(plain)} as {layout.dtype}" if layout.quantised else ""
 
 
 def _shows_speed(plan: SizePlan) -> bool:

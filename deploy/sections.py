@@ -146,6 +146,16 @@ class WorkersSettings(_Section):
     )
 
 
+class EngineSettings(_Section):
+    """How each worker computes."""
+
+    kv_dtype: Literal["auto", "fp8_e4m3", "int8"] = Field(
+        default="auto",
+        description="What K/V is stored as in every tier: auto (as the model computes it), or quantised to a byte a "
+        "number, about half of bfloat16; all workers of a fleet alike.",
+    )
+
+
 class StoreSettings(_Section):
     """Each worker's block store."""
 

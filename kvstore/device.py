@@ -1,6 +1,6 @@
 """The device tier: the paged K/V pool that attention reads. `pool` keeps its books, this adds its bytes.
 
-One tensor, block-major: `[blocks + 1, layers, layer_elements]`. A block is one contiguous run of bytes, so that taking
+One tensor of bytes, block-major: `[blocks + 1, layers, layer_nbytes]`. A block is one contiguous run, so that taking
 it out or putting it in is one copy; attention sees the same memory as strided K and V views. Block number `num_blocks`
 is the scratch block: padding rows write there and nobody reads it.
 
@@ -20,8 +20,9 @@ import torch
 
 from kvstore.blocks import BlockHash
 from kvstore.errors import TierError
-from kvstore.layout import KVLayout
+from kvstore.layout import Area, KVLayout
 from kvstore.pool import BlockPool
+from kvstore.quantised import QuantisedRows, Rows
 from kvstore.tier import BlockMeta, Clock, Delivery, Honours
 
 Bytes = npt.NDArray[np.uint8]
@@ -63,7 +64,7 @@ class DeviceTier(BlockPool):
         """Reserve `capacity_bytes` rounded down to whole blocks, and one block more.
 
         Args:
-            layout: shapes, dtype and block size.
+            layout: shapes, dtypes and block size.
             capacity_bytes: for blocks that can be allocated.
             clock: what TTLs go by. wall_clock: seconds since the epoch; what fixed ends of lifetimes go by.
             device: where the tensor lies.
@@ -81,8 +82,7 @@ class DeviceTier(BlockPool):
         self.layout = layout
         self.scratch_block = num_blocks
         self._pool = _reserve(layout, num_blocks + 1, torch.device(device))
-        raw = self._pool.view(torch.uint8).view(num_blocks + 1, layout.block_nbytes)
-        self._raw = raw
+        self._raw = raw = self._pool.view(num_blocks + 1, layout.block_nbytes)
         self._host_view: Bytes | None = raw.numpy() if raw.device.type == "cpu" else None
         self._poison = poison
         self._freed(range(num_blocks))
@@ -92,18 +92,27 @@ class DeviceTier(BlockPool):
         """Where the pool lies."""
         return self._pool.device
 
-    def kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def kv(self, layer: int) -> tuple[Rows, Rows]:
         """K and V of one layer, views of the pool: `[blocks + 1, block_size, kv_heads, k_dim]` and `[..., v_dim]`.
 
-        Strided: only the last three dimensions are contiguous.
+        Strided: only the last three dimensions are contiguous. Tensors, or `QuantisedRows` of a quantised layout.
         """
-        shape, size = self.layout, self.layout.block_size
-        k_elements = size * shape.kv_heads * shape.k_dim
-        plane = self._pool[:, layer]
-        blocks = self.num_blocks + 1
-        k = plane[:, :k_elements].view(blocks, size, shape.kv_heads, shape.k_dim)
-        v = plane[:, k_elements:].view(blocks, size, shape.kv_heads, shape.v_dim)
-        return k, v
+        areas, shape = self.layout.areas, self.layout
+        return (
+            self._rows(layer, areas.k, areas.k_scales, shape.k_dim),
+            self._rows(layer, areas.v, areas.v_scales, shape.v_dim),
+        )
+
+    def _rows(self, layer: int, area: Area, scales: Area | None, dim: int) -> Rows:
+        dtype: torch.dtype = getattr(torch, self.layout.dtype)
+        if scales is None:
+            return self._view(layer, area, dtype, dim)
+        codes, by_row = self._view(layer, area, torch.int8, dim), self._view(layer, scales, torch.bfloat16, 1)
+        return QuantisedRows(codes, by_row.squeeze(-1), self.layout.kv_dtype, dtype)
+
+    def _view(self, layer: int, area: Area, dtype: torch.dtype, dim: int) -> torch.Tensor:
+        numbers = self._pool[:, layer, area.start : area.start + area.nbytes].view(dtype)
+        return numbers.view(self.num_blocks + 1, self.layout.block_size, self.layout.kv_heads, dim)
 
     def payloads(self, block_ids: Sequence[int]) -> list[memoryview]:
         """The bytes of blocks, to be read before the caller gives up the thread or the references.
@@ -177,14 +186,14 @@ class DeviceTier(BlockPool):
 
     def _freed(self, block_ids: Sequence[int]) -> None:
         if self._poison and len(block_ids) > 0:
-            self._pool[list(block_ids)] = float("nan")
+            self._raw[list(block_ids)] = 0xFF  # NaN in every dtype, as numbers and as scales
 
 
 def _reserve(layout: KVLayout, blocks: int, device: torch.device) -> torch.Tensor:
-    shape = (blocks, layout.layers, layout.layer_elements)
+    shape = (blocks, layout.layers, layout.layer_nbytes)
     try:
         # Written once now, so that no page fault is paid inside a step and a lack of memory shows at start.
-        return torch.empty(shape, dtype=getattr(torch, layout.dtype), device=device).fill_(0)
+        return torch.empty(shape, dtype=torch.uint8, device=device).fill_(0)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         needed = blocks * layout.block_nbytes
         raise TierError(f"{device} has no room for {needed} bytes of K/V; give the device tier fewer bytes") from error

@@ -148,6 +148,7 @@ class Board:
             device=link.hello.device if link.hello else "",
             package_version=link.hello.package_version if link.hello else "",
             protocol_version=link.hello.protocol_version if link.hello else 0,
+            layout=link.hello.scheme.layout if link.hello else "",
             index=self._trust(link) if link.synced else None,
         )
         if link.report is not None and link.connected:

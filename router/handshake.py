@@ -13,6 +13,8 @@ from kvstore.blocks import HashScheme
 from warmkv import versions
 from warmkv.v1 import worker_pb2
 
+_LAYOUT_SETTINGS = " (model.dtype, engine.kv_dtype, store.block_size)"
+
 
 @dataclass(frozen=True, slots=True)
 class FleetIdentity:
@@ -71,9 +73,10 @@ def _differs(worker: FleetIdentity, fleet: FleetIdentity) -> str:
     if not fields:
         return ""
     mine, theirs = (", ".join(f"{f}={_shown(getattr(i.scheme, f))}" for f in fields) for i in (worker, fleet))
+    which = _LAYOUT_SETTINGS if "layout" in fields else ""
     return (
         f"its blocks would not be the fleet's: {mine}, and the fleet has {theirs};"
-        " start it with the same model folder and settings as the others."
+        f" start it with the same model folder and settings{which} as the others."
     )
 
 

@@ -20,7 +20,7 @@ from kvstore.errors import FolderTakenError, LayoutError
 from kvstore.eviction.tail import Spare
 from kvstore.host.slab import CudaPinner
 from kvstore.host.tier import HostTier
-from kvstore.layout import DTYPE_BYTES, KVLayout
+from kvstore.layout import DTYPE_BYTES, KV_DTYPES, KVLayout
 from kvstore.redis.cluster import RedisClusterTier
 from kvstore.redis.open import open_redis
 from kvstore.redis.recall import Recalling
@@ -51,7 +51,7 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     _check(config)
     torch.set_num_threads(config.threads)
     runner = ModelRunner.load(config.model_dir, device=_device(config.device), dtype=config.dtype)
-    layout = _layout(runner.layout, config.block_size)
+    layout = _layout(runner.layout, config)
     scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical)
     info = _info(config, runner, layout, scheme)
     device = DeviceTier(layout, config.device_bytes, clock=clock, device=runner.device)
@@ -108,6 +108,8 @@ def _check(config: WorkerConfig) -> None:
         raise ValueError(f"threads is {config.threads}; give at least 1")
     if config.dtype != "auto" and config.dtype not in DTYPE_BYTES:
         raise ValueError(f"unknown dtype {config.dtype!r}; choose auto or one of {', '.join(DTYPE_BYTES)}")
+    if config.kv_dtype not in KV_DTYPES:
+        raise ValueError(f"unknown kv_dtype {config.kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
     if config.canonical:
         raise ValueError("the bit-exact mode is not supported yet; set canonical to false")
 
@@ -122,12 +124,13 @@ def _device(name: str) -> str:
     return name
 
 
-def _layout(probed: KVLayout, block_size: int | None) -> KVLayout:
-    if block_size is None:
-        return probed.with_chosen_block_size()
-    if block_size < 1:
-        raise LayoutError(f"block_size is {block_size}; give at least 1, or leave it out")
-    return replace(probed, block_size=block_size)
+def _layout(probed: KVLayout, config: WorkerConfig) -> KVLayout:
+    stored = replace(probed, kv_dtype=config.kv_dtype)
+    if config.block_size is None:
+        return stored.with_chosen_block_size()
+    if config.block_size < 1:
+        raise LayoutError(f"block_size is {config.block_size}; give at least 1, or leave it out")
+    return replace(stored, block_size=config.block_size)
 
 
 def _redis_rule(config: WorkerConfig, rule: Admission) -> Admission:

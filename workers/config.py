@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvstore.eviction.tail import DEFAULT_THRESHOLD_S
+from kvstore.layout import UNQUANTISED
 from kvstore.patience import DEFAULT_SLACK_S
 
 
@@ -17,6 +18,7 @@ class WorkerConfig:
         model_dir: a Hugging Face model folder. model_name: what clients call it.
         engine: `torch` or `simulated`.
         device: `cpu`, `cuda` or `auto`. dtype: `auto` (the checkpoint's) or a key of `kvstore.layout.DTYPE_BYTES`.
+        kv_dtype: one of `kvstore.layout.KV_DTYPES`, what K/V is stored as in every tier.
         threads: torch threads. canonical: bit-exact mode.
         device_bytes, host_bytes: capacity of the two tiers; zero host bytes: no host tier.
         disk_bytes: capacity of the disk tier; zero: none. disk_dir: the worker's folder is made in it; `~` is the
@@ -52,6 +54,7 @@ class WorkerConfig:
     engine: str = "torch"
     device: str = "auto"
     dtype: str = "auto"
+    kv_dtype: str = UNQUANTISED
     threads: int = 1
     canonical: bool = False
     device_bytes: int = 1 << 30

@@ -49,7 +49,7 @@ def info_for(config: WorkerConfig) -> EngineInfo:
     settings = _json(folder / "config.json")
     return simulated_info(
         fingerprint=hashlib.sha256(b"simulated\0" + json.dumps(settings, sort_keys=True).encode()).digest(),
-        layout=_layout(settings, config.block_size),
+        layout=_layout(settings, config),
         model=config.model_name,
         tokenizer_sha256=_sha256(folder / "tokenizer.json"),
         context_length=config.context_length or _positive(settings.get("max_position_embeddings"), DEFAULT_CONTEXT),
@@ -58,7 +58,7 @@ def info_for(config: WorkerConfig) -> EngineInfo:
     )
 
 
-def _layout(settings: Mapping[str, object], block_size: int | None) -> KVLayout:
+def _layout(settings: Mapping[str, object], config: WorkerConfig) -> KVLayout:
     heads = _positive(settings.get("num_attention_heads"), 8)
     head_dim = _positive(settings.get("head_dim"), max(1, _positive(settings.get("hidden_size"), 512) // heads))
     layout = KVLayout(
@@ -67,8 +67,10 @@ def _layout(settings: Mapping[str, object], block_size: int | None) -> KVLayout:
         k_dim=head_dim,
         v_dim=head_dim,
         dtype="float32",
+        kv_dtype=config.kv_dtype,
     )
-    return layout.with_chosen_block_size() if block_size is None else replace(layout, block_size=block_size)
+    size = config.block_size
+    return layout.with_chosen_block_size() if size is None else replace(layout, block_size=size)
 
 
 def _positive(value: object, default: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.blocks import BlockHash
+from kvstore.codec import BlockCodec
 from kvstore.events import RemovalCause
 from kvstore.host.tier import HostTier
 from kvstore.peer.tier import PeerTier
@@ -15,8 +16,8 @@ from tests.kvstore.peer.peers_for_tests import CODEC, FLEET, PATIENT_S
 class PeerAndItsOwner(PeerTier):
     """A `PeerTier`, but what it may not do its owner does: write, remove, clear, lease."""
 
-    def __init__(self, address: str, owner: HostTier) -> None:
-        super().__init__(address, codec=CODEC, secret=FLEET, timeout_s=PATIENT_S)
+    def __init__(self, address: str, owner: HostTier, codec: BlockCodec = CODEC) -> None:
+        super().__init__(address, codec=codec, secret=FLEET, timeout_s=PATIENT_S)
         self._owner = owner
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:

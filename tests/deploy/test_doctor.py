@@ -12,7 +12,7 @@ import psutil
 import pytest
 import redis
 
-from deploy import doctor, doctor_ray, doctor_redis, doctor_room
+from deploy import doctor, doctor_kv, doctor_ray, doctor_redis, doctor_room
 from deploy.doctor import examine
 from deploy.finding import Finding
 from deploy.kept_secret import FILE, keep_secret
@@ -172,6 +172,19 @@ def test_a_good_model_folder_is_described(tmp_path: Path, model_dir: Path) -> No
     (finding,) = doctor.check_model(_settings(model__dir=model_dir), tmp_path)
     assert finding.level == "ok"
     assert "context 2048" in finding.found
+
+
+def test_what_k_and_v_are_stored_as_is_told_with_the_size_of_a_token(tmp_path: Path) -> None:
+    assert list(doctor_kv.check_kv(_settings(), tmp_path)) == []
+    folder = make_model_folder(tmp_path / "model")
+    (plain,) = doctor_kv.check_kv(_settings(model__dir=folder), tmp_path)
+    assert (plain.level, plain.found) == ("ok", "float32, 2.0 KiB a token")
+    (quantised,) = doctor_kv.check_kv(_settings(model__dir=folder, engine__kv_dtype="int8"), tmp_path)
+    assert quantised.found == "int8, 544 B a token; 2.0 KiB as float32"
+    (tmp_path / "config.json").write_text('{"model_type": "nobody_knows_this"}')
+    (unknown,) = doctor_kv.check_kv(_settings(model__dir=tmp_path, engine__kv_dtype="int8"), tmp_path)
+    assert (unknown.level, "stored as int8" in unknown.found) == ("ok", True)
+    assert list(doctor_kv.check_kv(_settings(model__dir=tmp_path / "nothing"), tmp_path)) == []
 
 
 def test_another_ray_version_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,3 +23,9 @@ def test_a_fleet_without_a_shared_tier_has_none_that_is_cut_off() -> None:
     assert "shared     0 blocks; reads" in status_text(_stats())
     broken = admin_pb2.TierUsage(tier=common_pb2.TIER_REDIS, blocks=3, healthy=False)
     assert "shared     3 blocks (cut off); reads" in status_text(_stats(shared=broken))
+
+
+def test_what_blocks_hold_is_told_once_for_workers_that_agree() -> None:
+    workers = [admin_pb2.WorkerInfo(name=f"w{n}", layout=layout) for n, layout in enumerate(("A int8/row", "A", "A"))]
+    assert "\nK/V        A; A int8/row\n" in status_text(admin_pb2.WatchStatsResponse(workers=workers))
+    assert "K/V" not in status_text(_stats())

@@ -43,6 +43,7 @@ def test_every_value_reaches_its_part() -> None:
             "store.host_bytes": 0,
             "store.default_ttl": "never",
             "store.block_size": 32,
+            "engine.kv_dtype": "fp8_e4m3",
             "redis.url": "redis://:pw@h/0",
             "redis.timeout": "20ms",
             "store.load_slack": "70ms",
@@ -65,7 +66,7 @@ def test_every_value_reaches_its_part() -> None:
     assert (worker.model_name, worker.engine, worker.context_length) == ("m", "simulated", 99)
     assert (worker.device_bytes, worker.host_bytes, worker.default_ttl_s) == (2 << 20, 0, None)
     assert (worker.block_size, worker.redis_url, worker.redis_timeout_s) == (32, "redis://:pw@h/0", 0.02)
-    assert worker.load_slack_s == 0.07
+    assert (worker.load_slack_s, worker.kv_dtype) == (0.07, "fp8_e4m3")
     router = settings.router_config("r", model_dir="d", fleet_secret="s")
     assert (router.weights, router.http_port, router.default_deadline_s) == ({"load": 2.0}, None, None)
     over = router.overload

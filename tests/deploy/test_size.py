@@ -90,11 +90,24 @@ def test_sizes_that_are_not_given_are_those_of_the_settings(warmkv: Warmkv, conf
         "v_dim": 128,
         "dtype": "float32",
         "block_size": 32,
+        "kv_dtype": "auto",
         "token_bytes": 262144,
         "block_bytes": 8388608,
     }
     assert answer["break_even_bytes_per_s"] is None
     assert layout_of_config(LLAMA).block_size == 16
+
+
+def test_a_quantised_store_holds_twice_the_tokens(warmkv: Warmkv, config: Path) -> None:
+    asked = ("size", "--model", str(config), "--device-bytes", "40GiB", "--disk-bytes", "0")
+    plain = json.loads(warmkv.invoke(*asked, "--json").stdout)
+    quantised = json.loads(warmkv.invoke(*asked, "--set", "engine.kv_dtype=int8", "--json").stdout)
+    assert quantised["layout"]["token_bytes"] == 32 * 8 * 260
+    pairs = zip(plain["tiers"], quantised["tiers"], strict=True)
+    assert all(1.9 < other["tokens"] / one["tokens"] < 2 for one, other in pairs)
+    text = warmkv.invoke(*asked, "--set", "engine.kv_dtype=int8").stdout
+    assert "layout      L32 KVH8 K128 V128 bfloat16 B16 int8/row\n" in text
+    assert "65.0 KiB of K/V as int8; 128.0 KiB as bfloat16" in text
 
 
 def test_the_example_of_the_documentation_is_what_the_command_prints(

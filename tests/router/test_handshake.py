@@ -24,6 +24,16 @@ def test_a_worker_like_the_others_fits() -> None:
     assert misfit(hello(tokenizer_sha256=b"x"), Expected("m", b""), None) == ""
 
 
+def test_a_worker_that_stores_other_k_and_v_is_told_which_settings_say_what_blocks_hold() -> None:
+    fleet = hello(layout="L2 KVH2 K16 V16 float32 B16")
+    problem = misfit(hello(layout="L2 KVH2 K16 V16 float32 B16 int8/row"), EXPECTED, identity_of(fleet))
+    assert problem == (
+        "its blocks would not be the fleet's: layout='L2 KVH2 K16 V16 float32 B16 int8/row',"
+        " and the fleet has layout='L2 KVH2 K16 V16 float32 B16'; start it with the same model folder"
+        " and settings (model.dtype, engine.kv_dtype, store.block_size) as the others."
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from kvstore.blocks import HashScheme, block_hashes
 from kvstore.codec import BlockCodec
 from kvstore.device import DeviceTier
+from kvstore.disk.tier import DiskTier
 from kvstore.host.tier import HostTier
 from kvstore.lifetime import Lifetime
 from kvstore.redis.tier import RedisTier
@@ -148,17 +149,19 @@ def make_rig(
     max_batch_tokens: int = 256,
     max_running: int = 32,
     context_length: int | None = None,
+    kv_dtype: str = "auto",
+    disk: Path | None = None,
 ) -> Rig:
     """An engine over a pool whose free blocks are full of NaN, so that a read of one shows."""
     model, clock = runner(architecture), Clock()
-    layout = replace(model.layout, block_size=BLOCK_SIZE)
+    layout = replace(model.layout, block_size=BLOCK_SIZE, kv_dtype=kv_dtype)
     scheme = HashScheme(model.fingerprint, layout.describe(), BLOCK_SIZE)
     device = DeviceTier(layout, device_blocks * layout.block_nbytes, clock=clock, poison=True)
     host = HostTier(layout, host_blocks * layout.block_nbytes, clock=clock) if host_blocks else None
-    shared = None
-    if redis_url is not None:
-        shared = RedisTier(redis_url, codec=BlockCodec(layout, scheme.digest()), timeout_s=5.0)
-    store = TieredStore(layout, device, host, shared, clock=clock, default_ttl_s=None, load_slack_s=5.0)
+    codec = BlockCodec(layout, scheme.digest())
+    shared = None if redis_url is None else RedisTier(redis_url, codec=codec, timeout_s=5.0)
+    slow = None if disk is None else DiskTier(disk, 16 << 20, codec=codec, clock=clock)
+    store = TieredStore(layout, device, host, shared, disk=slow, clock=clock, default_ttl_s=None, load_slack_s=5.0)
     info = EngineInfo(
         scheme=scheme,
         model="tiny",

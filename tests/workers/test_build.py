@@ -15,6 +15,7 @@ from workers.build import build_engine
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
 from workers.protocol import FinishReason, Job, SamplingParams
+from workers.simulated_info import info_for
 
 CONFIG = WorkerConfig(
     name="w0", model_dir=str(model_folder()), model_name="tiny", device="cpu", device_bytes=4 << 20, host_bytes=8 << 20
@@ -113,6 +114,20 @@ def test_two_engines_of_one_model_share_a_scheme_and_other_settings_do_not():
         engine.close(flush_s=0)
 
 
+def test_a_quantised_store_of_the_same_bytes_holds_more_blocks_and_workers_that_differ_in_it_share_none():
+    plain, quantised = (build_engine(replace(CONFIG, kv_dtype=kv, block_size=16)) for kv in ("auto", "int8"))
+    assert quantised.info.scheme.layout == "L2 KVH2 K16 V16 float32 B16 int8/row"
+    assert plain.info.scheme.differences(quantised.info.scheme) == ["layout"]
+    assert quantised.info.block_nbytes == 2 * 2 * 16 * (2 * 16 + 2 * 2)
+    assert quantised.store.device.num_blocks == (4 << 20) // quantised.info.block_nbytes
+    assert info_for(replace(CONFIG, kv_dtype="int8", block_size=16)).block_nbytes == quantised.info.block_nbytes
+    assert info_for(replace(CONFIG, kv_dtype="int8", block_size=16)).scheme.layout == quantised.info.scheme.layout
+    prompt = prompts(1, lengths=(100,))[0]
+    assert [_run(quantised, prompt).fates for _ in range(2)] == [{"computed": 100}, {"device": 96, "computed": 4}]
+    for engine in (plain, quantised):
+        engine.close(flush_s=0)
+
+
 def test_a_redis_url_gives_a_shared_tier():
     if find_redis_server() is None:
         pytest.skip("no redis-server was found")
@@ -129,6 +144,7 @@ def test_a_redis_url_gives_a_shared_tier():
     [
         ({"threads": 0}, "threads"),
         ({"dtype": "int3"}, "dtype"),
+        ({"kv_dtype": "int3"}, "kv_dtype.*auto, fp8_e4m3, int8"),
         ({"device": "tpu"}, "device"),
         ({"canonical": True}, "canonical"),
         ({"context_length": 4096}, "context_length"),

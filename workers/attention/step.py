@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-KVViews = Sequence[tuple[Tensor, Tensor]]  # per layer: K and V, each [blocks, block_size, kv_heads, dim], any stride
+from kvstore.quantised import Rows
+
+KVViews = Sequence[tuple[Rows, Rows]]  # per layer: K and V, each [blocks, block_size, kv_heads, dim], any stride
 
 
 @dataclass(frozen=True, slots=True)

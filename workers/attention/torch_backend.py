@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvstore.quantised import Rows, read_blocks, write_rows
 from workers.attention.step import Span, Step
 
 GROUP_NBYTES = 1 << 20  # gathered keys of one group: about a core's cache
@@ -75,8 +76,9 @@ class TorchBackend:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         keys, values = step.kv[layer]
-        keys[step.blocks, step.offsets] = key.transpose(0, 1)
-        values[step.blocks, step.offsets] = value.transpose(0, 1)
+        write_rows(keys, step.blocks, step.offsets, key.transpose(0, 1))
+        write_rows(values, step.blocks, step.offsets, value.transpose(0, 1))
+        as_given = isinstance(keys, Tensor)  # else even a new row must be seen as it was stored
         scores = Scores(scale, window, softcap, sinks)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
         for group in self._decode_groups(step, keys):
@@ -84,13 +86,13 @@ class TorchBackend:
         for span in step.spans:
             if span.length > 1:
                 rows = slice(span.row, span.row + span.length)
-                fresh = span.length == span.context
+                fresh = as_given and span.length == span.context
                 k = key[:, rows] if fresh else _gather(step, span, keys)
                 v = value[:, rows] if fresh else _gather(step, span, values)
                 _prefill(step, span, query[:, rows], k, v, scores, out[rows])
         return out
 
-    def _decode_groups(self, step: Step, keys: Tensor) -> list[DecodeGroup]:
+    def _decode_groups(self, step: Step, keys: Rows) -> list[DecodeGroup]:
         groups: list[DecodeGroup] | None = step.plan.get("decode")
         if groups is None:
             token_nbytes = keys.shape[2] * keys.shape[3] * keys.element_size()
@@ -133,7 +135,7 @@ def _group(spans: Sequence[Span], step: Step) -> DecodeGroup:
     )
 
 
-def _decode(group: DecodeGroup, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+def _decode(group: DecodeGroup, query: Tensor, keys: Rows, values: Rows, scores: Scores) -> Tensor:
     """query [heads, B, k_dim] -> [B, heads, v_dim]."""
     heads, batch, dim = query.shape
     kv_heads = keys.shape[2]
@@ -148,9 +150,9 @@ def _decode(group: DecodeGroup, query: Tensor, keys: Tensor, values: Tensor, sco
     return out.reshape(batch, heads, -1)
 
 
-def _gather_group(group: DecodeGroup, pool: Tensor) -> Tensor:
+def _gather_group(group: DecodeGroup, pool: Rows) -> Tensor:
     """[B, kv_heads, length, dim], zeros where there is nothing: zero weight times NaN would still be NaN."""
-    flat = pool.index_select(0, group.blocks).flatten(0, 1)
+    flat = read_blocks(pool, group.blocks)
     if group.padding is not None:
         flat.index_fill_(0, group.padding, 0)
     rows = flat.view(len(group.rows), -1, *flat.shape[1:])
@@ -171,12 +173,12 @@ def _decode_mask(group: DecodeGroup, window: int | None, dtype: torch.dtype) -> 
     return group.masks[window]
 
 
-def _gather(step: Step, span: Span, pool: Tensor) -> Tensor:
+def _gather(step: Step, span: Span, pool: Rows) -> Tensor:
     """[kv_heads, context, dim]."""
     table = step.plan.get(span.row)
     if table is None:
         table = step.plan[span.row] = torch.tensor(span.block_table, device=pool.device)
-    return pool.index_select(0, table).flatten(0, 1)[: span.context].transpose(0, 1)
+    return read_blocks(pool, table)[: span.context].transpose(0, 1)
 
 
 def _prefill(step: Step, span: Span, query: Tensor, k: Tensor, v: Tensor, scores: Scores, out: Tensor) -> None:

@@ -349,7 +349,7 @@ class HashScheme(_message.Message):
     model_fingerprint: _builtins.bytes
     """SHA-256 over every byte of the weights and the config."""
     layout: _builtins.str
-    """kvstore.layout.KVLayout in words, for example "L8 KVH4 K64 V64 float32 B16"."""
+    """kvstore.layout.KVLayout in words, for example "L8 KVH4 K64 V64 float32 B16"; quantised "... B16 int8/row"."""
     block_size: _builtins.int
     """Tokens a block."""
     adapter: _builtins.bytes
