@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvstore.blocks import HashScheme
 from warmkv.v1 import worker_pb2
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
