@@ -2,9 +2,10 @@
 
 Three workers as processes of their own with a real model on CPU, 16 streams of which every other one samples with a
 seed. When all of them have some tokens, the worker with the most streams is killed with SIGKILL; in the acts `drain` it
-is sent SIGTERM, and its grace is shorter than the answers. In those called `no_redis` nothing is read from there. Each answer is compared with an uninterrupted one of another
-tenant, whose blocks it cannot use. `gap` is the time between the last token before a handover and the first one after
-it, as the caller sees it; `itl` that between two tokens of the uninterrupted answers, of the same run.
+is sent SIGTERM, and its grace is shorter than the answers. In those called `no_redis` nothing is read from there. Each
+answer is compared with an uninterrupted one of another tenant, whose blocks it cannot use. `gap` is the time between
+the last token before a handover and the first one after it, as the caller sees it; `itl` that between two tokens of the
+uninterrupted answers, of the same run; `loaded` the share of the tokens that came with a handover whose K/V was found.
 """
 
 from __future__ import annotations

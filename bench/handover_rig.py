@@ -1,7 +1,7 @@
 """Real worker processes that can be killed, a router before them, and streams whose every token is timed.
 
-Covers: starting and ending workers, asking many answers at once, comparing them with uninterrupted ones. Does not cover:
-when who is killed, the table (`handover`). The scenario tests use the same parts.
+Covers: starting and ending workers, asking for many answers at once, comparing them with uninterrupted ones. Does not
+cover: who is killed when, the table (`handover`). The scenario tests use the same parts.
 """
 
 from __future__ import annotations

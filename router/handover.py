@@ -1,7 +1,7 @@
 """Answers that go on at another worker, from the tokens that were handed out. Pure.
 
-Covers: the job and the question of a request that is resumed, which workers can resume one, what its caller is told when
-none does. Does not cover: when that happens (`attempts`), where it goes (`decide`).
+Covers: the job and the question of a request that is resumed, which workers can resume one, what its caller is told
+when none does. Does not cover: when that happens (`attempts`), where it goes (`decide`).
 
 What was generated counts as prompt for blocks and prices: its full blocks have names like any other, were spilled like
 any other, and are found by them. For sampling, limits, text and the bill it stays what it is: the worker is told how

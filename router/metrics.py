@@ -85,7 +85,7 @@ class Metrics:
         )
         self.handover_tokens = declare.counter(
             "handover_tokens",
-            "Tokens, of prompts and answers, with which answers came to their next worker, by where their K/V lay then.",
+            "Tokens of prompts and answers that came to another worker by a handover, by where their K/V lay then.",
             "fate",
         )
         self.decisions = declare.counter("route_decisions", "Routing decisions.", "policy", "reason")

@@ -108,7 +108,7 @@ class Sequence:
 
     @property
     def generated_ids(self) -> list[int]:
-        """The tokens generated so far; a copy. What follows from them (text, penalties, a grammar) is made by replay."""
+        """The tokens generated so far; a copy. What follows from them (text, for one) is rebuilt by replay."""
         return self.token_ids[self.num_prompt :]
 
     @property

@@ -141,7 +141,7 @@ class SequenceBlocks:
 
 
 def _fates(tokens: int, on_device: int, cached: int) -> dict[str, int]:
-    """Of so many leading tokens, where the first `cached` were found and of those the first `on_device` on the device."""
+    """Where so many leading tokens lie, of which the first `cached` were found, the first `on_device` on the device."""
     found = min(cached, tokens)
     device = min(on_device, found)
     return {TierName.DEVICE.value: device, TierName.HOST.value: found - device, _COMPUTED: tokens - found}

@@ -158,8 +158,8 @@ def _check_resumed(message: worker_pb2.Job, num_prompt: int, sampling: SamplingP
     if resumed and (num_prompt < 1 or resumed >= sampling.max_tokens):
         raise JobRefused(
             Refusal.INVALID_RESUMPTION,
-            f"resumed_tokens is {resumed} of {num_prompt + resumed} tokens and max_tokens {sampling.max_tokens}: it must "
-            "leave a token of the prompt and one to generate; run the same version on router and worker",
+            f"resumed_tokens is {resumed} of {num_prompt + resumed} tokens, and max_tokens is {sampling.max_tokens}: a "
+            "token of the prompt must be left, and one to generate; run the same version on router and worker",
         )
 
 

@@ -194,10 +194,14 @@ async def test_a_request_that_lost_two_workers_is_not_sent_to_a_third_whatever_w
     turns = in_turn(begins(4), begins(4), finishes)
     async with fakes(*(FakeWorker(f"w{n}", turns) for n in range(3))) as (_, router):
         await all_ready(router, 3)
-        stream, told = router.generate(request(PROMPT, 20), caller=ALICE, context=context()), []
+        told: list[int] = []
+
+        async def listen() -> None:
+            async for part in router.generate(request(PROMPT, 20), caller=ALICE, context=context()):
+                told.extend(part.token_ids)
+
         with pytest.raises(errors.PoisonRequest, match="not sent to a third"):
-            async for part in stream:
-                told += part.token_ids
+            await listen()
         assert told == [token(place) for place in range(8)]
         assert dict((await settled(router, 1)).requests) == {"FAILED_PRECONDITION": 1}
         assert router._traffic.check()
@@ -267,7 +271,9 @@ async def test_off_it_is_an_error_that_says_what_is_right(then: Behaviour) -> No
     turns = in_turn(then, finishes)
     async with fakes(FakeWorker("w0", turns), FakeWorker("w1", turns), handover=False) as (_, router):
         await all_ready(router, 2)
-        with pytest.raises(errors.WorkerLost, match=r"the tokens that came, 4, are right.*send the request again") as got:
+        with pytest.raises(
+            errors.WorkerLost, match=r"the tokens that came, 4, are right.*send the request again"
+        ) as got:
             await generate(router, request(PROMPT, 20))
         assert got.value.metadata["generated_tokens"] == "4"
         stats = await settled(router, 1)
@@ -281,7 +287,9 @@ async def test_nobody_left_is_an_error_after_a_longer_patience(monkeypatch: pyte
     async with fakes(FakeWorker("w0", begins(4, hands_back))) as (_, router):
         await all_ready(router, 1)
         started = asyncio.get_running_loop().time()
-        with pytest.raises(errors.WorkerLost, match=r"Worker w0 was lost in the middle.*no other one went on") as caught:
+        with pytest.raises(
+            errors.WorkerLost, match=r"Worker w0 was lost in the middle.*no other one went on"
+        ) as caught:
             await generate(router, request(PROMPT, 20))
         assert asyncio.get_running_loop().time() - started >= 1.4
         assert caught.value.metadata == {"worker": "w0", "generated_tokens": "4"}
@@ -350,12 +358,24 @@ async def test_a_worker_that_is_too_old_is_never_sent_what_another_began() -> No
 
 @pytest.mark.asyncio
 async def test_nothing_comes_behind_the_end() -> None:
-    async with fakes(FakeWorker("w0", begins(0, lambda w, j: (finishes(w, j), w.hang_up()) and None))) as (_, router):  # type: ignore[func-returns-value]
+    def ends_and_dies(worker: FakeWorker, job: worker_pb2.Job) -> None:
+        finishes(worker, job)
+        worker.hang_up()
+
+    async with fakes(FakeWorker("w0", ends_and_dies)) as (_, router):
         await all_ready(router, 1)
         parts = [part async for part in router.generate(request(PROMPT, 5), caller=ALICE, context=context())]
         assert [bool(part.finish_reason) for part in parts] == [*[False] * (len(parts) - 1), True]
         check_whole(parts[-1], 5)
         assert parts[-1].route.handovers == 0
+
+
+@pytest.mark.asyncio
+async def test_a_death_before_the_last_token_costs_that_token_once() -> None:
+    turns = in_turn(begins(19), finishes)
+    async with fakes(FakeWorker("w0", turns), FakeWorker("w1", turns)) as (_, router):
+        await all_ready(router, 2)
+        check_whole(await generate(router, request(PROMPT, 20)), 20)
 
 
 @pytest.mark.asyncio

@@ -130,7 +130,9 @@ def test_a_resumed_job_is_resumed_again_and_preempted_and_stays_the_same():
         for n, prompt in enumerate(prompts(4, lengths=(40, 50)))
     ]
     wholes = whole_rig.run(*jobs)
-    again = [resumed(rig, job, whole.token_ids[: 3 + 8 * n]) for n, (job, whole) in enumerate(zip(jobs, wholes, strict=True))]
+    again = [
+        resumed(rig, job, whole.token_ids[: 3 + 8 * n]) for n, (job, whole) in enumerate(zip(jobs, wholes, strict=True))
+    ]
     for n, outputs in enumerate(run(rig, *again)):
         assert [i for o in outputs for i in o.token_ids] == wholes[n].token_ids[3 + 8 * n :]
     assert rig.engine.load().preemptions > 0
