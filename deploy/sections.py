@@ -289,6 +289,9 @@ class RouterSettings(_Section):
     audit_interval: OptionalDuration = Field(
         default=10.0, gt=0, description="Between two probes of what one worker really holds, or never."
     )
+    handover: Literal["on", "off"] = Field(
+        default="on", description="on: an answer whose worker is lost or ends goes on at another one."
+    )
     drain_grace: Duration = Field(default=30.0, description="How long running requests may take after SIGTERM.")
     show_prompts: bool = Field(
         default=False, description="Show first words of prompts to admins that ask, and let them record prompts."

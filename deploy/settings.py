@@ -145,6 +145,7 @@ class Settings(BaseSettings):
             catch_up_s=router.catch_up,
             belief_ttl_s=router.belief_ttl,
             audit_interval_s=router.audit_interval,
+            handover=router.handover == "on",
             drain_grace_s=router.drain_grace,
             show_prompts=router.show_prompts,
             reflection=router.reflection,

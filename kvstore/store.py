@@ -230,6 +230,25 @@ class TieredStore:
         for lane in self._lanes.values():
             lane.spill(fresh, payloads, admitted[lane.name])
 
+    def share(self, hashes: Sequence[BlockHash]) -> bool:
+        """Queue blocks of one chain for the shared tier, whatever admission says, as far as its queue has room.
+
+        Returns whether it holds all of them that this worker has in reach; if not, call again. Without a shared tier,
+        or while it does not answer: True. Blocks of directive `no_store` are in no tier and so are never sent.
+        """
+        if self._shared is None or not self._shared.stats().healthy:
+            return True
+        lane, is_done = self._lanes[self._shared.name], True
+        for name in hashes:
+            if lane.known.holds(name):
+                continue
+            if self._near.find(name) is None:
+                break  # what follows would not be found without it
+            is_done = False
+            if not lane.offer(name):
+                break
+        return is_done
+
     def release(self, block_ids: Sequence[int]) -> None:
         """Drop one reference of each. Committed ones stay cached until evicted; the others are free at once."""
         metas = [meta for block_id in block_ids if (meta := self.device.meta(block_id)) is not None]

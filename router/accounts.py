@@ -60,6 +60,11 @@ class Accounts:
         self._metrics.observe_gap(seconds, tokens)
         self._room.tokens_came(seconds, tokens)
 
+    def paused(self, seconds: float, tokens: int) -> None:
+        """So many tokens came so long after those before, at another worker: a pause, and no pace of answers."""
+        self._metrics.observe_gap(seconds, tokens)
+        self._metrics.observe_pause(seconds)
+
     def settle(self, work: Request, entry: Entry) -> None:
         """It has ended, and no worker is at it any more."""
         self.ledger.record(entry)

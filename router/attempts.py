@@ -1,20 +1,22 @@
-"""Getting an answer out of the fleet: choose, submit, listen, and once more where a worker was lost without a word.
+"""Getting an answer out of the fleet: choose, submit, listen, and go on elsewhere where a worker leaves the answer.
 
 Covers: the life of a request's jobs. Does not cover: preparing it, when it is sent (`waiting_room`), or what its caller
 is sent (`core`).
 
-A request whose worker is lost before it said anything is sent to another one, once: a request that has lost two workers
-may be what kills them. A gap in the stream of a healthy worker is no such sign, nor is one that ended before the
-job was sent: it is sent again, to another one where there is one. Once tokens were handed out, either is an error.
+A request whose worker is lost goes to another one, once: a request that has lost two workers may be what kills them. A
+gap in the stream of a healthy worker is no such sign, nor is one that ended before the job was sent, nor a worker that
+ends in good order and hands its jobs back: it is sent again, to another one where there is one. Tokens that were handed
+out go with it (`handover`), and its caller sees a pause.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from itertools import count
 
-from router import worker_errors
+from router import handover, kv_wire, worker_errors
 from router.beliefs import Beliefs
 from router.board import Recent
 from router.decide import Choice, Decider
@@ -33,6 +35,8 @@ from warmkv.v1 import common_pb2, worker_pb2
 
 _MAX_LOST = 2
 
+log = logging.getLogger(__name__)
+
 
 class Attempts:
     """Runs the jobs of requests."""
@@ -49,7 +53,11 @@ class Attempts:
         shadow: Shadow,
         metrics: Metrics,
         beliefs: Beliefs,
+        *,
+        hands_over: bool = True,
     ) -> None:
+        """`hands_over`: whether an answer goes on after tokens of it were handed out."""
+        self._hands_over = hands_over
         self._shadow = shadow
         self._fleet = fleet
         self._beliefs = beliefs
@@ -66,14 +74,14 @@ class Attempts:
     async def next_output(
         self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job
     ) -> worker_pb2.SequenceOutput:
-        """What the worker says next; chooses one first, and another one if it was lost without a word.
+        """What the worker says next; chooses one first, and another one if that one left the answer.
 
         Raises:
             RouterError: the answer cannot be had, or ended in an error.
         """
         while True:
             if work.flight is None:
-                await self._place(work, prepared, job)
+                await self._place(work, *self._as_it_stands(work, prepared, job))
             try:
                 output = await self._heard(work)
             except FlightLost as loss:
@@ -86,7 +94,18 @@ class Attempts:
                 self._judge(work, output.error)
                 continue
             _check_end(work, output)
+            work.answer_ids.extend(output.token_ids)
             return output
+
+    def close(self) -> None:
+        """This router ends: workers that are lost from now on were left by it."""
+        self._hands_over = False
+
+    def _as_it_stands(
+        self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job
+    ) -> tuple[PreparedPrompt, worker_pb2.Job]:
+        """What the next worker is given: the job, or what is left of it."""
+        return handover.resumed(prepared, job, work.answer_ids) if work.answer_ids else (prepared, job)
 
     def leave(self, work: Request) -> None:
         """The caller is gone: stop its worker if it is still at it; that worker's last word settles the bill."""
@@ -117,7 +136,7 @@ class Attempts:
     async def _choose(self, work: Request, prepared: PreparedPrompt) -> Choice:
         """Decide; while no worker can take it, wait for one, but not for long. A new router first hears them all."""
         await self._readiness.caught_up(work.context.deadline)
-        until = self._readiness.until()
+        until = self._readiness.until(handover.PATIENCE if work.generated else 1.0)
         while True:
             started = time.perf_counter()
             choice = self._decide(work, prepared)
@@ -128,10 +147,19 @@ class Attempts:
 
     def _decide(self, work: Request, prepared: PreparedPrompt) -> Choice | None:
         """Workers whose stream had a gap come last."""
-        choice = self._decider.decide(prepared.question.avoiding(work.avoid | set(work.gaps)))
+        avoid = self._unfit(work)
+        choice = self._decider.decide(prepared.question.avoiding(avoid | set(work.gaps)))
         if choice is None and work.gaps:
-            return self._decider.decide(prepared.question.avoiding(work.avoid))
+            return self._decider.decide(prepared.question.avoiding(avoid))
         return choice
+
+    def _unfit(self, work: Request) -> set[str]:
+        """Workers that have refused it, unless they were started anew since, and those that cannot go on with it."""
+        if not (work.avoid or work.generated):
+            return set()
+        links = self._fleet.links()
+        refused = {link.name for link in links if work.avoid.get(link.name) == link.incarnation}
+        return refused | handover.unable(links) if work.generated else refused
 
     async def _wait(self, work: Request, until: float) -> None:
         try:
@@ -186,23 +214,28 @@ class Attempts:
             if not work.worker_done(end):
                 self._metrics.fates_corrected.labels(choice.worker).inc()
             if placement is not None:
-                placement.ended(work.fates, question.block_size)
+                placement.ended(_found(end), question.block_size)
+            if end.resumed_fates is not None:
+                self._metrics.count_resumed(kv_wire.fates(end.resumed_fates))
 
         sent = _for_one_link(job, work.context.deadline)
         sent.work_ms, sent.cached_blocks = work_ms, cached_blocks
         sent.peers.extend(worker_pb2.PeerHint(address=peer.address, blocks=peer.blocks) for peer in choice.peers)
+        work.incarnation = link.incarnation
         work.flight = link.submit(sent, on_tokens, on_end)
 
     def _note(self, work: Request, choice: Choice, prompt_tokens: int) -> None:
         work.choice, work.sent_at = choice, work.clock()
         self._metrics.decisions.labels(choice.policy.name, choice.decision.reason).inc()
         self._shadow.scored(choice, work.context.request_id)
-        work.record = self._recent.decided(
+        record = self._recent.decided(
             choice,
             request_id=work.context.request_id,
             tenant=work.caller.tenant,
             prompt_tokens=prompt_tokens,
         )
+        if not work.generated:
+            work.record = record
 
     async def _heard(self, work: Request) -> worker_pb2.SequenceOutput:
         if work.flight is None:  # pragma: no cover - next_output has just made one
@@ -215,60 +248,82 @@ class Attempts:
         except TimeoutError as error:
             raise too_late() from error
 
-    def _count_loss(self, work: Request, why: str) -> None:
+    def _count_loss(self, work: Request, why: str, reason: str = "lost") -> None:
         """Raises unless the request may be sent once more."""
-        worker = work.flight.worker if work.flight else ""
-        work.lost.append(worker)
-        work.flight = None
-        if work.generated:
-            raise WorkerLost(
-                f"Worker {worker} was lost in the middle of the answer ({why}); send the request again, its prompt is"
-                " likely to be cached.",
-                worker=worker,
-            )
+        work.lost.append(work.flight.worker if work.flight else "")
+        self._check_handover(work, why)
         if len(work.lost) >= _MAX_LOST:
             raise PoisonRequest(
                 f"Workers {' and '.join(work.lost)} were lost while they ran this request, so it is not sent to a"
                 f" third; look for the cause in their logs under the id {work.context.request_id}.",
                 workers=",".join(work.lost),
             )
-        self._metrics.retries.labels(worker).inc()
+        self._leave_worker(work, why, reason)
+
+    def _check_handover(self, work: Request, why: str) -> None:
+        """Raises where tokens were handed out and nobody is to go on behind them."""
+        if work.generated and not self._hands_over:
+            worker = work.flight.worker if work.flight else ""
+            work.flight = None
+            raise handover.stopped([worker], why, tokens=work.generated)
+
+    def _leave_worker(self, work: Request, why: str, reason: str) -> None:
+        """It goes on elsewhere. `reason`: a word for the metric; `why`: for people."""
+        worker = work.flight.worker if work.flight else ""
+        is_handover = work.leaves_worker()
+        if not work.generated:
+            self._metrics.retries.labels(worker).inc()
+        if not is_handover:
+            return
+        self._metrics.handovers.labels(worker, reason).inc()
+        told = {"request_id": work.context.request_id, "worker": worker, "tokens": work.generated, "why": why}
+        log.info("an answer goes on at another worker", extra=told)
 
     def _note_gap(self, work: Request, why: str) -> None:
-        """Raises where tokens were handed out, and at a second gap of the same worker, so that this ends."""
+        """Raises at a second gap of the same worker, so that this ends."""
         worker = work.flight.worker if work.flight else ""
-        work.flight = None
-        if work.generated:
-            raise WorkerLost(
-                f"The stream of worker {worker} broke in the middle of the answer ({why}); send the request again, its"
-                " prompt is likely to be cached.",
-                worker=worker,
-            )
+        self._check_handover(work, why)
         if worker in work.gaps:
+            work.flight = None
             why = (
                 f"The stream of worker {worker} broke twice and no other one is ready ({why}); send the request again."
             )
             raise _none_left(work, NoWorkerAvailable(why, retry_after_s=1.0))
         work.gaps.append(worker)
-        self._metrics.retries.labels(worker).inc()
+        self._leave_worker(work, why, "gap")
 
     def _judge(self, work: Request, error: worker_pb2.JobError) -> None:
         """A worker refused or failed the job. Raises unless it may go to another one."""
         worker = work.flight.worker if work.flight else ""
-        if error.reason in worker_errors.ELSEWHERE and not work.generated:
-            work.avoid.add(worker)
-            work.flight = None
+        if error.reason in worker_errors.ELSEWHERE:
+            self._check_handover(work, error.message)
+            work.avoid[worker] = work.incarnation
+            if work.generated:
+                self._leave_worker(work, error.message, "draining")
+            else:
+                work.flight = None
         elif error.reason in worker_errors.ENGINE_LOST:
-            work.avoid.add(worker)
-            self._count_loss(work, error.message)
+            work.avoid[worker] = work.incarnation
+            self._count_loss(work, error.message, "failed")
+        elif error.reason in worker_errors.TOO_SMALL and work.generated:
+            work.avoid[worker], work.flight = work.incarnation, None
         else:
             raise worker_errors.error_of(error, worker=worker, request_id=work.context.request_id)
+
+
+def _found(end: FlightEnd) -> dict[str, int]:
+    """Where this worker found what it was sent, in tokens; empty: it did not say."""
+    told = end.resumed_fates or end.fates
+    return {} if told is None else kv_wire.fates(told)
 
 
 def _none_left(work: Request, error: NoWorkerAvailable) -> RouterError:
     """For a request that has lost a worker another error, since a client that sends it again would take it to a third:
     here its losses would be counted from zero.
     """
+    if work.generated:
+        left = [*dict.fromkeys((*work.lost, *work.gaps, *work.avoid))]
+        return handover.stopped(left, f"no other one went on with it: {error.message}", tokens=work.generated)
     if not work.lost:
         return error
     return WorkerLost(

@@ -75,6 +75,7 @@ class RouterConfig:
         belief_ttl_s: how long a block that was sent to a worker without K/V events is believed there, at least.
         audit_interval_s: between two probes of one worker; None: none. catch_up_s: how long requests wait at most for
         the snapshots of all workers that a new router meets first.
+        handover: whether an answer whose worker is lost or ends goes on at another one; else it ends in an error.
         drain_grace_s: how long running requests may take after SIGTERM.
         show_prompts: hand out first words of prompts in statistics to admins that ask.
         reflection: serve gRPC reflection.
@@ -106,6 +107,7 @@ class RouterConfig:
     belief_ttl_s: float = 600.0
     audit_interval_s: float | None = 10.0
     catch_up_s: float = 5.0
+    handover: bool = True
     drain_grace_s: float = 30.0
     show_prompts: bool = False
     reflection: bool = True

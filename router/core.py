@@ -134,6 +134,7 @@ class Router:
             shadow,
             self.metrics,
             self._beliefs,
+            hands_over=config.handover,
         )
         self._audit = SelfAudit(
             self.fleet, self._beliefs, self.metrics, self._rng, clock, every_s=config.audit_interval_s
@@ -155,6 +156,7 @@ class Router:
     async def close(self) -> None:
         """Leave the fleet; requests that still run end with an error."""
         self.drain()
+        self._attempts.close()
         if self._auditing is not None:
             self._auditing.cancel()
         await self.fleet.close()
@@ -172,7 +174,7 @@ class Router:
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Run a request. Closing the iterator cancels it. Raises RouterError."""
         to = self._accounts
-        work = Request(caller, context, self._clock(), self._clock, to.settle, to.first_token, to.gap)
+        work = Request(caller, context, self._clock(), self._clock, to.settle, to.first_token, to.gap, to.paused)
         code = grpc.StatusCode.CANCELLED
         samples: Samples | None = None
         try:
@@ -351,12 +353,12 @@ class Router:
             text=output.text, token_ids=output.token_ids, logprobs=output.logprobs, finish_reason=output.finish_reason
         )
         if prepared.given.HasField("chat"):
-            work.answer_ids.extend(output.token_ids)
             work.answer.append(output.text)
         if output.finish_reason:
             response.usage.CopyFrom(work.usage())
             response.route.CopyFrom(work.route(self._config.name))
-            self._accounts.remember_answer(work, prepared)
+            if work.answer:
+                self._accounts.remember_answer(work, prepared)
         return response
 
     # Small things

@@ -142,7 +142,10 @@ class NoWorkerAvailable(RouterError):
 
 
 class WorkerLost(RouterError):
-    """A worker was lost while it ran this, and it was not, or could not be, given to another one."""
+    """A worker was lost while it ran this, and it was not, or could not be, given to another one.
+
+    `metadata["generated_tokens"]`: how many tokens of the answer had come, where some had.
+    """
 
     reason = "WORKER_LOST"
     code = grpc.StatusCode.UNAVAILABLE

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from warmkv.v1 import worker_pb2
+from warmkv.v1 import common_pb2, worker_pb2
 
 
 class FlightLost(Exception):
@@ -23,11 +23,18 @@ class FlightGap(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FlightEnd:
-    """How a job ended: the worker's last word, or why there is none. `generated`: tokens that were received."""
+    """How a job ended: the worker's last word, or why there is none.
+
+    Attributes:
+        generated: tokens that were received, those before it was resumed included.
+        fates, resumed_fates: as in `SequenceOutput`, whenever they were told; None: they were not.
+    """
 
     last: worker_pb2.SequenceOutput | None
     lost: str
     generated: int
+    fates: common_pb2.TokensByFate | None = None
+    resumed_fates: common_pb2.TokensByFate | None = None
 
 
 class Flight:
@@ -57,7 +64,9 @@ class Flight:
         self._on_end = on_end
         self._waiting: worker_pb2.SequenceOutput | None = None
         self._arrived = asyncio.Event()
-        self._generated = 0
+        self._generated = job.resumed_tokens
+        self._fates: common_pb2.TokensByFate | None = None
+        self._resumed_fates: common_pb2.TokensByFate | None = None
         self._lost: FlightLost | FlightGap | None = None
         self._ended = False
 
@@ -81,9 +90,10 @@ class Flight:
         if output.token_ids:
             self._on_tokens(len(output.token_ids))
         self._generated += len(output.token_ids)
+        self._note_fates(output)
         self._add(output)
         if output.finish_reason:
-            self._end(FlightEnd(output, "", self._generated))
+            self._end(output, "")
 
     def lose(self, why: str) -> None:
         """The worker is lost: nothing more will come."""
@@ -106,7 +116,15 @@ class Flight:
             self._arrived.clear()
             await self._arrived.wait()
         output, self._waiting = self._waiting, None
+        if output.finish_reason == common_pb2.FINISH_REASON_ERROR and output.token_ids:
+            self._waiting = _error_alone(output)  # what came before it is handed out first
         return output
+
+    def _note_fates(self, output: worker_pb2.SequenceOutput) -> None:
+        if output.HasField("fates"):
+            self._fates = output.fates
+        if output.HasField("resumed_fates"):
+            self._resumed_fates = output.resumed_fates
 
     def _add(self, output: worker_pb2.SequenceOutput) -> None:
         if self._waiting is None:
@@ -122,8 +140,19 @@ class Flight:
             return
         self._lost = loss
         self._arrived.set()
-        self._end(FlightEnd(None, str(loss), self._generated))
+        self._end(None, str(loss))
 
-    def _end(self, end: FlightEnd) -> None:
+    def _end(self, last: worker_pb2.SequenceOutput | None, lost: str) -> None:
         self._ended = True
-        self._on_end(end)
+        self._on_end(FlightEnd(last, lost, self._generated, self._fates, self._resumed_fates))
+
+
+def _error_alone(output: worker_pb2.SequenceOutput) -> worker_pb2.SequenceOutput:
+    """Takes the end out of an output, and returns it as one of its own."""
+    end = worker_pb2.SequenceOutput(
+        job_id=output.job_id, finish_reason=output.finish_reason, completion_tokens=output.completion_tokens
+    )
+    end.error.CopyFrom(output.error)
+    output.ClearField("finish_reason")
+    output.ClearField("error")
+    return end

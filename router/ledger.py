@@ -23,7 +23,9 @@ class Entry:
         code: the gRPC status name. worker: where it ended; empty when it reached none.
         prompt_tokens: its length. fates: sums to prompt_tokens, or is empty when no worker ran it.
         begun: whether a worker may have worked at it; False: its only one said that it had not.
-        generated_tokens: those that its last worker made. predicted_cached: what the router expected to be reused.
+        generated_tokens: of the answer. predicted_cached: what the router expected to be reused.
+        admitted_by: whose admission settled the fates, where an answer went on at another worker; empty: `worker`.
+        generated_by: tokens of the answer by worker; empty: `worker` made them all.
     """
 
     tenant: str
@@ -34,6 +36,8 @@ class Entry:
     generated_tokens: int = 0
     predicted_cached: int = 0
     begun: bool = True
+    admitted_by: str = ""
+    generated_by: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def reused(self) -> int:

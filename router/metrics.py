@@ -7,7 +7,7 @@ served, so the sum over routers is the fleet's. Each router has a registry of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -71,6 +71,22 @@ class Metrics:
         self.requests = declare.counter("requests", "Finished requests by gRPC status.", "model", "code")
         self.retries = declare.counter(
             "request_retries", "Requests sent again because their worker was lost.", "worker"
+        )
+        self.handovers = declare.counter(
+            "handovers",
+            "Answers under way that a worker left and that were to go on at another one: lost, gap, failed, draining.",
+            "worker",
+            "reason",
+        )
+        self.handover_pause_seconds = declare.histogram(
+            "handover_pause_seconds",
+            "From the last token of an answer before a handover to the first one after it.",
+            _SECONDS,
+        )
+        self.handover_tokens = declare.counter(
+            "handover_tokens",
+            "Tokens of prompts and answers that came to another worker by a handover, by where their K/V lay then.",
+            "fate",
         )
         self.decisions = declare.counter("route_decisions", "Routing decisions.", "policy", "reason")
         self.shadow_decisions = declare.counter(
@@ -148,15 +164,17 @@ class Metrics:
     def count(self, entry: Entry) -> None:
         """Export a ledger entry."""
         self.requests.labels(self._model, entry.code).inc()
-        if entry.generated_tokens:
-            self.generation_tokens.labels(self._model, entry.worker).inc(entry.generated_tokens)
+        for worker, tokens in (entry.generated_by or {entry.worker: entry.generated_tokens}).items():
+            if tokens:
+                self.generation_tokens.labels(self._model, worker).inc(tokens)
+        admitted_by = entry.admitted_by or entry.worker
         for fate, tokens in entry.fates.items():
-            self.prompt_tokens.labels(self._model, entry.worker, fate).inc(tokens)
+            self.prompt_tokens.labels(self._model, admitted_by, fate).inc(tokens)
         self._count_tenant(entry)
         if entry.fates:
-            self.overlap.labels(entry.worker, "predicted").inc(entry.predicted_cached)
-            self.overlap.labels(entry.worker, "reused").inc(entry.reused)
-            self.overlap.labels(entry.worker, "overrated").inc(max(0, entry.predicted_cached - entry.reused))
+            self.overlap.labels(admitted_by, "predicted").inc(entry.predicted_cached)
+            self.overlap.labels(admitted_by, "reused").inc(entry.reused)
+            self.overlap.labels(admitted_by, "overrated").inc(max(0, entry.predicted_cached - entry.reused))
 
     def count_shadow(self, policy: str, *, same: bool, ttft_ms: float, shadow_ttft_ms: float) -> None:
         """A decision was scored by a shadow policy: whether it agreed, and what was predicted for either choice."""
@@ -186,6 +204,16 @@ class Metrics:
         histogram = self.itl_seconds.labels(self._model)
         for _ in range(tokens):
             histogram.observe(seconds / tokens)
+
+    def observe_pause(self, seconds: float) -> None:
+        """The first token after a handover came, so long after the last one before it."""
+        self.handover_pause_seconds.observe(seconds)
+
+    def count_resumed(self, fates: Mapping[str, int]) -> None:
+        """An answer that was handed over was admitted with so many tokens of each fate."""
+        for fate, tokens in fates.items():
+            if tokens:
+                self.handover_tokens.labels(fate).inc(tokens)
 
     def observe_request(self, seconds: float) -> None:
         """A request ended."""

@@ -23,9 +23,9 @@ class Readiness:
         self._clock = clock
         self._patience_s = patience_s
 
-    def until(self) -> float:
-        """The end of the patience of somebody who starts to wait now."""
-        return self._clock() + self._patience_s
+    def until(self, times: float = 1.0) -> float:
+        """The end of the patience of somebody who starts to wait now, and has so many times as much as others."""
+        return self._clock() + times * self._patience_s
 
     async def identity(self, deadline: float | None) -> FleetIdentity:
         """What all workers have in common; waits for the first one. Raises like `wait`."""

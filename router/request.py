@@ -6,6 +6,7 @@ ledger. Does not cover: the order of the steps (`core`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING
@@ -63,8 +64,10 @@ class Request:
     settle: Callable[[Request, Entry], None]
     on_first: Callable[[Request, float], None]
     on_gap: Callable[[float, int], None]
+    on_pause: Callable[[float, int], None]  # instead, where the answer has just come to another worker
     prompt_tokens: int = 0  # zero before it was encoded
     choice: Choice | None = None
+    first_choice: Choice | None = None  # the one under which the first token came
     sent_at: float = 0.0  # when it went to the chosen worker; a request that lost one is sent again
     guest: Guest | None = None  # set when it first came to the door
     record: admin_pb2.DecisionRecord | None = None
@@ -73,7 +76,10 @@ class Request:
     beside: list[tuple[Request, worker_pb2.Job]] = field(default_factory=list)  # samples that go where it goes
     lost: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)  # workers whose stream lost something of it
-    avoid: set[str] = field(default_factory=set)
+    avoid: dict[str, int] = field(default_factory=dict)  # workers that have refused it, and their incarnation
+    incarnation: int = 0  # of the worker that it was sent to last
+    retries: int = 0
+    handovers: int = 0
     begun: bool = False  # some worker may have worked at it
     answer_ids: list[int] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
@@ -81,8 +87,10 @@ class Request:
     code: str = ""
     fates: dict[str, int] = field(default_factory=dict)
     generated: int = 0
+    generated_by: Counter[str] = field(default_factory=Counter)  # worker
     finish_reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_UNSPECIFIED
     _last_token_at: float = 0.0
+    _is_paused: bool = False
 
     def sample(
         self, *, settle: Callable[[Request, Entry], None], on_first: Callable[[Request, float], None]
@@ -101,12 +109,27 @@ class Request:
         """Some tokens of the answer arrived at the router."""
         now = self.clock()
         if not self._last_token_at:
-            self.ttft_ms = (now - self.started) * 1000.0
+            self.ttft_ms, self.first_choice = (now - self.started) * 1000.0, self.choice
             self.on_first(self, now)
+        elif self._is_paused:
+            self.on_pause(now - self._last_token_at, tokens)
         else:
             self.on_gap(now - self._last_token_at, tokens)
-        self._last_token_at = now
+        self._last_token_at, self._is_paused = now, False
         self.generated += tokens
+        self.generated_by[self.choice.worker if self.choice else ""] += tokens
+
+    def leaves_worker(self) -> bool:
+        """Its worker does not go on with it, and it is to be sent to another one; whether that begins a handover.
+
+        It does where tokens came and the answer was not on its way to another one already.
+        """
+        begins = bool(self.generated) and not self._is_paused
+        self.flight = None
+        self._is_paused = bool(self.generated)
+        self.handovers += begins
+        self.retries += not self.generated
+        return begins
 
     def worker_done(self, end: FlightEnd) -> bool:
         """Its worker had its last word, or none; returns whether the reported fates were right.
@@ -117,8 +140,8 @@ class Request:
         self.begun = self.begun or not _ended_in_the_queue(end)
         if end.last is not None:
             self.finish_reason = end.last.finish_reason
-        if end.last is not None and end.last.HasField("fates"):
-            reported = kv_wire.fates(end.last.fates)
+        if end.fates is not None and not self.fates:  # those of the first admission stay
+            reported = kv_wire.fates(end.fates)
             if sum(reported.values()):
                 self.fates, right = settled_fates(reported, self.prompt_tokens)
         if self.code:
@@ -143,20 +166,23 @@ class Request:
         """For the last message."""
         route = inference_pb2.Route(
             ttft_ms=self.ttft_ms,
-            retries=len(self.lost) + len(self.gaps),
+            retries=self.retries,
+            handovers=self.handovers,
             router=router,
             request_id=self.context.request_id,
             router_wait_ms=self.waited_ms,
         )
         if self.choice is not None:
+            first = self.first_choice or self.choice
             route.worker = self.choice.worker
-            route.policy = self.choice.policy.name
-            route.reason = self.choice.decision.reason
-            route.predicted_ttft_ms = self.choice.predicted_ttft_ms
-            route.predicted_cached_tokens = self.choice.price.cached_tokens
+            route.policy = first.policy.name
+            route.reason = first.decision.reason
+            route.predicted_ttft_ms = first.predicted_ttft_ms
+            route.predicted_cached_tokens = first.price.cached_tokens
         return route
 
     def _settle(self) -> None:
+        first = self.first_choice or self.choice
         entry = Entry(
             tenant=self.caller.tenant,
             worker=self.choice.worker if self.choice else "",
@@ -164,8 +190,10 @@ class Request:
             prompt_tokens=self.prompt_tokens,
             fates=self.fates,
             generated_tokens=self.generated,
-            predicted_cached=self.choice.price.cached_tokens if self.choice else 0,
+            predicted_cached=first.price.cached_tokens if first else 0,
             begun=self.begun,
+            admitted_by=first.worker if first else "",
+            generated_by=self.generated_by,
         )
         self.settle(self, entry)
 

@@ -17,6 +17,8 @@ from warmkv.v1 import worker_pb2
 
 # The job never ran, and another worker may take it.
 ELSEWHERE = frozenset({"WORKER_DRAINING"})
+# A worker whose device tier or context is smaller than that of the one before cannot go on with an answer.
+TOO_SMALL = frozenset({"CONTEXT_LENGTH_EXCEEDED", "PROMPT_TOO_LARGE_FOR_WORKER"})
 # The whole engine is gone: the job may have been the cause, so it counts as a lost worker.
 ENGINE_LOST = frozenset({"ENGINE_FAILED"})
 

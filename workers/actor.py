@@ -122,7 +122,7 @@ class WorkerActor:
         return await asyncio.to_thread(_read_card, Path(self._config.model_dir))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new jobs and wait for the running ones; whether all ended in time."""
+        """Refuse new jobs and wait for the running ones; whether all ended in time. The others are handed back."""
         if self._server is None or self._phase is not WorkerPhase.READY:
             return True
         self._phase = WorkerPhase.DRAINING

@@ -75,6 +75,14 @@ class TextStream:
         self._pending = []
         return self._matcher.push(text)
 
+    def replay(self, token_ids: Sequence[int]) -> None:
+        """Take in tokens whose text was told already: what was held back of it still comes, the rest does not.
+
+        The pieces follow from the tokens alone, so this leads to the state in which they were told.
+        """
+        for token_id in token_ids:
+            self.push(token_id)
+
     def flush(self) -> str:
         """The rest, at the end: unfinished characters as U+FFFD, and what looked like a stop string and was none."""
         text = self._matcher.push(self._rest())

@@ -131,16 +131,17 @@ class TorchEngine:
         if self._peers is not None:
             self._peers.learn(job)
         self._arrivals += 1
-        now = self._clock()
+        now, asked = self._clock(), job.as_asked(self._block_size)
         sequence = Sequence(
             job=job,
             arrival=self._arrivals,
             submitted_at=now,
-            turn=self._conversations.arrived(job, now),
+            turn=self._conversations.arrived(asked, now),
             token_ids=list(job.token_ids),
             hashes=list(job.block_hashes),
-            text=TextStream(self._tokenizer, job.token_ids, job.sampling.stop),
+            text=TextStream(self._tokenizer, asked.token_ids, job.sampling.stop),
         )
+        sequence.text.replay(sequence.generated_ids)
         sequence.expected_cached = self._expected_blocks(sequence) * self._block_size
         self._sequences[job.job_id] = sequence
         if job.sampling.constraint is not None:
@@ -346,7 +347,8 @@ class TorchEngine:
         output = Output(sequence.job.job_id, [token_id], completion_tokens=sequence.num_generated)
         if logprob is not None:
             output.logprobs.append(logprob)
-        if sequence.num_generated == 1:
+        if sequence.num_generated == sequence.job.resumed + 1:
+            output.fates, output.resumed_fates = sequence.fates, sequence.resumed_fates
             sequence.first_token_at = self._clock()
             waited = (sequence.first_step_at or sequence.submitted_at) - sequence.submitted_at
             output.worker_ttft_ms = (sequence.first_token_at - sequence.submitted_at) * 1000
@@ -368,14 +370,15 @@ class TorchEngine:
         if sequence.text.stopped and output.finish is FinishReason.LENGTH:
             output.finish = FinishReason.STOP
         output.fates = sequence.fates
-        if sequence.turn is not None and sequence.num_committed > len(sequence.job.block_hashes):
+        if sequence.turn is not None and sequence.num_committed > sequence.num_prompt // self._block_size:
             self._conversations.answered(sequence.turn, sequence.hashes[sequence.num_committed - 1])
         available = self.store.device.available
         self._scheduler.remove(sequence)
         self._anteroom.remove(sequence)
         if sequence.first_token_at is not None:
             answered_ms = (self._clock() - sequence.first_token_at) * 1000
-            self._answers.ended(answered_ms, sequence.num_generated, self.store.device.available - available)
+            generated_here = sequence.num_generated - sequence.job.resumed
+            self._answers.ended(answered_ms, generated_here, self.store.device.available - available)
         del self._sequences[sequence.job.job_id]
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: JobError | None = None) -> None:

@@ -104,6 +104,11 @@ class EngineCache:
         tiers = [tier for tier in (self._store.device, self._store.host, self._store.disk) if tier is not None]
         return [tuple(tier.name for tier in tiers if tier.find(name) is not None) for name in hashes]
 
+    def share_running(self) -> bool:
+        """Queue what running jobs have made for the shared tier, whatever admission says; whether it is all there."""
+        shared = [self._store.share(sequence.hashes[: sequence.num_committed]) for sequence in self._scheduler.running]
+        return all(shared)
+
     def check(self) -> None:
         """Audit the store. Raises InvariantError: its books are wrong; says how."""
         self._store.check()

@@ -1,7 +1,8 @@
 """Run a worker as a plain process: `python -m workers.main --config JSON`.
 
 Prints one line of JSON when it serves: {"name", "address", "incarnation"}. SIGTERM and SIGINT end it in good order
-(running jobs may finish), exit 0. An engine that fails ends it with exit 1, so that its supervisor starts it again.
+(running jobs may finish for --drain-s, and are then handed back to their routers), exit 0. An engine that fails ends it
+with exit 1, so that its supervisor starts it again.
 In production workers are Ray actors; this is for tests, benchmarks and machines without Ray.
 """
 
@@ -59,10 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     ready = {"name": config.name, "address": address, "incarnation": server.incarnation}
     sys.stdout.write(json.dumps(ready) + "\n")
     sys.stdout.flush()
-    return _serve(server)
+    return _serve(server, options.drain_s)
 
 
-def _serve(server: WorkerServer) -> int:
+def _serve(server: WorkerServer, drain_s: float) -> int:
     asked_to_end = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -73,7 +74,7 @@ def _serve(server: WorkerServer) -> int:
     while not asked_to_end.wait(0.1):
         if server.wait_closed(0):
             return 1
-    server.drain(DRAIN_S)
+    server.drain(drain_s)
     server.close(flush_s=FLUSH_S)
     return 0 if server.failure is None else 1
 
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m workers.main", description="Run one worker as a plain process.")
     parser.add_argument("--config", required=True, help="fields of WorkerConfig as JSON; - reads it from stdin")
     parser.add_argument("--timing", help="simulated engine: fields of Timing as JSON")
+    parser.add_argument("--drain-s", type=float, default=DRAIN_S, help="how long running jobs may take after SIGTERM")
     return parser
 
 

@@ -6,7 +6,7 @@ No torch, no gRPC, no Ray. Times are seconds on the engine's clock unless a name
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -102,6 +102,8 @@ class Job:
         turn: of its conversation, from 1; None: not known.
         deadline: on the engine's clock; None: none.
         request_id: for log lines.
+        resumed: how many of the last `token_ids` another worker generated for this job: they are no part of the prompt
+        and are not told again; `block_hashes` names their full blocks, too.
         peers: who seems to hold more of it than this worker, whom to ask first.
     """
 
@@ -119,6 +121,19 @@ class Job:
     deadline: float | None = None
     request_id: str = ""
     peers: tuple[PeerHint, ...] = ()
+    resumed: int = 0
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.token_ids) - self.resumed
+
+    def as_asked(self, block_size: int) -> Job:
+        """The job as it was before anything was generated for it."""
+        if not self.resumed:
+            return self
+        hashes = self.block_hashes[: self.num_prompt // block_size]
+        return replace(self, token_ids=self.token_ids[: self.num_prompt], block_hashes=hashes, resumed=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +158,11 @@ class Output:
     """What one step made for one job. The last one has `finish`; after it nothing comes.
 
     Attributes:
-        fates: tokens by tier name, and under "computed" the rest; sums to the prompt; set with `finish`,
-        except for a job that ended before it was admitted.
-        completion_tokens: generated so far. worker_ttft_ms: from submit to first token, set with the first token;
-        of which queue_ms waited for the first step and load_ms loaded blocks.
+        fates: tokens by tier name, and under "computed" the rest; sums to the prompt; set with the first token and with
+        `finish`, except for a job that ended before it was admitted. resumed_fates: likewise of all tokens that a
+        resumed job came with, set with its first token.
+        completion_tokens: generated so far, before it was resumed too. worker_ttft_ms: from submit to first token here,
+        set with that; of which queue_ms waited for the first step and load_ms loaded blocks.
     """
 
     job_id: JobId
@@ -155,6 +171,7 @@ class Output:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
     fates: dict[str, int] | None = None
+    resumed_fates: dict[str, int] | None = None
     completion_tokens: int = 0
     error: JobError | None = None
     worker_ttft_ms: float | None = None
@@ -301,6 +318,13 @@ class Cache(Protocol):
 
     def where(self, hashes: Sequence[BlockHash]) -> list[tuple[TierName, ...]]:
         """For each block the tiers of this worker alone (device, host, disk) that hold it now. A question; no I/O."""
+        ...
+
+    def share_running(self) -> bool:
+        """Queue what running jobs have made for the tier that other workers read, whatever admission says.
+
+        Returns whether all of that is there by now; ask again. Without such a tier, or while it is down: True.
+        """
         ...
 
     def check(self) -> None:

@@ -61,7 +61,8 @@ class Sequence:
         awaited: a block that another sequence is making and that it waits for.
         block_table: device blocks that it holds a reference of, in order.
         num_computed: leading tokens whose K/V lie in those blocks. num_committed: leading blocks that need no commit.
-        num_cached_tokens: of the prompt, found at first admission. fates: set at first admission, then never changed.
+        num_cached_tokens: found at first admission. fates: of the prompt, set at first admission, then never changed.
+        resumed_fates: likewise of all tokens that a resumed job came with; None for others.
         first_outside: the first block that came from outside of this process; None: none did.
         num_proven: leading blocks over which finite logits were computed for it.
         expected_cached: tokens of the prompt that local tiers held when it came, or will when those before it are
@@ -85,6 +86,7 @@ class Sequence:
     num_committed: int = 0
     num_cached_tokens: int = 0
     fates: dict[str, int] | None = None
+    resumed_fates: dict[str, int] | None = None
     first_outside: int | None = None
     num_proven: int = 0
     expected_cached: int = 0
@@ -116,12 +118,17 @@ class Sequence:
     @property
     def num_prompt(self) -> int:
         """Tokens of the prompt."""
-        return len(self.job.token_ids)
+        return self.job.num_prompt
 
     @property
     def num_generated(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, those before it was resumed included."""
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """The tokens generated so far; a copy. What follows from them (text, for one) is rebuilt by replay."""
+        return self.token_ids[self.num_prompt :]
 
     @property
     def remaining(self) -> int:
@@ -163,6 +170,8 @@ class Sequence:
             self.load_ms = acquired.load_ms
             self.num_cached_tokens = self.num_computed
             self.fates = _fates(acquired.fates, self.num_prompt, block_size)
+            if self.job.resumed:
+                self.resumed_fates = _fates(acquired.fates, len(self.job.token_ids), block_size)
 
     def reset(self) -> None:
         """Forget blocks and progress; the caller has given the blocks back."""
@@ -171,8 +180,13 @@ class Sequence:
         self.num_computed = self.num_committed = self.num_proven = 0
 
 
-def _fates(tiers: list[TierName], num_prompt: int, block_size: int) -> dict[str, int]:
-    fates = {COMPUTED: num_prompt - len(tiers) * block_size}
+def _fates(tiers: list[TierName], tokens: int, block_size: int) -> dict[str, int]:
+    """Of so many leading tokens, where blocks came from these tiers; the last block may reach behind them."""
+    fates, left = {COMPUTED: 0}, tokens
     for tier in tiers:
-        fates[tier.value] = fates.get(tier.value, 0) + block_size
+        found = min(block_size, left)
+        if found:
+            fates[tier.value] = fates.get(tier.value, 0) + found
+        left -= found
+    fates[COMPUTED] = left
     return fates

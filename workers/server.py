@@ -111,7 +111,10 @@ class WorkerServer:
         return self._streams.routers
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse new jobs and wait for the running ones; whether all ended in time. Not from the server's threads."""
+        """Refuse new jobs and wait for the running ones; whether all ended in time. Not from the server's threads.
+
+        Those that did not are handed back to their routers, which takes up to `leaving.SHARE_S + leaving.LINGER_S`.
+        """
         return asyncio.run_coroutine_threadsafe(self._streams.drain(timeout_s), self._loop).result()
 
     def close(self, *, flush_s: float = 0.0) -> None:

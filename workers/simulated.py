@@ -109,7 +109,8 @@ class SimulatedEngine:
             submitted_at=self._clock(),
             tokens=list(job.token_ids),
             names=list(job.block_hashes),
-            digest=hashlib.sha256(array("I", job.token_ids).tobytes()).digest(),
+            digest=hashlib.sha256(array("I", job.token_ids[: job.num_prompt]).tobytes()).digest(),
+            generated=job.resumed,
         )
         sequence.expected_cached = self._blocks.expected_cached(sequence, self._jobs.values())
         self._jobs[job.job_id] = sequence
@@ -183,7 +184,7 @@ class SimulatedEngine:
 
     def _answer_blocks(self, decoding: list[Sequence]) -> int:
         size = self.info.scheme.block_size
-        held = sum(len(s.held) + s.private - len(s.job.token_ids) // size for s in decoding)
+        held = sum(len(s.held) + s.private - s.job.num_prompt // size for s in decoding)
         return held + self._answers.growth_blocks if decoding else 0
 
     def _private(self) -> int:
@@ -273,17 +274,19 @@ class SimulatedEngine:
         token = pseudo_token(sequence, self.info.vocab_size)
         sequence.tokens.append(token)
         sequence.generated += 1
-        if sequence.generated == 1:
+        is_first = sequence.generated == job.resumed + 1
+        if is_first:
             sequence.first_token_at = self._clock()
         output = Output(job.job_id, token_ids=[token], text=f" {token}", completion_tokens=sequence.generated)
         if sampling.logprobs is not None:
             output.logprobs.append(TokenLogprob(token, -1.0, ((token, -1.0),)[: sampling.logprobs]))
-        if sequence.generated == 1 and sequence.admitted_at is not None:
+        if is_first and sequence.admitted_at is not None:
             output.worker_ttft_ms = (self._clock() - sequence.submitted_at) * 1000
             output.queue_ms = (sequence.admitted_at - sequence.submitted_at) * 1000
             output.load_ms = sequence.load_ms
         output.finish = self._finish(sequence, token)
-        output.fates = sequence.fates if output.finish else None
+        output.fates = sequence.fates if output.finish or is_first else None
+        output.resumed_fates = sequence.resumed_fates if is_first else None
         return output
 
     def _finish(self, sequence: Sequence, token: int) -> FinishReason | None:
@@ -310,7 +313,8 @@ class SimulatedEngine:
         self._blocks.give_back(sequence)
         if sequence.first_token_at is not None:
             answered_ms = (self._clock() - sequence.first_token_at) * 1000
-            self._answers.ended(answered_ms, sequence.generated, self._device.available - available)
+            generated_here = sequence.generated - sequence.job.resumed
+            self._answers.ended(answered_ms, generated_here, self._device.available - available)
 
 
 def build_engine(

@@ -121,12 +121,9 @@ class SequenceBlocks:
         cached = min((on_device + loaded) * size, length - 1)  # the last token is always computed: it gives the logits
         sequence.computed, sequence.registered = cached, on_device + loaded
         if sequence.fates is None:
-            device = min(on_device * size, cached)
-            sequence.fates = {
-                TierName.DEVICE.value: device,
-                TierName.HOST.value: cached - device,
-                _COMPUTED: length - cached,
-            }
+            sequence.fates = _fates(sequence.job.num_prompt, on_device * size, cached)
+            if sequence.job.resumed:
+                sequence.resumed_fates = _fates(len(sequence.job.token_ids), on_device * size, cached)
 
     def _name(self, sequence: Sequence, position: int) -> BlockHash:
         size = self._block_size
@@ -141,3 +138,10 @@ class SequenceBlocks:
         parent = sequence.names[position - 1] if position else job.root
         ttl_s, until, _ = job.lifetime or self._default
         return BlockMeta(name, parent, job.root, ttl_s, job.keep_priority, until, job.turn)
+
+
+def _fates(tokens: int, on_device: int, cached: int) -> dict[str, int]:
+    """Where so many leading tokens lie, of which the first `cached` were found, the first `on_device` on the device."""
+    found = min(cached, tokens)
+    device = min(on_device, found)
+    return {TierName.DEVICE.value: device, TierName.HOST.value: found - device, _COMPUTED: tokens - found}

@@ -54,8 +54,9 @@ class Sequence:
     admitted_at: float | None = None
     first_token_at: float | None = None
     load_ms: float = 0.0
-    generated: int = 0
+    generated: int = 0  # those before it was resumed included
     fates: dict[str, int] | None = None
+    resumed_fates: dict[str, int] | None = None
 
     @property
     def rank(self) -> tuple[int, int]:

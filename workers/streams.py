@@ -21,6 +21,7 @@ import grpc
 
 from kvstore.tier import Clock
 from warmkv.v1 import worker_pb2, worker_pb2_grpc
+from workers import leaving
 from workers.cache_requests import CacheRequests
 from workers.cache_wire import done_to_wire, probed_to_wire
 from workers.engine_thread import (
@@ -146,14 +147,31 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         return [stream.router for stream in self._streams.values()]
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new jobs from now on, and wait for the running ones; whether all ended in time."""
+        """Refuse new jobs from now on, and wait for the running ones; whether all ended in time.
+
+        Those that did not are handed back to their routers, whose other workers go on with them (`leaving`).
+        """
         self._draining = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._quiet.wait()
         except TimeoutError:
+            await leaving.hand_back(self._engine, self._give_up_jobs)
             return False
         return True
+
+    def _give_up_jobs(self, error: JobError) -> int:
+        """End every job here with this error, which is not the engine's; how many there were."""
+        count = 0
+        for stream in self._streams.values():
+            for number in list(stream.jobs):
+                self._cancel(stream, number)
+                self._send_error(stream, number, error)
+                self._tell_others(stream.number, self._running.ended(stream.number, number))
+            count += len(stream.jobs)
+            stream.jobs.clear()
+        self._note_ended_jobs()
+        return count
 
     def close(self, status: Status) -> None:
         """End every stream after what is in its outbox, and refuse new ones. The first status stays."""

@@ -70,6 +70,7 @@ class Refusal(StrEnum):
     EMPTY_PROMPT = "EMPTY_PROMPT"
     TOKEN_OUT_OF_RANGE = "TOKEN_OUT_OF_RANGE"
     INVALID_SAMPLING = "INVALID_SAMPLING"
+    INVALID_RESUMPTION = "INVALID_RESUMPTION"
     WORKER_DRAINING = "WORKER_DRAINING"
     ENGINE_FAILED = "ENGINE_FAILED"
 
@@ -133,13 +134,15 @@ def job_from_wire(message: worker_pb2.Job, *, job_id: JobId, info: EngineInfo, n
     token_ids = list(prompt)
     _check_tokens(token_ids, info)
     root, hashes = _derive_chain(message, prompt, info)
-    cache = message.cache
+    cache, num_prompt = message.cache, len(token_ids) - message.resumed_tokens
+    sampling = _sampling_of(message.sampling, num_prompt, info)
+    _check_resumed(message, num_prompt, sampling)
     return Job(
         job_id=job_id,
         token_ids=token_ids,
         root=root,
         block_hashes=hashes,
-        sampling=_sampling_of(message.sampling, len(token_ids), info),
+        sampling=sampling,
         priority=message.priority,
         lifetime=_lifetime(cache),
         no_store=cache.no_store,
@@ -149,12 +152,23 @@ def job_from_wire(message: worker_pb2.Job, *, job_id: JobId, info: EngineInfo, n
         deadline=now + message.deadline_ms / 1000 if message.HasField("deadline_ms") else None,
         request_id=message.request_id,
         peers=tuple(PeerHint(hint.address, hint.blocks) for hint in message.peers[:MAX_PEERS]),
+        resumed=message.resumed_tokens,
     )
 
 
 def _sampling_of(message: common_pb2.SamplingParams, prompt_tokens: int, info: EngineInfo) -> SamplingParams:
     room = max(1, info.context_length - prompt_tokens)
     return sampling_from_wire(message, room=room, vocab_size=info.vocab_size)
+
+
+def _check_resumed(message: worker_pb2.Job, num_prompt: int, sampling: SamplingParams) -> None:
+    resumed = message.resumed_tokens
+    if resumed and (num_prompt < 1 or resumed >= sampling.max_tokens):
+        raise JobRefused(
+            Refusal.INVALID_RESUMPTION,
+            f"resumed_tokens is {resumed} of {num_prompt + resumed} tokens, and max_tokens is {sampling.max_tokens}: a "
+            "token of the prompt must be left, and one to generate; run the same version on router and worker",
+        )
 
 
 def _prompt_of(message: worker_pb2.Job) -> Sequence[int]:
@@ -281,6 +295,8 @@ def output_to_wire(output: Output, number: int) -> worker_pb2.SequenceOutput:
         message.finish_reason = _FINISHES[output.finish]
     if output.fates is not None:
         message.fates.CopyFrom(common_pb2.TokensByFate(**output.fates))
+    if output.resumed_fates is not None:
+        message.resumed_fates.CopyFrom(common_pb2.TokensByFate(**output.resumed_fates))
     if output.error is not None:
         message.error.reason, message.error.message = output.error.reason, output.error.message
     return message

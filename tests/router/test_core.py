@@ -215,9 +215,9 @@ async def test_killing_a_real_worker_before_the_first_token_is_invisible_to_its_
 
 
 @pytest.mark.asyncio
-async def test_a_loss_in_the_middle_of_the_answer_is_unavailable_and_says_so() -> None:
+async def test_without_handover_a_loss_in_the_middle_of_the_answer_is_unavailable_and_says_so() -> None:
     async with rig(2, timing=SLOW) as fleet:
-        router = await fleet.start_router()
+        router = await fleet.start_router(handover=False)
         await all_ready(router, 2)
         stream = router.generate(request(tokens(1, 20), 50), caller=ALICE, context=context())
         async with aclosing(stream):

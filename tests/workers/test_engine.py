@@ -41,7 +41,8 @@ def test_every_token_comes_in_the_step_that_made_it_and_the_last_output_says_the
     assert answer.finish is FinishReason.LENGTH
     assert answer.text == _tokenizer().decode(answer.token_ids)
     assert answer.fates == {"computed": 50}
-    assert all(output.fates is None for output in answer.outputs[:-1])
+    assert [output.fates for output in answer.outputs[:-1]] == [{"computed": 50}, None, None, None]
+    assert all(output.resumed_fates is None for output in answer.outputs)
 
 
 def test_the_first_output_says_how_long_it_took(rig: Rig):

@@ -6,6 +6,8 @@ import datetime
 import ipaddress
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,11 @@ from tests.workers.serving import INFO, Gate, config, routers, serving, simulate
 from tests.workers.stream_client import PATIENCE_S, StreamClient, job
 from warmkv import versions
 from warmkv.v1 import common_pb2, worker_pb2
+from workers import leaving
 from workers.protocol import StepReport
 from workers.server import WorkerServer
 from workers.simulated import SimulatedEngine
+from workers.simulated_sequence import Timing
 
 PROMPT = list(range(51))
 
@@ -76,14 +80,47 @@ def test_drain_finishes_what_runs_and_refuses_new_jobs() -> None:
     with serving(simulated(sleep=gate)) as (server, address), routers(address) as (router,):
         router.send(submit=job(INFO.scheme, 1, PROMPT, max_tokens=5))
         gate.wait_arrived()
-        assert not server.drain(0.01)
-        router.send(submit=job(INFO.scheme, 2, PROMPT))
-        router.wait_finished(2)
-        assert router.outputs[2][-1].error.reason == "WORKER_DRAINING"
-        gate.open()
-        assert server.drain(PATIENCE_S)
+        with ThreadPoolExecutor(1) as pool:
+            drained = pool.submit(server.drain, PATIENCE_S)
+            while not server._streams._draining:
+                time.sleep(0.01)
+            router.send(submit=job(INFO.scheme, 2, PROMPT))
+            router.wait_finished(2)
+            assert router.outputs[2][-1].error.reason == "WORKER_DRAINING"
+            gate.open()
+            assert drained.result(PATIENCE_S)
         router.wait_finished(1)
         assert len(router.tokens(1)) == 5
+
+
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_what_cannot_end_in_time_is_handed_back_even_by_an_engine_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, *, is_stuck: bool
+) -> None:
+    monkeypatch.setattr(leaving, "SHARE_S", 0.3)
+    monkeypatch.setattr(leaving, "LINGER_S", 0.0)
+    gate, timing = Gate(), Timing(decode_step_ms=5.0)
+    engine = simulated(sleep=gate) if is_stuck else simulated(sleep=time.sleep, timing=timing)
+    with serving(engine) as (server, address), routers(address, 2) as (one, two):
+        for number in (1, 2):
+            one.send(submit=job(INFO.scheme, number, PROMPT, max_tokens=200))
+        two.send(submit=job(INFO.scheme, 7, PROMPT, max_tokens=200))
+        if is_stuck:
+            gate.wait_arrived()
+            two.wait_handled()
+        else:
+            one.wait_for(lambda: one.outputs[2])
+            two.wait_for(lambda: two.outputs[7])
+        assert not server.drain(0.05)
+        for router, number in ((one, 1), (one, 2), (two, 7)):
+            router.wait_finished(number)
+            assert router.outputs[number][-1].error.reason == "WORKER_DRAINING"
+            assert len(router.tokens(number)) < 200
+        gate.open()
+        assert server.drain(PATIENCE_S), "nothing runs any more"
+        while engine.has_work():
+            time.sleep(0.01)
+        engine.cache.check()
 
 
 def test_close_ends_streams_with_unavailable_and_closes_the_engine() -> None:

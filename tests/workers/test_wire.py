@@ -112,6 +112,33 @@ def test_a_prompt_may_come_id_by_id() -> None:
     assert job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0).token_ids == token_ids
 
 
+def test_how_much_another_worker_generated_reaches_the_job() -> None:
+    message = good_job()
+    tokens = len(unpacked(message.packed_token_ids))
+    message.sampling.max_tokens = 7
+    message.resumed_tokens = 6
+    got = job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0)
+    assert (got.resumed, got.num_prompt) == (6, tokens - 6)
+    message.sampling.ClearField("max_tokens")
+    whole = job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0)
+    assert whole.sampling.max_tokens == INFO.context_length - (tokens - 6), "an answer gets no shorter by a handover"
+
+
+@pytest.mark.parametrize("resumed", [7, 8, 10_000])
+def test_a_resumption_that_leaves_nothing_to_do_is_refused(resumed: int) -> None:
+    message = good_job()
+    message.sampling.max_tokens = 7
+    message.resumed_tokens = resumed
+    assert refusal(message) == Refusal.INVALID_RESUMPTION
+
+
+def test_a_resumption_without_a_prompt_is_refused() -> None:
+    message = good_job()
+    message.sampling.max_tokens = 10_000
+    message.resumed_tokens = len(unpacked(message.packed_token_ids))
+    assert refusal(message) == Refusal.INVALID_RESUMPTION
+
+
 def test_half_an_id_is_refused() -> None:
     message = good_job()
     message.packed_token_ids += b"12"

@@ -301,6 +301,7 @@ class Route(_message.Message):
     ROUTER_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ROUTER_WAIT_MS_FIELD_NUMBER: _builtins.int
+    HANDOVERS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     policy: _builtins.str
@@ -314,13 +315,15 @@ class Route(_message.Message):
     predicted_cached_tokens: _builtins.int
     """Prompt tokens that the router expected to find cached."""
     retries: _builtins.int
-    """Workers that were lost before this one answered."""
+    """Workers that were lost before a token came."""
     router: _builtins.str
     """The router's name."""
     request_id: _builtins.str
     """The id under which every log line of this request is filed."""
     router_wait_ms: _builtins.float
     """How long it waited in the router until a worker's queue was short enough, milliseconds; part of ttft_ms."""
+    handovers: _builtins.int
+    """How often the answer went on at another worker after tokens of it had come."""
     def __init__(
         self,
         *,
@@ -334,10 +337,11 @@ class Route(_message.Message):
         router: _builtins.str = ...,
         request_id: _builtins.str = ...,
         router_wait_ms: _builtins.float = ...,
+        handovers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "reason", b"reason", "request_id", b"request_id", "retries", b"retries", "router", b"router", "router_wait_ms", b"router_wait_ms", "ttft_ms", b"ttft_ms", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handovers", b"handovers", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "reason", b"reason", "request_id", b"request_id", "retries", b"retries", "router", b"router", "router_wait_ms", b"router_wait_ms", "ttft_ms", b"ttft_ms", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

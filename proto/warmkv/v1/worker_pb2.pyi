@@ -404,6 +404,7 @@ class Job(_message.Message):
     PACKED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     WORK_MS_FIELD_NUMBER: _builtins.int
+    RESUMED_TOKENS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     """Unique on this stream."""
     request_id: _builtins.str
@@ -428,6 +429,10 @@ class Job(_message.Message):
     """Leading blocks that the router counts on finding there. For the other routers only."""
     work_ms: _builtins.float
     """Milliseconds that it predicts for loading and computing the prompt. For the other routers only."""
+    resumed_tokens: _builtins.int
+    """How many of the last token ids another worker generated for this job before it left: they are no part of the prompt,
+    and are not told again. Sampling, stop strings and limits go on behind them.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, where packed_token_ids is empty: for hands and tests."""
@@ -463,10 +468,11 @@ class Job(_message.Message):
         packed_token_ids: _builtins.bytes = ...,
         cached_blocks: _builtins.int = ...,
         work_ms: _builtins.float = ...,
+        resumed_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "cache", b"cache", "deadline_ms", b"deadline_ms", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "cached_blocks", b"cached_blocks", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "packed_token_ids", b"packed_token_ids", "peers", b"peers", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn", "work_ms", b"work_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "cached_blocks", b"cached_blocks", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "packed_token_ids", b"packed_token_ids", "peers", b"peers", "priority", b"priority", "request_id", b"request_id", "resumed_tokens", b"resumed_tokens", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn", "work_ms", b"work_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
@@ -1292,6 +1298,7 @@ class SequenceOutput(_message.Message):
     WORKER_TTFT_MS_FIELD_NUMBER: _builtins.int
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     LOAD_MS_FIELD_NUMBER: _builtins.int
+    RESUMED_FATES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     """Which job."""
     text: _builtins.str
@@ -1299,7 +1306,7 @@ class SequenceOutput(_message.Message):
     finish_reason: _common_pb2.FinishReason.ValueType
     """Set in the last output."""
     completion_tokens: _builtins.int
-    """Generated tokens so far."""
+    """Generated tokens so far, those before this job was resumed included."""
     worker_ttft_ms: _builtins.float
     """Milliseconds from the job's arrival at the worker to its first token; set with the first token."""
     queue_ms: _builtins.float
@@ -1316,11 +1323,17 @@ class SequenceOutput(_message.Message):
 
     @_builtins.property
     def fates(self) -> _common_pb2.TokensByFate:
-        """Fate of every prompt token; set in the last output."""
+        """Fate of every prompt token; set in the first output with tokens and in the last output."""
 
     @_builtins.property
     def error(self) -> Global___JobError:
         """Why the job was refused or failed; set only with FINISH_REASON_ERROR."""
+
+    @_builtins.property
+    def resumed_fates(self) -> _common_pb2.TokensByFate:
+        """Of a job that was resumed: fate of every token that it came with, prompt and generated ones, at its admission here;
+        set with its first token.
+        """
 
     def __init__(
         self,
@@ -1336,10 +1349,11 @@ class SequenceOutput(_message.Message):
         worker_ttft_ms: _builtins.float = ...,
         queue_ms: _builtins.float = ...,
         load_ms: _builtins.float = ...,
+        resumed_fates: _common_pb2.TokensByFate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fates", b"fates"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fates", b"fates", "resumed_fates", b"resumed_fates"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "error", b"error", "fates", b"fates", "finish_reason", b"finish_reason", "job_id", b"job_id", "load_ms", b"load_ms", "logprobs", b"logprobs", "queue_ms", b"queue_ms", "text", b"text", "token_ids", b"token_ids", "worker_ttft_ms", b"worker_ttft_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "error", b"error", "fates", b"fates", "finish_reason", b"finish_reason", "job_id", b"job_id", "load_ms", b"load_ms", "logprobs", b"logprobs", "queue_ms", b"queue_ms", "resumed_fates", b"resumed_fates", "text", b"text", "token_ids", b"token_ids", "worker_ttft_ms", b"worker_ttft_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,62 @@
+"""A worker that ends hands back the jobs that it could not finish, so that their answers go on elsewhere.
+
+Covers: the order of things and how long each may take. Does not cover: who is told (`streams`), what routers do with
+a job that they were handed back.
+
+First what running jobs have made is sent to the tier that other workers read, while they go on: with the admission
+`on_eviction` it may lie nowhere but here. Then they are given up, and for a moment this worker stays, because its peers
+may be reading from its host RAM what the next worker needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from workers.engine_thread import EngineThread
+from workers.protocol import Engine, JobError
+from workers.wire import Refusal
+
+# The longest that blocks may take to reach the shared tier; what is not there by then is computed again.
+SHARE_S = 2.0
+_LOOK_AGAIN_S = 0.02
+# How long peers may still read from here.
+LINGER_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+async def hand_back(engine: EngineThread, give_up: Callable[[JobError], int]) -> None:
+    """Share blocks, give up all jobs, linger. `give_up` ends every job with an error and returns how many there were.
+
+    Takes `SHARE_S + LINGER_S` at most. Belongs to the server's event loop.
+    """
+    shared = await _shared(engine)
+    message = "the worker is about to stop; the answer goes on at another one"
+    jobs = give_up(JobError(Refusal.WORKER_DRAINING.value, message))
+    logger.info("jobs were handed back", extra={"jobs": jobs, "blocks_shared": shared})
+    if jobs:
+        await asyncio.sleep(LINGER_S)
+
+
+async def _shared(engine: EngineThread) -> bool:
+    """Whether all that running jobs have made could be sent in time."""
+    until = time.monotonic() + SHARE_S
+    while time.monotonic() < until:
+        answer: Future[bool] = Future()
+        engine.post(lambda engine, answer=answer: _ask(engine, answer))  # type: ignore[misc]
+        try:
+            if await asyncio.wait_for(asyncio.wrap_future(answer), until - time.monotonic()):
+                return True
+        except TimeoutError:
+            return False
+        await asyncio.sleep(_LOOK_AGAIN_S)
+    return False
+
+
+def _ask(engine: Engine, answer: Future[bool]) -> None:
+    if answer.set_running_or_notify_cancel():
+        answer.set_result(engine.cache.share_running())
