@@ -101,11 +101,6 @@ class Sequence:
         return self.token_ids[: self.num_prompt]
 
     @property
-    def generated_ids(self) -> list[int]:
-        """What was generated so far; a copy."""
-        return self.token_ids[self.num_prompt :]
-
-    @property
     def needs_last_token(self) -> bool:
         """See `SamplingParams.needs_last_token`."""
         return self.job.sampling.needs_last_token

@@ -17,6 +17,7 @@ from kvstore.lifetime import Lifetime
 from kvstore.tier import TierStats
 from kvstore.token_ids import unpacked
 from tests.workers.stream_client import job, split
+from warmkv import versions
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
 from workers.protocol import Constraint, FinishReason, JobError, Load, Output, PeerHint, TokenLogprob
 from workers.simulated_info import simulated_info
@@ -293,7 +294,7 @@ def test_a_ttl_on_the_wire_is_zero_only_where_a_block_lives_for_ever(ttl_s: floa
 
 
 def test_the_hello_states_the_whole_scheme() -> None:
-    hello = hello_to_wire(INFO, worker="w0", incarnation=12)
+    hello = hello_to_wire(INFO, worker="w0", incarnation=12, protocol_version=versions.NEWEST)
     assert (hello.worker, hello.incarnation, hello.vocab_size, hello.context_length) == ("w0", 12, 1000, 128)
     fields = {field.name: getattr(hello.scheme, field.name) for field in hello.scheme.DESCRIPTOR.fields}
     assert fields == {name: getattr(INFO.scheme, name) for name in INFO.scheme.__slots__}
