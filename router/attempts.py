@@ -16,7 +16,7 @@ import logging
 import time
 from itertools import count
 
-from router import handover, kv_wire, worker_errors
+from router import features, handover, kv_wire, worker_errors
 from router.beliefs import Beliefs
 from router.board import Recent
 from router.decide import Choice, Decider
@@ -143,7 +143,7 @@ class Attempts:
             self._choose_seconds.observe(time.perf_counter() - started)
             if choice is not None:
                 return choice
-            await self._wait(work, until)
+            await self._wait(work, prepared, until)
 
     def _decide(self, work: Request, prepared: PreparedPrompt) -> Choice | None:
         """Workers whose stream had a gap come last."""
@@ -161,10 +161,15 @@ class Attempts:
         refused = {link.name for link in links if work.avoid.get(link.name) == link.incarnation}
         return refused | handover.unable(links) if work.generated else refused
 
-    async def _wait(self, work: Request, until: float) -> None:
+    async def _wait(self, work: Request, prepared: PreparedPrompt, until: float) -> None:
         try:
             await self._readiness.wait(until, work.context.deadline)
         except NoWorkerAvailable as error:
+            if old := features.too_old(self._fleet.links(), prepared.question.protocol):
+                why = f"{', '.join(old)} run an older warmkv that knows no penalties, logit_bias or constraint"
+                error = NoWorkerAvailable(
+                    f"{error.message} ({why}: upgrade them, or leave these out.)", retry_after_s=1.0
+                )
             raise _none_left(work, error) from error
 
     def _submit(self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job, choice: Choice) -> None:

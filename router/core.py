@@ -12,11 +12,13 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import grpc
 
+from router import features
 from router.accounts import Accounts
 from router.admission import Admission
 from router.attempts import Attempts
@@ -333,6 +335,8 @@ class Router:
         await self._constraints.check(body.sampling)
         prepared = await self._preparer.prepare(body.input, work.caller, body.cache, deadline=work.context.deadline)
         work.prompt_tokens = prepared.question.prompt_tokens
+        if protocol := features.protocol_of(body.sampling):
+            prepared.question = replace(prepared.question, protocol=protocol)
         self._audit.seen.add(prepared.chain.joined)
         return prepared
 

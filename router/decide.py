@@ -36,6 +36,7 @@ class Question:
     Attributes:
         hashes: short ones, of the full blocks. digest: of the whole prompt. affinity: key with its tenant, or empty.
         no_read: nothing cached may be used. avoid: workers that have refused this request.
+        protocol: version of the protocol that its worker must speak; zero: any.
     """
 
     hashes: Sequence[bytes]
@@ -45,6 +46,7 @@ class Question:
     affinity: str = ""
     no_read: bool = False
     avoid: frozenset[str] = frozenset()
+    protocol: int = 0
 
     def avoiding(self, workers: Collection[str]) -> Question:
         """The same, with workers that must not be chosen."""
@@ -117,6 +119,8 @@ class Decider:
         """What the policy in force chooses now; None when no worker is eligible. Changes nothing."""
         takes, avoid = self._fleet.takes_requests, question.avoid
         able = [link for link in self._fleet.links() if takes(link) and link.name not in avoid]
+        if question.protocol:
+            able = [link for link in able if link.hello and link.hello.protocol_version >= question.protocol]
         if not able:
             return None
         policy, weights = self._rule()

@@ -7,11 +7,26 @@ import asyncio
 import pytest
 
 from router.core import Router
+from router.errors import NoWorkerAvailable
 from tests.released_contract import PROTOCOL_VERSION, OldWire, released
-from tests.router.rig import ALICE, Rig, all_ready, context, eventually, generate, request, rig, tokens, worker_server
-from tests.router.test_core import warmed
+from tests.router.rig import (
+    ALICE,
+    Rig,
+    all_ready,
+    context,
+    eventually,
+    generate,
+    request,
+    rig,
+    states,
+    tokens,
+    worker_server,
+)
+from tests.router.test_core import SLOW, warmed
 from warmkv import versions
 from warmkv.v1 import worker_pb2
+
+LOST = "LOST"
 
 
 async def upgraded_around(fleet: Rig, name: str) -> OldWire:
@@ -85,5 +100,45 @@ async def test_closing_a_request_reaches_a_worker_of_the_last_release() -> None:
             break
         await answer.aclose()
         await eventually(lambda: not any(worker.running or worker.waiting for worker in router.list_workers()))
+        await router.close()
+        await wire.stop()
+
+
+@pytest.mark.asyncio
+async def test_what_only_new_workers_understand_goes_to_them_alone() -> None:
+    async with rig(1) as fleet:
+        wire = await upgraded_around(fleet, "w1")
+        router = await fleet.start_router()
+        await all_ready(router, 2)
+        for seed in range(6):
+            body = request(tokens(seed, 60), 3)
+            body.sampling.frequency_penalty = 0.5
+            assert (await generate(router, body)).route.worker == "w0"
+        await fleet.kill_worker("w0")
+        await eventually(lambda: protocols(router).keys() == {"w1"} or states(router)["w0"] == LOST)
+        with pytest.raises(NoWorkerAvailable, match="w1 run an older warmkv that knows no penalties"):
+            await generate(router, body)
+        body.sampling.frequency_penalty = 0.0  # says nothing, so everybody understands it
+        assert (await generate(router, body)).route.worker == "w1"
+        assert "submit" not in wire.lost
+        await router.close()
+        await wire.stop()
+
+
+@pytest.mark.asyncio
+async def test_an_answer_is_not_handed_over_to_a_worker_that_cannot_go_on_with_it() -> None:
+    async with rig(1, timing=SLOW) as fleet:
+        router = await fleet.start_router()
+        await all_ready(router, 1)
+        answer = router.generate(request(tokens(1, 40), 400), caller=ALICE, context=context("id-1"))
+        await anext(answer)
+        wire = await upgraded_around(fleet, "w1")
+        await all_ready(router, 2)
+        await fleet.kill_worker("w0")
+        fleet.start_worker("w2")
+        last = [part async for part in answer][-1]
+        assert last.usage.completion_tokens == 400
+        assert (last.route.worker, last.route.handovers) == ("w2", 1)
+        assert "submit" not in wire.lost
         await router.close()
         await wire.stop()

@@ -13,6 +13,7 @@ import pytest
 
 from tests.workers.serving import config, routers
 from tests.workers.stream_client import PATIENCE_S, job
+from warmkv import versions
 from workers.simulated_info import info_for
 from workers.wire import hello_to_wire
 
@@ -40,7 +41,7 @@ def test_it_says_where_it_serves_serves_and_ends_in_good_order(ending: signal.Si
     ready = json.loads(process.stdout.readline())
     info = info_for(CONFIG)
     with routers(ready["address"]) as (router,):
-        expected = hello_to_wire(info, worker="w0", incarnation=ready["incarnation"])
+        expected = hello_to_wire(info, worker="w0", incarnation=ready["incarnation"], protocol_version=versions.NEWEST)
         hello = router.messages[0].hello
         assert (hello.scheme, hello.worker, hello.incarnation) == (expected.scheme, "w0", ready["incarnation"])
         router.send(submit=job(info.scheme, 1, list(range(100))))

@@ -302,8 +302,13 @@ def test_the_hello_states_the_whole_scheme() -> None:
 
 
 def test_a_worker_tells_where_it_serves_blocks_and_hears_who_else_does() -> None:
-    hello = hello_to_wire(replace(INFO, peer_address="10.0.0.1:7"), worker="w0", incarnation=12)
-    assert (hello.peer_address, hello_to_wire(INFO, worker="w0", incarnation=12).peer_address) == ("10.0.0.1:7", "")
+    hello = hello_to_wire(
+        replace(INFO, peer_address="10.0.0.1:7"), worker="w0", incarnation=12, protocol_version=versions.NEWEST
+    )
+    assert (
+        hello.peer_address,
+        hello_to_wire(INFO, worker="w0", incarnation=12, protocol_version=versions.NEWEST).peer_address,
+    ) == ("10.0.0.1:7", "")
     message = good_job()
     assert job_from_wire(message, job_id=(1, 7), info=INFO, now=0.0).peers == ()
     message.peers.extend(worker_pb2.PeerHint(address=f"w{n}:7", blocks=n) for n in range(5))
