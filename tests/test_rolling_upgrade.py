@@ -120,7 +120,6 @@ async def test_what_only_new_workers_understand_goes_to_them_alone() -> None:
             await generate(router, body)
         body.sampling.frequency_penalty = 0.0  # says nothing, so everybody understands it
         assert (await generate(router, body)).route.worker == "w1"
-        assert "submit" not in wire.lost
         await router.close()
         await wire.stop()
 
@@ -139,6 +138,5 @@ async def test_an_answer_is_not_handed_over_to_a_worker_that_cannot_go_on_with_i
         last = [part async for part in answer][-1]
         assert last.usage.completion_tokens == 400
         assert (last.route.worker, last.route.handovers) == ("w2", 1)
-        assert "submit" not in wire.lost
         await router.close()
         await wire.stop()
