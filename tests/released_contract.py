@@ -36,12 +36,11 @@ class OldWire:
     To the router it is a worker of that release, to the worker a router of it: what is newer is lost on the way.
 
     Attributes:
-        lost: names of newer fields that were sent all the same, by the message that had them.
+        refused: protocol versions of routers that such a worker would have turned away.
     """
 
     def __init__(self, worker_address: str) -> None:
         self._worker_address = worker_address
-        self.lost: set[str] = set()
         self.refused: list[int] = []
 
     async def start(self) -> str:
@@ -84,8 +83,5 @@ class OldWire:
 
     def _old(self, name: str, message: bytes) -> bytes:
         parsed = released(name).FromString(message)
-        before = parsed.ByteSize()
         parsed.DiscardUnknownFields()
-        if parsed.ByteSize() != before:
-            self.lost.add(str(parsed.WhichOneof("kind")))
         return parsed.SerializeToString()
