@@ -38,6 +38,7 @@ from workers.protocol import (
     StepReport,
     TokenLogprob,
 )
+from workers.prefill_only import PrefillOnly
 from workers.proven import Proven
 from workers.refusal import refusal
 from workers.sampler import Row, Sampled, sample
@@ -113,16 +114,19 @@ class TorchEngine:
         self._stalled = False
         self.cache = EngineCache(store, self._scheduler, peers, self._default)
         self._proven = Proven()
+        self._prefill_only = PrefillOnly(None if peers is None else peers.board, self._block_size)
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
         if (error := refusal(job, self.info, capacity=self._capacity, running=self._sequences)) is not None:
             self._outputs.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
             return
+        now = self._clock()
         if self._peers is not None:
             self._peers.learn(job)
+            if (promise := self._peers.promise(job, now)) is not None:
+                self.store.expect(promise)
         self._arrivals += 1
-        now = self._clock()
         sequence = Sequence(
             job=job,
             arrival=self._arrivals,
@@ -134,6 +138,7 @@ class TorchEngine:
         )
         sequence.expected_cached = self._expected_blocks(sequence) * self._block_size
         self._sequences[job.job_id] = sequence
+        self._prefill_only.begin(sequence)
         self._scheduler.add(sequence)
 
     def cancel(self, job_id: JobId) -> None:
@@ -218,7 +223,8 @@ class TorchEngine:
         names = sequence.readable(self._block_size)
         prefilling = (other for other in self._scheduler if other.remaining > 1 and not other.job.no_store)
         made = [shared_blocks(names, other.hashes) for other in prefilling]
-        return max(len(self.store.match(names, self._scheduler.reads)), *made, 0)
+        promised = 0 if sequence.job.promise is None else min(sequence.job.promise.blocks, len(names))
+        return max(len(self.store.match(names, self._scheduler.reads)), promised, *made, 0)
 
     def _run(self, chunks: list[Chunk]) -> None:
         started = self._clock()
@@ -235,6 +241,7 @@ class TorchEngine:
             return
         self._failures.succeeded()
         self._commit(chunks, sampled)
+        self._prefill_only.stepped(chunk.sequence for chunk in chunks)
         for sequence, token in sampled.items():
             self._advance(sequence, token)
         self._steps += 1
@@ -296,6 +303,9 @@ class TorchEngine:
         if sequence.num_proven < sequence.num_committed:
             self._proven.add(sequence.hashes[sequence.num_proven : sequence.num_committed])
             sequence.num_proven = sequence.num_committed
+        if sequence.job.prefill_only:
+            self._end(sequence, FinishReason.LENGTH)
+            return
         sequence.token_ids.append(sampled.token_id)
         ended = self._is_end(sequence, sampled.token_id)
         output = self._output(sequence, sampled.token_id, sampled.logprob)
@@ -344,6 +354,7 @@ class TorchEngine:
         if sequence.first_token_at is not None:
             answered_ms = (self._clock() - sequence.first_token_at) * 1000
             self._answers.ended(answered_ms, sequence.num_generated, self.store.device.available - available)
+        self._prefill_only.ended(sequence)
         del self._sequences[sequence.job.job_id]
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: JobError | None = None) -> None:

@@ -61,6 +61,20 @@ class PeerHint:
 
 
 @dataclass(frozen=True, slots=True)
+class Promised:
+    """Another worker computes the leading `blocks` blocks of a prompt for this job, and serves them at `address`.
+
+    `ready_ms`: when all should be there, from the job's arrival. `margin_ms`: what it is worth not to compute them here,
+    besides the time that takes.
+    """
+
+    address: str
+    blocks: int
+    ready_ms: float
+    margin_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A request, ready to run.
 
@@ -73,6 +87,8 @@ class Job:
         deadline: on the engine's clock; None: none.
         request_id: for log lines.
         peers: who seems to hold more of it than this worker, whom to ask first.
+        promise: who is computing blocks of it right now; None: nobody.
+        prefill_only: compute the prompt's blocks, commit them, and end without a token.
     """
 
     job_id: JobId
@@ -89,6 +105,8 @@ class Job:
     deadline: float | None = None
     request_id: str = ""
     peers: tuple[PeerHint, ...] = ()
+    promise: Promised | None = None
+    prefill_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,11 @@ class Acquisition(Protocol):
         ...
 
     @property
+    def made_elsewhere(self) -> int:
+        """Blocks that another worker computed for this very request."""
+        ...
+
+    @property
     def load_ms(self) -> float:
         """How long it took."""
         ...
@@ -144,6 +149,10 @@ class Sequence:
             self.load_ms = acquired.load_ms
             self.num_cached_tokens = self.num_computed
             self.fates = _fates(acquired.fates, self.num_prompt, block_size)
+            if made := acquired.made_elsewhere * block_size:  # it took this request's own forward, on another worker
+                self.fates[TierName.PEER.value] -= made
+                self.fates[COMPUTED] += made
+                self.fates = {tier: tokens for tier, tokens in self.fates.items() if tokens or tier == COMPUTED}
 
     def reset(self) -> None:
         """Forget blocks and progress; the caller has given the blocks back."""

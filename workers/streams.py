@@ -38,6 +38,7 @@ from workers.joining import Door
 from workers.other_jobs import RunningJobs
 from workers.outbox import Outbox, OutboxLimits, WireEvents
 from workers.protocol import Engine, EngineInfo, FinishReason, JobError, Output
+from workers.roles import Role
 from workers.router_stream import Context, ProtocolViolation, RouterStream, Status
 from workers.wire import (
     JobRefused,
@@ -70,8 +71,9 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         clock: Clock,
         limits: OutboxLimits | None = None,
         kv_events_off: bool = False,
+        role: Role = Role.BOTH,
     ) -> None:
-        self._kv_events_off = kv_events_off
+        self._kv_events_off, self._role = kv_events_off, role
         self._info = info
         self._engine = engine
         self._worker, self._incarnation = worker, incarnation
@@ -165,7 +167,11 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
     def _open(self, router: str) -> RouterStream:
         # Asked anew each time: the shared tier's server may have come, or restarted.
         hello = hello_to_wire(
-            self._info(), worker=self._worker, incarnation=self._incarnation, kv_events_off=self._kv_events_off
+            self._info(),
+            worker=self._worker,
+            incarnation=self._incarnation,
+            kv_events_off=self._kv_events_off,
+            role=self._role,
         )
         now = self._clock()
         hello.recent_work_ms, hello.up_ms = self._running.recent_work_ms(now), self._running.up_ms(now)

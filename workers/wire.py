@@ -28,9 +28,11 @@ from workers.protocol import (
     Load,
     Output,
     PeerHint,
+    Promised,
     SamplingParams,
     TokenLogprob,
 )
+from workers.roles import Role
 
 PROTOCOL_VERSION = 2
 MAX_KEEP_PRIORITY = 100
@@ -62,6 +64,13 @@ _FINISHES = {
 }
 
 
+_ROLES = {
+    Role.BOTH: worker_pb2.WORKER_ROLE_BOTH,
+    Role.PREFILL: worker_pb2.WORKER_ROLE_PREFILL,
+    Role.DECODE: worker_pb2.WORKER_ROLE_DECODE,
+}
+
+
 class Refusal(StrEnum):
     """Reasons that the server itself gives for not running a job; engines have more."""
 
@@ -88,7 +97,7 @@ def package_version() -> str:
 
 
 def hello_to_wire(
-    info: EngineInfo, *, worker: str, incarnation: int, kv_events_off: bool = False
+    info: EngineInfo, *, worker: str, incarnation: int, kv_events_off: bool = False, role: Role = Role.BOTH
 ) -> worker_pb2.WorkerHello:
     """What the worker says of itself, once a stream. `kv_events_off`: it will not tell which blocks it holds."""
     scheme = info.scheme
@@ -117,6 +126,7 @@ def hello_to_wire(
         eos_token_ids=info.eos_token_ids,
         peer_address=info.peer_address,
         kv_events_off=kv_events_off,
+        role=_ROLES[role],
     )
 
 
@@ -146,7 +156,14 @@ def job_from_wire(message: worker_pb2.Job, *, job_id: JobId, info: EngineInfo, n
         deadline=now + message.deadline_ms / 1000 if message.HasField("deadline_ms") else None,
         request_id=message.request_id,
         peers=tuple(PeerHint(hint.address, hint.blocks) for hint in message.peers[:MAX_PEERS]),
+        promise=_promise(message),
+        prefill_only=message.prefill_only,
     )
+
+
+def _promise(message: worker_pb2.Job) -> Promised | None:
+    told = message.promise
+    return Promised(told.address, told.blocks, told.ready_ms, told.margin_ms) if message.HasField("promise") else None
 
 
 def _prompt_of(message: worker_pb2.Job) -> Sequence[int]:

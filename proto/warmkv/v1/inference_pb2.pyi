@@ -285,6 +285,7 @@ class Route(_message.Message):
     ROUTER_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ROUTER_WAIT_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_WORKER_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     policy: _builtins.str
@@ -305,6 +306,8 @@ class Route(_message.Message):
     """The id under which every log line of this request is filed."""
     router_wait_ms: _builtins.float
     """How long it waited in the router until a worker's queue was short enough, milliseconds; part of ttft_ms."""
+    prefill_worker: _builtins.str
+    """The worker that computed the prompt for the one that answered; empty: that did it itself."""
     def __init__(
         self,
         *,
@@ -318,10 +321,11 @@ class Route(_message.Message):
         router: _builtins.str = ...,
         request_id: _builtins.str = ...,
         router_wait_ms: _builtins.float = ...,
+        prefill_worker: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "reason", b"reason", "request_id", b"request_id", "retries", b"retries", "router", b"router", "router_wait_ms", b"router_wait_ms", "ttft_ms", b"ttft_ms", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "prefill_worker", b"prefill_worker", "reason", b"reason", "request_id", b"request_id", "retries", b"retries", "router", b"router", "router_wait_ms", b"router_wait_ms", "ttft_ms", b"ttft_ms", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
