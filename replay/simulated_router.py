@@ -23,6 +23,7 @@ from router.cost import WorkerLoad
 from router.decide import Choice, Decider, Question
 from router.fleet import Fleet
 from router.fleet_record import FleetRecord
+from router.pairing import NO_ROLE
 from router.policy import checked_weights, find_policy
 from router.traffic import Known
 
@@ -72,6 +73,7 @@ class _Link:
     """What the decider reads of a `router.link.WorkerLink`."""
 
     hello = None  # serves no blocks to others
+    role = NO_ROLE
     owes_clear = False  # nobody clears anything
 
     def __init__(self, name: str, engine: Engine, timeline: Timeline, delay_s: float) -> None:
@@ -271,8 +273,7 @@ class SimulatedRouter:
 
 def given_by(choice: Choice, block_size: int) -> Given:
     """What a choice gives to its worker."""
-    price = choice.price
-    return Given(choice.worker, price.load_ms + price.compute_ms, min(choice.held, price.cached_tokens // block_size))
+    return Given(choice.worker, choice.own_work_ms, choice.own_cached_blocks(block_size))
 
 
 def events_of(change: CacheChange) -> list[KvEvent]:

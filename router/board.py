@@ -17,6 +17,7 @@ from router.fleet import Fleet
 from router.index import PrefixIndex
 from router.ledger import FATES, Totals
 from router.link import WorkerLink
+from router.pairing import ROLE_NAMES
 from router.policy import POLICIES, Policy, checked_weights, find_policy
 from router.prefix_map import PrefixMap, UsedPrefix
 from warmkv.v1 import admin_pb2, common_pb2
@@ -147,6 +148,7 @@ class Board:
             model=link.hello.model if link.hello else "",
             device=link.hello.device if link.hello else "",
             index=self._trust(link) if link.synced else None,
+            role=ROLE_NAMES[link.role] if link.hello else "",
         )
         if link.report is not None and link.connected:
             load, fit = link.report.message, link.report.load.fit

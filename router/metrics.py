@@ -72,6 +72,12 @@ class Metrics:
         self.retries = declare.counter(
             "request_retries", "Requests sent again because their worker was lost.", "worker"
         )
+        self.prefills = declare.counter(
+            "prefill_jobs",
+            "Prompts that a worker prefilled for another one: done, cancelled, failed, or lost with it.",
+            "worker",
+            "outcome",
+        )
         self.decisions = declare.counter("route_decisions", "Routing decisions.", "policy", "reason")
         self.shadow_decisions = declare.counter(
             "shadow_decisions",

@@ -24,6 +24,7 @@ from router.protocol import Caller, Prompt, RequestContext
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 
 if TYPE_CHECKING:
+    from router.prefill_jobs import PrefillJob
     from router.watching import Arrival
 
 
@@ -70,6 +71,7 @@ class Request:
     record: admin_pb2.DecisionRecord | None = None
     arrival: Arrival | None = None  # set while somebody watches
     flight: Flight | None = None
+    prefill: PrefillJob | None = None  # another worker's part of it
     lost: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)  # workers whose stream lost something of it
     avoid: set[str] = field(default_factory=set)
@@ -116,6 +118,11 @@ class Request:
             self._settle()
         return right
 
+    def end_prefill(self) -> None:
+        """The worker that answers needs no more blocks of the one that prefilled for it."""
+        if self.prefill is not None:
+            self.prefill.end()
+
     def finish(self, code: grpc.StatusCode) -> None:
         """The caller got its answer or error. The bill waits for a worker that is still at it."""
         self.code = code.name
@@ -145,6 +152,8 @@ class Request:
             route.reason = self.choice.decision.reason
             route.predicted_ttft_ms = self.choice.predicted_ttft_ms
             route.predicted_cached_tokens = self.choice.price.cached_tokens
+            if self.choice.pair is not None:
+                route.prefill_worker = self.choice.pair.worker
         return route
 
     def _settle(self) -> None:

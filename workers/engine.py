@@ -27,6 +27,7 @@ from workers.detokenize import TextStream
 from workers.engine_cache import EngineCache
 from workers.models import ModelRunner
 from workers.peers import Peers
+from workers.prefill_only import PrefillOnly
 from workers.protocol import (
     EngineInfo,
     FinishReason,
@@ -38,7 +39,6 @@ from workers.protocol import (
     StepReport,
     TokenLogprob,
 )
-from workers.prefill_only import PrefillOnly
 from workers.proven import Proven
 from workers.refusal import refusal
 from workers.sampler import Row, Sampled, sample

@@ -64,8 +64,8 @@ class PeerHint:
 class Promised:
     """Another worker computes the leading `blocks` blocks of a prompt for this job, and serves them at `address`.
 
-    `ready_ms`: when all should be there, from the job's arrival. `margin_ms`: what it is worth not to compute them here,
-    besides the time that takes.
+    `ready_ms`: when all should be there, from the job's arrival. `margin_ms`: what it is worth not to compute them
+    here, besides the time that takes.
     """
 
     address: str

@@ -107,9 +107,7 @@ class PeerTier(OfOthers):
         self._delivered(arrived)
         return Delivery(len(arrived), ended if is_short else None)  # what fails behind the last block ends nothing
 
-    def progress(
-        self, tickets: Sequence[BlockHash], seen: Sequence[Progress], *, patience_s: float
-    ) -> list[Progress]:
+    def progress(self, tickets: Sequence[BlockHash], seen: Sequence[Progress], *, patience_s: float) -> list[Progress]:
         """How far the peer is with what it makes; it answers when that is not as it was seen, or after the patience.
 
         Raises:

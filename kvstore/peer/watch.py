@@ -5,9 +5,9 @@ Covers: asking, again and again, until nobody waits any more. Does not cover: wh
 
 A peer is asked about all of its promises in one question, which it answers when one of them changes, or after
 `PATIENCE_S`: so a promise that is new waits no longer than that to be asked about, and a peer that makes nothing new
-costs forty small frames a second. A connection that breaks, or an answer that is none, breaks the promises of that peer:
-it has died, or does not know the question. One that is only silent is asked again: how long to bear with it is decided
-by who waits.
+costs forty small frames a second. A connection that breaks, or an answer that is none, breaks the promises of that
+peer: it has died, or does not know the question. One that is only silent is asked again: how long to bear with it is
+decided by who waits.
 """
 
 from __future__ import annotations

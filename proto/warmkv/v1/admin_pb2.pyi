@@ -120,6 +120,7 @@ class WorkerInfo(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     PREFILL_MS_PER_1K_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     address: _builtins.str
@@ -140,6 +141,8 @@ class WorkerInfo(_message.Message):
     """Requests that wait there, from all routers."""
     prefill_ms_per_1k: _builtins.float
     """Milliseconds to prefill 1,000 tokens, as measured."""
+    role: _builtins.str
+    """both, prefill or decode; empty while nothing was heard of it."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierUsage]:
         """How full its tiers are."""
@@ -163,10 +166,11 @@ class WorkerInfo(_message.Message):
         tiers: _abc.Iterable[Global___TierUsage] | None = ...,
         prefill_ms_per_1k: _builtins.float = ...,
         index: Global___IndexTrust | None = ...,
+        role: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "index", b"index", "model", b"model", "name", b"name", "prefill_ms_per_1k", b"prefill_ms_per_1k", "problem", b"problem", "running", b"running", "state", b"state", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "index", b"index", "model", b"model", "name", b"name", "prefill_ms_per_1k", b"prefill_ms_per_1k", "problem", b"problem", "role", b"role", "running", b"running", "state", b"state", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
