@@ -148,7 +148,8 @@ def generation_text(stream: Generation) -> str:
     prefilled = f", prefilled by {route.prefill_worker}" if route.prefill_worker else ""
     return (
         f"[{fates_text(usage.prompt_tokens_by_fate)}; {usage.completion_tokens} generated, {stream.finish_reason}; "
-        f"{route.worker} because {route.reason}{prefilled}; first token after {route.ttft_ms:.0f} ms{waited}{predicted}]"
+        f"{route.worker} because {route.reason}{prefilled}; "
+        f"first token after {route.ttft_ms:.0f} ms{waited}{predicted}]"
     )
 
 
