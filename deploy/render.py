@@ -74,7 +74,7 @@ def is_healthy(stats: admin_pb2.WatchStatsResponse) -> bool:
 
 def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
     """The fleet at a glance."""
-    header = ("worker", "state", "address", "run", "wait", "ms/1k prefill", "tiers")
+    header: tuple[str, ...] = ("worker", "state", "address", "run", "wait", "ms/1k prefill", "tiers")
     rows = [_worker_row(worker) for worker in stats.workers]
     if any(worker.role not in ("", "both") for worker in stats.workers):
         header = ("worker", "role", *header[1:])

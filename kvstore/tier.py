@@ -307,13 +307,12 @@ class PromiseWatch(Protocol):
 
 
 class HintedTier(Tier, Protocol):
-    """A tier that others own and that is only read from. `match` answers from what it was told, and asks nobody.
+    """A tier that others own and that is only read from. `match` answers from what it was told, and asks nobody."""
 
-    Attributes:
-        watch: hears of what its owners are making for us.
-    """
-
-    watch: PromiseWatch
+    @property
+    def watch(self) -> PromiseWatch:
+        """Hears of what its owners are making for us."""
+        ...
 
     def find(self, name: BlockHash) -> BlockMeta | None:
         """The metadata under which a block was last read there; None: not known."""

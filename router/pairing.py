@@ -138,9 +138,11 @@ def _price(answering: Candidate, made: Price, all_ms: float, last_ms: float, tai
     compute_ms = made.compute_ms + tail_ms
     load_ms = made.load_ms + max(last_ms, all_ms - made.load_ms - made.compute_ms)
     queue = ready_ms + tail_ms - load_ms - compute_ms
-    found = {tier: tokens for tier, tokens in answering.price.cached.items() if tier is not TierName.PEER}
+    found: dict[TierName, int] = dict(answering.price.cached)
+    found.pop(TierName.PEER, None)
     here = sum(found.values())
     # What the maker has already is a hit, and comes from a peer; what it makes is computed.
     there = max(0, made.cached_tokens - here)
-    cached = {**found, TierName.PEER: there} if there else found
-    return Price(max(0.0, queue), load_ms, compute_ms, answering.price.cold_ms, cached, here + there)
+    if there:
+        found[TierName.PEER] = there
+    return Price(max(0.0, queue), load_ms, compute_ms, answering.price.cold_ms, found, here + there)

@@ -46,8 +46,10 @@ def role_of(name: str, text: str) -> Role:
         ValueError: see `parse_roles`.
     """
     roles, digits = parse_roles(text), re.search(r"\d+$", name)
-    number = int(digits[0]) if digits else None
-    for role, count in roles if number is not None else ():
+    if digits is None:
+        return Role.BOTH
+    number = int(digits[0])
+    for role, count in roles:
         if number < count:
             return role
         number -= count
