@@ -41,6 +41,7 @@ def replay(
     engine: options.Engine = "serial",
     host: options.Host = None,
     redis: options.Redis = None,
+    roles: options.Roles = "",
     prefill_tokens_per_s: options.PrefillRate = None,
     speed: options.Speed = 1.0,
     closed_loop: options.ClosedLoop = False,
@@ -85,6 +86,7 @@ def replay(
         affinity=affinity,
         host=host,
         redis=redis,
+        roles=roles,
     )
     runs = [Run(source, fleet, each, seed) for each in chosen for seed in range(1, seeds + 1)]
     with running(1 if len(runs) == 1 else processes) as runner:

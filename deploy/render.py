@@ -75,8 +75,12 @@ def is_healthy(stats: admin_pb2.WatchStatsResponse) -> bool:
 
 def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
     """The fleet at a glance."""
-    header = ("worker", "state", "address", "run", "wait", "ms/1k prefill", "tiers")
-    parts = [table(header, (_worker_row(worker) for worker in stats.workers))] if stats.workers else ["no workers"]
+    header: tuple[str, ...] = ("worker", "state", "address", "run", "wait", "ms/1k prefill", "tiers")
+    rows = [_worker_row(worker) for worker in stats.workers]
+    if any(worker.role not in ("", "both") for worker in stats.workers):
+        header = ("worker", "role", *header[1:])
+        rows = [(row[0], worker.role or "-", *row[1:]) for row, worker in zip(rows, stats.workers, strict=True)]
+    parts = [table(header, rows)] if stats.workers else ["no workers"]
     parts += [f"{worker.name}: {worker.problem}" for worker in stats.workers if worker.problem]
     parts += [f"{worker.name}: {doubt}" for worker in stats.workers if (doubt := _doubt(worker.index))]
     parts += [note for worker in stats.workers if (note := _older(worker))]
@@ -145,9 +149,11 @@ def generation_text(stream: Generation) -> str:
     usage, route = stream.usage, stream.route
     waited = f", {route.router_wait_ms:.0f} of it in the router's queue" if route.router_wait_ms else ""
     predicted = f", predicted {route.predicted_ttft_ms:.0f}" if route.predicted_ttft_ms else ""
+    prefilled = f", prefilled by {route.prefill_worker}" if route.prefill_worker else ""
     return (
         f"[{fates_text(usage.prompt_tokens_by_fate)}; {usage.completion_tokens} generated, {_ends(stream)}; "
-        f"{route.worker} because {route.reason}; first token after {route.ttft_ms:.0f} ms{waited}{predicted}]"
+        f"{route.worker} because {route.reason}{prefilled}; "
+        f"first token after {route.ttft_ms:.0f} ms{waited}{predicted}]"
     )
 
 
@@ -183,7 +189,13 @@ def explain_text(answer: inference_pb2.ExplainResponse) -> str:
     lines.append(f"policy {answer.policy} {weights_text(answer.weights)}".rstrip())
     chosen = f"{answer.worker}, because {answer.reason}" if answer.worker else "nobody: no worker takes requests"
     waits = f", after about {answer.router_wait_ms:.0f} ms in the router's queue" if answer.router_wait_ms else ""
-    lines += [f"would go to {chosen}{waits}", ""]
+    lines.append(f"would go to {chosen}{waits}")
+    if answer.prefill_worker:
+        lines.append(
+            f"prefilled by {answer.prefill_worker}: {answer.pair_cost_ms:.0f} ms for both and those whom they delay, "
+            f"{answer.alone_cost_ms:.0f} alone"
+        )
+    lines.append("")
     header = ("worker", "cached", f"cost {answer.cost_unit}".rstrip(), "TTFT ms", "terms", "")
     lines.append(table(header, (_candidate_row(candidate) for candidate in answer.candidates)))
     if answer.HasField("miss"):

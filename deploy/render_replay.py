@@ -27,6 +27,7 @@ OPEN_AFTER_ALL = (
     "--closed-loop changed nothing: the trace does not tell which requests wait for which answers. `warmkv record` "
     "writes it for requests with an affinity key."
 )
+_TOKENS_HEADER = ("policy", "TPOT p50", "TPOT p99", "ITL p99", "tokens/s")
 _MEANING = "hit rate: share of prompt tokens found in a cache. busiest: the busiest worker's prefill by the mean."
 
 
@@ -39,6 +40,8 @@ def replay_text(trace: Trace, results: Sequence[Result]) -> str:
     rows = [_row(name, group) for name, group in groups.items()]
     happened = happened_row(trace)
     lines.append(table(_HEADER, [*([happened] if happened else []), *rows]))
+    if fleet.roles:
+        lines += ["", table(_TOKENS_HEADER, [_tokens_row(name, group) for name, group in groups.items()])]
     lines += ["", _MEANING]
     if len({result.run.seed for result in results}) > 1:
         lines.append("±: half of the range over seeds.")
@@ -137,6 +140,7 @@ def fleet_text(fleet: Fleet, source: Source) -> str:
     parts = [f"{fleet.workers} worker{plural} of {fleet.capacity_tokens:,} tokens"]
     parts += [f"{fleet.host_tokens:,} in host RAM"] if fleet.host_tokens else []
     parts += [f"{fleet.redis_tokens:,} in a shared tier"] if fleet.redis_tokens else []
+    parts += [fleet.roles] if fleet.roles else []
     parts += [f"engine {fleet.engine}"]
     parts += [f"{fleet.prefill_tokens_per_s:,.0f} tokens/s prefill"] if fleet.prefill_tokens_per_s else []
     parts += [f"{fleet.routers} routers"] if fleet.routers > 1 else []
@@ -252,6 +256,18 @@ def _row(name: str, group: Sequence[Result]) -> tuple[str, ...]:
         f"{of['unanswered'].mean:.0f}",
         f"{of['simulated_per_s'].mean:,.0f}/s",
     )
+
+
+def _tokens_row(name: str, group: Sequence[Result]) -> tuple[str, ...]:
+    """Between two tokens of an answer: the mean of each request, and all gaps."""
+    names = ("tpot_p50_s", "tpot_p99_s", "itl_p99_s")
+    of = {column: spread([float(getattr(result.figures, column)) for result in group]) for column in names}
+    each = (with_spread(of[column], _fine_seconds, nothing=0.00005) for column in names)
+    return (name, *each, f"{statistics.fmean(result.figures.tokens_per_s for result in group):,.0f}")
+
+
+def _fine_seconds(seconds: float) -> str:
+    return "-" if math.isnan(seconds) else f"{seconds * 1e3:.1f} ms"
 
 
 def _shipped_facts() -> dict[str, dict[str, float]]:

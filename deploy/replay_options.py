@@ -48,6 +48,16 @@ Redis = Annotated[
     str | None,
     typer.Option("--redis", metavar="TOKENS", help="In the shared tier; not `serial`.", show_default="none"),
 ]
+Roles = Annotated[
+    str,
+    typer.Option(
+        "--roles",
+        metavar="ROLE=N,...",
+        help="Who prefills and who answers, as prefill=2,decode=6; not `serial`. With it, or with both=8, the times "
+        "between tokens are shown.",
+        show_default="all do both",
+    ),
+]
 PrefillRate = Annotated[
     float | None,
     typer.Option(
@@ -139,6 +149,7 @@ def fleet_of(
     affinity: bool | None = None,
     host: str | None = None,
     redis: str | None = None,
+    roles: str = "",
 ) -> Fleet:
     """What the trace is replayed on. Raises Failure."""
     from replay.comparison import Fleet
@@ -153,7 +164,7 @@ def fleet_of(
     delay_s = duration("--event-delay", event_delay)
     host_tokens = None if host is None else token_count("--host", host)
     redis_tokens = None if redis is None else token_count("--redis", redis)
-    checked(lambda: tiers(engine, host_tokens=host_tokens, redis_tokens=redis_tokens))
+    checked(lambda: tiers(engine, host_tokens=host_tokens, redis_tokens=redis_tokens, roles=roles))
     return Fleet(
         workers,
         tokens,
@@ -165,6 +176,7 @@ def fleet_of(
         failures,
         host_tokens,
         redis_tokens,
+        roles,
     )
 
 

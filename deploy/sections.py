@@ -25,6 +25,7 @@ from deploy.quantities import Duration, OptionalDuration, Size, format_size
 from kvstore.eviction.tail import DEFAULT_THRESHOLD_S
 from kvstore.patience import DEFAULT_SLACK_S
 from router.index import DEFAULT_BYTES
+from workers.roles import parse_roles
 
 LOOPBACK = "127.0.0.1"
 _LEAST_INDEX_BYTES = 16 << 20
@@ -41,6 +42,14 @@ def _redis_url(value: SecretStr) -> SecretStr:
             "a Redis URL starts with redis://, rediss:// (TLS), redis+sentinel://, redis+cluster:// or unix://"
         )
     return value
+
+
+def _roles(text: str) -> str:
+    parse_roles(text)
+    return text
+
+
+Roles = Annotated[str, AfterValidator(_roles)]
 
 
 def _host_names(value: object) -> object:
@@ -132,6 +141,11 @@ class WorkersSettings(_Section):
     )
     advertise_host: str | None = Field(
         default=None, description="What routers dial; none: the bind host or the node's address."
+    )
+    roles: Roles = Field(
+        default="",
+        description="Who prefills and who answers, as prefill=1,decode=3 in the order of the workers' numbers; empty: "
+        "all do both.",
     )
     port: Port = Field(default=0, description="Where workers listen; 0: any free port.")
     peer_port: Port = Field(default=0, description="Where workers serve blocks to one another; 0: any free port.")

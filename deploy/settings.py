@@ -98,6 +98,7 @@ class Settings(BaseSettings):
             kv_events=self.workers.kv_events,
             peers=self.store.peers,
             peer_port=self.workers.peer_port,
+            roles=self.workers.roles,
             block_size=self.store.block_size,
             default_ttl_s=self.store.default_ttl,
             load_slack_s=self.store.load_slack,

@@ -15,6 +15,10 @@ from kvstore.lifetime import FOR_EVER, Lifetime
 ComputeMs = Callable[[int, int], float]  # (first block, number of blocks) -> predicted milliseconds to compute them
 
 
+LEAST_PROMISE_S = 0.25  # for a message to the maker, and a first contact with it
+MAX_PROMISE_S = 120.0
+
+
 @dataclass(frozen=True, slots=True)
 class ReadTiers:
     """Which tiers a request may read from (directive no_read: none; the fleet record may forbid the shared one).
@@ -62,6 +66,30 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
+class Promise:
+    """Another worker is making the leading blocks of a prompt now, for who wants them here.
+
+    Attributes:
+        address: where it serves them. ticket: the hash of the last one, by which it is asked how far it is.
+        blocks: how many. ready_ms: after how long all of them should be made, from `learnt_at` on.
+        margin_ms: what it is worth not to compute them here, besides the time that takes.
+        learnt_at: on the store's clock.
+    """
+
+    address: str
+    ticket: BlockHash
+    blocks: int
+    ready_ms: float
+    margin_ms: float
+    learnt_at: float
+
+    @property
+    def longest_s(self) -> float:
+        """After so long it is waited for no more, whatever has come."""
+        return min(MAX_PROMISE_S, LEAST_PROMISE_S + (2 * self.ready_ms + self.margin_ms) / 1e3)
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedRun:
     """Consecutive blocks that would be treated alike.
 
@@ -106,6 +134,7 @@ class Acquisition:
         self.is_cut = False  # what it waited for was cleared meanwhile: it takes no more from slow tiers
         self.tried: dict[TierName, int] = {}  # position at which a tier came up short
         self.arrived: dict[BlockHash, TierName] = {}  # loaded by somebody else that this one waited for
+        self.promised_from: int | None = None  # blocks of peers from here on were made for this request alone
         self._give_back = give_back
 
     def cancel(self) -> None:
@@ -126,6 +155,13 @@ class Acquisition:
     def position(self) -> int:
         """How many blocks have come."""
         return len(self.block_ids)
+
+    @property
+    def made_elsewhere(self) -> int:
+        """Of the blocks that have come, those that another worker computed for this very request: they are no hits."""
+        if self.promised_from is None:
+            return 0
+        return sum(tier is TierName.PEER for tier in self.fates[self.promised_from :])
 
     @property
     def rest(self) -> Sequence[BlockHash]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from kvstore.acquisition import Acquisition, PlannedRun, Wish
+from kvstore.acquisition import Acquisition, PlannedRun, Promise, Wish
 from kvstore.blocks import BlockHash
 from kvstore.device import DeviceTier
 from kvstore.events import TierName
@@ -27,13 +27,15 @@ from kvstore.loading import FindMeta, Load, Loader
 from kvstore.patience import DEFAULT_SLACK_S, limits
 from kvstore.planning import plan
 from kvstore.prefetching import Prefetcher
+from kvstore.promised import Promised
 from kvstore.slow_reads import SlowReads, until_device
 from kvstore.source import Source
-from kvstore.tier import BlockMeta, Clock
+from kvstore.tier import BlockMeta, Clock, HintedTier
 
 RESERVE_SHARE = 64  # of the device's blocks one in so many is left by loads, for sequences that run
 HOST_STEP_NBYTES = 256 << 20  # tens of milliseconds of copying
 CLOSE_WAIT_S = 5.0
+LOOK_AGAIN_S = 0.02  # while somebody waits for what others make
 
 OnRead = Callable[[Source, list[BlockMeta], int, bool], None]
 
@@ -57,6 +59,7 @@ class Promoter:
         slack_s: float = DEFAULT_SLACK_S,
         host_step_nbytes: int = HOST_STEP_NBYTES,
         wall_clock: Clock = time.time,
+        peers: HintedTier | None = None,
     ) -> None:
         """Take over the tiers.
 
@@ -70,6 +73,7 @@ class Promoter:
             slack_s: see `patience`.
             host_step_nbytes: copied from host between two calls of `pump`; at least one block is.
             wall_clock: seconds since the epoch; what fixed ends of lifetimes go by.
+            peers: the one of `slow` whose owners may be making what is wanted; None: there is none.
         """
         self._device, self._host, self._clock, self._on_read = device, host, clock, on_read
         self._slack_s = slack_s
@@ -89,14 +93,20 @@ class Promoter:
         self._kept_for_waiters: list[int] = []  # device blocks, referenced until those who wait have taken them
         self._copies_a_step = max(1, host_step_nbytes // device.block_nbytes)
         self._copies_left = self._copies_a_step
+        self._promised = Promised(peers, clock=clock, slack_s=slack_s, on_news=self._loader.arrived.set)
         self._paused: list[Acquisition] = []  # host holds more of them than one step may copy; longest ago first
 
     def start(self, wish: Wish) -> Acquisition:
         """Take what is near and start to load the rest."""
         acquisition = Acquisition(wish, self._device.release)
         acquisition.started = self._clock()
+        self._promised.begin(acquisition)
         self._advance(acquisition)
         return acquisition
+
+    def expect(self, promise: Promise) -> None:
+        """Another worker is making these blocks: who acquires them from now on may wait for them."""
+        self._promised.learn(promise)
 
     def prefetch(self, wish: Wish) -> int:
         """As `Prefetcher.start`."""
@@ -121,10 +131,12 @@ class Promoter:
             load.leave(acquisition)
             self._resume(acquisition, load, self._land_early(load, acquisition))
             self._end_keeping()
+        for acquisition in self._promised.due():
+            self._advance(acquisition)
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something arrived, or the timeout. Any thread may wait."""
-        self._loader.wait(timeout_s)
+        self._loader.wait(min(timeout_s, LOOK_AGAIN_S) if self._promised else timeout_s)
 
     def used(self, names: Iterable[BlockHash]) -> None:
         """As `Prefetcher.used`."""
@@ -135,8 +147,9 @@ class Promoter:
         return self._loader.metas()
 
     def discard(self, names: set[BlockHash]) -> None:
-        """As `Loader.discard`."""
+        """As `Loader.discard`; and nothing is waited for any more that others make."""
         self._loader.discard(names)
+        self._promised.cut()
 
     def close(self) -> None:
         """Take in the loads that end soon, and give the others up. Nothing is loaded any more."""
@@ -148,7 +161,7 @@ class Promoter:
                 load.leave(acquisition)
                 self._resume(acquisition, load, self._land_early(load, acquisition))
                 self._end_keeping()
-        for acquisition in self._paused:
+        for acquisition in (*self._paused, *self._promised.close()):
             acquisition.done = True
         self._paused.clear()
 
@@ -171,7 +184,7 @@ class Promoter:
     def _take_rest(self, acquisition: Acquisition) -> None:
         while self._take_device(acquisition) or self._take_host(acquisition):
             pass
-        if not (acquisition.is_paused or self._await_load(acquisition)):
+        if not (acquisition.is_paused or self._await_load(acquisition) or self._promised.holds(acquisition)):
             acquisition.done = True
             acquisition.load_ms = 1e3 * (self._clock() - acquisition.started)
 

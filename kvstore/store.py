@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 
-from kvstore.acquisition import Acquisition, ComputeMs, PlannedRun, ReadTiers, Wish
+from kvstore.acquisition import Acquisition, ComputeMs, PlannedRun, Promise, ReadTiers, Wish
 from kvstore.admission import Admission, Moment
 from kvstore.blocks import BlockHash
 from kvstore.clearing import Clearing
@@ -129,6 +129,7 @@ class TieredStore:
             slack_s=load_slack_s,
             host_step_nbytes=host_step_bytes,
             wall_clock=wall_clock,
+            peers=peers,
         )
         self._clearing = Clearing(
             device, host, disk, shared, peers, lanes=self._lanes, promoter=self._promoter, leases=self._leases
@@ -202,6 +203,10 @@ class TieredStore:
             for lane in self._lanes.values():
                 lane.used(near)
         return started
+
+    def expect(self, promise: Promise) -> None:
+        """Another worker is making these blocks: an `acquire` of them waits while that is sooner; see `promised`."""
+        self._promoter.expect(promise)
 
     def allocate(self, count: int) -> list[int] | None:
         """That many empty device blocks, referenced for the caller, evicting unreferenced cached ones; None: no room.

@@ -269,11 +269,57 @@ class SharedTier(Tier, Protocol):
         ...
 
 
+class PromiseProgress(Protocol):
+    """How far a promise is."""
+
+    @property
+    def made(self) -> int:
+        """Leading blocks that can be read."""
+        ...
+
+    @property
+    def found(self) -> int:
+        """Of them, those that were there before."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more will come."""
+        ...
+
+
+class PromiseWatch(Protocol):
+    """Hears how far other workers are with what they make; see `kvstore.peer.watch.Watch`."""
+
+    on_news: Callable[[], None]
+
+    def begin(self, address: str, ticket: BlockHash, for_s: float) -> bool:
+        """Hear of a promise, for so long at most; False: of too many already."""
+        ...
+
+    def progress(self, address: str, ticket: BlockHash) -> PromiseProgress | None:
+        """What was last heard; None: nothing more will be."""
+        ...
+
+    def end(self, address: str, ticket: BlockHash) -> None:
+        """Nobody waits for it any more."""
+        ...
+
+
 class HintedTier(Tier, Protocol):
     """A tier that others own and that is only read from. `match` answers from what it was told, and asks nobody."""
 
+    @property
+    def watch(self) -> PromiseWatch:
+        """Hears of what its owners are making for us."""
+        ...
+
     def find(self, name: BlockHash) -> BlockMeta | None:
         """The metadata under which a block was last read there; None: not known."""
+        ...
+
+    def hint(self, hashes: Sequence[BlockHash], address: str) -> None:
+        """These blocks lie there now, with the owner at that address."""
         ...
 
     def forget(self) -> None:

@@ -8,7 +8,7 @@ the next event are one jump; whoever looks in between makes the engine catch up 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -73,11 +73,19 @@ class _Plan:
         return steps
 
 
+class Delivered(NamedTuple):
+    """What another worker has made for a request: leading blocks, and those of them that it had before."""
+
+    blocks: int
+    found: int
+
+
 class BatchedEngine:
     """One worker's engine. All times are those of the timeline.
 
     Attributes:
-        busy_s: time that steps spent in prefill. scheduler: who runs.
+        busy_s: time that steps spent in prefill. scheduler: who runs. gaps: how often which time lay between two tokens
+        of an answer, in tenths of a millisecond.
     """
 
     def __init__(
@@ -105,6 +113,7 @@ class BatchedEngine:
         self._expires = tiers.ttl_s is not None
         self._blocks = SequenceBlocks(profile, work.block_size, pool, self._tiers, answers_from=len(work.lengths))
         self.busy_s = 0.0
+        self.gaps: Counter[int] = Counter()
         self._busy = FadingSum()
         self._orders = 0
         self._lives = 0
@@ -126,24 +135,34 @@ class BatchedEngine:
 
     # What others ask
 
-    def submit(self, number: int) -> None:
+    def submit(self, number: int, delivered: Delivered | None = None) -> None:
         """Queue a request; it is looked at when the step that runs has ended."""
         request = self._work.requests[number]
         if request.input_length >= self._capacity:
             self._told.refused(number)
             return
+        sequence = self._sequence(number, max(1, min(request.output_length, self._capacity - request.input_length)))
+        if delivered is not None:
+            sequence.delivered, sequence.delivered_found = delivered
+        self._queue(sequence)
+
+    def prefill(self, number: int) -> bool:
+        """Queue the prompt of a request that another worker answers; False: there is never room for it."""
+        if self._work.requests[number].input_length >= self._capacity:
+            return False
+        sequence = self._sequence(number, 1)
+        sequence.only_prefill = True
+        self._queue(sequence)
+        return True
+
+    def _sequence(self, number: int, output: int) -> Sequence:
         self._orders += 1
-        chain = self._work.chains[number]
-        sequence = Sequence(
-            number,
-            (-request.priority, self._orders),
-            chain,
-            request.input_length,
-            max(1, min(request.output_length, self._capacity - request.input_length)),
-            len(chain),
-            request.input_length,
-        )
-        self._known[number] = sequence
+        request, chain = self._work.requests[number], self._work.chains[number]
+        prompt, rank = request.input_length, (-request.priority, self._orders)
+        return Sequence(number, rank, chain, prompt, output, len(chain), prompt)
+
+    def _queue(self, sequence: Sequence) -> None:
+        self._known[sequence.number] = sequence
         self._came.append(sequence)
         self._came_at = self._timeline.now
         self._look_soon()
@@ -156,12 +175,13 @@ class BatchedEngine:
             self._look_soon()
 
     def fail(self) -> tuple[list[int], list[int]]:
-        """Lose pool, host and all requests: (those that had no token yet, those that were being answered)."""
+        """Lose pool, host and all requests: (those that had no token yet, those that were being answered). Of prompts
+        that it prefilled for others nothing is told."""
         self._catch_up()
         for sequence in self.scheduler.decoding:
             since, tokens = sequence.decoding_since or (0, sequence.tokens)
             sequence.tokens = tokens + self.scheduler.decoding.steps - since
-        lost = sorted(self._known.values(), key=lambda sequence: sequence.rank)
+        lost = sorted((s for s in self._known.values() if not s.only_prefill), key=lambda sequence: sequence.rank)
         if self._plan is not None:
             self.busy_s += self._plan.prefill_s * self._share_done(self._plan)
         self._tell()
@@ -298,6 +318,7 @@ class BatchedEngine:
         self.busy_s += plan.prefill_s
         self._busy.add(plan.prefill_s, now)
         newcomers, self._first_due = self._first_due, []
+        self._note_gaps(plan, len(scheduler.decoding))
         scheduler.take_decode_blocks(plan.steps - self._done)
         scheduler.decoded(plan.steps - self._done)
         prefilled = [s for s, length in plan.chunks if scheduler.prefilled(s, length, now)]
@@ -309,6 +330,8 @@ class BatchedEngine:
         freed = (self._blocks.pool.available - room) / max(1, len(ended))
         self._tell()
         for sequence in (*newcomers, *(s for s in prefilled if s.generated == 1)):
+            if sequence.only_prefill:
+                continue
             sequence.first_token_at = now
             if self._known.get(sequence.number) is sequence:
                 self._told.first_token(sequence.number, self._reuse(sequence, now))
@@ -317,10 +340,21 @@ class BatchedEngine:
                 self._answers.ended((now - sequence.first_token_at) * 1e3, sequence.generated, freed)
             if self._known.get(sequence.number) is sequence:
                 del self._known[sequence.number]
-                self._told.ended(sequence.number)
+                if sequence.only_prefill:
+                    found = sum((sequence.cached or NO_TIERS).values()) // self._work.block_size
+                    self._told.made(sequence.number, found, sequence.ready_at)
+                else:
+                    self._told.ended(sequence.number)
         if now >= self._history[-1].since + self._profile.report_s:
             self._note(now)
         self._next()
+
+    def _note_gaps(self, plan: _Plan, decoding: int) -> None:
+        """Each sequence that decoded along has waited for these steps."""
+        if not decoding:
+            return
+        middle_s = plan.first_s + plan.growth_s * (plan.steps - 1) / 2  # they grow by microseconds
+        self.gaps[round(middle_s * 1e4)] += plan.steps * decoding
 
     def _take_in(self, now: float) -> None:
         for sequence in self._called_off:

@@ -31,6 +31,8 @@ class Sequence:
         pinned: leading segments in use by it. making: segments that others may wait for.
         expected_cached: tokens that were in reach when it came, or were to be computed by those before it.
         cached: tokens by tier, at the first admission.
+        only_prefill: it ends with its prompt. delivered: leading blocks that another worker has made for it; of them
+        `delivered_found` were there before.
         ready_at: when its reads are done. counted: segments that others count on, while it waits or computes.
     """
 
@@ -55,6 +57,9 @@ class Sequence:
     loaded: int = 0
     decoding_since: tuple[int, int] | None = None  # step and tokens then
     first_token_at: float | None = None
+    only_prefill: bool = False
+    delivered: int = 0
+    delivered_found: int = 0
 
     @property
     def remaining(self) -> int:
@@ -146,8 +151,9 @@ class SequenceBlocks:
         else:
             most = min(most, found + max(0, room - self._capacity // 64))
             reserved = 0
-        reads = self.tiers.plan(chain, found, most, self._profile.prefill, now)
-        end = reads[-1].end if reads else found
+        came = max(found, min(most, sequence.delivered))
+        reads = self.tiers.plan(chain, came, most, self._profile.prefill, now)
+        end = reads[-1].end if reads else came
         self.pool.reserve(max(reserved, end - found))
         sequence.nameless = max(reserved, end - found)
         sequence.table = found + sequence.nameless
@@ -155,8 +161,9 @@ class SequenceBlocks:
         sequence.ready_at = now + self.tiers.start(reads, now) / 1e3
         self._use(sequence, now)
         if sequence.cached is None:
-            spans = [(TierName.DEVICE, found), *((read.tier, read.end) for read in reads)]
-            sequence.cached = self._tokens(sequence, spans)
+            hits = max(found, min(came, sequence.delivered_found))  # what was made for it is computed, not cached
+            spans = [(TierName.DEVICE, found), *([(TierName.PEER, hits)] if hits > found else [])]
+            sequence.cached = self._tokens(sequence, [*spans, *((read.tier, read.end) for read in reads)])
         return True
 
     def enter(self, sequence: Sequence, now: float) -> None:

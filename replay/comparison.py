@@ -62,6 +62,7 @@ class Fleet:
         prefill_tokens_per_s: of one worker; None: the engine's. delay_s: from a worker's word to the router.
         tells_sessions: requests carry their session as affinity key.
         host_tokens: capacity of one worker's host RAM. redis_tokens: of the shared tier. None: there is none.
+        roles: who prefills for whom, see `workers.roles`; empty: nobody.
     """
 
     workers: int
@@ -74,6 +75,7 @@ class Fleet:
     failures: tuple[Failure, ...] = ()
     host_tokens: int | None = None
     redis_tokens: int | None = None
+    roles: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +179,11 @@ def run_once(run: Run) -> Result:
         fleet.workers,
         settings,
         profile(fleet.engine, fleet.capacity_tokens, seed=run.seed, prefill_tokens_per_s=fleet.prefill_tokens_per_s),
-        tiers=tiers(fleet.engine, host_tokens=fleet.host_tokens, redis_tokens=fleet.redis_tokens),
+        tiers=tiers(fleet.engine, host_tokens=fleet.host_tokens, redis_tokens=fleet.redis_tokens, roles=fleet.roles),
         routers=fleet.routers,
         failures=fleet.failures,
         seed=run.seed,
+        roles=fleet.roles,
     )
     started = time.process_time()
     outcome = simulate(work, setup)

@@ -44,12 +44,17 @@ class CacheChange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """Whom an engine tells: of a first token, of an answer's end, of changes in its tiers, of what it cannot serve."""
+    """Whom an engine tells: of a first token, of an answer's end, of changes in its tiers, of what it cannot serve.
+
+    `made`: of a prompt that it has prefilled for another worker, with the leading blocks that it had before, and when
+    it began.
+    """
 
     first_token: Callable[[int, Reuse], None]
     ended: Callable[[int], None]
     cache_changed: Callable[[Sequence[CacheChange]], None]
     refused: Callable[[int], None]
+    made: Callable[[int, int, float], None] = lambda _number, _found, _started: None
 
 
 class Engine(Protocol):

@@ -11,6 +11,7 @@ from replay.profiles import PROFILES, NamedProfile
 from replay.serial_engine import SerialProfile
 from replay.tiers import TierProfile, Tiers
 from router.cost import PrefillFit
+from workers.roles import parse_roles
 
 Profile = SerialProfile | BatchedProfile
 # A profile for a pool of so many tokens, whose router is told a rate that is off by this factor; the last argument is
@@ -56,22 +57,27 @@ def profile(name: str, pool_tokens: int, *, seed: int = 1, prefill_tokens_per_s:
     return ENGINES[name](pool_tokens, _RATE_ERRORS[(seed - 1) % len(_RATE_ERRORS)], prefill_tokens_per_s)
 
 
-def tiers(name: str, *, host_tokens: int | None = None, redis_tokens: int | None = None) -> Tiers:
+def tiers(name: str, *, host_tokens: int | None = None, redis_tokens: int | None = None, roles: str = "") -> Tiers:
     """What lies below each worker's pool, with the read times of an engine's machine.
 
     Args:
         host_tokens: capacity of one worker's host RAM. redis_tokens: of the shared tier. None: there is none.
+        roles: see `workers.roles`; with any, blocks travel between workers.
 
     Raises:
-        ValueError: that engine has none, or no figures of such a tier.
+        ValueError: that engine has none, or no figures of such a tier; or these are no roles.
     """
-    if host_tokens is None and redis_tokens is None:
+    if host_tokens is None and redis_tokens is None and not parse_roles(roles):
         return Tiers()
     if name not in PROFILES:
-        raise ValueError(f"the engine {name} has one tier; for more choose one of {', '.join(PROFILES)}")
+        raise ValueError(
+            f"the engine {name} has one tier, and knows no roles; for more choose one of {', '.join(PROFILES)}"
+        )
     known = PROFILES[name].tiers
     return Tiers(
-        host=_sized(name, "host", known.host, host_tokens), redis=_sized(name, "redis", known.redis, redis_tokens)
+        host=_sized(name, "host", known.host, host_tokens),
+        redis=_sized(name, "redis", known.redis, redis_tokens),
+        peer=_sized(name, "peer", known.peer, 0 if roles else None),
     )
 
 

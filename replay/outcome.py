@@ -69,6 +69,8 @@ class Figures:
         overrated: tokens that the router expected in the cache and that were not there, as a share of the prompts.
         tiers: share of prompt tokens by the tier that they came from, where the engine tells.
         tpot_*: seconds between two tokens, a request's mean counting once; nan where nothing has two tokens.
+        itl_p99_s: of all gaps between two tokens, warm-up included; nan where the engine does not tell.
+        tokens_per_s: of answers, by the time until the last one has ended.
     """
 
     requests: int
@@ -88,6 +90,8 @@ class Figures:
     tpot_mean_s: float
     tpot_p50_s: float
     tpot_p99_s: float
+    itl_p99_s: float
+    tokens_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +100,13 @@ class Outcome:
 
     Attributes:
         busy_s: time in prefill by worker. end_s: when the last answer ended.
+        gaps: how often which time lay between two tokens, in tenths of a millisecond, where the engines tell.
     """
 
     fates: Sequence[Fate]
     busy_s: Mapping[str, float]
     end_s: float
+    gaps: Mapping[int, int] = field(default_factory=dict)
 
     def figures(self, *, warm_up: float = 0.1) -> Figures:
         """Of all requests but the first; `warm_up` is the share of those that only fill the caches."""
@@ -132,7 +138,19 @@ class Outcome:
             tpot_mean_s=statistics.fmean(between) if between else float("nan"),
             tpot_p50_s=quantile(between, 0.5),
             tpot_p99_s=quantile(between, 0.99),
+            itl_p99_s=_counted_quantile(self.gaps, 0.99) / 1e4,
+            tokens_per_s=sum(fate.output for fate in answered) / self.end_s if self.end_s else 0.0,
         )
+
+
+def _counted_quantile(counts: Mapping[int, int], share: float) -> float:
+    """The least value that so large a share is not above; nan of nothing."""
+    left = share * sum(counts.values())
+    for value in sorted(counts):
+        left -= counts[value]
+        if left <= 0:
+            return value
+    return float("nan")
 
 
 def quantile(samples: Sequence[float], share: float) -> float:

@@ -38,7 +38,8 @@ _ALL = (
         "h100_8b",
         "Llama-3-8B shape in bf16 on one H100, measured: prefill of 2,048 tokens 64 ms, of 8,192 300 ms and of 16,384 "
         "720 ms in chunks of 2,048; decode at 1,024 tokens of context 8.6 ms with one sequence and 16.5 ms with 128; "
-        "pinned RAM gives a token in 2.6 us. 49 GiB of pool at 128 KiB a token; the shared tier at 4 GB/s a worker.",
+        "pinned RAM gives a token in 2.6 us. 49 GiB of pool at 128 KiB a token; the shared tier at 4 GB/s a worker. "
+        "Assumed, not measured: 10 GB/s between two workers.",
         BatchedProfile(
             PrefillFit(2.0, 0.0285, 1.9e-6),
             decode_ms=8.5,
@@ -52,12 +53,14 @@ _ALL = (
         Tiers(
             host=TierProfile(2_000_000, latency_ms=0.05, token_ms=0.0026),
             redis=TierProfile(20_000_000, latency_ms=1.0, token_ms=0.033),
+            peer=TierProfile(0, latency_ms=1.0, token_ms=0.0131),
         ),
     ),
     NamedProfile(
         "h100x8_70b",
         "estimate: a 70B model on eight H100s with tensor parallelism: 8.75 times the work of the 8B on eight "
-        "times the machine at 80 % of its efficiency, 320 KiB a token, 0.95 TiB of pool.",
+        "times the machine at 80 % of its efficiency, 320 KiB a token, 0.95 TiB of pool, eight times 10 GB/s "
+        "between two workers.",
         BatchedProfile(
             PrefillFit(3.0, 0.039, 1.2e-6),
             decode_ms=14.0,
@@ -71,6 +74,7 @@ _ALL = (
         Tiers(
             host=TierProfile(6_000_000, latency_ms=0.1, token_ms=0.0033),
             redis=TierProfile(60_000_000, latency_ms=1.0, token_ms=0.08),
+            peer=TierProfile(0, latency_ms=1.0, token_ms=0.0041),
         ),
     ),
     NamedProfile(
@@ -87,7 +91,10 @@ _ALL = (
             pool_tokens=64_000,
             reserves_prompt=True,
         ),
-        Tiers(host=TierProfile(256_000, latency_ms=0.02, token_ms=0.03 / 16)),
+        Tiers(
+            host=TierProfile(256_000, latency_ms=0.02, token_ms=0.03 / 16),
+            peer=TierProfile(0, latency_ms=1.0, token_ms=0.25 / 16),
+        ),
     ),
     NamedProfile(
         "cpu_tiny",

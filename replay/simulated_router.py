@@ -23,8 +23,13 @@ from router.cost import WorkerLoad
 from router.decide import Choice, Decider, Question
 from router.fleet import Fleet
 from router.fleet_record import FleetRecord
+from router.pairing import DECODE, NO_ROLE, PREFILL
 from router.policy import checked_weights, find_policy
 from router.traffic import Known
+from warmkv.v1 import worker_pb2
+from workers.roles import Role, role_of
+
+_ROLES = {Role.PREFILL: PREFILL, Role.DECODE: DECODE, Role.BOTH: worker_pb2.WORKER_ROLE_BOTH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +73,20 @@ class _Report:
     known: Known
 
 
+class _Hello(NamedTuple):
+    peer_address: str
+
+
 class _Link:
     """What the decider reads of a `router.link.WorkerLink`."""
 
-    hello = None  # serves no blocks to others
     owes_clear = False  # nobody clears anything
 
-    def __init__(self, name: str, engine: Engine, timeline: Timeline, delay_s: float) -> None:
+    def __init__(self, name: str, engine: Engine, timeline: Timeline, delay_s: float, role: int) -> None:
         self.name = name
+        self.role = role
+        # Blocks are served only to those for whom they are made, and only where there are roles.
+        self.hello = None if role == NO_ROLE else _Hello(name)
         self.incarnation = 1
         self.connected = True
         self.joined_at = timeline.now
@@ -110,7 +121,7 @@ class _Fleet:
         return list(self._links.values())
 
     def is_alive(self, link: _Link) -> bool:
-        return link.connected
+        return False  # asked of those that others could read from: here nobody does, but of whom makes blocks for him
 
     def takes_requests(self, link: _Link) -> bool:
         return link.connected
@@ -128,8 +139,9 @@ class SimulatedRouter:
         *,
         seed: int = 0,
         shared_id: str = "",
+        roles: str = "",
     ) -> None:
-        """`shared_id`: a name of the shared tier, if there is one.
+        """`shared_id`: a name of the shared tier, if there is one. `roles`: see `workers.roles`; empty: there are none.
 
         Raises InvalidRequest when the settings name an unknown policy or weight.
         """
@@ -141,11 +153,13 @@ class SimulatedRouter:
         self._seed = seed
         self._shared_id = shared_id
         self._keys: dict[int, int] = {}  # of each request's present attempt, in the memory of traffic
+        self._prefills: dict[int, int] = {}  # the same, of the worker that prefills for another one
         self._next_key = count()
         self._index = RunIndex(timeline.clock)
         self._traffic = RunTraffic(timeline.clock)
         delay_s = settings.report_delay_s
-        self._links = {name: _Link(name, engines[name], timeline, delay_s) for name in sorted(engines)}
+        parts = {name: _ROLES[role_of(name, roles)] if roles else NO_ROLE for name in engines}
+        self._links = {name: _Link(name, engines[name], timeline, delay_s, parts[name]) for name in sorted(engines)}
         for link in self._links.values():
             self._greet(link)
         record = FleetRecord(0, "replay", settings.policy, dict(settings.weights))
@@ -187,6 +201,25 @@ class SimulatedRouter:
         """A worker's hello, which tells the work that it was given lately, and for how long it has been there."""
         self._links[worker].joined_at = self._timeline.now - up_s
         self._traffic.met(worker, recent_work_ms, up_ms=up_s * 1000.0)
+
+    def prefills(self, number: int, given: Given, *, is_own: bool) -> None:
+        """A worker was sent the prompt of a request that another one answers; `is_own`: by this router."""
+        self._prefills[number] = key = next(self._next_key)
+        sent_at = self._timeline.now
+
+        def hear() -> None:
+            if self._prefills.get(number) == key:
+                self._count(key, number, given, place=None if is_own else sent_at)
+
+        if is_own:
+            hear()
+        else:
+            self._timeline.after(self._settings.delay_s, hear)
+
+    def prefilled(self, number: int) -> None:
+        """That worker is done with it, or gone."""
+        if (key := self._prefills.pop(number, None)) is not None:
+            self._timeline.after(self._settings.delay_s, lambda: self._traffic.ended(key))
 
     def first_token(self, number: int) -> None:
         """A worker sent the first token, to this router or to another one."""
@@ -232,6 +265,7 @@ class SimulatedRouter:
     def die(self) -> None:
         """The process ended: words that are on their way reach nobody."""
         self._keys.clear()
+        self._prefills.clear()
 
     def check(self) -> None:
         """Raises InvariantError when the books are wrong, or something is left of requests that have ended."""
@@ -271,8 +305,7 @@ class SimulatedRouter:
 
 def given_by(choice: Choice, block_size: int) -> Given:
     """What a choice gives to its worker."""
-    price = choice.price
-    return Given(choice.worker, price.load_ms + price.compute_ms, min(choice.held, price.cached_tokens // block_size))
+    return Given(choice.worker, choice.own_work_ms, choice.own_cached_blocks(block_size))
 
 
 def events_of(change: CacheChange) -> list[KvEvent]:

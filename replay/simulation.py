@@ -7,21 +7,24 @@ Covers: arrivals, placing, closed loops, failures of workers, what became of eve
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
 from kvstore.fading_sum import FadingSum
-from replay.batched_engine import BatchedEngine
+from replay.batched_engine import BatchedEngine, Delivered
 from replay.batched_profile import BatchedProfile
 from replay.engine import CacheChange, Engine, Reuse, Told
 from replay.outcome import Fate, Outcome
+from replay.pairs import Pairs
 from replay.serial_engine import SerialEngine, SerialProfile
 from replay.simulated_router import Given, RouterSettings, SimulatedRouter, events_of, given_by
-from replay.tiers import NO_TIERS, SharedTier, Tiers
+from replay.tiers import NO_TIERS, SharedTier, TierProfile, Tiers
 from replay.timeline import Action, Timeline
 from replay.workload import Workload
 from router.decide import Choice
+from workers.roles import parse_roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class Setup:
     Attributes:
         profile: of each worker's engine. tiers: below its pool; only a `BatchedProfile` has such.
         routers: each request goes to a random one; every one hears all workers, and by them of the others' requests.
-        seed: of that choice and of ties.
+        seed: of that choice and of ties. roles: who prefills for whom, see `workers.roles`; empty: nobody.
     """
 
     workers: int
@@ -70,6 +73,7 @@ class Setup:
     failures: Sequence[Failure] = ()
     restarts: Sequence[RouterRestart] = ()
     seed: int = 1
+    roles: str = ""
 
 
 def simulate(work: Workload, setup: Setup) -> Outcome:
@@ -90,6 +94,9 @@ def simulate(work: Workload, setup: Setup) -> Outcome:
         raise ValueError("a router that is down cannot restart; let its restarts begin after the one before has ended")
     if isinstance(setup.profile, SerialProfile) and setup.tiers != NO_TIERS:
         raise ValueError("the serial engine has no tiers below its pool; give a BatchedProfile, or no tiers")
+    if setup.roles and setup.tiers.peer is None:
+        raise ValueError("with roles blocks travel between workers; give the time of that, as tiers.peer")
+    parse_roles(setup.roles)
     return Simulation(work, setup).run()
 
 
@@ -111,6 +118,14 @@ class Simulation:
         redis = setup.tiers.redis
         self._shared = None if redis is None else SharedTier(redis, work, ttl_s=setup.tiers.ttl_s)
         self._engines = {name: self._engine(name) for name in self._names}
+        self._pairs = Pairs(
+            self._engines,
+            work,
+            self._timeline,
+            setup.tiers.peer or TierProfile(0, 0.0, 0.0),
+            arrived=self._prompt_arrived,
+            left=self._prefill_left,
+        )
         self._routers: list[SimulatedRouter] = [self._router() for _ in range(setup.routers)]
         self._up = list(self._routers)  # those that take requests
         self._router_of: dict[int, SimulatedRouter] = {}
@@ -139,7 +154,10 @@ class Simulation:
             self._timeline.at(restart.at_s, self._restart(restart))
         self._timeline.run()
         busy = {name: engine.busy_s for name, engine in self._engines.items()}
-        return Outcome(self._fates, busy, self._timeline.now)
+        gaps: Counter[int] = Counter()
+        for engine in self._engines.values():
+            gaps.update(engine.gaps if isinstance(engine, BatchedEngine) else {})
+        return Outcome(self._fates, busy, self._timeline.now, gaps)
 
     def check(self) -> None:
         """Raises InvariantError when a router's books are wrong after the end. O(everything)."""
@@ -176,7 +194,26 @@ class Simulation:
         fate.predicted_ttft_s = choice.predicted_ttft_ms / 1e3
         fate.predicted_tokens = choice.price.cached_tokens
         self._tell_others(number, given_by(choice, self._work.block_size))
-        self._engines[choice.worker].submit(number)
+        if choice.pair is None:
+            self._engines[choice.worker].submit(number)
+            return
+        held = choice.pair.maker.candidate.price.cached_tokens // self._work.block_size
+        given = Given(choice.pair.worker, choice.pair.work_ms, min(held, choice.pair.blocks))
+        self._given[given.worker].add(given.work_ms, self._timeline.now)
+        for router in self._routers:
+            router.prefills(number, given, is_own=router is self._router_of[number])
+        self._pairs.begin(number, choice.pair, choice.worker)
+
+    def _prompt_arrived(self, number: int, worker: str, delivered: Delivered | None) -> None:
+        """The worker that answers may begin, with what was made for it or without."""
+        if delivered is not None and isinstance(engine := self._engines[worker], BatchedEngine):
+            engine.submit(number, delivered)
+        else:
+            self._engines[worker].submit(number)
+
+    def _prefill_left(self, number: int) -> None:
+        for router in self._routers:
+            router.prefilled(number)
 
     def _choose(self, number: int) -> Choice | None:
         return self._router_of[number].choose(number)
@@ -222,7 +259,15 @@ class Simulation:
     def _router(self, kind: type[SimulatedRouter] = SimulatedRouter) -> SimulatedRouter:
         setup = self._setup
         shared_id = "" if self._shared is None else "redis"
-        return kind(setup.router, self._work, self._engines, self._timeline, seed=setup.seed, shared_id=shared_id)
+        return kind(
+            setup.router,
+            self._work,
+            self._engines,
+            self._timeline,
+            seed=setup.seed,
+            shared_id=shared_id,
+            roles=setup.roles,
+        )
 
     def _engine(self, name: str) -> Engine:
         setup, work, timeline, told = self._setup, self._work, self._timeline, self._told_by(name)
@@ -237,7 +282,10 @@ class Simulation:
             for router in self._routers:
                 router.cache_changed(worker, changes, events)
 
-        return Told(self._first_token, self._ended, cache_changed, self._refused)
+        return Told(self._first_token, self._ended, cache_changed, self._refused, self._pairs_made)
+
+    def _pairs_made(self, number: int, found: int, started: float) -> None:
+        self._pairs.made(number, found, started)
 
     # Failures
 
@@ -252,6 +300,7 @@ class Simulation:
         unstarted, cut_off = self._engines[worker].fail()
         for router in self._routers:
             router.lost(worker)
+        unstarted = [*unstarted, *self._pairs.lost(worker)]
         self._given[worker] = FadingSum()
         for number in (*unstarted, *cut_off):
             del self._flights[number]
@@ -278,6 +327,7 @@ class Simulation:
         return die
 
     def _call_off(self, number: int) -> None:
+        self._pairs.cancel(number)
         self._engines[self._flights.pop(number).worker].cancel(number)
         self._cut_off(number)
         if self._fates[number].first_token_s is None:

@@ -49,12 +49,16 @@ class TierProfile:
 
 @dataclass(frozen=True, slots=True)
 class Tiers:
-    """What lies below each worker's pool; None: without. `ttl_s`: of every block in every tier, from its last use."""
+    """What lies below each worker's pool; None: without. `ttl_s`: of every block in every tier, from its last use.
+
+    `peer`: the way between two workers, on which blocks come that one makes for another; its `tokens` say nothing.
+    """
 
     host: TierProfile | None = None
     disk: TierProfile | None = None
     redis: TierProfile | None = None
     ttl_s: float | None = None
+    peer: TierProfile | None = None
 
     def profiles(self) -> dict[TierName, TierProfile]:
         """Those that there are, fastest first."""
@@ -71,7 +75,7 @@ class Read(NamedTuple):
     ms: float
 
 
-class _Line:
+class Line:
     """What transfers queue for."""
 
     def __init__(self) -> None:
@@ -92,7 +96,7 @@ class SharedTier:
 
     def __init__(self, profile: TierProfile, work: Workload, *, ttl_s: float | None) -> None:
         self.cache = SegmentCache(TierName.REDIS, profile.tokens // work.block_size, work.lengths, ttl_s=ttl_s)
-        self.line = _Line()
+        self.line = Line()
 
 
 class WorkerTiers:
@@ -100,7 +104,7 @@ class WorkerTiers:
 
     def __init__(self, tiers: Tiers, work: Workload, shared: SharedTier | None) -> None:
         """`shared`: the one of all workers; None where `tiers` has none."""
-        self._profiles = tiers.profiles()
+        self._profiles, self._peer = tiers.profiles(), tiers.peer
         self._work = work
         self._shared = shared
         self._caches: dict[TierName, SegmentCache] = {}
@@ -115,14 +119,15 @@ class WorkerTiers:
                 ttl_s=tiers.ttl_s,
                 evicting=self._evicted if name is TierName.HOST else None,
             )
-        self._lines = {name: _Line() for name in self._profiles}
+        self._lines = {name: Line() for name in self._profiles}
         self._now = 0.0
 
     @property
     def reads(self) -> Mapping[TierName, TierRead]:
         """What a worker would measure of them."""
-        size = self._work.block_size
-        return {name: TierRead(p.latency_ms, p.token_ms * size) for name, p in self._profiles.items()}
+        size, peer = self._work.block_size, self._peer
+        named = {**self._profiles, **({} if peer is None else {TierName.PEER: peer})}
+        return {name: TierRead(p.latency_ms, p.token_ms * size) for name, p in named.items()}
 
     def near(self, chain: Chain, first: int) -> int:
         """The end of the run of blocks from `first` on that host holds."""

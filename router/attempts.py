@@ -26,6 +26,7 @@ from router.flight import FlightEnd, FlightGap, FlightLost
 from router.guest import Guest
 from router.index import PrefixIndex
 from router.metrics import Metrics
+from router.prefill_jobs import PrefillJobs, promise
 from router.readiness import Readiness, time_left, too_late
 from router.request import PreparedPrompt, Request
 from router.shadow import Shadow
@@ -70,6 +71,7 @@ class Attempts:
         self._metrics = metrics
         self._choose_seconds = metrics.route_seconds.labels("choose")
         self._keys = count(1)
+        self._prefills = PrefillJobs(fleet, traffic, beliefs, metrics)
 
     async def next_output(
         self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job
@@ -111,6 +113,7 @@ class Attempts:
         """The caller is gone: stop its worker if it is still at it; that worker's last word settles the bill."""
         if work.flight is not None and not work.flight.ended:
             self._fleet.link(work.flight.worker).cancel(work.flight)
+        work.end_prefill()
 
     async def place(self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job) -> None:
         """Send it, and the samples beside it, to one worker; returns when they were sent. Raises as `next_output`."""
@@ -175,11 +178,12 @@ class Attempts:
     def _submit(self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job, choice: Choice) -> None:
         """Send the job, and with it those of the samples beside it, and remember that they were sent."""
         question = prepared.question
-        work_ms = choice.price.load_ms + choice.price.compute_ms
-        cached_blocks = min(choice.held, choice.price.cached_tokens // question.block_size)
+        work_ms, cached_blocks = choice.own_work_ms, choice.own_cached_blocks(question.block_size)
         self._decider.taken()
         self._index.placed(question.hashes)
         self._note(work, choice, question.prompt_tokens)
+        first = _for_one_link(job, work.context.deadline)
+        work.prefill = self._prefills.send(first, prepared, choice, on_lost=work.lost.append)
         self._send(work, prepared, job, choice, work_ms, cached_blocks)
         beside, work.beside = work.beside, []
         if not job.cache.no_store and not job.cache.no_read:  # else each computes the prompt for itself
@@ -208,6 +212,7 @@ class Attempts:
 
         def on_tokens(tokens: int) -> None:
             self._traffic.first_token(key)
+            work.end_prefill()
             if placement is not None:
                 placement.computed()
             self._room.first_token(key, choice.worker)
@@ -215,6 +220,7 @@ class Attempts:
 
         def on_end(end: FlightEnd) -> None:
             self._traffic.ended(key)
+            work.end_prefill()
             self._room.ended(key, choice.worker)
             if not work.worker_done(end):
                 self._metrics.fates_corrected.labels(choice.worker).inc()
@@ -226,6 +232,8 @@ class Attempts:
         sent = _for_one_link(job, work.context.deadline)
         sent.work_ms, sent.cached_blocks = work_ms, cached_blocks
         sent.peers.extend(worker_pb2.PeerHint(address=peer.address, blocks=peer.blocks) for peer in choice.peers)
+        if choice.pair is not None:
+            sent.promise.CopyFrom(promise(choice.pair))
         work.incarnation = link.incarnation
         work.flight = link.submit(sent, on_tokens, on_end)
 
@@ -348,6 +356,7 @@ def _for_one_link(job: worker_pb2.Job, deadline: float | None) -> worker_pb2.Job
         sent = worker_pb2.Job()
         sent.CopyFrom(job)
         del sent.peers[:]
+        sent.ClearField("promise")
     if deadline is not None:
         sent.deadline_ms = max(0, round(time_left(deadline) * 1000))
     return sent

@@ -17,6 +17,7 @@ from router.fleet import Fleet
 from router.index import PrefixIndex
 from router.ledger import FATES, Totals
 from router.link import WorkerLink
+from router.pairing import ROLE_NAMES
 from router.policy import POLICIES, Policy, checked_weights, find_policy
 from router.prefix_map import PrefixMap, UsedPrefix
 from warmkv.v1 import admin_pb2, common_pb2
@@ -150,6 +151,7 @@ class Board:
             protocol_version=link.hello.protocol_version if link.hello else 0,
             layout=link.hello.scheme.layout if link.hello else "",
             index=self._trust(link) if link.synced else None,
+            role=ROLE_NAMES[link.role] if link.hello else "",
         )
         if link.report is not None and link.connected:
             load, fit = link.report.message, link.report.load.fit

@@ -19,7 +19,8 @@ from router.fleet import Fleet
 from router.fleet_record import FleetRecord
 from router.index import NO_OVERLAP, Overlap
 from router.link import WorkerLink
-from router.peers import Holder, Holders, holders
+from router.pairing import DECODE, INTERFERENCE, PREFILL, Maker, Pair, best_pair, may_make
+from router.peers import Holder, Holders, holders, serves
 from router.policies.protocol import NO_BLOCK_LOAD, BlockLoad, Candidate, Decision, Policy, RouteRequest
 from router.policy import checked_weights, find_policy
 from router.policy_history import PolicySetting
@@ -35,7 +36,8 @@ class Question:
 
     Attributes:
         hashes: short ones, of the full blocks. digest: of the whole prompt. affinity: key with its tenant, or empty.
-        no_read: nothing cached may be used. avoid: workers that have refused this request.
+        no_read: nothing cached may be used. no_store: no block may be kept.
+        avoid: workers that have refused this request.
         protocol: version of the protocol that its worker must speak; zero: any.
     """
 
@@ -45,6 +47,7 @@ class Question:
     digest: bytes
     affinity: str = ""
     no_read: bool = False
+    no_store: bool = False
     avoid: frozenset[str] = frozenset()
     protocol: int = 0
 
@@ -61,6 +64,7 @@ class Choice:
         candidates: the eligible ones. held: blocks that the chosen worker really has, those on their way not counted.
         peers: whom the chosen worker could read blocks from that it lacks.
         runner_up: empty when there was no other; runner_up_extra_ms: what it would have cost more.
+        pair: who prefills for the chosen worker; None: it does that itself.
         shadow: what the policy that only scores would have chosen of the same candidates; None: there is no such.
         shadowed_by: that policy.
     """
@@ -74,6 +78,7 @@ class Choice:
     peers: Sequence[Holder]
     runner_up: str
     runner_up_extra_ms: float
+    pair: Pair | None = None
     shadow: Decision | None = None
     shadowed_by: PolicySetting | None = None
 
@@ -84,8 +89,18 @@ class Choice:
 
     @property
     def price(self) -> Price:
-        """Its price."""
-        return self.decision.chosen.price
+        """Of its first token: of the chosen worker, or of the pair."""
+        return self.decision.chosen.price if self.pair is None else self.pair.price
+
+    @property
+    def own_work_ms(self) -> float:
+        """Of the chosen worker's own time."""
+        price = self.decision.chosen.price
+        return price.load_ms + price.compute_ms if self.pair is None else self.pair.tail_ms
+
+    def own_cached_blocks(self, block_size: int) -> int:
+        """Leading blocks that the chosen worker need not compute: those that it has, or that are made for it."""
+        return min(self.held, self.price.cached_tokens // block_size) if self.pair is None else self.pair.blocks
 
     @property
     def predicted_ttft_ms(self) -> float:
@@ -126,16 +141,49 @@ class Decider:
         policy, weights = self._rule()
         overlaps = {} if question.no_read else self._index.match(question.hashes)
         peers = self.peers(overlaps)
-        candidates = self.candidates(question, able, overlaps, peers)
+        everybody = self.candidates(question, able, overlaps, peers)
+        candidates = _answering(able, everybody)
         request = self._request(question, able)
         decision = policy.choose(request, candidates, weights)
         runner_up, extra_ms = _runner_up(candidates, decision, predicts=policy.predicts)
         chosen = decision.chosen.worker
         own = overlaps.get(chosen, NO_OVERLAP)
         hints = peers.hints(chosen, own.host) if any(o.host > own.host for o in overlaps.values()) else ()
-        choice = Choice(policy, weights, request, candidates, decision, own.disk, hints, runner_up, extra_ms)
+        pair = None if len({link.role for link in able}) < 2 else self._pair(question, able, everybody, decision, peers)
+        choice = Choice(policy, weights, request, candidates, decision, own.disk, hints, runner_up, extra_ms, pair)
         shadow = self._fleet.record.shadow
         return choice if shadow is None else replace(choice, shadow=_scored(choice, shadow), shadowed_by=shadow)
+
+    def _pair(
+        self,
+        question: Question,
+        able: Sequence[WorkerLink],
+        candidates: Sequence[Candidate],
+        decision: Decision,
+        peers: Holders,
+    ) -> Pair | None:
+        """Who of these should prefill for the worker that was chosen; `candidates`: of each of them."""
+        chosen = next(link for link in able if link.name == decision.chosen.worker)
+        if question.no_read or question.no_store or not serves(chosen):
+            return None
+        makers = [
+            Maker(candidate, link.hello.peer_address, peers.hints(link.name, candidate.overlap.host))
+            for link, candidate in zip(able, candidates, strict=True)
+            if link is not chosen and may_make(link.role, chosen.role) and serves(link) and link.hello is not None
+        ]
+        if not makers:
+            return None
+        loads = [link.report.load if link.report else NO_LOAD for link in able]
+        place = able.index(chosen)
+        return best_pair(
+            decision.chosen,
+            makers,
+            prompt_tokens=question.prompt_tokens,
+            block_size=question.block_size,
+            fit=self._pooled(able, loads)[place],
+            reads=loads[place].reads,
+            interference=self._rule()[1].get("interference", INTERFERENCE),
+        )
 
     def taken(self) -> None:
         """A decision was acted on: the next one is another turn."""
@@ -188,7 +236,19 @@ class Decider:
             share = shares.of(priced.cached_tokens)
             new = link.joined_at > newer_than
             candidates.append(
-                Candidate(name, priced, share, active, work_ms, held, coming, NO_BLOCK_LOAD, load.decoding, new)
+                Candidate(
+                    name,
+                    priced,
+                    share,
+                    active,
+                    work_ms,
+                    held,
+                    coming,
+                    NO_BLOCK_LOAD,
+                    load.decoding,
+                    new,
+                    link.role == DECODE,
+                )
             )
         return self._with_blocks(question, links, candidates) if self._counts_blocks() else candidates
 
@@ -257,6 +317,12 @@ class Decider:
         told = [share for share in shares if share is not None]
         reported = _REPORTED * sum(told) / len(told) if told else 0.0
         return max(self._traffic.utilisation(len(links)), reported)
+
+
+def _answering(links: Sequence[WorkerLink], candidates: list[Candidate]) -> list[Candidate]:
+    """Those that give answers; where only workers are left that should prefill for others, they do everything."""
+    found = [candidate for link, candidate in zip(links, candidates, strict=True) if link.role != PREFILL]
+    return found or candidates
 
 
 def _scored(choice: Choice, shadow: PolicySetting) -> Decision:

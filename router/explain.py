@@ -14,6 +14,7 @@ from router.fleet import Fleet
 from router.index import PrefixIndex
 from router.link import WorkerLink
 from router.misses import ChangedTurn, Missing, explain_miss
+from router.pairing import PREFILL
 from router.policy import Candidate, checked_weights, find_policy
 from router.request import PreparedPrompt
 from warmkv.v1 import common_pb2, inference_pb2
@@ -40,6 +41,7 @@ def explained(
         *(_eligible(choice, question.prompt_tokens) if choice else []),
         *_excluded(prepared, choice, fleet, beliefs, decider),
     ]
+    pair = choice.pair if choice else None
     bounds = frozenset[str]() if question.no_read else index.lower_bounds(question.hashes)
     for candidate in candidates:
         credit = beliefs.credits.of(candidate.worker)
@@ -59,6 +61,9 @@ def explained(
         candidates=candidates,
         miss=_miss(missing) if missing else None,
         router_wait_ms=router_wait_ms,
+        prefill_worker=pair.worker if pair else "",
+        pair_cost_ms=pair.cost if pair else 0.0,
+        alone_cost_ms=pair.alone_cost if pair else 0.0,
     )
 
 
@@ -89,7 +94,8 @@ def _excluded(
     candidates = decider.candidates(prepared.question, links, overlaps, decider.peers(overlaps))
     for link, candidate in zip(links, candidates, strict=True):
         message = _candidate(candidate, prepared.question.prompt_tokens)
-        message.excluded_because = fleet.excluded_because(link) or "it refused this request"
+        only_prefills = "its role is prefill: other workers answer" if link.role == PREFILL else ""
+        message.excluded_because = fleet.excluded_because(link) or only_prefills or "it refused this request"
         messages.append(message)
     return messages
 

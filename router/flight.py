@@ -75,6 +75,11 @@ class Flight:
         """Whether the worker has nothing more to say."""
         return self._ended
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether its worker was lost; a gap is no loss."""
+        return isinstance(self._lost, FlightLost)
+
     def leaves(self) -> None:
         """It is being sent."""
         self.sent = True

@@ -87,6 +87,7 @@ class WorkerLink:
         self.name = address.name
         self.address = address.address
         self.hello: worker_pb2.WorkerHello | None = None
+        self.role: worker_pb2.WorkerRole.ValueType = worker_pb2.WORKER_ROLE_UNSPECIFIED  # by the last hello
         self.report: Report | None = None
         self.joined_at = -math.inf
         self.problem = ""
@@ -267,7 +268,7 @@ class WorkerLink:
         if self.hello is None or hello.incarnation != self.hello.incarnation:
             self.report, self.has_shared_tier = None, False
             self.joined_at = self._clock() - hello.up_ms / 1000.0
-        self.hello = hello
+        self.hello, self.role = hello, hello.role
         self._listener.joined(self, hello)
         self._note_shared_tier(known=bool(hello.shared_tier_id))
         self._feed.begin(hello.incarnation, first.seq)

@@ -88,6 +88,12 @@ class Metrics:
             "Tokens of prompts and answers that came to another worker by a handover, by where their K/V lay then.",
             "fate",
         )
+        self.prefills = declare.counter(
+            "prefill_jobs",
+            "Prompts that a worker prefilled for another one: done, cancelled, failed, or lost with it.",
+            "worker",
+            "outcome",
+        )
         self.decisions = declare.counter("route_decisions", "Routing decisions.", "policy", "reason")
         self.shadow_decisions = declare.counter(
             "shadow_decisions",

@@ -50,6 +50,11 @@ class Holders:
         return next((each.blocks for each in self._holders if each.worker != worker), 0)
 
 
+def serves(link: WorkerLink) -> bool:
+    """Whether it gives its blocks to others, and nothing that it holds has yet to be cleared."""
+    return link.hello is not None and bool(link.hello.peer_address) and not link.owes_clear
+
+
 def holders(links: Iterable[WorkerLink], overlaps: Mapping[str, Overlap]) -> Iterable[Holder]:
     """Of those `links`, alive and the deepest first, that serve blocks: as many as any worker can be told of."""
     serving = (

@@ -84,6 +84,7 @@ class Preparer:
             digest=names.last or _digest(root, prompt.token_ids),
             affinity=f"{caller.trust_group}\0{cache.affinity_key}" if cache.affinity_key else "",
             no_read=cache.no_read,
+            no_store=cache.no_store,
         )
         self._encode_seconds.observe(encoded - started)
         self._hash_seconds.observe(time.perf_counter() - encoded)

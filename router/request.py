@@ -25,6 +25,7 @@ from router.protocol import Caller, Prompt, RequestContext
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 
 if TYPE_CHECKING:
+    from router.prefill_jobs import PrefillJob
     from router.watching import Arrival
 
 
@@ -74,6 +75,7 @@ class Request:
     arrival: Arrival | None = None  # set while somebody watches
     flight: Flight | None = None
     beside: list[tuple[Request, worker_pb2.Job]] = field(default_factory=list)  # samples that go where it goes
+    prefill: PrefillJob | None = None  # another worker's part of it
     lost: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)  # workers whose stream lost something of it
     avoid: dict[str, int] = field(default_factory=dict)  # workers that have refused it, and their incarnation
@@ -148,6 +150,11 @@ class Request:
             self._settle()
         return right
 
+    def end_prefill(self) -> None:
+        """The worker that answers needs no more blocks of the one that prefilled for it."""
+        if self.prefill is not None:
+            self.prefill.end()
+
     def finish(self, code: grpc.StatusCode) -> None:
         """The caller got its answer or error. The bill waits for a worker that is still at it."""
         self.code = code.name
@@ -179,6 +186,8 @@ class Request:
             route.reason = first.decision.reason
             route.predicted_ttft_ms = first.predicted_ttft_ms
             route.predicted_cached_tokens = first.price.cached_tokens
+            if first.pair is not None:
+                route.prefill_worker = first.pair.worker
         return route
 
     def _settle(self) -> None:

@@ -363,7 +363,7 @@ class WaitingRoom:
 
 
 def _work_ms(choice: Choice) -> float:
-    """Of its worker's time."""
+    """Of its worker's time, or of both where one prefills for the other."""
     return choice.price.load_ms + choice.price.compute_ms
 
 

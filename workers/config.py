@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from kvstore.eviction.tail import DEFAULT_THRESHOLD_S
 from kvstore.layout import UNQUANTISED
 from kvstore.patience import DEFAULT_SLACK_S
+from workers.roles import Role, role_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class WorkerConfig:
         kv_events: `on`, or `off`: routers are told of no block and go by what they sent.
         peers: whether it reads blocks from other workers' host tiers and serves those of its own; only with a
         fleet_secret. peer_port: where it serves them, on bind_host; zero: any.
+        roles: how many workers of the fleet have which role, `prefill=2,decode=6`; empty: all do both. See `roles`.
         block_size: None: `KVLayout.with_chosen_block_size`.
         default_ttl_s: time to live of blocks after their last use; None: until evicted.
         load_slack_s: by how much a load of blocks may be late before they are computed.
@@ -75,6 +77,7 @@ class WorkerConfig:
     kv_events: str = "on"
     peers: bool = False
     peer_port: int = 0
+    roles: str = ""
     block_size: int | None = None
     default_ttl_s: float | None = 3600.0
     load_slack_s: float = DEFAULT_SLACK_S
@@ -89,3 +92,8 @@ class WorkerConfig:
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_client_ca: str | None = None
+
+    @property
+    def role(self) -> Role:
+        """This worker's. Raises ValueError where `roles` is no list of roles."""
+        return role_of(self.name, self.roles)

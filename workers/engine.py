@@ -30,6 +30,7 @@ from workers.engine_cache import EngineCache
 from workers.grammars import Grammars
 from workers.models import ModelRunner
 from workers.peers import Peers
+from workers.prefill_only import PrefillOnly
 from workers.protocol import (
     EngineInfo,
     FinishReason,
@@ -122,16 +123,19 @@ class TorchEngine:
         self._stalled = False
         self.cache = EngineCache(store, self._scheduler, peers, self._default)
         self._proven = Proven()
+        self._prefill_only = PrefillOnly(None if peers is None else peers.board, self._block_size)
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
         if (error := refusal(job, self.info, capacity=self._capacity, running=self._sequences)) is not None:
             self._outputs.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
             return
+        now, asked = self._clock(), job.as_asked(self._block_size)
         if self._peers is not None:
             self._peers.learn(job)
+            if (promise := self._peers.promise(job, now)) is not None:
+                self.store.expect(promise)
         self._arrivals += 1
-        now, asked = self._clock(), job.as_asked(self._block_size)
         sequence = Sequence(
             job=job,
             arrival=self._arrivals,
@@ -144,6 +148,7 @@ class TorchEngine:
         sequence.text.replay(sequence.generated_ids)
         sequence.expected_cached = self._expected_blocks(sequence) * self._block_size
         self._sequences[job.job_id] = sequence
+        self._prefill_only.begin(sequence)
         if job.sampling.constraint is not None:
             self._anteroom.add(sequence)
         else:
@@ -234,7 +239,8 @@ class TorchEngine:
         names = sequence.readable(self._block_size)
         prefilling = (other for other in self._scheduler if other.remaining > 1 and not other.job.no_store)
         made = [shared_blocks(names, other.hashes) for other in prefilling]
-        return max(len(self.store.match(names, self._scheduler.reads)), *made, 0)
+        promised = 0 if sequence.job.promise is None else min(sequence.job.promise.blocks, len(names))
+        return max(len(self.store.match(names, self._scheduler.reads)), promised, *made, 0)
 
     def _run(self, chunks: list[Chunk]) -> None:
         started = self._clock()
@@ -255,6 +261,7 @@ class TorchEngine:
         self._budget.fitted()
         self._scheduler.max_batch_tokens = self._budget.tokens
         self._commit(chunks, sampled)
+        self._prefill_only.stepped(chunk.sequence for chunk in chunks)
         for sequence, token in sampled.items():
             self._advance(sequence, token)
         self._steps += 1
@@ -326,6 +333,9 @@ class TorchEngine:
         if sequence.num_proven < sequence.num_committed:
             self._proven.add(sequence.hashes[sequence.num_proven : sequence.num_committed])
             sequence.num_proven = sequence.num_committed
+        if sequence.job.prefill_only:
+            self._end(sequence, FinishReason.LENGTH)
+            return
         sequence.token_ids.append(sampled.token_id)
         ended = self._is_end(sequence, sampled.token_id)
         output = self._output(sequence, sampled.token_id, sampled.logprob)
@@ -379,6 +389,7 @@ class TorchEngine:
             answered_ms = (self._clock() - sequence.first_token_at) * 1000
             generated_here = sequence.num_generated - sequence.job.resumed
             self._answers.ended(answered_ms, generated_here, self.store.device.available - available)
+        self._prefill_only.ended(sequence)
         del self._sequences[sequence.job.job_id]
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: JobError | None = None) -> None:

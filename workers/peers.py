@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable
 
+from kvstore.acquisition import Promise
 from kvstore.codec import BlockCodec
 from kvstore.host.tier import HostTier
 from kvstore.peer.hints import Holder
 from kvstore.peer.peers import PeersTier
+from kvstore.peer.promises import PromiseBoard
 from kvstore.peer.server import PeerServer
+from kvstore.promised import promise_of
 from kvstore.tier import Clock
 from workers.addresses import advertised_host, authority
 from workers.config import WorkerConfig
@@ -37,10 +40,24 @@ class Peers:
         self._server = server
 
     def learn(self, job: Job) -> None:
-        """Believe the hints of a job."""
+        """Believe the hints of a job; what it is promised is for the store to wait for (`promise`)."""
         holders = [Holder(hint.address, hint.blocks) for hint in job.peers if hint.address != self.address]
         if holders:
             self.tier.learn(job.block_hashes, holders)
+
+    @property
+    def board(self) -> PromiseBoard | None:
+        """Where others hear of what this worker makes for them; None: it serves none."""
+        return None if self._server is None else self._server.promises
+
+    def promise(self, job: Job, now: float) -> Promise | None:
+        """What another worker makes for a job; None: nothing, or it is this one."""
+        told = job.promise
+        if told is None or told.address == self.address or job.no_read:
+            return None
+        return promise_of(
+            job.block_hashes, told.address, told.blocks, ready_ms=told.ready_ms, margin_ms=told.margin_ms, now=now
+        )
 
     def hold(self, key: Hashable, for_s: float) -> None:
         """As `PeersTier.hold`."""

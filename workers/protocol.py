@@ -91,6 +91,20 @@ class PeerHint:
 
 
 @dataclass(frozen=True, slots=True)
+class Promised:
+    """Another worker computes the leading `blocks` blocks of a prompt for this job, and serves them at `address`.
+
+    `ready_ms`: when all should be there, from the job's arrival. `margin_ms`: what it is worth not to compute them
+    here, besides the time that takes.
+    """
+
+    address: str
+    blocks: int
+    ready_ms: float
+    margin_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A request, ready to run.
 
@@ -105,6 +119,8 @@ class Job:
         resumed: how many of the last `token_ids` another worker generated for this job: they are no part of the prompt
         and are not told again; `block_hashes` names their full blocks, too.
         peers: who seems to hold more of it than this worker, whom to ask first.
+        promise: who is computing blocks of it right now; None: nobody.
+        prefill_only: compute the prompt's blocks, commit them, and end without a token.
     """
 
     job_id: JobId
@@ -122,6 +138,8 @@ class Job:
     request_id: str = ""
     peers: tuple[PeerHint, ...] = ()
     resumed: int = 0
+    promise: Promised | None = None
+    prefill_only: bool = False
 
     @property
     def num_prompt(self) -> int:

@@ -40,6 +40,11 @@ class Acquisition(Protocol):
         ...
 
     @property
+    def made_elsewhere(self) -> int:
+        """Blocks that another worker computed for this very request."""
+        ...
+
+    @property
     def load_ms(self) -> float:
         """How long it took."""
         ...
@@ -165,8 +170,11 @@ class Sequence:
             self.load_ms = acquired.load_ms
             self.num_cached_tokens = self.num_computed
             self.fates = _fates(acquired.fates, self.num_prompt, block_size)
+            # What another worker made for this request took this request's own forward.
+            made = acquired.made_elsewhere * block_size
+            self.fates = _as_computed(self.fates, made)
             if self.job.resumed:
-                self.resumed_fates = _fates(acquired.fates, len(self.job.token_ids), block_size)
+                self.resumed_fates = _as_computed(_fates(acquired.fates, len(self.job.token_ids), block_size), made)
 
     def reset(self) -> None:
         """Forget blocks and progress; the caller has given the blocks back."""
@@ -185,3 +193,12 @@ def _fates(tiers: list[TierName], tokens: int, block_size: int) -> dict[str, int
         left -= found
     fates[COMPUTED] = left
     return fates
+
+
+def _as_computed(fates: dict[str, int], made: int) -> dict[str, int]:
+    """The same, where so many of the tokens that came from a peer were computed there for this request."""
+    made = min(made, fates.get(TierName.PEER.value, 0))
+    if not made:
+        return fates
+    changed = {**fates, TierName.PEER.value: fates[TierName.PEER.value] - made, COMPUTED: fates[COMPUTED] + made}
+    return {tier: tokens for tier, tokens in changed.items() if tokens or tier == COMPUTED}

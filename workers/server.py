@@ -27,6 +27,7 @@ from workers.config import WorkerConfig
 from workers.engine_thread import EngineThread, Failed, Published
 from workers.outbox import OutboxLimits
 from workers.protocol import Engine
+from workers.roles import parse_roles
 from workers.router_stream import Status
 from workers.streams import WorkerStreams
 from workers.watchdog import EngineStuckError, Watchdog
@@ -172,6 +173,7 @@ class WorkerServer:
             clock=self._clock,
             limits=self._limits,
             kv_events_off=self._config.kv_events == "off",
+            role=self._config.role,
         )
         server = grpc.aio.server(options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._streams, server)
@@ -218,6 +220,7 @@ def _check(config: WorkerConfig) -> None:
         raise ValueError(f"kv_events is {config.kv_events!r}; set it to on or off")
     if config.watchdog_s < 0:
         raise ValueError(f"watchdog_s is {config.watchdog_s:g}; give seconds, or zero for none")
+    parse_roles(config.roles)
     if not config.fleet_secret and not _is_loopback(config.bind_host):
         raise ValueError(f"{config.bind_host} can be reached by others; set fleet_secret, or bind to 127.0.0.1")
 

@@ -39,6 +39,7 @@ from workers.joining import Door
 from workers.other_jobs import RunningJobs
 from workers.outbox import Outbox, OutboxLimits, WireEvents
 from workers.protocol import Engine, EngineInfo, FinishReason, JobError, Output
+from workers.roles import Role
 from workers.router_stream import Context, ProtocolViolation, RouterStream, Status
 from workers.wire import (
     JobRefused,
@@ -71,8 +72,9 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         clock: Clock,
         limits: OutboxLimits | None = None,
         kv_events_off: bool = False,
+        role: Role = Role.BOTH,
     ) -> None:
-        self._kv_events_off = kv_events_off
+        self._kv_events_off, self._role = kv_events_off, role
         self._info = info
         self._engine = engine
         self._worker, self._incarnation = worker, incarnation
@@ -189,6 +191,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
             incarnation=self._incarnation,
             protocol_version=protocol,
             kv_events_off=self._kv_events_off,
+            role=self._role,
         )
         now = self._clock()
         hello.recent_work_ms, hello.up_ms = self._running.recent_work_ms(now), self._running.up_ms(now)

@@ -29,9 +29,11 @@ from workers.protocol import (
     Load,
     Output,
     PeerHint,
+    Promised,
     SamplingParams,
     TokenLogprob,
 )
+from workers.roles import Role
 
 MAX_KEEP_PRIORITY = 100
 MAX_PEERS = 3  # of a job; what follows is left out
@@ -62,6 +64,13 @@ _FINISHES = {
 }
 
 
+_ROLES = {
+    Role.BOTH: worker_pb2.WORKER_ROLE_BOTH,
+    Role.PREFILL: worker_pb2.WORKER_ROLE_PREFILL,
+    Role.DECODE: worker_pb2.WORKER_ROLE_DECODE,
+}
+
+
 class Refusal(StrEnum):
     """Reasons that the server itself gives for not running a job; engines have more."""
 
@@ -89,7 +98,13 @@ def package_version() -> str:
 
 
 def hello_to_wire(
-    info: EngineInfo, *, worker: str, incarnation: int, protocol_version: int, kv_events_off: bool = False
+    info: EngineInfo,
+    *,
+    worker: str,
+    incarnation: int,
+    protocol_version: int,
+    kv_events_off: bool = False,
+    role: Role = Role.BOTH,
 ) -> worker_pb2.WorkerHello:
     """What the worker says of itself, once a stream.
 
@@ -121,6 +136,7 @@ def hello_to_wire(
         eos_token_ids=info.eos_token_ids,
         peer_address=info.peer_address,
         kv_events_off=kv_events_off,
+        role=_ROLES[role],
     )
 
 
@@ -153,6 +169,8 @@ def job_from_wire(message: worker_pb2.Job, *, job_id: JobId, info: EngineInfo, n
         request_id=message.request_id,
         peers=tuple(PeerHint(hint.address, hint.blocks) for hint in message.peers[:MAX_PEERS]),
         resumed=message.resumed_tokens,
+        promise=_promise(message),
+        prefill_only=message.prefill_only,
     )
 
 
@@ -169,6 +187,11 @@ def _check_resumed(message: worker_pb2.Job, num_prompt: int, sampling: SamplingP
             f"resumed_tokens is {resumed} of {num_prompt + resumed} tokens, and max_tokens is {sampling.max_tokens}: a "
             "token of the prompt must be left, and one to generate; run the same version on router and worker",
         )
+
+
+def _promise(message: worker_pb2.Job) -> Promised | None:
+    told = message.promise
+    return Promised(told.address, told.blocks, told.ready_ms, told.margin_ms) if message.HasField("promise") else None
 
 
 def _prompt_of(message: worker_pb2.Job) -> Sequence[int]:

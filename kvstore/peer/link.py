@@ -112,9 +112,9 @@ class PeerLink:
             if channel is not None:
                 channel.close()
 
-    def renew(self, channel: Channel, ends_at: float) -> None:
-        """Grant the peer its time anew, for one more answer."""
-        channel.grant(self._timeout_s, ends_at)
+    def renew(self, channel: Channel, ends_at: float, *, more_s: float = 0.0) -> None:
+        """Grant the peer its time anew, for one more answer; `more_s`: by how much we asked it to wait with that."""
+        channel.grant(self._timeout_s + more_s, ends_at)
 
     def close(self) -> None:
         """Close the idle connections, and the others when they come back; later contacts fail."""

@@ -22,8 +22,11 @@ from kvstore.blocks import BlockHash
 from kvstore.codec import BlockCodec
 from kvstore.errors import MissReason, TierError
 from kvstore.peer.hints import Hints, Holder
+from kvstore.peer.link import PeerUnavailableError
 from kvstore.peer.others import OfOthers
+from kvstore.peer.promises import Progress
 from kvstore.peer.tier import DEFAULT_TIMEOUT_S, PeerTier
+from kvstore.peer.watch import PATIENCE_S, Watch
 from kvstore.peer.wire import MAX_HASHES, FleetKey
 from kvstore.tier import BlockMeta, Clock, Delivery, TierStats
 
@@ -41,7 +44,11 @@ class _Peer:
 
 
 class PeersTier(OfOthers):
-    """Thread-safe. Only `read` waits for anybody; `match` answers from hints. Keeps the reading side of `Tier`."""
+    """Thread-safe. Only `read` waits for anybody; `match` answers from hints. Keeps the reading side of `Tier`.
+
+    Attributes:
+        watch: hears how far peers are with what they promised to make.
+    """
 
     def __init__(
         self,
@@ -74,6 +81,7 @@ class PeersTier(OfOthers):
         self._gone = TierStats()  # what peers counted that were closed
         self._holds: dict[Hashable, float] = {}
         self._is_open = True
+        self.watch = Watch(self._progress)
 
     # --- hints ---
 
@@ -81,6 +89,11 @@ class PeersTier(OfOthers):
         """These peers seem to hold the leading blocks of a prompt; the first one is asked first."""
         with self._lock:
             self._hints.learn(hashes, holders)
+
+    def hint(self, hashes: Sequence[BlockHash], address: str) -> None:
+        """These blocks lie with that peer: it has just said so itself."""
+        with self._lock:
+            self._hints.learn(hashes, [Holder(address, len(hashes))])
 
     def forget(self) -> None:
         """Believe no hint any more."""
@@ -173,6 +186,7 @@ class PeersTier(OfOthers):
         with self._lock:
             self._is_open = False
             self._hints.forget()
+            self.watch.close()
             peers = [self._drop(address) for address in list(self._peers)]
         for peer in peers:
             peer.close()
@@ -195,6 +209,12 @@ class PeersTier(OfOthers):
     ) -> Delivery:
         peer = self._peer(address)
         return CANNOT_ASK if peer is None else peer.read(hashes, into, deadline_s=deadline_s)
+
+    def _progress(self, address: str, tickets: Sequence[BlockHash], seen: Sequence[Progress]) -> list[Progress]:
+        peer = self._peer(address)
+        if peer is None:
+            raise PeerUnavailableError(f"peer {address} cannot be asked; see the log", MissReason.ERROR)
+        return peer.progress(tickets, seen, patience_s=PATIENCE_S)
 
     def _peer(self, address: str) -> PeerTier | None:
         """Its tier, made if need be; None: it cannot be asked."""

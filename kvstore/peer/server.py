@@ -23,12 +23,14 @@ from kvstore.blocks import BlockHash
 from kvstore.codec import BlockCodec
 from kvstore.errors import TierError
 from kvstore.peer.callers import Callers
+from kvstore.peer.promises import PromiseBoard
 from kvstore.peer.wire import BUSY, END, Channel, FleetKey, HungUpError, PeerProtocolError, PeerRefusedError
 from kvstore.tier import BlockMeta, Clock
 
 log = logging.getLogger(__name__)
 
 VIEWS_AT_ONCE = 4
+MAX_AWAIT_S = 1.0  # that an answer about promises is put off
 HASH_NBYTES = 32
 OWNER = "peer"
 
@@ -79,7 +81,11 @@ class _Limits(NamedTuple):
 
 
 class PeerServer:
-    """Listens from the start until `close`. Thread-safe."""
+    """Listens from the start until `close`. Thread-safe.
+
+    Attributes:
+        promises: what this worker makes for others, which they may ask to hear of.
+    """
 
     def __init__(
         self,
@@ -116,6 +122,7 @@ class PeerServer:
             TierError: the secret is empty, or the address cannot be listened on.
         """
         self._source, self._codec = source, codec
+        self.promises = PromiseBoard()
         self._key = FleetKey(secret)
         self._limits = _Limits(greeting_s, idle_s, queue_s, send_s)
         self._callers = Callers(max_proven=max_connections, max_unproven=max_greetings, patience_s=queue_s)
@@ -157,6 +164,7 @@ class PeerServer:
     def close(self) -> None:
         """Hang up on everybody and listen no more. Waits until no view is held."""
         self._is_open = False
+        self.promises.close()
         serving = self._callers.close()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -238,6 +246,9 @@ class PeerServer:
                 channel.send_frame(0)
             case ["read", list(hashes)]:
                 self._send_blocks(channel, _names(hashes))
+            case ["await", list(tickets), list(seen), int(patience_ms)]:
+                patience_s = min(MAX_AWAIT_S, max(0, patience_ms) / 1e3)
+                channel.send_frame(*self.promises.wait(_names(tickets), _seen(seen, len(tickets)), patience_s))
             case _:
                 raise PeerProtocolError("a peer asks something that is no question")
 
@@ -299,6 +310,19 @@ def _names(hashes: list[object]) -> list[BlockHash]:
     if len(names) != len(hashes):
         raise PeerProtocolError(f"a question holds hashes of {HASH_NBYTES} bytes")
     return names
+
+
+def _seen(seen: list[object], count: int) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for each in seen:
+        match each:
+            case [int(state), int(made)]:
+                found.append((state, made))
+            case _:
+                raise PeerProtocolError("what was seen of a promise is a state and a number of blocks")
+    if len(found) != count:
+        raise PeerProtocolError("as many promises are asked about as were seen")
+    return found
 
 
 def _listen(host: str, port: int) -> socket.socket:

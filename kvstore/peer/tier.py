@@ -22,6 +22,8 @@ from kvstore.codec import HEADER_NBYTES, BlockCodec
 from kvstore.errors import CodecError, LayoutError, MissReason
 from kvstore.peer.link import PeerBusyError, PeerLink, PeerUnavailableError
 from kvstore.peer.others import OfOthers
+from kvstore.peer.promises import Progress
+from kvstore.peer.watch import parsed
 from kvstore.peer.wire import BUSY, END, MAX_HASHES, Channel, PeerProtocolError
 from kvstore.tier import NOTHING_ASKED, BlockMeta, Clock, Delivery, TierStats
 
@@ -104,6 +106,21 @@ class PeerTier(OfOthers):
             self._missed(ended)
         self._delivered(arrived)
         return Delivery(len(arrived), ended if is_short else None)  # what fails behind the last block ends nothing
+
+    def progress(self, tickets: Sequence[BlockHash], seen: Sequence[Progress], *, patience_s: float) -> list[Progress]:
+        """How far the peer is with what it makes; it answers when that is not as it was seen, or after the patience.
+
+        Raises:
+            PeerUnavailableError: it does not say.
+        """
+        with self._link.contact(math.inf) as channel:
+            self._link.renew(channel, math.inf, more_s=patience_s)
+            was = [(int(each.state), each.made) for each in seen]
+            channel.send_frame("await", list(tickets), was, round(patience_s * 1e3))
+            answers = parsed(channel.receive_frame(), len(tickets))
+            if answers is None:
+                raise PeerProtocolError("it does not answer await with how far it is")
+            return answers
 
     def touch(self, hashes: Sequence[BlockHash]) -> None:
         """As `Tier.touch`; of a peer that does not answer, nothing is touched."""

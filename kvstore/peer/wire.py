@@ -13,6 +13,10 @@ asked and what a fault means (`peer`).
     client     ["match", hashes]    server  [count]
     client     ["touch", hashes]    server  [0]
     client     ["read", hashes]     server  an item for each leading block that it holds, then END; BUSY instead of more
+    client     ["await", tickets, [[state, made]], ms]
+                                    server  [[state, made, found]] as soon as one is not as the client saw it last, or
+                                            after so many milliseconds; see `promises`. Asked only of peers that are
+                                            said to make something: who does not know the question hangs up.
 
 The key is derived from the fleet's secret, which never travels. Each side signs a nonce that the other has just made,
 under a name of its own role: neither a recording nor an echo of the other's proof opens anything (ISO/IEC 9798-4,

@@ -44,6 +44,7 @@ class CacheAware:
         Weight(
             "decode", 0.0005, 0.0, 1.0, "", "Price of a millisecond by which computing delays one request that decodes."
         ),
+        Weight("interference", 0.1, 0.0, 10.0, "", "The same on workers of role decode, for which others prefill."),
         Weight(
             "tie_ms", 20.0, 0.0, 10_000.0, "ms", "Costs closer than this go to the quietest worker, but see tie_share."
         ),
@@ -93,7 +94,7 @@ class CacheAware:
             Term("compute", price.compute_ms, _price_of_compute(request, w) * _own_share(candidate, w)),
         )
         if candidate.decoding:
-            terms = (*terms, Term("decode", price.compute_ms * candidate.decoding, w["decode"]))
+            terms = (*terms, Term("decode", price.compute_ms * candidate.decoding, _delay(candidate, w)))
         if owed_ms := _owed_ms(candidates, w)[candidates.index(candidate)]:
             terms = (*terms, Term("warm_up", owed_ms, -1.0))
         home = _home(request, candidates)
@@ -109,13 +110,19 @@ def _price_of_compute(request: RouteRequest, w: Mapping[str, float]) -> float:
 
 def _costs(candidates: Sequence[Candidate], price_of_compute: float, w: Mapping[str, float]) -> list[float]:
     """The sums of `terms`, but for affinity. Of all in one go: this is asked of every worker at each decision."""
-    queue, load, sharing, decode = w["queue"], w["load"], w["sharing"], w["decode"]
+    queue, load, sharing, decode, there = w["queue"], w["load"], w["sharing"], w["decode"], w["interference"]
     return [
         (p := c.price).queue_ms * queue
         + p.load_ms * load
-        + p.compute_ms * (price_of_compute * (1.0 - sharing * (1.0 - c.share)) + c.decoding * decode)
+        + p.compute_ms
+        * (price_of_compute * (1.0 - sharing * (1.0 - c.share)) + c.decoding * (there if c.only_answers else decode))
         for c in candidates
     ]
+
+
+def _delay(c: Candidate, w: Mapping[str, float]) -> float:
+    """Price of a millisecond by which one request is delayed that decodes there."""
+    return w["interference"] if c.only_answers else w["decode"]
 
 
 def _own_share(c: Candidate, w: Mapping[str, float]) -> float:

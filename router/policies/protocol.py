@@ -52,6 +52,7 @@ class Candidate(NamedTuple):
         overlap: leading blocks that it holds, by tier. arriving: leading blocks that prompts in prefill leave there.
         blocks: its load in blocks; counted only for policies that say `counts_blocks`, since that takes microseconds.
         decoding: requests that are past their prefill there, of all routers.
+        only_answers: its role is decode: others prefill where that is cheaper, and what is computed there costs more.
         new: whether it joined after others did, and so lately that the memory of work is longer.
     """
 
@@ -65,6 +66,7 @@ class Candidate(NamedTuple):
     blocks: BlockLoad = NO_BLOCK_LOAD
     decoding: int = 0
     new: bool = False
+    only_answers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

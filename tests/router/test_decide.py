@@ -67,6 +67,7 @@ class Link(SimpleNamespace):
     name: str
     report: Told | None = None
     hello = None
+    role = 0
     owes_clear = False
     joined_at = 0.0
 

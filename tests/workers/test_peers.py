@@ -22,7 +22,7 @@ from workers import peers
 from workers.build import build_engine
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
-from workers.protocol import Job, Output, PeerHint, SamplingParams
+from workers.protocol import FinishReason, Job, Output, PeerHint, Promised, SamplingParams
 
 CONFIG = WorkerConfig(
     name="w0",
@@ -202,3 +202,157 @@ def test_a_simulated_worker_serves_nobody_and_ignores_hints():
         router.send(peers_released=worker_pb2.PeersReleased(peers_hold=9))
         router.wait_for(lambda: "clear_done" in router.kinds())
         router.wait_handled()
+
+
+# --- prefill here, answer there ---
+
+LONG = prompts(2, lengths=(500, 500))[1]  # 31 full blocks, of which all may be read
+
+
+def _long(engine: TorchEngine, name: str, **options: object) -> Job:
+    root = engine.info.scheme.root(b"")
+    sampling = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    return Job(name, LONG, root, block_hashes(LONG, root, 16), sampling, **options)  # type: ignore[arg-type]
+
+
+def _prefill_job(engine: TorchEngine, blocks: int = 31) -> Job:
+    root = engine.info.scheme.root(b"")
+    prompt = LONG[: 16 * blocks]
+    sampling = SamplingParams(max_tokens=1, temperature=0.0)
+    return Job("p", prompt, root, block_hashes(prompt, root, 16), sampling, prefill_only=True)
+
+
+def _promise(engine: TorchEngine, blocks: int = 31) -> Promised:
+    return Promised(engine.info.peer_address, blocks, ready_ms=20_000.0, margin_ms=20_000.0)
+
+
+def _both(maker: TorchEngine, answerer: TorchEngine, *, stop_maker_after: int = 10_000) -> tuple[list[Output], Output]:
+    """Step both in turn; all outputs of the answer, and the maker's last word."""
+    answers: list[Output] = []
+    makers: list[Output] = []
+    for step in range(10_000):
+        if step == stop_maker_after:
+            maker.cancel("p")
+        makers += maker.step().outputs if maker.has_work() else []
+        answers += answerer.step().outputs
+        if not answerer.has_work():
+            break
+        answerer.wait(0.01)
+    makers += maker.step().outputs if maker.has_work() else []
+    return answers, makers[-1]
+
+
+def _tokens(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+@pytest.fixture
+def small_steps() -> Iterator[list[TorchEngine]]:
+    engines = [_engine(max_batch_tokens=64), _engine(name="w1", max_batch_tokens=64)]
+    yield engines
+    for engine in engines:
+        engine.cache.check()
+        assert [block for block in range(engine.store.device.num_blocks) if engine.store.device.refs(block)] == []
+        engine.close(flush_s=0)
+
+
+def test_a_prefill_elsewhere_gives_the_same_answer_and_counts_as_computed(small_steps: list[TorchEngine]):
+    maker, answerer = small_steps
+    alone = _engine(name="w2")
+    alone.submit(_long(alone, "a"))
+    expected = []
+    while alone.has_work():
+        expected += alone.step().outputs
+    alone.close(flush_s=0)
+    answerer.submit(_long(answerer, "a", promise=_promise(maker)))
+    maker.submit(_prefill_job(maker))
+    before = answerer.load().pending_prefill_tokens
+    answers, last = _both(maker, answerer)
+    assert _tokens(answers) == _tokens(expected)
+    assert answers[-1].fates == {"computed": 500}, "this request's own forward made all of it, on two workers"
+    assert (last.token_ids, last.finish, last.fates) == ([], FinishReason.LENGTH, {"computed": 496})
+    assert before == 4, "what another worker makes is no work of this one"
+    stats = answerer.load().tiers[TierName.PEER][0]
+    assert stats.hits == 31
+
+
+def test_blocks_travel_while_the_prefill_goes_on(small_steps: list[TorchEngine]):
+    maker, answerer = small_steps
+    answerer.submit(_long(answerer, "a", promise=_promise(maker)))
+    maker.submit(_prefill_job(maker))
+    for _ in range(3):  # 192 of 496 tokens
+        maker.step()
+    for _ in range(2000):
+        answerer.step()
+        if len(answerer.store.match(block_hashes(LONG, answerer.info.scheme.root(b""), 16))) == 12:
+            break
+        answerer.wait(0.01)
+    else:
+        raise AssertionError("the first chunks did not come")
+    assert answerer.load().running == 0
+    answers, _ = _both(maker, answerer)
+    assert answers[-1].finish is FinishReason.LENGTH
+
+
+def test_what_the_maker_had_cached_is_a_hit(small_steps: list[TorchEngine]):
+    maker, answerer = small_steps
+    maker.submit(_prefill_job(maker, blocks=10))
+    while maker.has_work():
+        maker.step()
+    answerer.submit(_long(answerer, "a", promise=_promise(maker)))
+    maker.submit(_prefill_job(maker))
+    answers, last = _both(maker, answerer)
+    assert last.fates == {"computed": 336, "device": 160}
+    assert answers[-1].fates == {"computed": 340, "peer": 160}
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 6])
+def test_a_maker_that_stops_half_way_costs_no_token(small_steps: list[TorchEngine], after: int):
+    maker, answerer = small_steps
+    answerer.submit(_long(answerer, "a", promise=_promise(maker)))
+    maker.submit(_prefill_job(maker))
+    answers, last = _both(maker, answerer, stop_maker_after=after)
+    assert last.finish is FinishReason.CANCELLED
+    assert answers[-1].fates == {"computed": 500}
+    answerer.cache.clear()
+    answerer.submit(_long(answerer, "b"))
+    again: list[Output] = []
+    while answerer.has_work():
+        again += answerer.step().outputs
+    assert _tokens(answers) == _tokens(again)
+
+
+def test_while_it_waits_others_decode(small_steps: list[TorchEngine]):
+    maker, answerer = small_steps
+    answerer.submit(_long(answerer, "a", promise=_promise(maker)))
+    answerer.submit(replace(_job(answerer), job_id="other"))
+    others: list[Output] = []
+    while not others or others[-1].finish is None:
+        others += [output for output in answerer.step().outputs if output.job_id == "other"]
+    assert len(_tokens(others)) == 5
+    maker.submit(_prefill_job(maker))
+    answers, _ = _both(maker, answerer)
+    assert len(_tokens(answers)) == 12
+
+
+def test_a_job_cancelled_while_it_waits_holds_nothing(small_steps: list[TorchEngine]):
+    maker, answerer = small_steps
+    answerer.submit(_long(answerer, "a", promise=_promise(maker)))
+    maker.submit(_prefill_job(maker))
+    for _ in range(3):
+        maker.step()
+        answerer.step()
+    answerer.cancel("a")
+    assert answerer.step().outputs[-1].finish is FinishReason.CANCELLED
+    assert not answerer.has_work()
+    while maker.has_work():
+        maker.step()
+
+
+def test_who_may_read_nothing_waits_for_nothing(small_steps: list[TorchEngine]):
+    maker, answerer = small_steps
+    answerer.submit(_long(answerer, "a", promise=_promise(maker), no_read=True))
+    answers: list[Output] = []
+    while answerer.has_work():
+        answers += answerer.step().outputs
+    assert answers[-1].fates == {"computed": 500}

@@ -29,7 +29,7 @@ class FakeAcquisition:
         self._store, self._names = store, names
         self.block_ids: list[int] = []
         self.fates: list[TierName] = []
-        self.load_ms, self.done = 0.0, False
+        self.load_ms, self.done, self.made_elsewhere = 0.0, False, 0
         if not slow:
             self.arrive()
 

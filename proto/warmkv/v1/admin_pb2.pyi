@@ -123,6 +123,7 @@ class WorkerInfo(_message.Message):
     PACKAGE_VERSION_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     address: _builtins.str
@@ -149,6 +150,8 @@ class WorkerInfo(_message.Message):
     """Version of the protocol of its stream with this router."""
     layout: _builtins.str
     """Shape and type of its K/V in words, as in HashScheme; empty until it has said so."""
+    role: _builtins.str
+    """both, prefill or decode; empty while nothing was heard of it."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierUsage]:
         """How full its tiers are."""
@@ -175,10 +178,11 @@ class WorkerInfo(_message.Message):
         package_version: _builtins.str = ...,
         protocol_version: _builtins.int = ...,
         layout: _builtins.str = ...,
+        role: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "index", b"index", "layout", b"layout", "model", b"model", "name", b"name", "package_version", b"package_version", "prefill_ms_per_1k", b"prefill_ms_per_1k", "problem", b"problem", "protocol_version", b"protocol_version", "running", b"running", "state", b"state", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "index", b"index", "layout", b"layout", "model", b"model", "name", b"name", "package_version", b"package_version", "prefill_ms_per_1k", b"prefill_ms_per_1k", "problem", b"problem", "protocol_version", b"protocol_version", "role", b"role", "running", b"running", "state", b"state", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -302,6 +302,7 @@ class Route(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ROUTER_WAIT_MS_FIELD_NUMBER: _builtins.int
     HANDOVERS_FIELD_NUMBER: _builtins.int
+    PREFILL_WORKER_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     policy: _builtins.str
@@ -324,6 +325,8 @@ class Route(_message.Message):
     """How long it waited in the router until a worker's queue was short enough, milliseconds; part of ttft_ms."""
     handovers: _builtins.int
     """How often the answer went on at another worker after tokens of it had come."""
+    prefill_worker: _builtins.str
+    """The worker that computed the prompt for the one that answered; empty: that did it itself."""
     def __init__(
         self,
         *,
@@ -338,10 +341,11 @@ class Route(_message.Message):
         request_id: _builtins.str = ...,
         router_wait_ms: _builtins.float = ...,
         handovers: _builtins.int = ...,
+        prefill_worker: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handovers", b"handovers", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "reason", b"reason", "request_id", b"request_id", "retries", b"retries", "router", b"router", "router_wait_ms", b"router_wait_ms", "ttft_ms", b"ttft_ms", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handovers", b"handovers", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "prefill_worker", b"prefill_worker", "reason", b"reason", "request_id", b"request_id", "retries", b"retries", "router", b"router", "router_wait_ms", b"router_wait_ms", "ttft_ms", b"ttft_ms", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -418,6 +422,9 @@ class ExplainResponse(_message.Message):
     MISS_FIELD_NUMBER: _builtins.int
     COST_UNIT_FIELD_NUMBER: _builtins.int
     ROUTER_WAIT_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_WORKER_FIELD_NUMBER: _builtins.int
+    PAIR_COST_MS_FIELD_NUMBER: _builtins.int
+    ALONE_COST_MS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Length of the prompt in tokens."""
     block_size: _builtins.int
@@ -434,6 +441,14 @@ class ExplainResponse(_message.Message):
     """Of the candidates' costs: ms, blocks, or rank (a place in an order, from 0)."""
     router_wait_ms: _builtins.float
     """How long it would wait in the router's own queue first, milliseconds; zero: not at all, or nobody knows yet."""
+    prefill_worker: _builtins.str
+    """The worker that would compute the prompt for the one that answers; empty: that does it itself."""
+    pair_cost_ms: _builtins.float
+    """What was compared with the cost of answering alone, in milliseconds: the time to the first token of both workers,
+    and what their computing costs others. Zero where no pair would be chosen.
+    """
+    alone_cost_ms: _builtins.float
+    """The same of the worker that answers alone."""
     @_builtins.property
     def weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Its weights."""
@@ -460,10 +475,13 @@ class ExplainResponse(_message.Message):
         miss: Global___Miss | None = ...,
         cost_unit: _builtins.str = ...,
         router_wait_ms: _builtins.float = ...,
+        prefill_worker: _builtins.str = ...,
+        pair_cost_ms: _builtins.float = ...,
+        alone_cost_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["miss", b"miss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "candidates", b"candidates", "cost_unit", b"cost_unit", "miss", b"miss", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "router_wait_ms", b"router_wait_ms", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_cost_ms", b"alone_cost_ms", "block_size", b"block_size", "blocks", b"blocks", "candidates", b"candidates", "cost_unit", b"cost_unit", "miss", b"miss", "pair_cost_ms", b"pair_cost_ms", "policy", b"policy", "prefill_worker", b"prefill_worker", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "router_wait_ms", b"router_wait_ms", "weights", b"weights", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,6 +21,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _WorkerRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WorkerRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WORKER_ROLE_UNSPECIFIED: _WorkerRole.ValueType  # 0
+    """A version without roles."""
+    WORKER_ROLE_BOTH: _WorkerRole.ValueType  # 1
+    """Whole requests, and the prefills of others."""
+    WORKER_ROLE_PREFILL: _WorkerRole.ValueType  # 2
+    """Prefills whose answers others give."""
+    WORKER_ROLE_DECODE: _WorkerRole.ValueType  # 3
+    """Answers: prompts that are short, cached, or prefilled elsewhere."""
+
+class WorkerRole(_WorkerRole, metaclass=_WorkerRoleEnumTypeWrapper):
+    """Which part of requests a worker is there for."""
+
+WORKER_ROLE_UNSPECIFIED: WorkerRole.ValueType  # 0
+"""A version without roles."""
+WORKER_ROLE_BOTH: WorkerRole.ValueType  # 1
+"""Whole requests, and the prefills of others."""
+WORKER_ROLE_PREFILL: WorkerRole.ValueType  # 2
+"""Prefills whose answers others give."""
+WORKER_ROLE_DECODE: WorkerRole.ValueType  # 3
+"""Answers: prompts that are short, cached, or prefilled elsewhere."""
+Global___WorkerRole: _TypeAlias = WorkerRole  # noqa: Y015
+
 class _OtherJobState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -263,6 +291,7 @@ class WorkerHello(_message.Message):
     KV_EVENTS_OFF_FIELD_NUMBER: _builtins.int
     RECENT_WORK_MS_FIELD_NUMBER: _builtins.int
     UP_MS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The version of this stream's protocol: the newest that both ends speak. A router that speaks none of the worker's is
     refused.
@@ -295,6 +324,8 @@ class WorkerHello(_message.Message):
     """Work that came lately, of all routers: the sum of Job.work_ms, of which e^(-t / 30 s) is left after a time t."""
     up_ms: _builtins.int
     """Since the worker began to listen, milliseconds."""
+    role: Global___WorkerRole.ValueType
+    """Which part of requests it is there for. Unspecified: it knows nothing of roles, and takes whole requests only."""
     @_builtins.property
     def scheme(self) -> Global___HashScheme:
         """What salts its hash chains."""
@@ -323,10 +354,11 @@ class WorkerHello(_message.Message):
         kv_events_off: _builtins.bool = ...,
         recent_work_ms: _builtins.float = ...,
         up_ms: _builtins.int = ...,
+        role: Global___WorkerRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["scheme", b"scheme"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_nbytes", b"block_nbytes", "context_length", b"context_length", "device", b"device", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "kv_events_off", b"kv_events_off", "model", b"model", "package_version", b"package_version", "peer_address", b"peer_address", "protocol_version", b"protocol_version", "recent_work_ms", b"recent_work_ms", "scheme", b"scheme", "shared_tier_id", b"shared_tier_id", "tokenizer_sha256", b"tokenizer_sha256", "up_ms", b"up_ms", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_nbytes", b"block_nbytes", "context_length", b"context_length", "device", b"device", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "kv_events_off", b"kv_events_off", "model", b"model", "package_version", b"package_version", "peer_address", b"peer_address", "protocol_version", b"protocol_version", "recent_work_ms", b"recent_work_ms", "role", b"role", "scheme", b"scheme", "shared_tier_id", b"shared_tier_id", "tokenizer_sha256", b"tokenizer_sha256", "up_ms", b"up_ms", "vocab_size", b"vocab_size", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -405,6 +437,8 @@ class Job(_message.Message):
     CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     WORK_MS_FIELD_NUMBER: _builtins.int
     RESUMED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMISE_FIELD_NUMBER: _builtins.int
+    PREFILL_ONLY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     """Unique on this stream."""
     request_id: _builtins.str
@@ -433,6 +467,10 @@ class Job(_message.Message):
     """How many of the last token ids another worker generated for this job before it left: they are no part of the prompt,
     and are not told again. Sampling, stop strings and limits go on behind them.
     """
+    prefill_only: _builtins.bool
+    """Compute the prompt's blocks and end without a token: another worker answers. Its max_tokens is 1, for a worker that
+    does not know this field.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, where packed_token_ids is empty: for hands and tests."""
@@ -448,6 +486,10 @@ class Job(_message.Message):
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerHint]:
         """Other workers that seem to hold more of the prompt's leading blocks in host RAM, the deepest first; at most 3."""
+
+    @_builtins.property
+    def promise(self) -> Global___Promise:
+        """Another worker is computing leading blocks of the prompt for this job, at this moment."""
 
     def __init__(
         self,
@@ -469,16 +511,54 @@ class Job(_message.Message):
         cached_blocks: _builtins.int = ...,
         work_ms: _builtins.float = ...,
         resumed_tokens: _builtins.int = ...,
+        promise: Global___Promise | None = ...,
+        prefill_only: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "cache", b"cache", "deadline_ms", b"deadline_ms", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "cache", b"cache", "deadline_ms", b"deadline_ms", "promise", b"promise", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "cached_blocks", b"cached_blocks", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "packed_token_ids", b"packed_token_ids", "peers", b"peers", "priority", b"priority", "request_id", b"request_id", "resumed_tokens", b"resumed_tokens", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn", "work_ms", b"work_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "block_hashes", b"block_hashes", "cache", b"cache", "cached_blocks", b"cached_blocks", "chain_root", b"chain_root", "deadline_ms", b"deadline_ms", "job_id", b"job_id", "packed_token_ids", b"packed_token_ids", "peers", b"peers", "prefill_only", b"prefill_only", "priority", b"priority", "promise", b"promise", "request_id", b"request_id", "resumed_tokens", b"resumed_tokens", "sampling", b"sampling", "tenant_salt", b"tenant_salt", "token_ids", b"token_ids", "traceparent", b"traceparent", "turn", b"turn", "work_ms", b"work_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_ms) -> _WhichOneofReturnType__deadline_ms | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class Promise(_message.Message):
+    """A worker that makes blocks for a job of another one, which reads them from its host RAM as they become full. It may
+    be late or die, which costs time and no token.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    READY_MS_FIELD_NUMBER: _builtins.int
+    MARGIN_MS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Its WorkerHello.peer_address."""
+    blocks: _builtins.int
+    """How many leading blocks of the prompt it will hold."""
+    ready_ms: _builtins.float
+    """When they should all be there, milliseconds from now."""
+    margin_ms: _builtins.float
+    """What it is worth not to compute them on the worker that answers, besides the time that takes there, milliseconds."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+        ready_ms: _builtins.float = ...,
+        margin_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "margin_ms", b"margin_ms", "ready_ms", b"ready_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Promise: _TypeAlias = Promise  # noqa: Y015
 
 @_typing.final
 class PeerHint(_message.Message):
