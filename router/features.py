@@ -11,13 +11,11 @@ from collections.abc import Iterable
 from router.link import WorkerLink
 from warmkv.v1 import common_pb2
 
-_SINCE_3 = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-_NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-
 
 def protocol_of(sampling: common_pb2.SamplingParams) -> int:
     """The version of the protocol that a worker must speak for these parameters; zero: any does."""
-    penalizes = any(sampling.HasField(name) and getattr(sampling, name) != _NEUTRAL[name] for name in _SINCE_3)
+    repeats = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
+    penalizes = repeats != 1.0 or sampling.presence_penalty or sampling.frequency_penalty
     return 3 if penalizes or sampling.logit_bias or sampling.HasField("constraint") else 0
 
 
