@@ -80,6 +80,7 @@ class VirtualLink:
     problem = ""
     address = "virtual"
     joined_at = float("-inf")
+    role = worker_pb2.WORKER_ROLE_UNSPECIFIED
 
     def __init__(
         self, name: str, engine: SimulatedEngine, fleet: Fleet, index: PrefixIndex, slept: list[float]

@@ -35,6 +35,7 @@ class Link:
     hello: None = None
     owes_clear: bool = False
     joined_at: float = -1e9
+    role: int = 0
 
 
 @dataclass
