@@ -37,8 +37,11 @@ def test_the_grid_says_only_who_computes(programs, monkeypatch):
     assert torch.equal(attend(case, TritonBackend(SMALL)), wanted)
 
 
-@pytest.mark.parametrize("scoring", SCORINGS, ids=str)
-@pytest.mark.parametrize("cuts", [(16, 32), (2, 9, 40), (47,)])
+@pytest.mark.parametrize(
+    ("scoring", "cuts"),
+    [({}, (16, 32)), ({}, (2, 9, 40)), (SCORINGS[1], (7, 24)), (SCORINGS[1], (47,)), (SCORINGS[2], (15,))],
+    ids=str,
+)
 def test_a_prompt_cut_anywhere_gives_the_same_bits(scoring, cuts):
     """A cut of a single row aside: that is a decode, which sums by splits."""
     whole = Case([(50, 0)], seed=5, **scoring)

@@ -23,8 +23,7 @@ from workers.attention.step import Step
 from workers.attention.tiles import DECODE_PROGRAMS, DECODE_REGISTERS, SPLITS_TILE, Tiles, padded, tiles_for
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-INPUTS = "inputs"  # where a step's plan holds its PagedInputs, if somebody has made them
-LAUNCHES = "launches"
+LAUNCHES = "launches"  # where a step keeps what it needs launched
 
 
 @dataclass(slots=True)
@@ -61,10 +60,7 @@ class TritonBackend:
 
     Attributes:
         tiles: how the work is cut; None: by head size and dtype, as `tiles_for` says.
-        reads_inputs: that it goes by a step's PagedInputs, so that it can be captured in a graph.
     """
-
-    reads_inputs = True
 
     def __init__(self, tiles: Tiles | None = None) -> None:
         self.tiles = tiles
@@ -82,10 +78,7 @@ class TritonBackend:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """See `AttentionBackend.attend`; zeros where a row is padding.
-
-        If `step.plan["inputs"]` holds PagedInputs, they are what is computed; the step's spans then only say which
-        kernels to launch. A step without spans asks the host nothing, so a graph can capture it.
+        """See `AttentionBackend.attend`; goes by the step's spans.
 
         Raises:
             ValueError: the pool's dtype or layout, or the way of scoring, is none that the kernels know.
@@ -95,6 +88,35 @@ class TritonBackend:
             launches = step.plan[LAUNCHES] = plan(step)
         scoring = score_with(scale=scale, window=window, softcap=softcap, sinks=sinks)
         return self._attend(launches, *step.kv[layer], query, key, value, scoring)
+
+    def attend_paged(
+        self,
+        inputs: PagedInputs,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """The same from tensors alone, which a graph can capture: nothing here asks the host what they hold.
+
+        Args:
+            inputs: of T rows. key_pool, value_pool: one layer's, `[blocks, block_size, kv_heads, dim]`.
+            query, key, value, scale, window, softcap, sinks: as in `AttentionBackend.attend`.
+
+        Returns:
+            [T, heads, v_dim]; zeros where a row is padding.
+
+        Raises:
+            ValueError: as `attend`.
+        """
+        scoring = score_with(scale=scale, window=window, softcap=softcap, sinks=sinks)
+        return self._attend(for_all(inputs), key_pool, value_pool, query, key, value, scoring)
 
     def _attend(
         self,
@@ -110,6 +132,8 @@ class TritonBackend:
         _check_pools(query, key_pool, value_pool)
         tiles = self.tiles or tiles_for(max(query.shape[-1], value.shape[-1]), query.dtype)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+        if query.shape[1] != len(launches.inputs.slots):
+            raise ValueError(f"{query.shape[1]} rows have {len(launches.inputs.slots)} slots; give each row one, or -1")
         if not query.shape[1]:
             return out
         _write(launches.inputs, key_pool, value_pool, key, value, out)
@@ -120,22 +144,22 @@ class TritonBackend:
         return out
 
 
+def for_all(inputs: PagedInputs) -> Launches:
+    """Launches for every sequence, where only the device knows which is what."""
+    count = len(inputs.contexts)
+    return Launches(inputs, None, None, count, count if inputs.longest > 1 else 0, inputs.longest)
+
+
 def plan(step: Step) -> Launches:
-    """What a step needs launched; the tensors serve all its layers."""
-    inputs: PagedInputs | None = step.plan.get(INPUTS)
+    """What a step's spans need launched; the tensors serve all its layers."""
     device = step.kv[0][0].device
-    if inputs is not None and not step.spans:
-        count = len(inputs.contexts)
-        return Launches(inputs, None, None, count, count if inputs.longest > 1 else 0, inputs.longest)
-    if inputs is None:
-        inputs = from_spans(step.spans, step.block_size, device)
+    inputs = from_spans(step.spans, step.block_size, device)
     decode = [number for number, span in enumerate(step.spans) if span.length == 1]
     prefill = [number for number, span in enumerate(step.spans) if span.length > 1]
-    longest = max((span.length for span in step.spans), default=0)
     if not decode or not prefill:
-        return Launches(inputs, None, None, len(decode), len(prefill), longest)
+        return Launches(inputs, None, None, len(decode), len(prefill), inputs.longest)
     members = torch.tensor(decode + prefill, dtype=torch.int32).to(device, non_blocking=True)
-    return Launches(inputs, members[: len(decode)], members[len(decode) :], len(decode), len(prefill), longest)
+    return Launches(inputs, members[: len(decode)], members[len(decode) :], len(decode), len(prefill), inputs.longest)
 
 
 def score_with(*, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Scoring:
