@@ -24,7 +24,7 @@ def backend_for(device: torch.device) -> AttentionBackend:
         from workers.attention.triton_backend import TritonBackend
     except ImportError as error:
         raise TritonMissing(
-            f"attention on a GPU needs triton, which cannot be imported ({error}); run pip install 'warmkv[gpu]', or"
-            " set device to cpu"
+            f"attention on a GPU needs triton, which cannot be imported ({error}); run pip install 'triton>=3.6' (the"
+            " extra gpu), or set device to cpu"
         ) from error
     return TritonBackend()
