@@ -97,7 +97,7 @@ class World:
 
     @property
     def scale(self) -> float:
-        return self.heads.dim**-0.5
+        return float(self.heads.dim**-0.5)
 
     def attend(self, layer: int) -> Tensor:
         """One layer's attention; the K/V that it writes are the same each time."""
@@ -160,7 +160,7 @@ def layer_seconds(world: World, rounds: int) -> list[float]:
     """Seconds of one layer's `attend`, one figure a round."""
     if world.device.type != "cuda":
         return [_measured(world.attend_all) / LAYERS]
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):
@@ -178,7 +178,7 @@ def cuda_seconds(work: Callable[[], None], rounds: int, parts: int = 1) -> list[
         work()
     seconds = []
     for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         work()
         end.record()
