@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# What the GPU kernels are tested with on a CPU, beside .venv: triton's interpreter wants an older numpy.
+TRITON := .venv-triton
+TRITON_VERSION := 3.6.0
 # Where pip finds PyTorch. Empty: pip's own index (the CUDA build on Linux, some GB). For the CPU build give
 # PyTorch's CPU index: make setup TORCH_INDEX=URL
 TORCH_INDEX ?=
@@ -10,7 +13,7 @@ BUF := npx --yes @bufbuild/buf@1.75.0
 # The minor version whose wire contract the protos may add to and not break (proto/released).
 RELEASED := 0.1
 
-.PHONY: help setup demo test check proto release-protos bench bench-peers lock clean
+.PHONY: help setup triton demo test check proto release-protos bench bench-peers lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -25,10 +28,17 @@ $(VENV)/.stamp: requirements.lock pyproject.toml
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+triton: $(TRITON)/.stamp-$(TRITON_VERSION)  ## what the tests of the GPU kernels need, in .venv-triton (make test does it)
+
+$(TRITON)/.stamp-$(TRITON_VERSION): | setup
+	rm -rf $(TRITON)
+	$(PY) -m pip install --quiet --no-deps --target $(TRITON) triton==$(TRITON_VERSION) "numpy>=2,<2.4"
+	touch $@
+
 demo: setup  ## see it work: four workers, real chats, three acts (add ARGS="--workers 2")
 	$(VENV)/bin/warmkv demo $(ARGS)
 
-test: setup  ## every test (add ARGS="-k name")
+test: setup triton  ## every test (add ARGS="-k name")
 	$(PY) -m pytest $(ARGS)
 
 check: setup  ## formatting, lint, types, import laws, generated code, protos and what they may not break
@@ -57,4 +67,4 @@ lock: setup  ## write requirements.lock from what is installed
 	$(PY) -m pip freeze --exclude-editable > requirements.lock
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TRITON) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -26,8 +26,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from kvstore.layout import DTYPE_BYTES, KVLayout
+from workers.attention.choice import backend_for
 from workers.attention.step import AttentionBackend, KVViews, Span, Step, make_step
-from workers.attention.torch_backend import TorchBackend
 from workers.model_folder import ModelFolder, ModelFolderError, open_model_folder
 
 ATTENTION = "warmkv_paged"
@@ -72,7 +72,7 @@ class ModelRunner:
         Raises:
             ModelNotSupported: see `load`.
         """
-        self._model, self._backend = model, backend or TorchBackend()
+        self._model, self._backend = model, backend or backend_for(torch.device(model.device))
         self.folder, self.fingerprint = folder, fingerprint
         self.device = torch.device(model.device)
         config = model.config.get_text_config()
@@ -92,6 +92,7 @@ class ModelRunner:
         Raises:
             ModelFolderError: files are missing or damaged, or do not fit one another.
             ModelNotSupported: the model cannot be served rightly over paged K/V.
+            TritonMissing: the device is a GPU, and triton is not installed.
         """
         folder = open_model_folder(model_dir)
         _check_kind(folder)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.attention.paged_inputs import PagedInputs, from_spans
-from workers.attention.step import Span, Step, make_step
+from workers.attention.step import Span, make_step
 from workers.attention.tiles import Tile, Tiles
 from workers.attention.torch_backend import TorchBackend
 from workers.attention.triton_backend import TritonBackend
@@ -118,11 +118,9 @@ def attend(case: Case, backend, members: Sequence[int] | None = None, pool=None)
 
 def attend_unadvised(case: Case, inputs: PagedInputs, padding: int = 0, pool=None, tiles: Tiles = SMALL) -> Tensor:
     """The same from tensors alone, as in a graph."""
-    nothing = torch.empty(0, dtype=torch.int64)
-    backend = TritonBackend(tiles)
-    kv = [pool or case.pool()]
-    step = Step(kv, case.shape.block_size, (), nothing, nothing, backend, plan={"inputs": inputs})
-    return backend.attend(step, 0, *case.rows(padding=padding), **case.options)
+    return TritonBackend(tiles).attend_paged(
+        inputs, *(pool or case.pool()), *case.rows(padding=padding), **case.options
+    )
 
 
 def padded_inputs(case: Case, rows: int, sequences: int, width: int) -> PagedInputs:

@@ -13,22 +13,23 @@ from workers.attention.tiles import Tile
 from workers.attention.triton_backend import TritonBackend
 
 SCORINGS = [{}, {"window": 21}, {"softcap": 2.0, "with_sinks": True}]
-MIX = [(1, 70), (6, 20), (1, 0), (1, 100), (18, 30)]
+MIX = [(1, 70), (18, 30), (1, 0)]
 
 
-@pytest.mark.parametrize("scoring", SCORINGS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("scoring", "dtype"), [(each, torch.float32) for each in SCORINGS] + [({}, torch.bfloat16)], ids=str
+)
 def test_a_sequence_alone_equals_itself_in_a_batch(scoring, dtype):
     case = Case(MIX, Shape(dtype=dtype), **scoring)
     together = attend(case, TritonBackend(SMALL))
-    padded = attend_unadvised(case, padded_inputs(case, 40, 8, 60), padding=40 - len(together))
+    padded = attend_unadvised(case, padded_inputs(case, 24, 5, 60), padding=24 - len(together))
     assert torch.equal(padded[: len(together)], together)
     for number, span in enumerate(case.spans()):
         alone = attend(case, TritonBackend(SMALL), [number])
         assert torch.equal(alone, together[span.row : span.row + span.length])
 
 
-@pytest.mark.parametrize("programs", [1, 5, 1000])
+@pytest.mark.parametrize("programs", [1, 5])
 def test_the_grid_says_only_who_computes(programs, monkeypatch):
     case = Case(MIX)
     wanted = attend(case, TritonBackend(SMALL))
@@ -36,8 +37,11 @@ def test_the_grid_says_only_who_computes(programs, monkeypatch):
     assert torch.equal(attend(case, TritonBackend(SMALL)), wanted)
 
 
-@pytest.mark.parametrize("scoring", SCORINGS, ids=str)
-@pytest.mark.parametrize("cuts", [(16, 32, 48), (2, 9, 40), (33,), (47,)])
+@pytest.mark.parametrize(
+    ("scoring", "cuts"),
+    [({}, (16, 32)), ({}, (2, 9, 40)), (SCORINGS[1], (7, 24)), (SCORINGS[1], (47,)), (SCORINGS[2], (15,))],
+    ids=str,
+)
 def test_a_prompt_cut_anywhere_gives_the_same_bits(scoring, cuts):
     """A cut of a single row aside: that is a decode, which sums by splits."""
     whole = Case([(50, 0)], seed=5, **scoring)
@@ -55,6 +59,6 @@ def test_a_prompt_cut_anywhere_gives_the_same_bits(scoring, cuts):
 def test_splits_of_any_size_agree():
     case = Case([(1, 99), (1, 64), (1, 7)])
     wanted = attend(case, TritonBackend(SMALL))
-    for split, keys in ((16, 16), (64, 32), (256, 64)):
+    for split, keys in ((16, 16), (256, 64)):
         tiles = replace(SMALL, decode=Tile(16, keys, 4, 1), split=split)
         torch.testing.assert_close(attend(case, TritonBackend(tiles)), wanted, atol=1e-6, rtol=1e-5)

@@ -1,7 +1,8 @@
 """How the attention kernels cut their work: sizes of splits and tiles, warps and stages, by head size and dtype.
 
 All are fixed before the first request and none is tuned while serving: a choice made by a stopwatch could change the
-order of a sum, and with it a token, from one run to the next. Figures: one H100, 32/8 heads of 128, bfloat16.
+order of a sum, and with it a token, from one run to the next. Figures are of a prototype with the same inner loops, on
+one H100 with 32/8 heads of 128 in bfloat16; `bench.gpu_attention --tiles` measures them again.
 """
 
 from __future__ import annotations

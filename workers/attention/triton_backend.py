@@ -9,8 +9,6 @@ Importing this module imports triton; `choice` does it only where there is a GPU
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,42 +16,12 @@ import triton
 from torch import Tensor
 
 from workers.attention import triton_kernels as kernels
-from workers.attention.paged_inputs import PagedInputs, from_spans
+from workers.attention.launches import LAUNCHES, Launches, Scoring, for_all, plan, score_with
+from workers.attention.paged_inputs import PagedInputs
 from workers.attention.step import Step
 from workers.attention.tiles import DECODE_PROGRAMS, DECODE_REGISTERS, SPLITS_TILE, Tiles, padded, tiles_for
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-INPUTS = "inputs"  # where a step's plan holds its PagedInputs, if somebody has made them
-LAUNCHES = "launches"
-
-
-@dataclass(slots=True)
-class Launches:
-    """A step's inputs and which sequences each kernel is for.
-
-    Attributes:
-        decode, prefill: [N] int32 sequences; None: the first N.
-        decodes, prefills: N, how many sequences to launch for; 0: no launch.
-        longest: most rows of one sequence.
-    """
-
-    inputs: PagedInputs
-    decode: Tensor | None
-    prefill: Tensor | None
-    decodes: int
-    prefills: int
-    longest: int
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How products become exponents of base 2: `factor * product`, or `factor * tanh(inner * product)` if `capped`."""
-
-    factor: float
-    inner: float
-    window: int
-    capped: bool
-    sinks: Tensor | None
 
 
 class TritonBackend:
@@ -61,10 +29,7 @@ class TritonBackend:
 
     Attributes:
         tiles: how the work is cut; None: by head size and dtype, as `tiles_for` says.
-        reads_inputs: that it goes by a step's PagedInputs, so that it can be captured in a graph.
     """
-
-    reads_inputs = True
 
     def __init__(self, tiles: Tiles | None = None) -> None:
         self.tiles = tiles
@@ -82,10 +47,7 @@ class TritonBackend:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """See `AttentionBackend.attend`; zeros where a row is padding.
-
-        If `step.plan["inputs"]` holds PagedInputs, they are what is computed; the step's spans then only say which
-        kernels to launch. A step without spans asks the host nothing, so a graph can capture it.
+        """See `AttentionBackend.attend`; goes by the step's spans.
 
         Raises:
             ValueError: the pool's dtype or layout, or the way of scoring, is none that the kernels know.
@@ -95,6 +57,35 @@ class TritonBackend:
             launches = step.plan[LAUNCHES] = plan(step)
         scoring = score_with(scale=scale, window=window, softcap=softcap, sinks=sinks)
         return self._attend(launches, *step.kv[layer], query, key, value, scoring)
+
+    def attend_paged(
+        self,
+        inputs: PagedInputs,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """The same from tensors alone, which a graph can capture: nothing here asks the host what they hold.
+
+        Args:
+            inputs: of T rows. key_pool, value_pool: one layer's, `[blocks, block_size, kv_heads, dim]`.
+            query, key, value, scale, window, softcap, sinks: as in `AttentionBackend.attend`.
+
+        Returns:
+            [T, heads, v_dim]; zeros where a row is padding.
+
+        Raises:
+            ValueError: as `attend`.
+        """
+        scoring = score_with(scale=scale, window=window, softcap=softcap, sinks=sinks)
+        return self._attend(for_all(inputs), key_pool, value_pool, query, key, value, scoring)
 
     def _attend(
         self,
@@ -110,6 +101,8 @@ class TritonBackend:
         _check_pools(query, key_pool, value_pool)
         tiles = self.tiles or tiles_for(max(query.shape[-1], value.shape[-1]), query.dtype)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+        if query.shape[1] != len(launches.inputs.slots):
+            raise ValueError(f"{query.shape[1]} rows have {len(launches.inputs.slots)} slots; give each row one, or -1")
         if not query.shape[1]:
             return out
         _write(launches.inputs, key_pool, value_pool, key, value, out)
@@ -118,41 +111,6 @@ class TritonBackend:
         if launches.prefills:
             _prefill(launches, key_pool, value_pool, query, out, scoring, tiles)
         return out
-
-
-def plan(step: Step) -> Launches:
-    """What a step needs launched; the tensors serve all its layers."""
-    inputs: PagedInputs | None = step.plan.get(INPUTS)
-    device = step.kv[0][0].device
-    if inputs is not None and not step.spans:
-        count = len(inputs.contexts)
-        return Launches(inputs, None, None, count, count if inputs.longest > 1 else 0, inputs.longest)
-    if inputs is None:
-        inputs = from_spans(step.spans, step.block_size, device)
-    decode = [number for number, span in enumerate(step.spans) if span.length == 1]
-    prefill = [number for number, span in enumerate(step.spans) if span.length > 1]
-    longest = max((span.length for span in step.spans), default=0)
-    if not decode or not prefill:
-        return Launches(inputs, None, None, len(decode), len(prefill), longest)
-    members = torch.tensor(decode + prefill, dtype=torch.int32).to(device, non_blocking=True)
-    return Launches(inputs, members[: len(decode)], members[len(decode) :], len(decode), len(prefill), longest)
-
-
-def score_with(*, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Scoring:
-    """What the kernels compute with.
-
-    Raises:
-        ValueError: the scale or the cap is not positive, or the window is empty.
-    """
-    if not scale > 0 or not (softcap is None or softcap > 0) or not (window is None or window > 0):
-        raise ValueError(
-            f"attention with scale {scale}, softcap {softcap} and window {window} is not supported on this device: all"
-            " must be positive; use device cpu for this model"
-        )
-    log2_e = math.log2(math.e)
-    if softcap is None:
-        return Scoring(scale * log2_e, 0.0, window or 0, False, sinks)
-    return Scoring(softcap * log2_e, scale / softcap, window or 0, True, sinks)
 
 
 def _check_pools(query: Tensor, key_pool: Tensor, value_pool: Tensor) -> None:

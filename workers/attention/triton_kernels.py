@@ -15,6 +15,9 @@ Sources: online softmax and tiles from FlashAttention-2 (Dao, 2023); splits and 
 (Dao et al., 2023), with splits of a fixed size where that has a fixed number of them; block tables from PagedAttention
 (Kwon et al., 2023).
 
+Numbers that change from step to step, and whether a list of members is aligned, are not specialised on: each variant
+would be compiled in the middle of somebody's stream.
+
 Names that all kernels share: `*_row`, `*_head`, `*_block`, `*_token` are strides in elements; `*_pad` is the next power
 of two, which tiles must have. Exponents are of base 2: `factor` holds log2(e).
 """
@@ -162,7 +165,7 @@ def _absorb(
     return highest, total, gathered
 
 
-@triton.jit(do_not_specialize=["table_row", "width"])
+@triton.jit(do_not_specialize=["table_row", "width"], do_not_specialize_on_alignment=["members"])
 def decode_splits(
     query,  # [heads, T, k_dim]
     key_pool,
@@ -261,7 +264,7 @@ def decode_splits(
         tl.store(statistics + place * 2 + 1 + lanes * 2, total, mask=lanes < group)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["members"])
 def combine_splits(
     partial,
     statistics,
@@ -323,7 +326,7 @@ def combine_splits(
     tl.store(spots, result.to(out.dtype.element_ty), mask=v_lanes < v_dim)
 
 
-@triton.jit(do_not_specialize=["table_row"])
+@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=["members"])
 def prefill_rows(
     query,  # [heads, T, k_dim]
     key_pool,
