@@ -43,9 +43,7 @@ def quantised(
         made.tier.close()
 
 
-def test_blocks_come_back_byte_for_byte_and_a_read_ends_where_one_is_missing(
-    quantised: Tier, layout: KVLayout
-) -> None:
+def test_blocks_come_back_byte_for_byte_and_a_read_ends_where_one_is_missing(quantised: Tier, layout: KVLayout) -> None:
     metas = chain(6)
     present = metas[:4] + metas[5:]
     assert quantised.write(present, payloads(present, layout)) == 5

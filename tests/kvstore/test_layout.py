@@ -78,7 +78,9 @@ def test_a_name_that_was_given_before_quantised_blocks_existed_is_the_same_still
     """Blocks that lie on disk and in Redis must be found by a newer version."""
     scheme = HashScheme(b"f" * 32, LLAMA_8B.describe(), 16)
     assert scheme.digest().hex() == DIGEST_OF_LLAMA_8B
-    names = {HashScheme(b"f" * 32, replace(LLAMA_8B, kv_dtype=kv_dtype).describe(), 16).digest() for kv_dtype in KV_DTYPES}
+    names = {
+        HashScheme(b"f" * 32, replace(LLAMA_8B, kv_dtype=kv_dtype).describe(), 16).digest() for kv_dtype in KV_DTYPES
+    }
     assert len(names) == len(KV_DTYPES)
 
 

@@ -165,7 +165,7 @@ def test_rows_come_back_from_where_they_were_put(kind: str, dtype: str):
     layout = KVLayout(layers=2, kv_heads=3, k_dim=6, v_dim=5, dtype=dtype, block_size=4, kv_dtype=kind)
     tier = DeviceTier(layout, 5 * layout.block_nbytes, clock=ManualClock(), poison=True)
     generator = torch.Generator().manual_seed(2)
-    for layer, pool in ((layer, pool) for layer in range(2) for pool in tier.kv(layer)):
+    for pool in (pool for layer in range(2) for pool in tier.kv(layer)):
         numbers = torch.randn(6, 3, pool.shape[-1], generator=generator).to(getattr(torch, dtype))
         blocks, offsets = torch.tensor([4, 4, 1, 1, 1, 1]), torch.tensor([2, 3, 0, 1, 2, 3])
         write_rows(pool, blocks, offsets, numbers)

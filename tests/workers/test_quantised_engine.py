@@ -96,7 +96,7 @@ def test_a_run_over_stored_blocks_equals_bit_for_bit_one_that_was_cut_there(kind
 
 @pytest.mark.parametrize(("kind", "lost"), [("int8", 3e-3), ("fp8_e4m3", 3e-2)])
 def test_where_a_prompt_is_cut_matters_less_than_what_quantisation_costs(kind: str, lost: float):
-    """A fresh chunk attends over what it stored: else a cut would cost as much as the rounding of the rows before it."""
+    """A fresh chunk attends over what it stored: else a cut would cost what the rounding of the rows before it does."""
     whole = Pool(kind).forward(PROMPT, 0, 100)[CUT:]
     pool = Pool(kind)
     pool.forward(PROMPT, 0, CUT)
