@@ -52,9 +52,10 @@ def random_model(folder: Path) -> Path:
 
 
 def train(folder: Path, ids: list[int], seconds: float) -> tuple[Path, float]:
-    """A model folder after CPU seconds of training on all but the last tenth of the tokens; its last losses' mean, nats.
+    """A model folder after training on all but the last tenth of the tokens; the mean of its last losses, nats.
 
-    CPU seconds, so that on a busy machine the model is as good.
+    Args:
+        seconds: of the CPU, so that on a busy machine the model is as good.
     """
     make_model_folder(folder, SHAPE)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
