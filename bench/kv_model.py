@@ -8,6 +8,7 @@ training gives attention that depends on them. A model of your own says more: `p
 from __future__ import annotations
 
 import random
+import shutil
 import statistics
 import sysconfig
 import time
@@ -81,8 +82,8 @@ def with_outliers(trained: Path, folder: Path) -> Path:
 
     Large models have such channels. What K gains Q loses, so the scores stay; a pair, because rotation mixes the two.
     """
-    make_model_folder(folder, SHAPE)
-    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
+    shutil.copytree(trained, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     dim = SHAPE.hidden // SHAPE.heads
     with torch.no_grad():
         for layer in model.model.layers:

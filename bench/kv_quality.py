@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="on this UTF-8 text; else the Python library's")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    report, sequences, seconds = Report("kv_quality"), 3 if chosen.quick else 16, 10.0 if chosen.quick else 60.0
+    report, sequences, seconds = Report("kv_quality"), 3 if chosen.quick else 8, 10.0 if chosen.quick else 45.0
     text = local_text() if chosen.text is None else chosen.text.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="bench-kv-") as made:
         root = Path(made)
@@ -219,8 +219,8 @@ def main() -> None:
         else:
             _own_models(report, root, text, sequences, seconds)
         sizes(report)
-        promotion(report, 5 if chosen.quick else 15)
-        steps(report, root / "steps", 3 if chosen.quick else 9)
+        promotion(report, 5 if chosen.quick else 11)
+        steps(report, root / "steps", 3 if chosen.quick else 7)
     report.print(as_json=chosen.json)
 
 

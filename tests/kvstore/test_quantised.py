@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from kvstore.device import DeviceTier
+from kvstore.errors import LayoutError
 from kvstore.layout import KVLayout
-from kvstore.quantised import LARGEST_CODE, QuantisedRows, dequantise, quantise, read_blocks, write_rows
+from kvstore.quantised import LARGEST_CODE, QuantisedRows, dequantise, quantise, read_blocks, unquantised, write_rows
 from tests.kvstore.blocks_for_tests import ManualClock
 
 torch.set_num_threads(1)
@@ -157,6 +158,14 @@ def test_the_views_of_a_pool_never_overlap_and_lie_within_their_block(layout: KV
     assert counts.sum() == (blocks + 1) * layout.token_nbytes * layout.block_size
     in_layers = counts.reshape(blocks + 1, layout.layers, -1).sum(-1)
     assert (in_layers == in_layers[0, 0]).all()
+
+
+def test_attention_that_reads_no_codes_is_told_what_to_set():
+    tier = DeviceTier(KVLayout(1, 1, 4, 4, "float32", 2, "int8"), 100, clock=ManualClock())
+    with pytest.raises(LayoutError, match=r"reads no K/V of type int8; set engine\.kv_dtype to auto"):
+        unquantised(tier.kv(0)[0])
+    plain = torch.zeros(1)
+    assert unquantised(plain) is plain
 
 
 @pytest.mark.parametrize("kind", ["auto", *KINDS])
