@@ -142,7 +142,7 @@ class WorkerInfo(_message.Message):
     prefill_ms_per_1k: _builtins.float
     """Milliseconds to prefill 1,000 tokens, as measured."""
     layout: _builtins.str
-    """Shape and type of its K/V in words, as in HashScheme; empty until it has said so."""
+    """Shape and type of its K/V in words, as in HashScheme; empty until it has joined."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierUsage]:
         """How full its tiers are."""
