@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvstore.errors import LayoutError
+
 LARGEST_CODE = {"fp8_e4m3": 448.0, "int8": 127.0}
 
 
@@ -72,6 +74,17 @@ def read_blocks(pool: Rows, blocks: Tensor) -> Tensor:
         return pool.index_select(0, blocks).flatten(0, 1)
     codes, scales = (part.index_select(0, blocks).flatten(0, 1) for part in (pool.codes, pool.scales))
     return dequantise(codes, scales, pool.kv_dtype, pool.dtype)
+
+
+def unquantised(rows: Rows) -> Tensor:
+    """The pool's own tensor, for attention that reads no codes.
+
+    Raises:
+        LayoutError: these rows are quantised.
+    """
+    if isinstance(rows, Tensor):
+        return rows
+    raise LayoutError(f"this attention backend reads no K/V of type {rows.kv_dtype}; set engine.kv_dtype to auto")
 
 
 def quantise(rows: Tensor, kv_dtype: str) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from kvstore.device import DeviceTier
+from kvstore.errors import LayoutError
 from kvstore.layout import KVLayout
-from kvstore.quantised import LARGEST_CODE, QuantisedRows, dequantise, quantise, read_blocks, write_rows
+from kvstore.quantised import LARGEST_CODE, QuantisedRows, dequantise, quantise, read_blocks, unquantised, write_rows
 from tests.kvstore.blocks_for_tests import ManualClock
 
 torch.set_num_threads(1)
@@ -159,13 +160,21 @@ def test_the_views_of_a_pool_never_overlap_and_lie_within_their_block(layout: KV
     assert (in_layers == in_layers[0, 0]).all()
 
 
+def test_attention_that_reads_no_codes_is_told_what_to_set():
+    tier = DeviceTier(KVLayout(1, 1, 4, 4, "float32", 2, "int8"), 100, clock=ManualClock())
+    with pytest.raises(LayoutError, match=r"reads no K/V of type int8; set engine\.kv_dtype to auto"):
+        unquantised(tier.kv(0)[0])
+    plain = torch.zeros(1)
+    assert unquantised(plain) is plain
+
+
 @pytest.mark.parametrize("kind", ["auto", *KINDS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_rows_come_back_from_where_they_were_put(kind: str, dtype: str):
     layout = KVLayout(layers=2, kv_heads=3, k_dim=6, v_dim=5, dtype=dtype, block_size=4, kv_dtype=kind)
     tier = DeviceTier(layout, 5 * layout.block_nbytes, clock=ManualClock(), poison=True)
     generator = torch.Generator().manual_seed(2)
-    for layer, pool in ((layer, pool) for layer in range(2) for pool in tier.kv(layer)):
+    for pool in (pool for layer in range(2) for pool in tier.kv(layer)):
         numbers = torch.randn(6, 3, pool.shape[-1], generator=generator).to(getattr(torch, dtype))
         blocks, offsets = torch.tensor([4, 4, 1, 1, 1, 1]), torch.tensor([2, 3, 0, 1, 2, 3])
         write_rows(pool, blocks, offsets, numbers)

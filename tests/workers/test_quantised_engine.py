@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,8 +21,9 @@ from kvstore.device import DeviceTier
 from kvstore.errors import CodecError, MissReason
 from kvstore.quantised import QuantisedRows
 from tests.kvstore.blocks_for_tests import ManualClock, chain
-from tests.workers.engine_rig import BLOCK_SIZE, Answer, Rig, make_rig, prompts, runner
+from tests.workers.engine_rig import BLOCK_SIZE, Answer, Rig, make_rig, model_folder, prompts, runner
 from workers.attention.step import Span
+from workers.models import ModelRunner
 from workers.protocol import FinishReason
 
 KINDS = ["fp8_e4m3", "int8"]
@@ -43,11 +45,16 @@ def server() -> Iterator[PrivateRedis]:
         yield started
 
 
+@functools.cache
+def _runner(dtype: str) -> ModelRunner:
+    return runner() if dtype == "float32" else ModelRunner.load(model_folder(), dtype=dtype)
+
+
 class Pool:
     """A device tier of a few blocks, and forwards over it without an engine."""
 
-    def __init__(self, kind: str, architecture: str = "llama") -> None:
-        self.runner = runner(architecture)
+    def __init__(self, kind: str, dtype: str = "float32") -> None:
+        self.runner = _runner(dtype)
         self.layout = replace(self.runner.layout, block_size=BLOCK_SIZE, kv_dtype=kind)
         self.tier = DeviceTier(self.layout, 12 * self.layout.block_nbytes, clock=ManualClock(), poison=True)
         blocks = self.tier.allocate(9)
@@ -94,9 +101,20 @@ def test_a_run_over_stored_blocks_equals_bit_for_bit_one_that_was_cut_there(kind
     assert warm.bytes_of(6) == cold.bytes_of(6)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_same_holds_of_models_in_half_precision(kind: str, dtype: str):
+    cold, warm = Pool(kind, dtype), Pool(kind, dtype)
+    cold.forward(PROMPT, 0, CUT)
+    warm.tier.inject(warm.blocks[:6], cold.tier.payloads(cold.blocks[:6]))
+    found = warm.forward(PROMPT, CUT, 100)
+    assert torch.equal(found, cold.forward(PROMPT, CUT, 100))
+    plain = Pool("auto", dtype).forward(PROMPT, 0, 100)[CUT:]
+    assert 0 < (found - plain).norm() / plain.norm() < 0.1
+
+
 @pytest.mark.parametrize(("kind", "lost"), [("int8", 3e-3), ("fp8_e4m3", 3e-2)])
 def test_where_a_prompt_is_cut_matters_less_than_what_quantisation_costs(kind: str, lost: float):
-    """A fresh chunk attends over what it stored: else a cut would cost as much as the rounding of the rows before it."""
+    """A fresh chunk attends over what it stored: else a cut would cost what the rounding of the rows before it does."""
     whole = Pool(kind).forward(PROMPT, 0, 100)[CUT:]
     pool = Pool(kind)
     pool.forward(PROMPT, 0, CUT)

@@ -149,7 +149,7 @@ class WorkerInfo(_message.Message):
     protocol_version: _builtins.int
     """Version of the protocol of its stream with this router."""
     layout: _builtins.str
-    """Shape and type of its K/V in words, as in HashScheme; empty until it has said so."""
+    """Shape and type of its K/V in words, as in HashScheme; empty until it has joined."""
     role: _builtins.str
     """both, prefill or decode; empty while nothing was heard of it."""
     @_builtins.property
