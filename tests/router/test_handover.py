@@ -15,7 +15,6 @@ from router.core import Router
 from router.handover import unable
 from tests.router.fake_worker import FakeWorker, refuses
 from tests.router.rig import (
-    ADMIN,
     ALICE,
     all_ready,
     context,
@@ -28,7 +27,7 @@ from tests.router.rig import (
 )
 from tests.router.test_core import settled
 from tests.router.test_fleet import fakes
-from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
+from warmkv.v1 import common_pb2, inference_pb2, worker_pb2
 from workers.simulated_sequence import Timing
 
 SLOW = Timing(prefill_fixed_ms=1.0, prefill_token_ms=0.05, prefill_pair_ms=0.0, decode_step_ms=10.0)
