@@ -150,9 +150,10 @@ def generation_text(stream: Generation) -> str:
     waited = f", {route.router_wait_ms:.0f} of it in the router's queue" if route.router_wait_ms else ""
     predicted = f", predicted {route.predicted_ttft_ms:.0f}" if route.predicted_ttft_ms else ""
     prefilled = f", prefilled by {route.prefill_worker}" if route.prefill_worker else ""
+    moved = f", handed over {route.handovers} times" if route.handovers > 1 else ", handed over" * route.handovers
     return (
         f"[{fates_text(usage.prompt_tokens_by_fate)}; {usage.completion_tokens} generated, {_ends(stream)}; "
-        f"{route.worker} because {route.reason}{prefilled}; "
+        f"{route.worker} because {route.reason}{prefilled}{moved}; "
         f"first token after {route.ttft_ms:.0f} ms{waited}{predicted}]"
     )
 

@@ -365,9 +365,7 @@ def test_requests_go_on_while_one_worker_dies(two: Two) -> None:
             await asyncio.sleep(0.3)
             os.kill(two.fleet.worker_pids()[0], signal.SIGKILL)
             outcomes = await asyncio.gather(*requests)
-        # A request that had spoken is told that its worker was lost; nothing else may fail.
-        assert set(outcomes) <= {"OK", "WORKER_LOST"}
-        assert "OK" in outcomes
+        assert set(outcomes) == {"OK"}, "answers under way go on at the other one"
         await two.fleet.wait_ready()
 
     asyncio.run(one_dies())

@@ -336,3 +336,26 @@ def test_every_block_comes_after_its_prefix(parents: list[int], order: object) -
     place = {meta.hash: at for at, meta in enumerate(found)}
     assert all(place[meta.parent] < place[meta.hash] for meta in metas if meta.parent in place)
     assert list(prefixes_first(found)) == found, "what is in order stays in order"
+
+
+def test_a_chain_is_shared_on_demand_piece_by_piece_as_the_queue_has_room(make: Callable[..., Rig]) -> None:
+    rig, metas, other = make(queue_blocks=2), chain(5), chain(2, first_token=70)
+    rig.compute(metas)
+    rig.settle()
+    assert rig.shared.held() == {}
+    for _ in range(50):
+        if rig.store.share(names(metas)):
+            break
+        rig.settle()
+        rig.store.drain_events()
+    assert set(rig.shared.held()) == set(names(metas))
+    assert (rig.below(), rig.failures(REDIS)) == (set(), 0), "disk is of no use to others, and nothing is dropped"
+    assert rig.store.share(names(other)), "what this worker does not have is nothing to wait for"
+
+
+def test_a_tier_that_does_not_answer_is_not_waited_for(make: Callable[..., Rig]) -> None:
+    rig, metas = make(), chain(3)
+    rig.compute(metas)
+    assert not rig.store.share(names(metas))
+    rig.shared.healthy = False
+    assert rig.store.share(names(metas))

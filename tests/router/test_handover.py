@@ -15,7 +15,6 @@ from router.core import Router
 from router.handover import unable
 from tests.router.fake_worker import FakeWorker, refuses
 from tests.router.rig import (
-    ADMIN,
     ALICE,
     all_ready,
     context,
@@ -28,7 +27,7 @@ from tests.router.rig import (
 )
 from tests.router.test_core import settled
 from tests.router.test_fleet import fakes
-from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
+from warmkv.v1 import common_pb2, inference_pb2, worker_pb2
 from workers.simulated_sequence import Timing
 
 SLOW = Timing(prefill_fixed_ms=1.0, prefill_token_ms=0.05, prefill_pair_ms=0.0, decode_step_ms=10.0)
@@ -51,8 +50,8 @@ def output(job: worker_pb2.Job, first: int, stop: int, **fields: object) -> work
         **fields,  # type: ignore[arg-type]
     )
     prompt = len(job.packed_token_ids) // 4 - job.resumed_tokens
-    made.fates.computed = prompt - 16
-    made.fates.device = 16
+    found = 32 if job.resumed_tokens else 16  # the second time more lies there: which is on no bill
+    made.fates.computed, made.fates.device = prompt - found, found
     if job.resumed_tokens and first == job.resumed_tokens:
         made.resumed_fates.redis = 16
         made.resumed_fates.computed = prompt + job.resumed_tokens - 16
@@ -336,24 +335,27 @@ async def test_a_caller_that_leaves_in_the_pause_leaves_nothing_behind(is_sent: 
 
 @pytest.mark.asyncio
 async def test_a_worker_that_is_too_old_is_never_sent_what_another_began() -> None:
-    turns = in_turn(begins(4), finishes, finishes)
-    workers = [FakeWorker(f"w{n}", turns) for n in range(3)]
+    def hands_back_soon(worker: FakeWorker, job: worker_pb2.Job) -> None:
+        asyncio.get_running_loop().call_later(0.1, hands_back, worker, job)
+
+    turns = in_turn(*[begins(4, hands_back_soon), finishes] * 4)
+    workers = [FakeWorker(f"w{n}", turns) for n in range(4)]
     async with fakes(*workers) as (_, router):
-        await all_ready(router, 3)
-        router.set_policy(admin_pb2.SetPolicyRequest(policy=admin_pb2.Policy(name="round_robin")), caller=ADMIN)
-        running = asyncio.ensure_future(generate(router, request(PROMPT, 20)))
-        await asyncio.sleep(0)
+        await all_ready(router, 4)
         links = router.fleet.links()
         assert unable(links) == frozenset()
-        for link in links[:2]:
+        for link in links[:3]:
             assert link.hello is not None
             link.hello.protocol_version = 2
-        assert unable(links) == {"w0", "w1"}
-        answer = await running
-        check_whole(answer, 20)
-        assert (answer.route.worker, answer.route.handovers) == ("w2", 1)
-        first = await generate(router, request(tokens(2, 40), 3))
-        assert first.route.handovers == 0
+        assert unable(links) == {"w0", "w1", "w2"}
+        for number in range(4):
+            router.drain_worker("w3")
+            stream = router.generate(request([*PROMPT[:-1], number], 20), caller=ALICE, context=context())
+            async with aclosing(stream):
+                await anext(stream)
+                router.undrain_worker("w3")
+                parts = [part async for part in stream]
+            assert (parts[-1].route.worker, parts[-1].route.handovers) == ("w3", 1)
 
 
 @pytest.mark.asyncio

@@ -25,7 +25,7 @@ async def ask(router: Router, rng: random.Random, seen: set[bytes]) -> None:
         seen.update((await router.tokenize(inference_pb2.TokenizeRequest(input=body.input), caller=ALICE)).block_hashes)
         await generate(router, body)
     except RouterError:
-        return  # it lost its worker in the middle of the answer, or two of them
+        return  # it lost two workers
 
 
 async def clear(router: Router) -> None:

@@ -504,3 +504,25 @@ def test_a_device_tier_without_room_for_a_block_is_refused_with_the_remedy(tmp_p
     config = WorkerConfig("w0", str(tmp_path), "m", engine="simulated", device_bytes=10)
     with pytest.raises(ValueError, match="raise device_bytes"):
         build_engine(config)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 5, 11])
+@pytest.mark.parametrize("seed", [0, 9])
+def test_what_another_worker_began_goes_on_as_it_would_have(cut: int, seed: int) -> None:
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True, seed=seed, temperature=float(bool(seed)))
+    asked = replace(job("a", prompt(10), max_tokens=12), sampling=sampling)
+    whole = run(engine_of()[0], asked)["a"]
+    ids = [i for output in whole for i in output.token_ids]
+    longer = [*asked.token_ids, *ids[:cut]]
+    again = replace(asked, token_ids=longer, block_hashes=block_hashes(longer, ROOT, SIZE), resumed=cut)
+    engine, _ = engine_of()
+    for warm in (False, True):  # the second time its blocks are cached
+        rest = run(engine, again)["a"]
+        assert [(o.token_ids, o.text, o.completion_tokens) for o in rest] == [
+            (o.token_ids, o.text, o.completion_tokens) for o in whole[cut:]
+        ]
+        assert rest[-1].finish is FinishReason.LENGTH
+        assert sum((rest[0].fates or {}).values()) == 10
+        assert sum((rest[0].resumed_fates or {}).values()) == 10 + cut
+        assert ((rest[0].fates or {})["device"] > 0) is warm
+        engine.cache.check()

@@ -304,7 +304,7 @@ class Route(_message.Message):
     HANDOVERS_FIELD_NUMBER: _builtins.int
     PREFILL_WORKER_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
-    """The worker's name."""
+    """The worker's name; of an answer that was handed over, the last one's. What follows is about the first one."""
     policy: _builtins.str
     """The policy that chose."""
     reason: _builtins.str
