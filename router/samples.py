@@ -67,9 +67,7 @@ class Samples:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def completed(
-        self, sample: Request, response: inference_pb2.GenerateResponse
-    ) -> inference_pb2.GenerateResponse:
+    def completed(self, sample: Request, response: inference_pb2.GenerateResponse) -> inference_pb2.GenerateResponse:
         """With its index, and with usage and route of the call in the last one of all."""
         response.index = self._places[id(sample)]
         if not response.finish_reason:

@@ -44,9 +44,7 @@ class Anteroom:
         constraint = sequence.job.sampling.constraint
         if constraint is None:
             raise ValueError("only sequences with a constraint wait for one; give the others to the scheduler")
-        self._guests.append(
-            _Guest(sequence, self._grammars.compile(constraint), self._clock() + self._limit_s)
-        )
+        self._guests.append(_Guest(sequence, self._grammars.compile(constraint), self._clock() + self._limit_s))
 
     def remove(self, sequence: Sequence) -> None:
         """It has ended; one that is not here: nothing happens."""

@@ -3,8 +3,8 @@
 Bias is added. The repetition penalty divides positive logits and multiplies negative ones of every token of prompt and
 answer (Keskar et al., "CTRL", 2019, as Hugging Face's RepetitionPenaltyLogitsProcessor has it); then presence and
 frequency penalties are taken from those of the answer: `frequency * count + presence * (count > 0)` (OpenAI's formula,
-as in vLLM). Temperature and filters follow in `sampler`. All rows of a batch are done at once, over the tokens concerned
-only, and what is done to a row depends on no other.
+as in vLLM). Temperature and filters follow in `sampler`. All rows of a batch are done at once, over the tokens that
+are concerned, and what is done to a row depends on no other.
 """
 
 from __future__ import annotations

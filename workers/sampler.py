@@ -82,9 +82,7 @@ def uniform(seed: int, position: int) -> float:
     return float(int.from_bytes(digest, "little") / (1 << (8 * _DRAW_BYTES)))
 
 
-def _adjusted(
-    logits: Tensor, best: Tensor, tokens: Tensor, rows: Sequence[Row]
-) -> tuple[Tensor, dict[int, JobError]]:
+def _adjusted(logits: Tensor, best: Tensor, tokens: Tensor, rows: Sequence[Row]) -> tuple[Tensor, dict[int, JobError]]:
     """(logits after all that rows ask for before the draw, by row why it has no token).
 
     Rows without a state cost nothing. `best` [R] and `tokens` [R] are brought up to date.

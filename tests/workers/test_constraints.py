@@ -126,9 +126,7 @@ def test_an_answer_that_is_whole_ends_though_the_model_says_no_end_token(rig: Ri
 
 def test_the_end_token_is_allowed_exactly_when_the_grammar_may_end():
     tokenizer, ends = _tokenizer(), runner().folder.eos_token_ids
-    grammars = Grammars(
-        model_folder() / "tokenizer.json", vocab_size=runner().vocab_size, end_tokens=ends
-    )
+    grammars = Grammars(model_folder() / "tokenizer.json", vocab_size=runner().vocab_size, end_tokens=ends)
     progress = grammars.compile(Constraint("regex", "ab(cd)?")).result().begin()
     for character, may_end in zip("abcd", [False, True, False, True], strict=True):
         assert not any(_allows(progress.mask(), end) for end in ends) or progress.may_end

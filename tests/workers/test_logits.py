@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from tests.workers.engine_rig import make_rig, near_ties, oracle, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
+from tests.workers.engine_rig import make_rig, near_ties, oracle, prompts
 from workers.logits import adjust
 from workers.protocol import SamplingParams
 from workers.row_state import RowState, row_state
@@ -40,7 +40,9 @@ def _naive(logits: torch.Tensor, params: SamplingParams, prompt: list[int], outp
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(_params, _tokens, _tokens, st.integers(0, 30)), min_size=1, max_size=5), st.integers(0, 10**6))
+@given(
+    st.lists(st.tuples(_params, _tokens, _tokens, st.integers(0, 30)), min_size=1, max_size=5), st.integers(0, 10**6)
+)
 def test_each_row_is_what_a_loop_over_its_tokens_makes_of_it(rows, seed: int):
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed)) * 5
     states = []
@@ -109,9 +111,7 @@ def test_greedy_answers_with_a_repetition_penalty_are_those_of_generate(architec
     rig, batch = make_rig(architecture), prompts(6)
     model = oracle(architecture)
     expected = model.generate(batch, 40, repetition_penalty=1.4)
-    answers = rig.run(
-        *(rig.job(n, prompt, max_tokens=40, repetition_penalty=1.4) for n, prompt in enumerate(batch))
-    )
+    answers = rig.run(*(rig.job(n, prompt, max_tokens=40, repetition_penalty=1.4) for n, prompt in enumerate(batch)))
     assert near_ties(answers, expected) <= 1
     plain = rig.run(*(rig.job(f"plain{n}", prompt, max_tokens=40) for n, prompt in enumerate(batch)))
     assert [answer.token_ids for answer in plain] != [answer.token_ids for answer in answers]
@@ -144,5 +144,3 @@ def test_a_state_built_from_the_tokens_is_the_state_that_made_them():
         logits = oracle().logits([*prompt, *whole[:cut]])[-1:]
         assert sample(logits, [Row(params, len(prompt) + cut, state)])[0].token_id == whole[cut]
     rig.close()
-
-
