@@ -185,14 +185,23 @@ class Attempts:
         first = _for_one_link(job, work.context.deadline)
         work.prefill = self._prefills.send(first, prepared, choice, on_lost=work.lost.append)
         self._send(work, prepared, job, choice, work_ms, cached_blocks)
-        beside, work.beside = work.beside, []
-        if not job.cache.no_store and not job.cache.no_read:  # else each computes the prompt for itself
+        if work.beside:
+            self._submit_beside(work, prepared, choice, job.cache)
+
+    def _submit_beside(
+        self, first: Request, prepared: PreparedPrompt, choice: Choice, cache: common_pb2.CacheDirectives
+    ) -> None:
+        """Send the samples beside one that was just sent, to the same worker: no decisions of their own."""
+        question = prepared.question
+        work_ms, cached_blocks = choice.price.load_ms + choice.price.compute_ms, 0
+        if not cache.no_store and not cache.no_read:  # else each computes the prompt for itself
             cached_blocks = (question.prompt_tokens - 1) // question.block_size
             tail = question.prompt_tokens - cached_blocks * question.block_size
             work_ms = choice.price.cold_ms * tail / question.prompt_tokens
-        for other, its_job in beside:
-            other.choice, other.sent_at, other.guest = choice, work.sent_at, work.guest
-            self._send(other, prepared, its_job, choice, work_ms, cached_blocks)
+        beside, first.beside = first.beside, []
+        for other, job in beside:
+            other.choice, other.sent_at, other.guest = choice, first.sent_at, first.guest
+            self._send(other, prepared, job, choice, work_ms, cached_blocks)
 
     def _send(
         self,

@@ -97,7 +97,7 @@ class Request:
     def sample(
         self, *, settle: Callable[[Request, Entry], None], on_first: Callable[[Request, float], None]
     ) -> Request:
-        """One of several answers to the prompt of a request that has not been sent: with a job and a life of its own."""
+        """One of several answers to the prompt of a request that was not sent yet: with a job and life of its own."""
         given = [each.name for each in fields(self) if each.default is each.default_factory is MISSING]
         same = {name: getattr(self, name) for name in given}
         return Request(**{**same, "settle": settle, "on_first": on_first}, prompt_tokens=self.prompt_tokens)

@@ -14,7 +14,7 @@ from workers.protocol import JobError
 from workers.row_state import row_state
 from workers.sequence import Sequence
 
-COMPILE_LIMIT_S = 20.0
+COMPILE_LIMIT_S = 60.0  # the first one may wait for the tokenizer on a busy machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 Bias is added. The repetition penalty divides positive logits and multiplies negative ones of every token of prompt and
 answer (Keskar et al., "CTRL", 2019, as Hugging Face's RepetitionPenaltyLogitsProcessor has it); then presence and
 frequency penalties are taken from those of the answer: `frequency * count + presence * (count > 0)` (OpenAI's formula,
-as in vLLM). Temperature and filters follow in `sampler`. All rows of a batch are done at once, over the tokens concerned
-only, and what is done to a row depends on no other.
+as in vLLM). Temperature and filters follow in `sampler`. All rows of a batch are done at once, over the tokens that
+are concerned, and what is done to a row depends on no other.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.grammars import ConstraintError
@@ -73,9 +74,7 @@ def _constrain(logits: Tensor, states: Sequence[RowState]) -> dict[int, JobError
         if not any(masks[row]):
             errors[row] = _DEAD_END
     if masks:
-        rows = torch.tensor(list(masks), device=logits.device)
-        allowed = _bits(list(masks.values()), logits)
-        logits[rows] = logits[rows].masked_fill_(~allowed, -torch.inf)
+        _rule_out(logits, list(masks), b"".join(masks.values()))
     return errors
 
 
@@ -85,15 +84,29 @@ _DEAD_END = JobError(
 )
 
 
-def _bits(masks: Sequence[bytes], logits: Tensor) -> Tensor:
-    """[R, vocab] bool."""
-    packed = torch.from_numpy(np.frombuffer(b"".join(masks), dtype=np.uint8).copy()).view(len(masks), -1, 1)
-    packed = packed.to(logits.device)  # eighths of what would travel as bools
-    bits = (packed >> _BYTE.to(logits.device)) & 1
-    return bits.flatten(1)[:, : logits.shape[-1]].bool()
+def _rule_out(logits: Tensor, rows: Sequence[int], masks: bytes) -> None:
+    packed = np.frombuffer(masks, dtype=np.uint8).reshape(len(rows), -1)
+    unpack = _unpacked_here if logits.device.type == "cpu" else _unpacked_there
+    ruled_out = unpack(packed, logits.device)[:, : logits.shape[-1]] == 0
+    if len(rows) == len(logits):
+        logits.masked_fill_(ruled_out, -torch.inf)
+    else:
+        where = torch.tensor(rows, device=logits.device)
+        logits[where] = logits[where].masked_fill_(ruled_out, -torch.inf)
 
 
-def _places(ids: Sequence[np.ndarray], logits: Tensor) -> tuple[Tensor, Tensor]:
+def _unpacked_here(packed: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """[R, 8 n] zeros and ones of [R, n] bytes, the lowest bit first."""
+    return torch.from_numpy(np.unpackbits(packed, axis=1, bitorder="little")).to(device)
+
+
+def _unpacked_there(packed: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """The same, unpacked on the device: an eighth of the bytes travel."""
+    there = torch.from_numpy(packed.copy()).to(device)[:, :, None]
+    return ((there >> _BYTE.to(device)) & 1).flatten(1)
+
+
+def _places(ids: Sequence[NDArray[np.int64]], logits: Tensor) -> tuple[Tensor, Tensor]:
     """(row, token) of each of the tokens that rows name."""
     sizes = torch.tensor([len(each) for each in ids])
     rows = torch.repeat_interleave(torch.arange(len(ids)), sizes)

@@ -214,7 +214,8 @@ class Scheduler:
         self._waiting.remove(sequence)
         insort(self._loading, sequence, key=_rank)
         if not sequence.job.no_store:
-            for name in names:
+            # What it has already nobody need wait for: those that waited for one maker all begin in the step after it.
+            for name in names[len(sequence.acquisition.block_ids) :]:
                 self._in_the_making.setdefault(name, sequence)
 
     def _enter(self, sequence: Sequence) -> None:

@@ -262,7 +262,7 @@ def sampling_from_wire(message: common_pb2.SamplingParams, *, room: int, vocab_s
     """
     filled = replace(
         SamplingParams(max_tokens=room),
-        **{name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)},
+        **{name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)},  # type: ignore[arg-type]
         stop=tuple(message.stop),
         stop_token_ids=frozenset(message.stop_token_ids),
         ignore_eos=message.ignore_eos,

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tests.workers.engine_rig import Rig, make_rig, model_folder, prompts, runner
 from workers.anteroom import Anteroom
 from workers.grammars import Grammars
+from workers.logits import _unpacked_here, _unpacked_there
 from workers.protocol import Constraint, FinishReason, SamplingParams
 from workers.row_state import RowState
 from workers.sampler import Row, sample
@@ -155,6 +156,17 @@ def test_rows_of_the_logits_that_no_token_has_are_never_sampled():
     grammars.close()
 
 
+def test_masks_are_unpacked_alike_here_and_on_a_device():
+    import numpy as np
+    import torch
+
+    packed = np.random.default_rng(0).integers(0, 256, (3, 40), dtype=np.uint8)
+    here = _unpacked_here(packed, torch.device("cpu"))
+    assert torch.equal(here, _unpacked_there(packed, torch.device("cpu")))
+    wanted = [[int(byte) >> bit & 1 for byte in row for bit in range(8)] for row in packed]
+    assert here.tolist() == wanted
+
+
 def test_filters_choose_among_what_is_allowed(rig: Rig):
     for options in ({"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}):
         answers = _held_to(rig, "regex", "[0-9]{4}", count=3, **options)
@@ -245,7 +257,7 @@ def test_one_that_waits_for_its_grammar_can_be_cancelled_and_has_a_deadline_and_
     assert [each.finish for each in rig.engine.step().outputs] == [FinishReason.CANCELLED]
     rig.clock.ahead_s += 6
     assert [each.finish for each in rig.engine.step().outputs] == [FinishReason.DEADLINE]
-    rig.clock.ahead_s += 60
+    rig.clock.ahead_s += 100
     (output,) = rig.engine.step().outputs
     assert (output.job_id, output.error.reason) == ("endless", "CONSTRAINT_TOO_COMPLEX")
     gate.set()

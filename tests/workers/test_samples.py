@@ -72,6 +72,20 @@ def test_the_first_computes_the_prompt_and_the_others_their_last_tokens(max_batc
     rig.close()
 
 
+@pytest.mark.parametrize("max_batch_tokens", [64, 256])
+def test_the_others_all_begin_in_the_step_after_the_prompt_was_computed(max_batch_tokens: int):
+    rig, (prompt,) = make_rig(max_batch_tokens=max_batch_tokens), prompts(1, lengths=[100])
+    _submit(rig, prompt, 8)
+    while not (outputs := rig.engine.step().outputs):
+        pass
+    assert [output.job_id for output in outputs] == [0]
+    assert {output.job_id for output in rig.engine.step().outputs} == set(range(8))
+    while rig.engine.has_work():
+        rig.engine.step()
+    rig.assert_nothing_leaked()
+    rig.close()
+
+
 def test_each_answer_is_that_of_its_seed_alone():
     together, alone = make_rig(), make_rig()
     (prompt,) = prompts(1, lengths=[75])
