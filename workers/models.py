@@ -124,13 +124,30 @@ class ModelRunner:
         step = make_step(kv, spans, self._backend)
         return self._run(step, token_ids, positions, rows)
 
+    @property
+    def backend(self) -> AttentionBackend:
+        """What attends."""
+        return self._backend
+
+    @torch.inference_mode()
+    def forward_tensors(self, step: Step, token_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """As `forward`, of a step whose numbers are tensors on the model's device, [T], [T] and [R] int64.
+
+        Reads nothing else, so that it can be captured in a graph and replayed over the same memory.
+        """
+        return self._compute(step, token_ids, positions, rows)
+
     def _run(self, paged: Step | _Probe, ids: Sequence[int], positions: Sequence[int], rows: Sequence[int]) -> Tensor:
+        return self._compute(
+            paged,
+            torch.tensor(ids, device=self.device),
+            torch.tensor(positions, device=self.device),
+            torch.tensor(rows, dtype=torch.int64, device=self.device),  # there may be none
+        )
+
+    def _compute(self, paged: Step | _Probe, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         out = self._model(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(rows, dtype=torch.int64, device=self.device),  # there may be none
-            paged=paged,
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows, paged=paged
         )
         logits: Tensor = out.logits[0].float()
         return logits
