@@ -141,6 +141,18 @@ class WorkersSettings(_Section):
     )
 
 
+class EngineSettings(_Section):
+    """How each worker computes."""
+
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Whether small steps are captured at start and replayed; auto: on a GPU. on: or no start.",
+    )
+    compile: bool = Field(
+        default=False, description="Compile what is captured (torch.compile); a start then takes minutes longer."
+    )
+
+
 class StoreSettings(_Section):
     """Each worker's block store."""
 

@@ -13,25 +13,11 @@ from torch import Tensor
 from workers.attention.paged_inputs import PagedInputs, from_spans
 from workers.attention.step import Step
 
-INPUTS = "inputs"  # where a step's plan holds its PagedInputs
-
-
-def inputs_of(step: Step) -> PagedInputs:
-    """The step as tensors, made once for all layers where nobody gave them."""
-    found: PagedInputs | None = step.plan.get(INPUTS)
-    if found is None:
-        found = step.plan[INPUTS] = from_spans(step.spans, step.block_size, step.kv[0][0].device)
-    return found
+_PLAN = "gathered"
 
 
 class GatherBackend:
-    """See the module.
-
-    Attributes:
-        reads_inputs: whether it goes by a step's PagedInputs alone, so that it can be captured.
-    """
-
-    reads_inputs = True
+    """See the module."""
 
     def attend(
         self,
@@ -46,20 +32,41 @@ class GatherBackend:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """See `AttentionBackend.attend`; rows of no sequence come out as zeros."""
-        inputs = inputs_of(step)
-        keys, values = step.kv[layer]
-        _write(keys, inputs.slots, key.transpose(0, 1))
-        _write(values, inputs.slots, value.transpose(0, 1))
+        """See `AttentionBackend.attend`."""
+        pools = step.kv[layer]
+        inputs: PagedInputs | None = step.plan.get(_PLAN)
+        if inputs is None:
+            inputs = step.plan[_PLAN] = from_spans(step.spans, step.block_size, pools[0].device)
+        return self.attend_paged(
+            inputs, *pools, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
+
+    def attend_paged(
+        self,
+        inputs: PagedInputs,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """See `PagedBackend.attend_paged`; rows of no sequence come out as zeros."""
+        _write(key_pool, inputs.slots, key.transpose(0, 1))
+        _write(value_pool, inputs.slots, value.transpose(0, 1))
         out = query.new_zeros(query.shape[1], query.shape[0], value.shape[-1])
-        starts, contexts = inputs.row_starts.tolist(), inputs.contexts.tolist()
+        starts, contexts, size = inputs.row_starts.tolist(), inputs.contexts.tolist(), key_pool.shape[1]
         for number, context in enumerate(contexts):
             rows = slice(starts[number], starts[number + 1])
             if context == 0 or rows.start == rows.stop:
                 continue
-            table = inputs.block_tables[number, : -(-context // step.block_size)].long()
-            k = keys.index_select(0, table).flatten(0, 1)[:context].transpose(0, 1)
-            v = values.index_select(0, table).flatten(0, 1)[:context].transpose(0, 1)
+            table = inputs.block_tables[number, : -(-context // size)].long()
+            k = key_pool.index_select(0, table).flatten(0, 1)[:context].transpose(0, 1)
+            v = value_pool.index_select(0, table).flatten(0, 1)[:context].transpose(0, 1)
             out[rows] = _attend(query[:, rows], k, v, scale, window, softcap, sinks).transpose(0, 1).to(out.dtype)
         return out
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvstore.tier import Clock
-from workers.attention.gather_backend import INPUTS
+from workers.attention.captured import INPUTS
 from workers.attention.step import KVViews, Step
 from workers.device.interface import Device, Graph
 from workers.models import ModelRunner

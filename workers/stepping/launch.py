@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from workers.attention.gather_backend import INPUTS
+from workers.attention.captured import PagedBackend
 from workers.attention.step import KVViews, Step, make_step
 from workers.device.cpu import Done
 from workers.device.interface import Device, Event
@@ -24,7 +24,7 @@ from workers.sampler import Sampled
 from workers.sequence import Sequence
 from workers.stepping.buckets import Bucket
 from workers.stepping.buffers import Capacity, HostBuffers, StepBuffers, nbytes
-from workers.stepping.graphs import StepGraphs, static_step
+from workers.stepping.graphs import StepGraphs
 from workers.stepping.sampling import DrawPlan, plan_draws, read_rows, sample_rows, samples_on_device
 from workers.stepping.work import StepWork
 
@@ -172,7 +172,7 @@ class BufferedLauncher:
         if graph is not None:
             logits = self._graphs.replay(graph)[:ready]
         else:
-            step = self._eager_step(work, bucket)
+            step = self._eager_step(work)
             ids, positions = buffers.ids[: bucket.rows], buffers.positions[: bucket.rows]
             logits = self._runner.forward_tensors(step, ids, positions, buffers.wanted[:ready])
         if plan is None or flight.packed is None:
@@ -186,12 +186,13 @@ class BufferedLauncher:
         """Put the tokens that the step before has sampled where its numbers stand."""
         ids.copy_(torch.where(ids < 0, self._tokens[(-1 - ids).clamp_min(0)], ids))
 
-    def _eager_step(self, work: StepWork, bucket: Bucket) -> Step:
-        if getattr(self._runner.backend, "reads_inputs", False):
-            return replace(static_step(self._runner, self._kv, self.buffers, bucket), spans=work.spans)
-        step = make_step(self._kv, work.spans, self._runner.backend)
-        step.plan[INPUTS] = self.buffers.inputs(bucket)
-        return step
+    def _eager_step(self, work: StepWork) -> Step:
+        """Nothing but its spans: whoever attends knows best what of them it needs on the device."""
+        backend = self._runner.backend
+        if isinstance(backend, PagedBackend):
+            nothing, size = self.buffers.slots[:0], self.buffers.capacity.block_size
+            return Step(self._kv, size, work.spans, nothing, nothing, backend)
+        return make_step(self._kv, work.spans, backend)
 
 
 def needs_token_before_next_step(sequence: Sequence) -> bool:

@@ -78,5 +78,3 @@ def late_rig(
 def sync_rig(**options: object) -> Rig:
     """The engine as it is on a CPU, over the same attention."""
     return make_rig(model=gathering(), **options)
-
-

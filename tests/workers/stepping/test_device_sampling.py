@@ -28,7 +28,9 @@ def _params() -> st.SearchStrategy[SamplingParams]:
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.lists(_params(), min_size=1, max_size=6), st.sampled_from([50, 3000]), st.integers(0, 1000), st.floats(0.1, 8))
+@given(
+    st.lists(_params(), min_size=1, max_size=6), st.sampled_from([50, 3000]), st.integers(0, 1000), st.floats(0.1, 8)
+)
 def test_tokens_and_logprobs_are_the_samplers(params: list[SamplingParams], vocab: int, seed: int, spread: float):
     logits = torch.randn(len(params), vocab, generator=torch.Generator().manual_seed(seed)) * spread
     rows = [Row(each, seed + place) for place, each in enumerate(params)]

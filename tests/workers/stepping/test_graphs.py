@@ -42,9 +42,7 @@ def test_the_chosen_bucket_holds_the_step_and_none_smaller_does(sequences: int, 
     rows = max(rows, sequences)
     longest = 1 if rows == sequences else data.draw(st.integers(2, rows))
     chosen = choose(BUCKETS, rows, sequences, longest)
-    fitting = [
-        b for b in BUCKETS if b.rows >= rows and b.sequences >= sequences and (b.longest == 1) == (longest == 1)
-    ]
+    fitting = [b for b in BUCKETS if b.rows >= rows and b.sequences >= sequences and (b.longest == 1) == (longest == 1)]
     if chosen is None:
         assert not fitting
     else:
@@ -99,9 +97,7 @@ def _cases() -> list[tuple[Bucket, int]]:
 def test_a_padded_step_gives_the_logits_of_the_real_rows_and_writes_their_blocks_only(bucket: Bucket, sequences: int):
     model, rig = gathering(), make_rig(device_blocks=5 * MAX_RUNNING + 7)
     tier = rig.device
-    launcher = buffered(
-        tier, CpuDevice(), model=model, buckets=[bucket], runs_ahead=False, max_running=MAX_RUNNING
-    )
+    launcher = buffered(tier, CpuDevice(), model=model, buckets=[bucket], runs_ahead=False, max_running=MAX_RUNNING)
     draw = random.Random(bucket.rows * 31 + sequences)
     room = max(sequences + 1, bucket.rows - 3)
     lengths = [1] * sequences
@@ -162,5 +158,12 @@ def test_warm_tails_and_decodes_are_replayed_and_long_prefills_are_not():
     (prompt,) = prompts(1, lengths=(400,))
     rig.run(rig.job("cold", prompt, max_tokens=3, ignore_eos=True))
     rig.run(rig.job("warm", prompt, max_tokens=3, ignore_eos=True))
-    assert [bucket and (bucket.rows, bucket.longest) for bucket in taken] == [None, (1, 1), (1, 1), (16, 16), (1, 1), (1, 1)]
+    assert [bucket and (bucket.rows, bucket.longest) for bucket in taken] == [
+        None,
+        (1, 1),
+        (1, 1),
+        (16, 16),
+        (1, 1),
+        (1, 1),
+    ]
     rig.close()

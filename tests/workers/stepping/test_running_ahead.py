@@ -1,4 +1,4 @@
-"""Steps launched behind the host give what steps taken one by one give, whatever ends, fails or is preempted meanwhile."""
+"""Steps launched behind the host give what steps taken one by one give, whatever ends, fails or is preempted."""
 
 from __future__ import annotations
 
@@ -74,7 +74,12 @@ def _jobs(rig: Rig, plan: Plan) -> list[Job]:
         options: dict[str, object] = {"max_tokens": draw.randrange(1, 20), "priority": draw.randrange(2)}
         options["ignore_eos"] = draw.random() < 0.7
         if draw.random() < 0.5:
-            options |= {"temperature": 0.9, "seed": number, "top_k": draw.choice([0, 5]), "top_p": draw.choice([1, 0.8])}
+            options |= {
+                "temperature": 0.9,
+                "seed": number,
+                "top_k": draw.choice([0, 5]),
+                "top_p": draw.choice([1, 0.8]),
+            }
         if draw.random() < 0.3:
             options["stop_token_ids"] = frozenset(draw.sample(range(1024), 200))
         options["no_store"] = draw.random() < 0.2
@@ -103,7 +108,9 @@ def _drive(rig: Rig, plan: Plan) -> dict[int, Answer]:
 def plans(draw: st.DrawFn) -> Plan:
     jobs = draw(st.integers(1, 8))
     cancelled = draw(st.dictionaries(st.integers(0, jobs - 1), st.integers(1, 6), max_size=3))
-    return Plan(draw(st.integers(0, 10_000)), jobs, draw(st.sampled_from([12, 20, 60])), draw(st.integers(1, 6)), cancelled)
+    return Plan(
+        draw(st.integers(0, 10_000)), jobs, draw(st.sampled_from([12, 20, 60])), draw(st.integers(1, 6)), cancelled
+    )
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -228,7 +235,7 @@ def test_a_deadline_in_flight_ends_the_job_and_frees_its_blocks_when_the_step_ha
 
 
 def test_a_row_that_needs_the_host_makes_the_next_step_wait(monkeypatch: pytest.MonkeyPatch):
-    """As a grammar or a penalty does: such a row is sampled by the engine's own `_sample`, and nothing runs ahead of it."""
+    """As a grammar or a penalty does: the engine's own `_sample` chooses its token, and nothing runs ahead of it."""
 
     def on_host(params: object) -> bool:
         return getattr(params, "seed", 0) != 7
