@@ -420,6 +420,11 @@ class Promoter:
     # --- questions ---
 
     @property
+    def copies(self) -> int:
+        """Batches that are being copied from host beside the steps."""
+        return 0 if self._landings is None else len(self._landings)
+
+    @property
     def _room(self) -> int:
         """Device blocks that loads may take now."""
         return max(0, self._device.available - self._reserve)

@@ -252,6 +252,11 @@ class TieredStore:
 
     # --- the store's own work ---
 
+    @property
+    def copies(self) -> int:
+        """Batches of blocks that are being copied between device and host now, beside the steps."""
+        return self._promoter.copies + (0 if self._spilling is None else len(self._spilling))
+
     def pump(self) -> None:
         """Take in what I/O threads finished, expire what is due, refresh lower tiers. Called once an engine step.
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -31,7 +32,6 @@ from workers.conversations import Conversations
 from workers.detokenize import TextStream
 from workers.engine_cache import EngineCache
 from workers.models import ModelRunner
-from workers.peers import Peers
 from workers.protocol import (
     EngineInfo,
     FinishReason,
@@ -53,6 +53,9 @@ from workers.step_times import Answers, BusyShare, StepTimes
 from workers.stepping.launch import DirectLauncher, Flight, Launcher
 from workers.stepping.pipeline import Pipeline
 from workers.stepping.work import StepWork
+
+if TYPE_CHECKING:  # what serves and reads other workers is loaded by whoever opens it
+    from workers.peers import Peers
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Copies between device and host that end late: nobody sees a block before its bytes, no block goes while it is read."""
+"""Copies between device and host that end late: nobody sees a block before its bytes; none goes while it is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvstore.device import DeviceTier
 from kvstore.events import RemovalCause, TierName
 from kvstore.store import ReadTiers, TieredStore
-from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, chain, names
+from tests.kvstore.blocks_for_tests import LAYOUT, chain, names
 from tests.kvstore.fake_tier import FakeSharedTier
 from tests.kvstore.late_copier import LateCopier
 from tests.kvstore.test_store import TTL, Rig

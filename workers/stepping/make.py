@@ -53,6 +53,8 @@ def make_launcher(
         ValueError: graphs or compiled code were asked for, and cannot be had.
     """
     is_gpu = runner.device.type == "cuda"
+    if type(runner).forward is not ModelRunner.forward:
+        return None  # it cuts and pads steps in its own way, which nothing here knows
     can_capture = is_gpu and isinstance(runner.backend, PagedBackend)
     if options.graphs is Capturing.ON and not can_capture:
         raise ValueError("engine.cuda_graphs is on, which needs a GPU and its attention kernels; set it to auto")
