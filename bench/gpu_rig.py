@@ -31,6 +31,7 @@ from workers.model_folder import open_model_folder
 from workers.models import ModelRunner
 from workers.protocol import EngineInfo, Job, Output, SamplingParams
 from workers.random_model import random_model, random_runner
+from workers.stepping.buckets import Bucket, decode_buckets, tail_buckets
 from workers.stepping.make import Limits, StepOptions, buffered
 from workers.tiny import ModelShape, make_model_folder
 
@@ -229,11 +230,19 @@ class GpuRig:
 
     def fresh_metas(self, count: int) -> list[BlockMeta]:
         """Names of blocks that nobody has, each the first of a chain."""
-        return [BlockMeta(BlockHash(self.rng.randbytes(32)), self.root, self.root) for _ in range(count)]
+        return [BlockMeta(BlockHash(self.rng.randbytes(32)), self.root, self.root, None) for _ in range(count)]
 
     def close(self) -> None:
         """Give everything back."""
         self.engine.close(flush_s=1.0)
+
+
+def _buckets(scale: Scale, options: StepOptions) -> list[Bucket]:
+    """All that an engine captures; where each is compiled first, which takes most of a minute, those measured here."""
+    limits = scale.max_running, scale.max_batch_tokens
+    buckets = [*decode_buckets(scale.max_running), *tail_buckets(*limits)]
+    measured = (*scale.batches, scale.tail)
+    return [bucket for bucket in buckets if bucket.rows in measured] if options.compile else buckets
 
 
 def make_rig(
@@ -275,7 +284,10 @@ def make_rig(
     kv = [device.kv(layer) for layer in range(layout.layers)]
     step_device: Device = CpuDevice() if dry else CudaDevice(runner.device)
     limits = Limits(scale.max_batch_tokens, scale.max_running, scale.context_length, device.num_blocks)
-    launcher = buffered(runner, kv, step_device, options, limits, captures, time.monotonic) if plain else None
+    launcher = None
+    if plain:
+        buckets = _buckets(scale, options) if captures else ()
+        launcher = buffered(runner, kv, step_device, options, limits, buckets, time.monotonic)
     info = EngineInfo(
         scheme=scheme,
         model="random",

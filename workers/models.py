@@ -127,6 +127,11 @@ class ModelRunner:
         return self._run(step, token_ids, positions, rows)
 
     @property
+    def model(self) -> Any:
+        """transformers' model."""
+        return self._model
+
+    @property
     def backend(self) -> AttentionBackend:
         """What attends."""
         return self._backend

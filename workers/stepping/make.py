@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -11,7 +12,7 @@ from workers.attention.step import KVViews
 from workers.device.cuda import CudaDevice
 from workers.device.interface import Device
 from workers.models import ModelRunner
-from workers.stepping.buckets import TAIL_ROWS, decode_buckets, tail_buckets
+from workers.stepping.buckets import TAIL_ROWS, Bucket, decode_buckets, tail_buckets
 from workers.stepping.buffers import Capacity
 from workers.stepping.graphs import capture
 from workers.stepping.launch import BufferedLauncher, Launcher
@@ -61,7 +62,10 @@ def make_launcher(
     captures = can_capture and options.graphs is not Capturing.OFF
     if options.compile and not captures:
         raise ValueError("engine.compile is on, and compiles what graphs capture: a GPU is needed; set it to false")
-    return buffered(runner, kv, CudaDevice(runner.device), options, limits, captures, clock) if is_gpu else None
+    if not is_gpu:
+        return None
+    buckets = [*decode_buckets(limits.max_running), *tail_buckets(limits.max_running, limits.max_batch_tokens)]
+    return buffered(runner, kv, CudaDevice(runner.device), options, limits, buckets if captures else (), clock)
 
 
 def buffered(
@@ -70,16 +74,15 @@ def buffered(
     device: Device,
     options: StepOptions,
     limits: Limits,
-    captures: bool,
+    buckets: Sequence[Bucket],
     clock: Clock,
 ) -> BufferedLauncher:
-    """One that runs ahead; where it captures, all graphs are made now."""
+    """One that runs ahead; a graph of each of these sizes is made now."""
     size = kv[0][0].shape[1]
     width = min(limits.num_blocks, -(-limits.context_length // size))
     rows = max(limits.max_batch_tokens, limits.max_running, *TAIL_ROWS)
     launcher = BufferedLauncher(runner, kv, device, Capacity(rows, limits.max_running, width, size), runs_ahead=True)
-    if captures:
-        buckets = [*decode_buckets(limits.max_running), *tail_buckets(limits.max_running, limits.max_batch_tokens)]
+    if buckets:
         if options.compile:
             runner.compile(len(buckets))
         launcher.use(capture(device, runner, kv, launcher.buffers, buckets, clock=clock))
