@@ -175,6 +175,16 @@ def test_without_host_the_bytes_for_slow_tiers_lie_apart():
     rig.store.close()
 
 
+def test_without_host_blocks_cleared_on_their_way_down_are_not_written_either():
+    rig = LateRig(host_slots=0)
+    rig.store.release(rig.compute(chain(3)))
+    rig.store.clear()
+    rig.settle()
+    assert rig.store.flush(30)
+    assert rig.written() == []
+    rig.store.close()
+
+
 def test_closing_waits_for_copies():
     rig = LateRig()
     metas = rig.in_host(4)

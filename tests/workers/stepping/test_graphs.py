@@ -20,6 +20,7 @@ from workers.protocol import SamplingParams
 from workers.sampler import Row
 from workers.scheduler import Chunk
 from workers.stepping.buckets import Bucket, choose, decode_buckets, largest_first, tail_buckets
+from workers.stepping.buffers import Capacity, HostBuffers
 from workers.stepping.work import StepWork
 
 MAX_RUNNING = 20
@@ -133,6 +134,23 @@ def test_a_padded_step_gives_the_logits_of_the_real_rows_and_writes_their_blocks
     _random_pool(tier)
     assert torch.equal(_random_pool_copy[untouched], tier._pool[untouched])
     rig.close()
+
+
+def test_padding_is_written_over_what_an_earlier_step_left():
+    capacity = Capacity(rows=32, sequences=8, width=5, block_size=BLOCK_SIZE)
+    host = HostBuffers(LateDevice(), capacity)  # whose new memory is garbage
+    bucket = Bucket(16, 8, 16)
+    host.fill(_work([3] * 5, [20] * 5, [[9, 8, 7]] * 5, seed=1), bucket, None)
+    host.fill(_work([1, 2], [15, 16], [[4], [2, 3]], seed=1), bucket, None)
+    inputs = host.inputs(bucket)
+    assert inputs.slots.tolist() == [4 * 16 + 15, 3 * 16, 3 * 16 + 1, *[-1] * 13]
+    assert inputs.row_starts.tolist() == [0, 1, 3, 3, 3, 3, 3, 3, 3]
+    assert inputs.contexts.tolist() == [16, 18, 0, 0, 0, 0, 0, 0]
+    assert inputs.block_tables[0, :1].tolist() == [4]
+    assert inputs.block_tables[1, :2].tolist() == [2, 3]
+    assert (inputs.block_tables.shape, inputs.longest) == ((8, 5), 16)
+    assert host.ids[3:16].tolist() == host.positions[3:16].tolist() == [0] * 13
+    assert host.wanted.tolist() == [0, 2, *[0] * 6]
 
 
 def test_capturing_leaves_the_pool_as_it_was_and_says_what_it_took(caplog: pytest.LogCaptureFixture):

@@ -143,6 +143,27 @@ def test_preemption_while_a_step_is_in_flight_waits_for_it():
     sync.close()
 
 
+def test_who_needs_blocks_of_others_does_not_wait_while_they_run_ahead():
+    """Two of low rank fill the pool; one of high rank must have its first token long before they end."""
+
+    def first_token_at(rig: Rig) -> int:
+        for name in ("low", "lower"):
+            rig.engine.submit(rig.job(name, PROMPTS[3][:30], salt=name.encode(), max_tokens=60, ignore_eos=True))
+        for _ in range(20):
+            rig.engine.step()
+        rig.engine.submit(rig.job("high", PROMPTS[5], priority=5, max_tokens=2, ignore_eos=True))
+        for turn in range(200):
+            if any(output.job_id == "high" and output.token_ids for output in rig.engine.step().outputs):
+                return turn
+        raise AssertionError("it never had a token")
+
+    options = {"device_blocks": 10, "max_running": 4, "max_batch_tokens": 256}
+    late, sync = late_rig(LateDevice(eagerness=0.0), **options), sync_rig(**options)
+    assert first_token_at(late) <= first_token_at(sync) + 3
+    late.close()
+    sync.close()
+
+
 def test_a_token_too_many_is_thrown_away_with_the_block_that_it_fills():
     """The prompt ends one short of a block: the last token's K/V would fill it, and must not be found."""
     rig = late_rig(LateDevice(eagerness=0.0))
