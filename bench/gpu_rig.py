@@ -147,6 +147,13 @@ class AtOnceCopier:
         """As `Copier.buffers`."""
         return [np.empty(self._pool.block_nbytes, np.uint8) for _ in range(count)]
 
+    def follow_compute(self) -> None:
+        """As `Copier.follow_compute`: the pool is written at once."""
+
+    def close(self) -> None:
+        """As `Copier.close`."""
+        self.device = None
+
     @property
     def _pool(self) -> DeviceTier:
         if self.device is None:

@@ -13,11 +13,13 @@ Without a copier (on a CPU, where the pool is the process's own memory) copies a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+_cuda: Any = torch.cuda  # parts of it have no types
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -53,13 +55,24 @@ class Copier(Protocol):
         """Page-locked rows for blocks that have no place in host."""
         ...
 
+    def follow_compute(self) -> None:
+        """Copies that are begun from now on come behind what the compute stream has been given so far.
+
+        For bytes that are written into blocks through that stream: a block may change hands before they are there.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the pool."""
+        ...
+
 
 class CudaCopy:
     """Copies on a stream, from where it is made to where `end` is called."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
-        self._begun, self._ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._begun, self._ended = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True)
         self._begun.record(stream)
 
     def end(self) -> CudaCopy:
@@ -91,7 +104,7 @@ class CudaCopier:
         """Over the pool's bytes, [blocks, block_nbytes] uint8."""
         self._raw = raw
         with torch.cuda.device(raw.device):
-            self._out, self._in = torch.cuda.Stream(), torch.cuda.Stream()
+            self._out, self._in = _cuda.Stream(), _cuda.Stream()
             # What was queued for the pool before, its first filling, comes before all copies.
             self._out.wait_stream(torch.cuda.current_stream())
             self._in.wait_stream(torch.cuda.current_stream())
@@ -116,3 +129,14 @@ class CudaCopier:
         """As `Copier.buffers`."""
         memory = torch.empty((count, self._raw.shape[1]), dtype=torch.uint8, pin_memory=True).numpy()
         return list(memory)
+
+    def follow_compute(self) -> None:
+        """As `Copier.follow_compute`."""
+        event = _cuda.Event()
+        event.record(torch.cuda.current_stream(self._raw.device))
+        self._out.wait_event(event)
+        self._in.wait_event(event)
+
+    def close(self) -> None:
+        """As `Copier.close`."""
+        self._raw = torch.empty(0)

@@ -147,6 +147,8 @@ class DeviceTier(BlockPool):
         index = torch.tensor(landing.block_ids[:count], dtype=torch.int64, device=self.device)
         # The caching host allocator keeps the pinned bytes until the stream has read them.
         self._raw.index_copy_(0, index, landing._staging[:count].to(self.device, non_blocking=True))
+        if self.copier is not None:
+            self.copier.follow_compute()
 
     def read(
         self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
@@ -178,6 +180,8 @@ class DeviceTier(BlockPool):
 
     def close(self) -> None:
         """Give the memory back once no view of it is left."""
+        if self.copier is not None:
+            self.copier.close()
         self.copier = None
         self._pool = self._raw = torch.empty(0)
         self._host_view = None

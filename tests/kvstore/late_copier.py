@@ -44,6 +44,12 @@ class LateCopier:
         self.rows_apart += count
         return [np.full(self.device.block_nbytes, 0xEE, np.uint8) for _ in range(count)]
 
+    def follow_compute(self) -> None:
+        """The tests' pool is written at once."""
+
+    def close(self) -> None:
+        assert not self.running
+
     def make_one(self) -> None:
         copy = self.running.popleft()
         for into, source in copy.pairs:

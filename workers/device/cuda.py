@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.device.interface import Event, Graph, Work
 
+_cuda: Any = torch.cuda  # parts of it have no types
 WARM_UPS = 2  # the first run compiles kernels and asks for workspaces, which a capture must not
 
 
@@ -16,7 +18,7 @@ class CudaEvent:
     """An event of the compute stream."""
 
     def __init__(self) -> None:
-        self._event = torch.cuda.Event(blocking=False)
+        self._event = _cuda.Event(blocking=False)
         self._event.record()
 
     def is_done(self) -> bool:
@@ -35,7 +37,7 @@ class CudaDevice:
         """Of the GPU that the model lies on."""
         self.torch_device = torch_device
         self._stream = torch.cuda.current_stream(torch_device)
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def queue(self, work: Work) -> Event:
         """As `Device.queue`."""
@@ -47,7 +49,7 @@ class CudaDevice:
         """As `Device.capture`."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.torch_device):
-            aside = torch.cuda.Stream()
+            aside = _cuda.Stream()
             aside.wait_stream(self._stream)
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UPS):
@@ -55,7 +57,7 @@ class CudaDevice:
             self._stream.wait_stream(aside)
             self.synchronise()
             # Other threads page-lock host memory meanwhile, which a capture in the default mode would not survive.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
             self._pool = graph.pool()
         return graph
