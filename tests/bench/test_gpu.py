@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ import torch
 from bench.gpu import BARS, main, measure
 from bench.gpu_floors import Floors
 from bench.gpu_rig import DRY
+
+NOT_THERE = {"ray", "grpc", "redis", "msgpack", "xxhash", "cryptography", "pydantic", "aiohttp", "warmkv"}
+NOT_THERE |= {"prometheus_client", "uvloop"}
 
 
 def test_a_dry_run_measures_every_row_that_has_a_bar(tmp_path: Path):
@@ -42,3 +47,20 @@ def test_floors_of_an_8b_model_on_an_h100():
     assert floors.decode_tok_s(128, 1024) == pytest.approx(13_300, rel=0.01)
     assert floors.prefill_tok_s(2048) == pytest.approx(54_500, rel=0.02)
     assert floors.weights_ms == pytest.approx(4.48, rel=0.01)
+
+
+def test_it_needs_no_more_than_a_gpu_machine_has():
+    """Torch, transformers and what those bring: everything else is kept from being imported."""
+    code = (
+        "import sys\n"
+        f"missing = {sorted(NOT_THERE)}\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in missing: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import bench.gpu\n"
+        "from bench.report import machine_facts\n"
+        "print(machine_facts()['ray'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
