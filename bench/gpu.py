@@ -20,6 +20,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from kvstore.blocks import block_hashes
 from kvstore.store import ReadTiers
 from workers.attention.captured import PagedBackend
 from workers.attention.paged_inputs import PagedInputs
+from workers.models import ModelRunner
 from workers.stepping.make import StepOptions
 
 WARM_STEPS = 8
@@ -153,7 +156,8 @@ def copies(bench: Bench) -> None:
     """Blocks to host and back, with nothing else to do."""
     rig, scale = bench.rig, bench.rig.scale
     nbytes = scale.moved * rig.device.block_nbytes
-    down, up = [], []
+    down: list[float] = []
+    up: list[float] = []
     for _ in range(bench.repeats + 1):
         metas = rig.fresh_metas(scale.moved)
         block_ids = _allocated(rig, scale.moved)
@@ -214,7 +218,14 @@ def decode_beside_copies(bench: Bench) -> None:
 
 
 def attention(bench: Bench) -> None:
-    """The decode kernels alone: K/V bytes that must be read by the peak bandwidth, for 64k tokens of context."""
+    """The decode kernels alone: K/V bytes that must be read by the peak bandwidth, for 64k tokens of context and more.
+
+    As `bench.gpu_attention` measures it over several shapes, where that can be had; else one, in the engine's pool.
+    """
+    if not bench.dry and find_spec("bench.gpu_attention") is not None and find_spec("triton") is not None:
+        shapes: Any = import_module("bench.gpu_attention")
+        shapes.rows(bench.report, shapes.plan(quick=True, dry=False))
+        return
     rig, backend = bench.rig, bench.rig.runner.backend
     if not isinstance(backend, PagedBackend):
         raise TypeError(f"{type(backend).__name__} does not read a step as tensors; measure with the Triton backend")
@@ -257,11 +268,15 @@ def _replayed_s(bench: Bench, work: Callable[[], None]) -> list[float]:
     with torch.inference_mode():
         graph = device.capture(work)
         samples = []
+
+        def replay_all() -> None:
+            for _ in range(replays):
+                graph.replay()
+
         for _ in range(bench.repeats + 1):
             device.synchronise()
             started = time.perf_counter()
-            event = device.queue(lambda: [graph.replay() for _ in range(replays)] and None)
-            event.wait()
+            device.queue(replay_all).wait()
             samples.append((time.perf_counter() - started) / replays)
     return samples[1:]
 
@@ -275,14 +290,13 @@ def _allocated(rig: GpuRig, count: int) -> list[int]:
 
 def canonical(bench: Bench, model: Any, folder: Path) -> None:
     """The bit-exact mode by the plain one, on the same weights; without it, no rows."""
-    try:
-        from workers.canonical.runner import CanonicalRunner
-    except ImportError:
+    if find_spec("workers.canonical") is None:
         print("canonical: this version has no bit-exact mode", file=sys.stderr)
         return
+    kind: type[ModelRunner] = import_module("workers.canonical.runner").CanonicalRunner
     plain = {row.name: row.value for row in bench.report.rows}
     bench.rig.close()
-    rig = make_rig(bench.rig.scale, folder, StepOptions(), model=model, kind=CanonicalRunner)
+    rig = make_rig(bench.rig.scale, folder, StepOptions(), model=model, kind=kind)
     exact = Bench(rig, Report("gpu"), bench.floors, 2, bench.dry)
     prefill(exact)
     batch = rig.scale.batches[1]

@@ -82,7 +82,7 @@ class Spilling:
         if spill.writing is not None and self._host is not None:
             self._host.end_write(spill.writing)
         kept = [place for place, meta in enumerate(spill.metas) if meta.hash not in spill.discarded]
-        payloads = [None if (row := spill.apart.get(place)) is None else memoryview(row) for place in kept]
+        payloads = [None if (row := spill.apart.get(place)) is None else row.data for place in kept]
         admitted = {tier: [each[place] for place in kept] for tier, each in spill.admitted.items()}
         self._on_spilled([spill.metas[place] for place in kept], payloads, admitted)
         self._device.release(spill.block_ids)
