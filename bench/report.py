@@ -16,11 +16,8 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 _MET = {True: "yes", False: "NO", None: ""}
 _BAR = re.compile(r"(<=|>=|<|>|)\s*([\d.]+)(?:\s*\+-\s*([\d.]+))?(?:\s|$)")
@@ -71,6 +68,9 @@ class Report:
             rows = [{k: v for k, v in asdict(row).items() if k not in ("bar", "is_met")} for row in self.rows]
             print(json.dumps({"bench": self.bench, "command": command, "machine": machine, "rows": rows}))
             return
+        from rich.console import Console  # here: who asks for JSON needs no package but torch's own
+        from rich.table import Table
+
         table = Table(title=command, caption=", ".join(f"{k} {v}" for k, v in machine.items()), caption_justify="left")
         for column in ("row", "median", "min", "max", "n", "unit", "bar", "met"):
             table.add_column(column, justify="left" if column in ("row", "unit", "bar", "met") else "right")
@@ -110,9 +110,23 @@ def machine_facts() -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)),
         "load": f"{os.getloadavg()[0]:.2f}",
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "ray": version("ray"),
+        "torch": _version("torch"),
+        "ray": _version("ray"),
+        **({"gpu": gpu} if (gpu := _gpu_name()) else {}),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a GPU machine may have no more than the engine needs
+        return "none"
+
+
+def _gpu_name() -> str:
+    """Only where the benchmark has loaded torch."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    return str(cuda.get_device_name()) if cuda is not None and cuda.is_available() else ""
 
 
 def _cpu_name() -> str:

@@ -168,6 +168,13 @@ class EngineSettings(_Section):
         description="What K/V is stored as in every tier: auto (as the model computes it), or quantised to a byte a "
         "number, about half of bfloat16; all workers of a fleet alike.",
     )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Whether small steps are captured at start and replayed; auto: on a GPU. on: or no start.",
+    )
+    compile: bool = Field(
+        default=False, description="Compile what is captured (torch.compile); a start then takes minutes longer."
+    )
 
 
 class StoreSettings(_Section):

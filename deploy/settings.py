@@ -78,6 +78,8 @@ class Settings(BaseSettings):
             device=self.workers.device,
             dtype=self.model.dtype,
             kv_dtype=self.engine.kv_dtype,
+            cuda_graphs=self.engine.cuda_graphs,
+            compile=self.engine.compile,
             threads=self.workers.threads or threads,
             canonical=self.workers.canonical,
             device_bytes=self.store.device_bytes,

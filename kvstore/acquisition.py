@@ -131,6 +131,7 @@ class Acquisition:
         self.slack_s = 0.0  # that is in these limits
         self.late_s = 0.0  # slack that loads have cost it which came short
         self.is_paused = False  # host holds more of it, which the next steps copy
+        self.is_landing = False  # blocks of it are being copied from host
         self.is_cut = False  # what it waited for was cleared meanwhile: it takes no more from slow tiers
         self.tried: dict[TierName, int] = {}  # position at which a tier came up short
         self.arrived: dict[BlockHash, TierName] = {}  # loaded by somebody else that this one waited for

@@ -17,6 +17,7 @@ from kvstore.host.tier import HostTier
 from kvstore.lane import Lane
 from kvstore.leases import Leases
 from kvstore.promotion import Promoter
+from kvstore.spilling import Spilling
 from kvstore.tier import HintedTier, LocalTier, SharedTier
 
 
@@ -37,11 +38,12 @@ class Clearing:
         lanes: Mapping[TierName, Lane],
         promoter: Promoter,
         leases: Leases,
+        spilling: Spilling | None = None,
     ) -> None:
         self._device, self._host = device, host
         self._local = [tier for tier in (device, host, disk) if tier is not None]
         self._shared, self._peers = shared, peers
-        self._lanes, self._promoter, self._leases = lanes, promoter, leases
+        self._lanes, self._promoter, self._leases, self._spilling = lanes, promoter, leases, spilling
 
     def clear(self, *, root: BlockHash | None, prefix: BlockHash | None, shared: bool) -> dict[TierName, int]:
         """As `TieredStore.clear`."""
@@ -50,7 +52,7 @@ class Clearing:
         names = self._select(root, prefix)
         if self._peers is not None:
             self._peers.forget()
-        self._promoter.discard(set(names))
+        self._discard(set(names))
         self._leases.end(names)
         everything = root is None and prefix is None
         for lane in self._lanes.values():
@@ -72,7 +74,7 @@ class Clearing:
         if not hashes:
             return
         names = list(dict.fromkeys([*hashes, *self._select(None, hashes[0])]))
-        self._promoter.discard(set(names))
+        self._discard(set(names))
         self._leases.end(names)
         for name, lane in self._lanes.items():
             self._promoter.sources[name].absent.barred.update(names)
@@ -86,6 +88,12 @@ class Clearing:
     def clear_shared(self, *, root: BlockHash | None, prefix: BlockHash | None) -> int:
         """As `TieredStore.clear_shared`."""
         return 0 if self._shared is None else self._shared.clear(root=root, prefix=prefix)
+
+    def _discard(self, names: set[BlockHash]) -> None:
+        """What is on its way up or down arrives nowhere."""
+        self._promoter.discard(names)
+        if self._spilling is not None:
+            self._spilling.discard(names)
 
     def _select(self, root: BlockHash | None, prefix: BlockHash | None) -> list[BlockHash]:
         """What `clear` drops of all that lies or moves in this process; an unknown root counts as any."""

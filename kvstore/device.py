@@ -4,8 +4,9 @@ One tensor of bytes, block-major: `[blocks + 1, layers, layer_nbytes]`. A block 
 it out or putting it in is one copy; attention sees the same memory as strided K and V views. Block number `num_blocks`
 is the scratch block: padding rows write there and nobody reads it.
 
-Owned by the engine's thread; only `stats` may be called from another. On a GPU every copy goes through the current
-stream: what was queued before is finished before bytes leave, and bytes that come in precede what is queued after.
+Owned by the engine's thread; only `stats` may be called from another. On a GPU every copy that is made here goes
+through the current stream: what was queued before is finished before bytes leave, and bytes that come in precede what
+is queued after. Blocks that come from host, and that go there, are copied beside it by the `copier`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from kvstore.blocks import BlockHash
+from kvstore.copier import Copier, CudaCopier
 from kvstore.errors import TierError
 from kvstore.layout import Area, KVLayout
 from kvstore.pool import BlockPool
@@ -47,6 +49,7 @@ class DeviceTier(BlockPool):
 
     Attributes:
         layout: what a block holds. scratch_block: the block for padding writes.
+        copier: copies blocks from and to host beside the steps; None: copies are made at once.
     """
 
     honours = Honours(capacity=True, ttl=True, named_eviction=True, injected_clock=True)
@@ -60,6 +63,7 @@ class DeviceTier(BlockPool):
         wall_clock: Clock = time.time,
         device: torch.device | str = "cpu",
         poison: bool = False,
+        copier: Copier | None = None,
     ) -> None:
         """Reserve `capacity_bytes` rounded down to whole blocks, and one block more.
 
@@ -68,6 +72,7 @@ class DeviceTier(BlockPool):
             capacity_bytes: for blocks that can be allocated.
             clock: what TTLs go by. wall_clock: seconds since the epoch; what fixed ends of lifetimes go by.
             device: where the tensor lies.
+            copier: copies blocks beside the steps; None: a `CudaCopier` on a GPU, else none.
             poison: fill free blocks with NaN, so that reading one shows. For tests: it writes every freed block.
 
         Raises:
@@ -85,6 +90,7 @@ class DeviceTier(BlockPool):
         self._raw = raw = self._pool.view(num_blocks + 1, layout.block_nbytes)
         self._host_view: Bytes | None = raw.numpy() if raw.device.type == "cpu" else None
         self._poison = poison
+        self.copier = copier or (CudaCopier(raw) if raw.device.type == "cuda" else None)
         self._freed(range(num_blocks))
 
     @property
@@ -150,6 +156,8 @@ class DeviceTier(BlockPool):
         index = torch.tensor(landing.block_ids[:count], dtype=torch.int64, device=self.device)
         # The caching host allocator keeps the pinned bytes until the stream has read them.
         self._raw.index_copy_(0, index, landing._staging[:count].to(self.device, non_blocking=True))
+        if self.copier is not None:
+            self.copier.follow_compute()
 
     def read(
         self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
@@ -181,6 +189,9 @@ class DeviceTier(BlockPool):
 
     def close(self) -> None:
         """Give the memory back once no view of it is left."""
+        if self.copier is not None:
+            self.copier.close()
+        self.copier = None
         self._pool = self._raw = torch.empty(0)
         self._host_view = None
 

@@ -124,11 +124,14 @@ class Lane:
         """Blocks that were dropped because the queue was full, and those behind them, which nobody would find."""
         return self._dropped
 
-    def spill(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview], admitted: Sequence[bool]) -> None:
+    def spill(
+        self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview | None], admitted: Sequence[bool]
+    ) -> None:
         """Blocks of some chains were computed, each chain's in order: queue those admitted that the tier lacks.
 
         What follows a block that is left out is left out, too: it could not be found. A block that had to be computed
-        though the tier is thought to hold it is asked for there at once, and written again if it is lost.
+        though the tier is thought to hold it is asked for there at once, and written again if it is lost. Without a
+        payload its bytes are taken from the fast tiers.
         """
         left_out: set[BlockHash] = set()
         dropped: set[BlockHash] = set()

@@ -23,6 +23,7 @@ from kvstore.blocks import BlockHash
 from kvstore.device import DeviceTier
 from kvstore.events import TierName
 from kvstore.host.tier import HostTier
+from kvstore.landing import POLL_S, Coming, Landings
 from kvstore.loading import FindMeta, Load, Loader
 from kvstore.patience import DEFAULT_SLACK_S, limits
 from kvstore.planning import plan
@@ -94,6 +95,8 @@ class Promoter:
         self._copies_a_step = max(1, host_step_nbytes // device.block_nbytes)
         self._copies_left = self._copies_a_step
         self._promised = Promised(peers, clock=clock, slack_s=slack_s, on_news=self._loader.arrived.set)
+        copier = device.copier
+        self._landings = None if copier is None or host is None else Landings(host, copier)
         self._paused: list[Acquisition] = []  # host holds more of them than one step may copy; longest ago first
 
     def start(self, wish: Wish) -> Acquisition:
@@ -120,6 +123,8 @@ class Promoter:
         """Register what has arrived, and go on with the acquisitions that waited for it, or waited long enough, or for
         this step."""
         finished = self._loader.take_finished()
+        for coming in () if self._landings is None else self._landings.take_landed():
+            self._land_coming(coming)
         self._go_on_copying()
         for load in finished:
             self._settle(load)
@@ -136,7 +141,12 @@ class Promoter:
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something arrived, or the timeout. Any thread may wait."""
-        self._loader.wait(min(timeout_s, LOOK_AGAIN_S) if self._promised else timeout_s)
+        until = time.monotonic() + timeout_s
+        while self._landings and not self._landings.any_landed() and time.monotonic() < until:
+            if self._loader.arrived.wait(POLL_S):
+                return
+        if not self._landings:
+            self._loader.wait(min(timeout_s, LOOK_AGAIN_S) if self._promised else timeout_s)
 
     def used(self, names: Iterable[BlockHash]) -> None:
         """As `Prefetcher.used`."""
@@ -144,12 +154,16 @@ class Promoter:
 
     def metas(self) -> list[BlockMeta]:
         """Blocks that are being loaded."""
-        return self._loader.metas()
+        return self._loader.metas() + ([] if self._landings is None else self._landings.metas())
 
     def discard(self, names: set[BlockHash]) -> None:
-        """As `Loader.discard`; and nothing is waited for any more that others make."""
+        """As `Loader.discard`; what is being copied from host is registered nowhere either, and nothing is waited for any
+        more that others make.
+        """
         self._loader.discard(names)
         self._promised.cut()
+        if self._landings is not None:
+            self._landings.discard(names)
 
     def close(self) -> None:
         """Take in the loads that end soon, and give the others up. Nothing is loaded any more."""
@@ -161,6 +175,8 @@ class Promoter:
                 load.leave(acquisition)
                 self._resume(acquisition, load, self._land_early(load, acquisition))
                 self._end_keeping()
+        for coming in () if self._landings is None else self._landings.take_all():
+            self._land_coming(coming)
         for acquisition in (*self._paused, *self._promised.close()):
             acquisition.done = True
         self._paused.clear()
@@ -184,7 +200,8 @@ class Promoter:
     def _take_rest(self, acquisition: Acquisition) -> None:
         while self._take_device(acquisition) or self._take_host(acquisition):
             pass
-        if not (acquisition.is_paused or self._await_load(acquisition) or self._promised.holds(acquisition)):
+        busy = acquisition.is_paused or acquisition.is_landing
+        if not (busy or self._await_load(acquisition) or self._promised.holds(acquisition)):
             acquisition.done = True
             acquisition.load_ms = 1e3 * (self._clock() - acquisition.started)
 
@@ -229,18 +246,24 @@ class Promoter:
         if host is None or not wish.reads.host or acquisition.tried.get(host.name) == position:
             return False
         rest = acquisition.rest
+        if self._landings is not None and rest and wish.reads.device and self._landings.join(rest[0], acquisition):
+            acquisition.is_landing = True
+            return False
         run = until_device(self._device, wish, rest[: host.match(rest)])
         source, count = self.sources[host.name], min(len(run), self._room)
         names = run[: source.affordable(count, wish.price(position, count))]
-        if names and self._copies_left == 0:
+        if names and self._copies_left == 0 and self._landings is None:
             self._pause(acquisition)
             return False
         acquisition.tried[host.name] = position
-        names = names[: self._copies_left]
+        names = names[: self._copies_left] if self._landings is None else names
         host.prolong(names, wish.lifetime)
         metas = host.find_run(names)
         block_ids = self._device.allocate(len(metas)) if metas else None
         if block_ids is None:
+            return False
+        if self._landings is not None:
+            self._start_landing(self._landings, acquisition, metas, block_ids)
             return False
         started, landing = self._clock(), self._device.landing(block_ids)
         count = host.read([meta.hash for meta in metas], landing.buffers).count
@@ -250,6 +273,42 @@ class Promoter:
         fates = [self._prefetcher.origin(meta.hash, host.name) for meta in metas[:count]]
         self._register(acquisition, block_ids, metas[:count], fates)
         return count > 0
+
+    def _start_landing(
+        self, landings: Landings, acquisition: Acquisition, metas: list[BlockMeta], block_ids: list[int]
+    ) -> None:
+        """Copy them beside the steps; `pump` goes on when they are there."""
+        host = TierName.HOST
+        count = landings.start(
+            acquisition, metas, block_ids, lambda name: self._prefetcher.origin(name, host), self._clock()
+        )
+        self._device.release(block_ids[count:])
+        acquisition.is_landing = True
+
+    def _land_coming(self, coming: Coming) -> None:
+        """Blocks have come from host: name them, hand them over, and go on with who waited for them."""
+        interested = coming.interested
+        for acquisition in interested:
+            acquisition.is_landing = False
+        took_ms = coming.copy.took_ms()
+        if took_ms is None:
+            took_ms = 1e3 * (self._clock() - coming.started)
+        self.sources[TierName.HOST].observe(len(coming.block_ids), took_ms)
+        if coming.discarded or coming.acquisition.cancelled:
+            if not coming.discarded:
+                self._device.commit(coming.block_ids, coming.metas)
+                self._kept_for_waiters += coming.block_ids
+            else:
+                self._device.release(coming.block_ids)
+        else:
+            self._register(coming.acquisition, coming.block_ids, coming.metas, coming.fates)
+        for acquisition in interested:
+            if acquisition is not coming.acquisition and not coming.discarded:
+                fates = zip(coming.metas, coming.fates, strict=True)
+                acquisition.arrived.update((meta.hash, fate) for meta, fate in fates)
+            acquisition.is_cut |= coming.discarded
+            self._take_rest(acquisition)
+        self._end_keeping()
 
     def _await_load(self, acquisition: Acquisition) -> bool:
         """Join or start a load of what comes next; False: there is none to wait for."""
@@ -375,6 +434,11 @@ class Promoter:
         acquisition.take(block_ids[:count], fates)
 
     # --- questions ---
+
+    @property
+    def copies(self) -> int:
+        """Batches that are being copied from host beside the steps."""
+        return 0 if self._landings is None else len(self._landings)
 
     @property
     def _room(self) -> int:

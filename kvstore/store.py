@@ -9,7 +9,7 @@ engine's thread, except `wait`, `stats` and `clear_shared`, which any thread may
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
@@ -29,6 +29,7 @@ from kvstore.lifetime import Lifetime
 from kvstore.patience import DEFAULT_SLACK_S
 from kvstore.promotion import HOST_STEP_NBYTES, Promoter
 from kvstore.source import Source
+from kvstore.spilling import Spilling
 from kvstore.tier import BlockMeta, Clock, HintedTier, LocalTier, SharedTier, Tier, TierStats
 from kvstore.wiring import lanes_of, rules_of, slow_tiers, sources_of
 from kvstore.write_back import WriteBack
@@ -131,8 +132,18 @@ class TieredStore:
             wall_clock=wall_clock,
             peers=peers,
         )
+        copier = device.copier
+        self._spilling = None if copier is None else Spilling(device, host, copier, self._spilled)
         self._clearing = Clearing(
-            device, host, disk, shared, peers, lanes=self._lanes, promoter=self._promoter, leases=self._leases
+            device,
+            host,
+            disk,
+            shared,
+            peers,
+            lanes=self._lanes,
+            promoter=self._promoter,
+            leases=self._leases,
+            spilling=self._spilling,
         )
 
     # --- for requests ---
@@ -228,12 +239,15 @@ class TieredStore:
             return
         fresh = [meta for _, meta in named]
         self._promoter.used(meta.hash for meta in fresh)
-        payloads = self.device.payloads([block_id for block_id, _ in named])
+        block_ids = [block_id for block_id, _ in named]
+        admitted = self._admitted([meta.hash for meta in fresh])
+        if self._spilling is not None:
+            self._spilling.start(block_ids, fresh, admitted)
+            return
+        payloads = self.device.payloads(block_ids)
         if self.host is not None:
             self.host.write(fresh, payloads)
-        admitted = self._admitted([meta.hash for meta in fresh])
-        for lane in self._lanes.values():
-            lane.spill(fresh, payloads, admitted[lane.name])
+        self._spilled(fresh, payloads, admitted)
 
     def share(self, hashes: Sequence[BlockHash]) -> bool:
         """Queue blocks of one chain for the shared tier, whatever admission says, as far as its queue has room.
@@ -262,11 +276,18 @@ class TieredStore:
 
     # --- the store's own work ---
 
+    @property
+    def copies(self) -> int:
+        """Batches of blocks that are being copied between device and host now, beside the steps."""
+        return self._promoter.copies + (0 if self._spilling is None else len(self._spilling))
+
     def pump(self) -> None:
         """Take in what I/O threads finished, expire what is due, refresh lower tiers. Called once an engine step.
 
         Slow tiers expire their blocks in their own threads.
         """
+        if self._spilling is not None:
+            self._spilling.pump()
         if self._write_back is not None:
             self._write_back.pump()
         for name, lane in self._lanes.items():
@@ -310,6 +331,7 @@ class TieredStore:
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that is queued for slow tiers has been tried; False: the time was up."""
         until = time.monotonic() + timeout_s
+        self._settle_copies()
         if self._write_back is not None:
             self._write_back.pump()
         tried = [lane.flush(max(0.0, until - time.monotonic())) for lane in self._lanes.values()]
@@ -429,6 +451,7 @@ class TieredStore:
         with ExitStack() as last:  # whatever fails, every tier is closed
             for tier in self._tiers():
                 last.callback(tier.close)
+            self._settle_copies()
             if self._write_back is not None:
                 self._write_back.finish(until)
             self.flush(max(0.0, until - time.monotonic()))
@@ -437,6 +460,11 @@ class TieredStore:
             self._promoter.close()
 
     # --- inside ---
+
+    def _settle_copies(self) -> None:
+        """Wait for blocks on their way to host: milliseconds."""
+        if self._spilling is not None:
+            self._spilling.settle()
 
     def _local(self) -> list[DeviceTier | LocalTier]:
         return [tier for tier in (self.device, self.host, self.disk) if tier is not None]
@@ -447,6 +475,16 @@ class TieredStore:
     def _written_back(self, max_kept: int) -> WriteBack | None:
         lanes = [(lane, self._rules[lane.name]) for lane in self._lanes.values() if self._is_written_back(lane)]
         return WriteBack(self.host, lanes, max_kept=max_kept) if self.host is not None and lanes else None
+
+    def _spilled(
+        self,
+        metas: Sequence[BlockMeta],
+        payloads: Sequence[memoryview | None],
+        admitted: Mapping[TierName, Sequence[bool]],
+    ) -> None:
+        """Blocks that were computed are in host, if there is one: queue them for the slow tiers."""
+        for lane in self._lanes.values():
+            lane.spill(metas, payloads, admitted[lane.name])
 
     def _is_written_back(self, lane: Lane) -> bool:
         return self._rules[lane.name].moment is Moment.EVICTION

@@ -34,6 +34,7 @@ from workers.models import ModelNotSupported, ModelRunner
 from workers.peers import open_peers
 from workers.protocol import EngineInfo
 from workers.step_times import StepTimes
+from workers.stepping.make import Capturing, Limits, StepOptions, make_launcher
 
 LOCK_WAIT_S = 10.0
 
@@ -50,6 +51,7 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     """
     _check(config)
     torch.set_num_threads(config.threads)
+    steps = StepOptions(Capturing(config.cuda_graphs), compile=config.compile)
     runner = ModelRunner.load(config.model_dir, device=_device(config.device), dtype=config.dtype)
     layout = _layout(runner.layout, config)
     scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical)
@@ -79,10 +81,18 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     )
     if recalling is not None and not recalling.wait(config.redis_recall_s):
         log.warning("the shared tier holds so much that the start does not wait until it is learnt")
+    kv = [device.kv(layer) for layer in range(layout.layers)]
+    launcher = make_launcher(
+        runner,
+        kv,
+        steps,
+        Limits(config.max_batch_tokens, config.max_running, info.context_length, device.num_blocks),
+        clock=clock,
+    )
     engine = TorchEngine(
         runner,
         store,
-        [device.kv(layer) for layer in range(layout.layers)],
+        kv,
         info if peers is None else replace(info, peer_address=peers.address),
         num_blocks=device.num_blocks,
         max_batch_tokens=config.max_batch_tokens,
@@ -92,6 +102,7 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         shared_tier_id=str if shared is None else shared.run_id,
         peers=peers,
         times=times,
+        launcher=launcher,
     )
     engine.grammars.prepare()
     return engine
@@ -110,6 +121,8 @@ def _check(config: WorkerConfig) -> None:
         raise ValueError(f"unknown dtype {config.dtype!r}; choose auto or one of {', '.join(DTYPE_BYTES)}")
     if config.kv_dtype not in KV_DTYPES:
         raise ValueError(f"unknown kv_dtype {config.kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
+    if config.cuda_graphs not in list(Capturing):
+        raise ValueError(f"unknown cuda_graphs {config.cuda_graphs!r}; choose one of {', '.join(Capturing)}")
     if config.canonical:
         raise ValueError("the bit-exact mode is not supported yet; set canonical to false")
 

@@ -20,6 +20,8 @@ class WorkerConfig:
         engine: `torch` or `simulated`.
         device: `cpu`, `cuda` or `auto`. dtype: `auto` (the checkpoint's) or a key of `kvstore.layout.DTYPE_BYTES`.
         kv_dtype: one of `kvstore.layout.KV_DTYPES`, what K/V is stored as in every tier.
+        cuda_graphs: `auto`, `on` or `off`, whether small steps are captured. compile: whether what is captured is
+        compiled first.
         threads: torch threads. canonical: bit-exact mode.
         device_bytes, host_bytes: capacity of the two tiers; zero host bytes: no host tier.
         disk_bytes: capacity of the disk tier; zero: none. disk_dir: the worker's folder is made in it; `~` is the
@@ -57,6 +59,8 @@ class WorkerConfig:
     device: str = "auto"
     dtype: str = "auto"
     kv_dtype: str = UNQUANTISED
+    cuda_graphs: str = "auto"
+    compile: bool = False
     threads: int = 1
     canonical: bool = False
     device_bytes: int = 1 << 30

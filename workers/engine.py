@@ -1,8 +1,13 @@
-"""The engine: one step schedules, fetches, forwards, samples and commits. Synchronous, without Ray or gRPC.
+"""The engine: one step schedules, fetches, forwards, samples and commits. Without Ray or gRPC.
 
 Covers: the life of a job from `submit` to its last Output. The parts know their business: `scheduler` what to compute,
-`kvstore` where blocks lie, `models` how to compute, `sampler` and `detokenize` what comes out. Does not cover: which
-jobs are refused (`refusal`), which failures end the worker (`step_failures`), what operators do (`engine_cache`).
+`kvstore` where blocks lie, `stepping` and `models` how to compute, `sampler` and `detokenize` what comes out. Does not
+cover: which jobs are refused (`refusal`), which failures end the worker (`step_failures`), what operators do
+(`engine_cache`).
+
+A launcher that runs ahead lets a step be scheduled and launched while the one before is still being computed. What that
+one sampled is taken in afterwards; a sequence that is then found to have ended had one token too many computed, which
+is thrown away. So there are at most two steps at a time, and what `step` reports is the one before the one it launched.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
@@ -23,13 +29,12 @@ from kvstore.lifetime import Lifetime
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta, Clock
 from workers.anteroom import Anteroom
-from workers.attention.step import KVViews, Span
+from workers.attention.step import KVViews
 from workers.conversations import Conversations
 from workers.detokenize import TextStream
 from workers.engine_cache import EngineCache
 from workers.grammars import Grammars
 from workers.models import ModelRunner
-from workers.peers import Peers
 from workers.prefill_only import PrefillOnly
 from workers.protocol import (
     EngineInfo,
@@ -51,6 +56,12 @@ from workers.sequence import Sequence
 from workers.step_budget import StepBudget
 from workers.step_failures import NOT_FINITE, StepFailures, is_out_of_memory
 from workers.step_times import Answers, BusyShare, StepTimes
+from workers.stepping.launch import DirectLauncher, Flight, Launcher
+from workers.stepping.pipeline import Pipeline
+from workers.stepping.work import StepWork
+
+if TYPE_CHECKING:  # what serves and reads other workers is loaded by whoever opens it
+    from workers.peers import Peers
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +88,7 @@ class TorchEngine:
         shared_tier_id: Callable[[], str] = str,
         peers: Peers | None = None,
         times: StepTimes | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         """Take over a model and a store.
 
@@ -89,6 +101,7 @@ class TorchEngine:
             shared_tier_id: what `info` shall say of the shared tier now; its server may come late, or restart.
             peers: other workers, whose tier the store has; closed with the engine. None: without.
             times: learns how long steps take; None: one that nobody else asks.
+            launcher: computes steps, over the same pool; None: a `DirectLauncher`.
 
         Raises:
             ValueError: a limit is not positive.
@@ -96,7 +109,7 @@ class TorchEngine:
         self.info = info
         self._shared_tier_id, self._peers = shared_tier_id, peers
         self._note_shared_tier()
-        self.runner, self.store, self._kv, self._clock = runner, store, kv, clock
+        self.runner, self.store, self._clock = runner, store, clock
         self._tokenizer = Tokenizer.from_file(str(runner.folder.tokenizer_file))
         self.grammars = Grammars(
             runner.folder.tokenizer_file, vocab_size=info.vocab_size, end_tokens=info.eos_token_ids
@@ -105,10 +118,12 @@ class TorchEngine:
         self._block_size = info.scheme.block_size
         self._capacity = num_blocks * self._block_size
         self._default = Lifetime(default_ttl_s, is_default=True)
+        self._pipeline = Pipeline(launcher or DirectLauncher(runner, kv), store, self._block_size, self._ends_with)
+        self._taken_in_at = 0.0
         self._times, self._prefilling = times or StepTimes(self._block_size), BusyShare()
         self._answers, self._slots = Answers(self._block_size), max_running
         self._scheduler = Scheduler(
-            store,
+            self._pipeline.store,
             block_size=self._block_size,
             max_batch_tokens=max_batch_tokens,
             max_running=max_running,
@@ -163,7 +178,7 @@ class TorchEngine:
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._sequences or self._outputs or self.cache.changed)
+        return bool(self._sequences or self._outputs or self._pipeline.is_flying or self.cache.changed)
 
     def step(self) -> StepReport:
         """Schedule, fetch, forward, sample, commit: once.
@@ -173,9 +188,14 @@ class TorchEngine:
         """
         self.store.pump()
         self._note_shared_tier()
+        if self._pipeline.must_land or self._scheduler.is_starved:
+            self._land()
         self._end_overdue()
         self._admit_compiled()
-        chunks = self._scheduler.schedule()
+        chunks = self._schedule()
+        if not chunks and self._pipeline.is_flying:
+            self._land()
+            chunks = self._schedule()
         if chunks:
             self._run(chunks)
         self._stalled = not chunks and not self._outputs
@@ -223,11 +243,11 @@ class TorchEngine:
         """End all jobs, flush the store's queued writes for at most that long, give everything back."""
         for sequence in list(self._sequences.values()):
             self._end(sequence, FinishReason.CANCELLED)
+        self._pipeline.close()
         if self._peers is not None:
             self._peers.close()  # before the host tier, whose blocks it sends
         self.grammars.close()
         self.store.close(flush_s=flush_s)
-        self._kv = ()
 
     def _answer_blocks(self, decoding: list[Sequence]) -> int:
         size = self._block_size
@@ -242,64 +262,83 @@ class TorchEngine:
         promised = 0 if sequence.job.promise is None else min(sequence.job.promise.blocks, len(names))
         return max(len(self.store.match(names, self._scheduler.reads)), promised, *made, 0)
 
+    def _schedule(self) -> list[Chunk]:
+        self._scheduler.is_ahead = self._pipeline.is_flying
+        return self._scheduler.schedule()
+
     def _run(self, chunks: list[Chunk]) -> None:
-        started = self._clock()
+        """Launch these; take in the step before, and this one too unless steps run ahead."""
+        started, before = self._clock(), self._pipeline.lift()
         for chunk in chunks:
             if chunk.sequence.first_step_at is None:
                 chunk.sequence.first_step_at = started
-        sizes = [(chunk.length, chunk.sequence.num_computed) for chunk in chunks]
+        failure: RuntimeError | None = None
         try:
-            sampled = self._forward(chunks)
+            self._pipeline.launch(chunks, started, before)
         except RuntimeError as error:  # torch's errors, out of memory among them
-            if is_out_of_memory(error) and self._again_smaller(sizes):
-                return
-            told = self._failures.failed(error, len(chunks))
-            for chunk in chunks:
-                self._end(chunk.sequence, FinishReason.ERROR, told)
-            return
-        self._failures.succeeded()
-        self._budget.fitted()
-        self._scheduler.max_batch_tokens = self._budget.tokens
-        self._commit(chunks, sampled)
-        self._prefill_only.stepped(chunk.sequence for chunk in chunks)
-        for sequence, token in sampled.items():
-            self._advance(sequence, token)
-        self._steps += 1
-        ended = self._clock()
-        self._times.observe(sizes, (ended - started) * 1000)
-        if any(length > 1 for length, _ in sizes):
+            failure = error
+        if before is not None:
+            self._take_in(before)
+        if failure is not None:
+            if not self._again_smaller(chunks, failure):
+                self._fail(chunks, failure)
+        elif not self._pipeline.runs_ahead:
+            self._land()
+
+    def _land(self) -> None:
+        """Take in the step in flight, if there is one."""
+        if (flight := self._pipeline.lift()) is not None:
+            self._take_in(flight)
+
+    def _take_in(self, flight: Flight) -> None:
+        """Wait for a step; what came of it. Sequences that have ended meanwhile get nothing."""
+        work = flight.work
+        try:
+            sampled = flight.sampled(self._sample)
+        except RuntimeError as error:
+            self._fail(work.chunks, error)
+        else:
+            self._failures.succeeded()
+            self._budget.fitted()
+            self._scheduler.max_batch_tokens = self._budget.tokens
+            self._commit(work, sampled)
+            self._prefill_only.stepped(chunk.sequence for chunk in work.chunks if self._is_under_way(chunk.sequence))
+            for sequence, token in sampled.items():
+                if self._is_under_way(sequence):
+                    self._advance(sequence, token)
+            self._steps += 1
+            self._learn(work, max(flight.started, self._taken_in_at))
+        self._pipeline.end(flight)
+
+    def _learn(self, work: StepWork, started: float) -> None:
+        """A step has ended just now that began, or had the device for itself, at that time."""
+        ended = self._taken_in_at = self._clock()
+        self._times.observe(work.sizes, (ended - started) * 1000)
+        if work.longest > 1:
             self._prefilling.add(ended - started, ended)
 
-    def _again_smaller(self, sizes: list[tuple[int, int]]) -> bool:
+    def _again_smaller(self, chunks: list[Chunk], error: RuntimeError) -> bool:
         """Whether the next steps are made smaller after one that did not fit: no sequence has lost anything."""
-        if not self._budget.out_of_memory(sum(length for length, _ in sizes)):
+        if not is_out_of_memory(error) or not self._budget.out_of_memory(sum(chunk.length for chunk in chunks)):
             return False
         self._scheduler.max_batch_tokens = self._budget.tokens
         if self.runner.device.type == "cuda":
             torch.cuda.empty_cache()  # what other sizes of steps have left unused
         return True
 
-    def _forward(self, chunks: list[Chunk]) -> dict[Sequence, Sampled]:
-        """Compute the chunks; the next token of each sequence that is up to date now."""
-        spans: list[Span] = []
-        token_ids: list[int] = []
-        positions: list[int] = []
-        last_rows: list[int] = []
-        ready: list[Sequence] = []
+    def _fail(self, chunks: list[Chunk], error: RuntimeError) -> None:
+        """A step was not computed: its jobs end.
+
+        Raises:
+            RuntimeError: see `StepFailures.failed`.
+        """
+        told = self._failures.failed(error, len(chunks))
         for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.num_computed
-            stop = start + chunk.length
-            table = sequence.block_table[: -(-stop // self._block_size)]
-            spans.append(Span(len(token_ids), chunk.length, stop, table))
-            token_ids += sequence.token_ids[start:stop]
-            positions += range(start, stop)
-            if stop == len(sequence.token_ids):
-                ready.append(sequence)
-                last_rows.append(len(token_ids) - 1)
-        logits = self.runner.forward(self._kv, spans, token_ids, positions, last_rows)
-        for chunk in chunks:
-            chunk.sequence.num_computed += chunk.length
-        return self._sample(ready, logits)
+            if self._is_under_way(chunk.sequence):
+                self._end(chunk.sequence, FinishReason.ERROR, told)
+
+    def _is_under_way(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.job.job_id) is sequence
 
     def _sample(self, ready: list[Sequence], logits: Tensor) -> dict[Sequence, Sampled]:
         if not ready:
@@ -307,14 +346,15 @@ class TorchEngine:
         rows = [Row(sequence.job.sampling, len(sequence.token_ids), sequence.row) for sequence in ready]
         return dict(zip(ready, sample(logits, rows), strict=True))
 
-    def _commit(self, chunks: list[Chunk], sampled: dict[Sequence, Sampled]) -> None:
-        """Make blocks findable that became full, but none of a sequence whose numbers went wrong."""
+    def _commit(self, work: StepWork, sampled: dict[Sequence, Sampled]) -> None:
+        """Make blocks findable that the step filled, but none of a sequence whose numbers went wrong, or that ended."""
         block_ids: list[int] = []
         metas: list[BlockMeta] = []
-        for sequence in (chunk.sequence for chunk in chunks):
-            start, stop = sequence.num_committed, sequence.num_computed // self._block_size
+        for chunk, computed in zip(work.chunks, work.stops, strict=True):
+            sequence = chunk.sequence
+            start, stop = sequence.num_committed, computed // self._block_size
             wrong = sequence in sampled and sampled[sequence].token_id is None
-            if stop == start or sequence.job.no_store or wrong:
+            if stop == start or sequence.job.no_store or wrong or not self._is_under_way(sequence):
                 continue
             block_ids += sequence.block_table[start:stop]
             metas += sequence.metas(start, stop, self._block_size, self._lifetime(sequence))
@@ -371,8 +411,12 @@ class TorchEngine:
         return token_id in sampling.stop_token_ids or (not sampling.ignore_eos and token_id in self.info.eos_token_ids)
 
     def _is_full(self, sequence: Sequence) -> bool:
+        return self._ends_with(sequence, len(sequence.token_ids))
+
+    def _ends_with(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether it may not grow beyond so many tokens."""
         longest = min(self.info.context_length, self._capacity)
-        return sequence.num_generated >= sequence.job.sampling.max_tokens or len(sequence.token_ids) >= longest
+        return tokens - sequence.num_prompt >= sequence.job.sampling.max_tokens or tokens >= longest
 
     def _finish(self, sequence: Sequence, output: Output) -> None:
         """Complete a sequence's last output and forget the sequence."""
@@ -382,13 +426,13 @@ class TorchEngine:
         output.fates = sequence.fates
         if sequence.turn is not None and sequence.num_committed > sequence.num_prompt // self._block_size:
             self._conversations.answered(sequence.turn, sequence.hashes[sequence.num_committed - 1])
-        available = self.store.device.available
+        available = self._pipeline.store.available
         self._scheduler.remove(sequence)
         self._anteroom.remove(sequence)
         if sequence.first_token_at is not None:
             answered_ms = (self._clock() - sequence.first_token_at) * 1000
             generated_here = sequence.num_generated - sequence.job.resumed
-            self._answers.ended(answered_ms, generated_here, self.store.device.available - available)
+            self._answers.ended(answered_ms, generated_here, self._pipeline.store.available - available)
         self._prefill_only.ended(sequence)
         del self._sequences[sequence.job.job_id]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING
 
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
@@ -15,9 +16,11 @@ from kvstore.lifetime import Lifetime
 from kvstore.store import ReadTiers, TieredStore
 from kvstore.tier import BlockMeta
 from workers.chain_positions import positions
-from workers.peers import Peers
 from workers.protocol import CachedBlock
 from workers.scheduler import Scheduler
+
+if TYPE_CHECKING:  # what serves and reads other workers is loaded by whoever opens it
+    from workers.peers import Peers
 
 
 class EngineCache:

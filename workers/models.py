@@ -26,11 +26,12 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from kvstore.layout import DTYPE_BYTES, KVLayout
+from workers.attention.captured import CURRENT, INPUTS, attend, paged_attention
 from workers.attention.choice import backend_for
 from workers.attention.step import AttentionBackend, KVViews, Span, Step, make_step
 from workers.model_folder import ModelFolder, ModelFolderError, open_model_folder
 
-ATTENTION = "warmkv_paged"
+ATTENTION, OPAQUE_ATTENTION = "warmkv_paged", "warmkv_opaque"
 PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 REMEDY = "choose a decoder-only model whose layers all keep plain K/V (Llama, Qwen, Mistral, Gemma, Phi, ...)"
 # The model's own attention against ours, relative to the logits' size. Between transformers' own two implementations
@@ -73,6 +74,7 @@ class ModelRunner:
             ModelNotSupported: see `load`.
         """
         self._model, self._backend = model, backend or backend_for(torch.device(model.device))
+        self._compiled: Any = None
         self.folder, self.fingerprint = folder, fingerprint
         self.device = torch.device(model.device)
         config = model.config.get_text_config()
@@ -125,14 +127,50 @@ class ModelRunner:
         step = make_step(kv, spans, self._backend)
         return self._run(step, token_ids, positions, rows)
 
+    @property
+    def model(self) -> Any:
+        """transformers' model."""
+        return self._model
+
+    @property
+    def backend(self) -> AttentionBackend:
+        """What attends."""
+        return self._backend
+
+    @torch.inference_mode()
+    def forward_tensors(self, step: Step, token_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """As `forward`, of a step whose numbers are tensors on the model's device, [T], [T] and [R] int64.
+
+        Reads nothing else, so that it can be captured in a graph and replayed over the same memory.
+        """
+        return self._compute(step, token_ids, positions, rows)
+
+    def compile(self, sizes: int, *, backend: str = "inductor") -> None:
+        """From now on `forward_tensors` of a captured step runs compiled code; so many sizes of steps are expected.
+
+        Attention is an operator that the compiler does not look into. Every size is compiled when it first comes, which
+        takes seconds to minutes.
+        """
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, sizes + 8)
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * (sizes + 8))
+        self._model.set_attn_implementation(OPAQUE_ATTENTION)
+        self._compiled = torch.compile(self._model, fullgraph=True, dynamic=False, backend=backend)
+
     def _run(self, paged: Step | _Probe, ids: Sequence[int], positions: Sequence[int], rows: Sequence[int]) -> Tensor:
-        out = self._model(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(rows, dtype=torch.int64, device=self.device),  # there may be none
-            paged=paged,
+        return self._compute(
+            paged,
+            torch.tensor(ids, device=self.device),
+            torch.tensor(positions, device=self.device),
+            torch.tensor(rows, dtype=torch.int64, device=self.device),  # there may be none
         )
+
+    def _compute(self, paged: Step | _Probe, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        model, more = self._model, {"paged": paged}
+        if self._compiled is not None and isinstance(paged, Step):
+            model, more = self._compiled if INPUTS in paged.plan else self._model, {}
+            CURRENT[:] = [paged]
+        out = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows, **more)
         logits: Tensor = out.logits[0].float()
         return logits
 
@@ -251,7 +289,7 @@ def _paged_attention(
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
     if paged is None:
         raise ValueError(f"attention {ATTENTION!r} was called without the metadata of a step (paged=...)")
-    out = paged.backend.attend(
+    out = attend(
         paged,
         module.layer_idx,
         query[0],
@@ -262,6 +300,25 @@ def _paged_attention(
         softcap=softcap,
         sinks=s_aux,
     )
+    return out[None], None
+
+
+def _opaque_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """As `_paged_attention`, for a model that is compiled: the step is in `captured.CURRENT`."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: int = module.layer_idx
+    out = paged_attention(query[0], key[0], value[0], layer, scale, sliding_window, softcap, s_aux)
     return out[None], None
 
 
@@ -287,3 +344,4 @@ def _first_line(error: Exception) -> str:
 
 
 AttentionInterface.register(ATTENTION, _paged_attention)
+AttentionInterface.register(OPAQUE_ATTENTION, _opaque_attention)

@@ -83,6 +83,8 @@ class Scheduler:
 
     Attributes:
         reads: the tiers that may be read. preemptions: so far. max_batch_tokens: of the next step; may be changed.
+        is_ahead: whether a step is still running. What is given back then is not free yet, so nobody is preempted.
+        is_starved: whether somebody got no blocks at the last call of `schedule` because of that.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Scheduler:
         self._short_of_blocks = False  # since a preemption, until a sequence ended
         self.reads = ReadTiers()
         self.preemptions = 0
+        self.is_ahead = self.is_starved = False
 
     def __iter__(self) -> Iterator[Sequence]:
         """All sequences."""
@@ -158,6 +161,7 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The work of the next step, decodes first; empty when all sequences wait. Every chunk has its blocks."""
+        self.is_starved = False
         self._admit()
         lengths: dict[Sequence, int] = {}
         decoding = [sequence for sequence in self._running if sequence.remaining == 1]
@@ -239,6 +243,9 @@ class Scheduler:
         if count <= 0:
             return True
         while (blocks := self._store.allocate(count)) is None:
+            if self.is_ahead:
+                self.is_starved = True
+                return False
             victim = self._last_holder()
             if victim is None or victim.rank <= sequence.rank:
                 return False

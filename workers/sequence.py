@@ -64,6 +64,7 @@ class Sequence:
         text: its answer's text. turn: what it is in its conversation; None: nobody looked.
         acquisition: its cached prefix on the way; None before it was asked for and after it was taken over.
         awaited: a block that another sequence is making and that it waits for.
+        ahead: tokens that it will have when the step in flight has ended, where it may go on before that.
         block_table: device blocks that it holds a reference of, in order.
         num_computed: leading tokens whose K/V lie in those blocks. num_committed: leading blocks that need no commit.
         num_cached_tokens: found at first admission. fates: of the prompt, set at first admission, then never changed.
@@ -86,6 +87,7 @@ class Sequence:
     turn: Turn | None = None
     acquisition: Acquisition | None = None
     awaited: BlockHash | None = None
+    ahead: int = 0
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_committed: int = 0
@@ -131,9 +133,14 @@ class Sequence:
         return self.token_ids[self.num_prompt :]
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that it has, and one more if that is just being sampled and it may go on all the same."""
+        return max(len(self.token_ids), self.ahead)
+
+    @property
     def remaining(self) -> int:
-        """Tokens to compute before the next one can be sampled; 1 while it decodes."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens to compute before the next one can be sampled; 1 while it decodes, 0 while it awaits its token."""
+        return self.num_tokens - self.num_computed
 
     def readable(self, block_size: int) -> list[BlockHash]:
         """Names of the blocks that it may take from the cache: at least one token stays to be computed."""
@@ -180,7 +187,7 @@ class Sequence:
         """Forget blocks and progress; the caller has given the blocks back."""
         self.acquisition = None
         self.block_table = []
-        self.num_computed = self.num_committed = self.num_proven = 0
+        self.num_computed = self.num_committed = self.num_proven = self.ahead = 0
 
 
 def _fates(tiers: list[TierName], tokens: int, block_size: int) -> dict[str, int]:

@@ -13,23 +13,51 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from kvstore.blocks import BlockHash
 from kvstore.chains import stored_events, tree_runs
-from kvstore.errors import TierError
+from kvstore.errors import MissReason, TierError
 from kvstore.events import AllBlocksCleared, BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.eviction.tail import DEFAULT_SPARE_BLOCKS, SpareBlocks
 from kvstore.host.books import HostBooks, Slot
 from kvstore.host.leaving import Evicted
 from kvstore.host.memory import available_bytes
-from kvstore.host.slab import Pinner, Slab
+from kvstore.host.slab import Bytes, Pinner, Slab
 from kvstore.host.views import VIEW_S, Views
 from kvstore.host.views import BlockView as BlockView
 from kvstore.layout import KVLayout
 from kvstore.lifetime import Lifetime
 from kvstore.tier import BlockMeta, Clock, Delivery, Honours, TierStats, select
+
+
+@dataclass(frozen=True, slots=True)
+class HostReading:
+    """Blocks that are being copied out of host.
+
+    Attributes:
+        rows: bytes of each, in place; not to be written to. ended: why there are no more; None: all were there.
+    """
+
+    slots: list[Slot]
+    rows: list[Bytes]
+    ended: MissReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class HostWriting:
+    """Slots that are being filled.
+
+    Attributes:
+        count: leading blocks of the batch that host holds, or will. rows: (place in the batch, where its bytes go).
+    """
+
+    held: list[Slot]
+    fresh: list[tuple[int, Slot]]
+    count: int
+    rows: list[tuple[int, Bytes]]
 
 
 class HostTier:
@@ -131,40 +159,57 @@ class HostTier:
         self, hashes: Sequence[BlockHash], into: Sequence[memoryview], *, deadline_s: float | None = None
     ) -> Delivery:
         """As `Tier.read`. The copies run outside the lock."""
+        reading, done = self.begin_read(hashes), 0
+        try:
+            for row, buffer in zip(reading.rows, into, strict=False):
+                np.copyto(np.frombuffer(buffer, np.uint8), row)
+                done += 1
+        finally:
+            self.end_read(reading, done)
+        return Delivery(len(reading.rows), reading.ended)
+
+    def begin_read(self, hashes: Sequence[BlockHash]) -> HostReading:
+        """Keep the leading blocks that are held in place, for who copies them by itself; then `end_read`."""
         books = self._books
         with self._lock:
             count = books.leading(hashes)
             ended = books.miss(hashes[count]) if count < len(hashes) else None
             slots = books.pin(hashes[:count])
-        done = 0
-        try:
-            for slot, buffer in zip(slots, into, strict=False):
-                np.copyto(np.frombuffer(buffer, np.uint8), self._slab.row(slot.index))
-                done += 1
-        finally:
-            with self._lock:
-                books.hits += done
-                books.unpin(slots)
-        return Delivery(count, ended)
+        return HostReading(slots, [self._slab.row(slot.index) for slot in slots], ended)
+
+    def end_read(self, reading: HostReading, done: int) -> None:
+        """So many of its blocks were copied; they may go."""
+        with self._lock:
+            self._books.hits += done
+            self._books.unpin(reading.slots)
 
     def write(self, metas: Sequence[BlockMeta], payloads: Sequence[memoryview]) -> int:
         """As `Tier.write`. The copies run outside the lock; blocks removed while they run are not published."""
-        with self._lock:
-            held, fresh, count = self._books.admit(metas)
-        filled = 0
+        writing, filled = self.begin_write(metas), 0
         try:
-            for number, slot in fresh:
-                if slot.evicted is not None:
-                    self._keep_evicted(slot, slot.evicted)
-                np.copyto(self._slab.row(slot.index), np.frombuffer(payloads[number], np.uint8))
+            for number, row in writing.rows:
+                np.copyto(row, np.frombuffer(payloads[number], np.uint8))
                 filled += 1
         finally:
-            with self._lock:
-                for _, slot in fresh[filled:]:
-                    slot.removed = True
-                self._books.publish([slot for _, slot in fresh])
-                self._books.unpin(held)
-        return count
+            self.end_write(writing, filled)
+        return writing.count
+
+    def begin_write(self, metas: Sequence[BlockMeta]) -> HostWriting:
+        """Reserve slots for those that are not held, for who fills them by itself; then `end_write`."""
+        with self._lock:
+            held, fresh, count = self._books.admit(metas)
+        for _, slot in fresh:
+            if slot.evicted is not None:
+                self._keep_evicted(slot, slot.evicted)
+        return HostWriting(held, fresh, count, [(number, self._slab.row(slot.index)) for number, slot in fresh])
+
+    def end_write(self, writing: HostWriting, filled: int | None = None) -> None:
+        """Let the first so many reserved slots be found, which are filled now; None: all. The others are given back."""
+        with self._lock:
+            for _, slot in writing.fresh[len(writing.fresh) if filled is None else filled :]:
+                slot.removed = True
+            self._books.publish([slot for _, slot in writing.fresh])
+            self._books.unpin(writing.held)
 
     def keep_evicted(self, limit: int, wanted: Callable[[BlockHash], bool]) -> None:
         """From now on keep a copy of each block that is evicted, `limit` of them at most, until `take_evicted`.

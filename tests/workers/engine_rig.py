@@ -8,7 +8,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from kvstore.store import TieredStore
 from workers.engine import TorchEngine
 from workers.models import ModelRunner
 from workers.protocol import EngineInfo, FinishReason, Job, JobError, Output, SamplingParams, TokenLogprob
+from workers.stepping.launch import Launcher
 from workers.tiny import ModelShape, make_model_folder
 
 torch.set_num_threads(1)
@@ -151,9 +152,11 @@ def make_rig(
     context_length: int | None = None,
     kv_dtype: str = "auto",
     disk: Path | None = None,
+    model: ModelRunner | None = None,
+    make_launcher: Callable[[DeviceTier], Launcher] | None = None,
 ) -> Rig:
     """An engine over a pool whose free blocks are full of NaN, so that a read of one shows."""
-    model, clock = runner(architecture), Clock()
+    model, clock = model or runner(architecture), Clock()
     layout = replace(model.layout, block_size=BLOCK_SIZE, kv_dtype=kv_dtype)
     scheme = HashScheme(model.fingerprint, layout.describe(), BLOCK_SIZE)
     device = DeviceTier(layout, device_blocks * layout.block_nbytes, clock=clock, poison=True)
@@ -182,6 +185,7 @@ def make_rig(
         max_running=max_running,
         default_ttl_s=None,
         clock=clock,
+        launcher=None if make_launcher is None else make_launcher(device),
     )
     # So small a model computes faster than a server answers; these tests are about what is loaded.
     engine._scheduler._compute_ms = lambda first, count: math.inf
