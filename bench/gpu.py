@@ -32,6 +32,7 @@ from bench.gpu_floors import Floors
 from bench.gpu_rig import DRY, LLAMA_8B, GpuRig, Scale, make_rig
 from bench.report import Report
 from kvstore.blocks import block_hashes
+from kvstore.quantised import unquantised
 from kvstore.store import ReadTiers
 from workers.attention.captured import PagedBackend
 from workers.attention.paged_inputs import PagedInputs
@@ -231,7 +232,7 @@ def attention(bench: Bench) -> None:
         raise TypeError(f"{type(backend).__name__} does not read a step as tensors; measure with the Triton backend")
     batch, context = (2, 48) if bench.dry else (64, 1024)
     size, layout = rig.device.layout.block_size, rig.device.layout
-    key_pool, value_pool = rig.device.kv(0)
+    key_pool, value_pool = map(unquantised, rig.device.kv(0))
     blocks = _allocated(rig, batch * -(-context // size))
     table = torch.tensor(blocks, dtype=torch.int32, device=rig.runner.device).view(batch, -1)
     table = table[:, torch.randperm(table.shape[1], device=table.device)].contiguous()

@@ -20,7 +20,7 @@ from kvstore.errors import FolderTakenError, LayoutError
 from kvstore.eviction.tail import Spare
 from kvstore.host.slab import CudaPinner
 from kvstore.host.tier import HostTier
-from kvstore.layout import DTYPE_BYTES, KV_DTYPES, KVLayout
+from kvstore.layout import DTYPE_BYTES, KV_DTYPES, UNQUANTISED, KVLayout
 from kvstore.redis.cluster import RedisClusterTier
 from kvstore.redis.open import open_redis
 from kvstore.redis.recall import Recalling
@@ -28,6 +28,8 @@ from kvstore.redis.tier import RedisTier
 from kvstore.redis.watch import Watching
 from kvstore.store import TieredStore
 from kvstore.tier import Clock
+from workers.attention.step import AttentionBackend
+from workers.attention.torch_backend import TorchBackend
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
 from workers.models import ModelNotSupported, ModelRunner
@@ -52,7 +54,9 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     _check(config)
     torch.set_num_threads(config.threads)
     steps = StepOptions(Capturing(config.cuda_graphs), compile=config.compile)
-    runner = ModelRunner.load(config.model_dir, device=_device(config.device), dtype=config.dtype)
+    runner = ModelRunner.load(
+        config.model_dir, device=_device(config.device), dtype=config.dtype, backend=_backend(config)
+    )
     layout = _layout(runner.layout, config)
     scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical)
     info = _info(config, runner, layout, scheme)
@@ -135,6 +139,11 @@ def _device(name: str) -> str:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}; choose cpu, cuda or auto")
     return name
+
+
+def _backend(config: WorkerConfig) -> AttentionBackend | None:
+    """The kernels of a GPU read no codes yet: there torch's own functions do, which are slow and need no graphs."""
+    return None if config.kv_dtype == UNQUANTISED else TorchBackend()
 
 
 def _layout(probed: KVLayout, config: WorkerConfig) -> KVLayout:

@@ -85,11 +85,14 @@ class ModelRunner:
         self._check_itself(config)
 
     @classmethod
-    def load(cls, model_dir: str | Path, *, device: str = "cpu", dtype: str = "auto") -> ModelRunner:
+    def load(
+        cls, model_dir: str | Path, *, device: str = "cpu", dtype: str = "auto", backend: AttentionBackend | None = None
+    ) -> ModelRunner:
         """Load a Hugging Face model folder.
 
         Args:
             model_dir: the folder. device: a torch device. dtype: `auto` (the checkpoint's) or a key of DTYPE_BYTES.
+            backend: what attends; None: what suits the device.
 
         Raises:
             ModelFolderError: files are missing or damaged, or do not fit one another.
@@ -102,7 +105,7 @@ class ModelRunner:
         with ThreadPoolExecutor(1, thread_name_prefix="fingerprint") as pool:
             fingerprint = pool.submit(folder.fingerprint)
             model = _load_model(folder, dtype).to(device).eval().requires_grad_(False)
-        runner = cls(model, folder, fingerprint.result())
+        runner = cls(model, folder, fingerprint.result(), backend)
         log.info("model loaded", extra={"model_dir": str(folder.path), "layout": runner.layout.describe()})
         return runner
 

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kvstore.quantised import unquantised
 from workers.attention.paged_inputs import PagedInputs
 from workers.attention.step import Step
 
@@ -61,9 +62,9 @@ def attend(
     """As `AttentionBackend.attend` of the step's backend, by its tensors alone where it carries some."""
     inputs: PagedInputs | None = step.plan.get(INPUTS)
     if inputs is not None and isinstance(step.backend, PagedBackend):
-        pools = step.kv[layer]
+        keys, values = map(unquantised, step.kv[layer])
         return step.backend.attend_paged(
-            inputs, *pools, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
+            inputs, keys, values, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
     return step.backend.attend(step, layer, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvstore.quantised import unquantised
 from workers.attention.paged_inputs import PagedInputs, from_spans
 from workers.attention.step import Step
 
@@ -33,12 +34,12 @@ class GatherBackend:
         sinks: Tensor | None,
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
-        pools = step.kv[layer]
+        keys, values = map(unquantised, step.kv[layer])
         inputs: PagedInputs | None = step.plan.get(_PLAN)
         if inputs is None:
-            inputs = step.plan[_PLAN] = from_spans(step.spans, step.block_size, pools[0].device)
+            inputs = step.plan[_PLAN] = from_spans(step.spans, step.block_size, keys.device)
         return self.attend_paged(
-            inputs, *pools, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
+            inputs, keys, values, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
 
     def attend_paged(

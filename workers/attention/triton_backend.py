@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kvstore.quantised import unquantised
 from workers.attention import triton_kernels as kernels
 from workers.attention.launches import LAUNCHES, Launches, Scoring, for_all, plan, score_with
 from workers.attention.paged_inputs import PagedInputs
@@ -56,7 +57,8 @@ class TritonBackend:
         if launches is None:
             launches = step.plan[LAUNCHES] = plan(step)
         scoring = score_with(scale=scale, window=window, softcap=softcap, sinks=sinks)
-        return self._attend(launches, *step.kv[layer], query, key, value, scoring)
+        keys, values = map(unquantised, step.kv[layer])
+        return self._attend(launches, keys, values, query, key, value, scoring)
 
     def attend_paged(
         self,
