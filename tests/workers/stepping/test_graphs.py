@@ -73,8 +73,13 @@ def _work(lengths: list[int], pasts: list[int], tables: list[list[int]], seed: i
     return work
 
 
+def _numbers(tier: DeviceTier) -> torch.Tensor:
+    """The whole pool, [blocks + 1, numbers of a block]."""
+    return tier._pool.view(tier.num_blocks + 1, -1).view(torch.float32)
+
+
 def _random_pool(tier: DeviceTier) -> None:
-    raw = tier.kv(0)[0]._base if tier.kv(0)[0]._base is not None else tier._pool
+    raw = _numbers(tier)
     raw.copy_(torch.randn(raw.shape, generator=torch.Generator().manual_seed(5)))
 
 
@@ -115,7 +120,7 @@ def test_a_padded_step_gives_the_logits_of_the_real_rows_and_writes_their_blocks
 
     _random_pool(tier)
     expected = model.forward(kv, work.spans, work.token_ids, work.positions, work.rows)
-    wanted = tier._pool.clone()
+    wanted = _numbers(tier).clone()
     _random_pool(tier)
     launcher.buffers.memory.fill_(GARBAGE)  # nothing but the step's own numbers may be read
     taken: list[Bucket] = []
@@ -128,11 +133,11 @@ def test_a_padded_step_gives_the_logits_of_the_real_rows_and_writes_their_blocks
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
     tokens = [sampled.token_id for sampled in flight.sampled(lambda ready, logits: {}).values()]
     assert tokens == expected.argmax(-1).tolist()
-    torch.testing.assert_close(tier._pool, wanted, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(_numbers(tier), wanted, atol=2e-5, rtol=1e-5)
     untouched = sorted(set(range(tier.num_blocks + 1)) - {b for span in work.spans for b in span.block_table})
-    _random_pool_copy = tier._pool.clone()
+    _random_pool_copy = _numbers(tier).clone()
     _random_pool(tier)
-    assert torch.equal(_random_pool_copy[untouched], tier._pool[untouched])
+    assert torch.equal(_random_pool_copy[untouched], _numbers(tier)[untouched])
     rig.close()
 
 
@@ -156,10 +161,10 @@ def test_padding_is_written_over_what_an_earlier_step_left():
 def test_capturing_leaves_the_pool_as_it_was_and_says_what_it_took(caplog: pytest.LogCaptureFixture):
     rig = make_rig(device_blocks=50)
     _random_pool(rig.device)
-    before = rig.device._pool.clone()
+    before = _numbers(rig.device).clone()
     with caplog.at_level(logging.INFO, logger="workers.stepping.graphs"):
         buffered(rig.device, CpuDevice(), model=gathering(), buckets=BUCKETS, runs_ahead=False, max_running=MAX_RUNNING)
-    assert torch.equal(rig.device._pool, before)
+    assert torch.equal(_numbers(rig.device), before)
     (record,) = [record for record in caplog.records if record.message == "step graphs captured"]
     assert (record.graphs, record.largest) == (len(BUCKETS), 256)
     assert record.seconds >= 0
