@@ -248,8 +248,9 @@ def _buckets(scale: Scale, options: StepOptions) -> list[Bucket]:
     """All that an engine captures; where each is compiled first, which takes most of a minute, those measured here."""
     limits = scale.max_running, scale.max_batch_tokens
     buckets = [*decode_buckets(scale.max_running), *tail_buckets(*limits)]
-    measured = (*scale.batches, scale.tail)
-    return [bucket for bucket in buckets if bucket.rows in measured] if options.compile else buckets
+    if not options.compile:
+        return buckets
+    return [each for each in buckets if (each.rows in scale.batches if each.longest == 1 else each.rows == scale.tail)]
 
 
 def make_rig(
