@@ -101,6 +101,9 @@ def check_torch(settings: Settings, state_dir: Path) -> Iterator[Finding]:
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
         yield Finding("ok", "torch", f"{build}; {torch.cuda.device_count()} GPU(s): {', '.join(sorted(names))}")
+        if settings.workers.device != "cpu" and importlib.util.find_spec("triton") is None:
+            remedy = "pip install 'triton>=3.6', or use --device cpu"
+            yield Finding("fail", "triton", "not installed, and attention on a GPU needs it", remedy)
     elif settings.workers.device == "cuda":
         yield Finding(
             "fail", "torch", f"{build}; no GPU, and workers.device is cuda", "use --device cpu, or a GPU build"

@@ -155,6 +155,20 @@ def test_the_protobuf_runtime_must_fit_the_stubs(
     assert _levels(list(doctor.check_protobuf(_settings(), tmp_path))) == [level]
 
 
+@pytest.mark.parametrize(
+    ("device", "triton", "levels"),
+    [("auto", None, ["ok", "fail"]), ("auto", object(), ["ok"]), ("cpu", None, ["ok"])],
+)
+def test_a_gpu_without_triton_is_a_failure_unless_workers_compute_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, triton: object, levels: list[str]
+) -> None:
+    settings = _settings(workers__engine="torch", workers__device=device)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: triton)
+    assert _levels(list(doctor.check_torch(settings, tmp_path))) == levels
+
+
 def test_an_old_python_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10, 1))
     (finding,) = doctor.check_python(_settings(), tmp_path)

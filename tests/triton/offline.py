@@ -57,6 +57,7 @@ class _Compiling:
     def __getitem__(self, grid: tuple[int, ...]):
         def launch(*arguments: object, **options: object) -> None:
             log = io.StringIO()
+            self._kernel.device_caches.clear()  # what was compiled before would say nothing
             with contextlib.redirect_stdout(log):
                 compiled = self._kernel.warmup(*arguments, grid=grid, **options)
             text = log.getvalue()
@@ -80,6 +81,7 @@ def compiling() -> Iterator[list[Compiled]]:
     found: list[Compiled] = []
     names = ("write_rows", "decode_splits", "combine_splits", "prefill_rows")
     real = {name: getattr(kernels, name) for name in names}
+    driver = triton.runtime.driver._active  # to ask for it otherwise would look for a GPU
     triton.runtime.driver.set_active(_AbsentDriver())
     try:
         with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
@@ -89,6 +91,7 @@ def compiling() -> Iterator[list[Compiled]]:
                 setattr(kernels, name, _Compiling(real[name], found))
             yield found
     finally:
+        triton.runtime.driver._active = driver
         for name in names:
             setattr(kernels, name, real[name])
 

@@ -20,7 +20,8 @@ SPLITS_TILE = 16
 # and a program for every split of it that most rows do not have costs more than the work (13 us for 32k of them).
 DECODE_PROGRAMS = 8192
 # Of a thread of the decode kernel, so that four of its programs share a processor and their loads hide one another; it
-# would take 160 for heads of 128, nearly all for addresses that it needs once a split.
+# would take 160 for heads of 128, the rest for addresses that it needs once a split. For groups of up to MIN_TILE query
+# heads; larger ones need the registers for their sums.
 DECODE_REGISTERS = 128
 MIN_TILE = 16  # what matrix units take
 

@@ -20,7 +20,7 @@ from workers.attention import triton_kernels as kernels
 from workers.attention.launches import LAUNCHES, Launches, Scoring, for_all, plan, score_with
 from workers.attention.paged_inputs import PagedInputs
 from workers.attention.step import Step
-from workers.attention.tiles import DECODE_PROGRAMS, DECODE_REGISTERS, SPLITS_TILE, Tiles, padded, tiles_for
+from workers.attention.tiles import DECODE_PROGRAMS, DECODE_REGISTERS, MIN_TILE, SPLITS_TILE, Tiles, padded, tiles_for
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -190,6 +190,7 @@ def _decode(
     statistics = torch.empty(count, kv_heads, width, heads // kv_heads, 2, dtype=torch.float32, device=out.device)
     members = inputs.contexts if launches.decode is None else launches.decode
     programs = min(width, max(1, DECODE_PROGRAMS // (count * kv_heads)))
+    group_pad = max(tile.rows, padded(heads // kv_heads))
     kernels.decode_splits[(count, kv_heads, programs)](
         query,
         key_pool,
@@ -208,13 +209,13 @@ def _decode(
         inputs.block_tables.stride(0),
         width,
         chosen=launches.decode is not None,
-        group_pad=max(tile.rows, padded(heads // kv_heads)),
+        group_pad=group_pad,
         split=tiles.split,
         keys_tile=tile.keys,
         **_shapes(query, key_pool, value_pool, scoring),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        maxnreg=DECODE_REGISTERS,
+        maxnreg=DECODE_REGISTERS if group_pad == MIN_TILE else None,
     )
     kernels.combine_splits[(count, heads)](
         partial,
