@@ -41,7 +41,7 @@ proto: setup  ## regenerate the Python stubs from proto/*.proto
 	$(PY) -m deploy.protos
 
 bench: setup  ## the benchmarks, quickly (python -m bench.NAME for one of them in full)
-	for name in reuse overhead e2e store faults eviction policies router; do $(PY) -m bench.$$name --quick || exit 1; done
+	for name in reuse overhead e2e store faults eviction policies router handover; do $(PY) -m bench.$$name --quick || exit 1; done
 
 bench-peers: setup  ## other routers beside ours; installs their wheels into ~/.cache/warmkv (ARGS="--quick")
 	$(PY) -m bench.peers $(ARGS)
