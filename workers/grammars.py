@@ -124,6 +124,8 @@ class Grammars:
         matcher = LLMatcher(
             tokenizer, source, log_level=0, limits=LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
         )
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # builds the lexer's first states, which all that begin from it share, here
         if matcher.is_error():
             raise ConstraintError(_in_one_line(matcher.get_error()))
         return Grammar(matcher)

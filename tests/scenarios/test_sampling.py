@@ -100,5 +100,5 @@ async def test_what_cannot_be_done_is_told_with_the_right_error() -> None:
         with pytest.raises(errors.InvalidRequest, match=r"presence_penalty is 3; set it from -2 to 2"):
             await client.generate(token_ids=prompt, presence_penalty=3.0).result()
         # The grammar names a special token that this model's tokenizer does not have: only the worker can know.
-        with pytest.raises(errors.InvalidRequest, match="constraint|vocabulary"):
+        with pytest.raises(errors.InvalidRequest, match=r"constraint|vocabulary"):
             await client.generate(token_ids=prompt, grammar='start: "a" <|nowhere|>').result()

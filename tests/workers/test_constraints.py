@@ -16,7 +16,7 @@ from workers.anteroom import Anteroom
 from workers.grammars import Grammars
 from workers.logits import _unpacked_here, _unpacked_there
 from workers.protocol import Constraint, FinishReason, SamplingParams
-from workers.row_state import RowState
+from workers.row_state import RowState, row_state
 from workers.sampler import Row, sample
 
 
@@ -295,7 +295,8 @@ def test_the_grammars_state_follows_from_the_tokens(rig: Rig):
     walked = grammar.begin()
     for cut, token in enumerate(answer.token_ids[:-1]):
         walked.append(token)
-        replayed = grammar.begin(answer.token_ids[: cut + 1])
+        state = row_state(SamplingParams(1, constraint=constraint), prompts(1)[0], answer.token_ids[: cut + 1], grammar)
+        replayed = state.grammar
         assert (replayed.mask(), replayed.may_end) == (walked.mask(), walked.may_end)
 
 
