@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ FLEETS = {"mixed": "", "pair": "prefill=1,decode=1"}
 SHAPE = ModelShape(layers=4, hidden=256, heads=4, kv_heads=2, vocab=2048, context_length=4096)
 CHATS, CHAT_TOKENS, CHAT_ANSWER = 4, 40, 80
 LONG, LONG_TOKENS, LONG_ANSWER = 2, 1200, 4
-READY_S = 60.0
+READY_S = 120.0
 _CALLER = Caller("bench", Role.USER, "bench")
 _SECRET = "bench"
 
@@ -137,8 +138,11 @@ async def fleet(model: Path, workers: Sequence[subprocess.Popen[str]], rng: rand
 
 async def _process(config: WorkerConfig) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "workers.main", "--config", json.dumps(asdict(config))]
-    told = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    return await asyncio.to_thread(subprocess.Popen, command, **told)
+    return await asyncio.to_thread(_opened, command)
+
+
+def _opened(command: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 def _first_line(process: subprocess.Popen[str]) -> str:
@@ -174,10 +178,10 @@ async def measured(rounds: int) -> dict[str, list[Heard]]:
 
 
 def _rows(report: Report, heard: dict[str, list[Heard]]) -> None:
-    figures = {
+    figures: dict[str, Callable[[Heard], float]] = {
         "itl_p50": lambda one: quantile(one.gaps, 0.5),
         "itl_p99": lambda one: quantile(one.gaps, 0.99),
-        "ttft_mean": lambda one: sum(one.ttfts) / len(one.ttfts),
+        "ttft_mean": lambda one: statistics.fmean(one.ttfts),
     }
     for figure, of in figures.items():
         samples: dict[str, Sequence[float]] = {name: [of(one) for one in heard[name]] for name in FLEETS}
