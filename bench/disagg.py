@@ -162,9 +162,12 @@ def _first_line(process: subprocess.Popen[str]) -> str:
 
 async def _ready(router: Router) -> None:
     until = time.monotonic() + READY_S
-    while sum(worker.state == admin_pb2.WORKER_STATE_READY for worker in (found := router.list_workers())) < 2:
+    while True:
+        workers = router.list_workers()
+        if sum(worker.state == admin_pb2.WORKER_STATE_READY for worker in workers) == 2:
+            return
         if time.monotonic() > until:
-            problems = "; ".join(f"{worker.name}: {worker.problem or worker.state}" for worker in found)
+            problems = "; ".join(f"{worker.name}: {worker.problem or worker.state}" for worker in workers)
             raise RuntimeError(f"two workers were not ready after {READY_S:g} s ({problems}); try a less busy machine")
         await asyncio.sleep(0.05)
 
