@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from router.core import Router
 from router.discovery import StaticDiscovery
 from router.protocol import Caller, RequestContext, Role, WorkerAddress
 from router.tokenizer import PromptEncoder
-from warmkv.v1 import inference_pb2
+from warmkv.v1 import admin_pb2, inference_pb2
 from workers.config import WorkerConfig
 from workers.tiny import ModelShape, make_model_folder
 
@@ -37,7 +38,7 @@ FLEETS = {"mixed": "", "pair": "prefill=1,decode=1"}
 SHAPE = ModelShape(layers=4, hidden=256, heads=4, kv_heads=2, vocab=2048, context_length=4096)
 CHATS, CHAT_TOKENS, CHAT_ANSWER = 4, 40, 80
 LONG, LONG_TOKENS, LONG_ANSWER = 2, 1200, 4
-READY_S = 60.0
+READY_S, END_S = 120.0, 30.0
 _CALLER = Caller("bench", Role.USER, "bench")
 _SECRET = "bench"
 
@@ -115,7 +116,7 @@ async def started(model: Path, roles: str) -> AsyncIterator[list[subprocess.Pope
         for process in processes:
             process.terminate()
         for process in processes:
-            await asyncio.to_thread(process.wait, 30)
+            await asyncio.to_thread(_ended, process)
             if process.stdout is not None:
                 process.stdout.close()
 
@@ -137,8 +138,19 @@ async def fleet(model: Path, workers: Sequence[subprocess.Popen[str]], rng: rand
 
 async def _process(config: WorkerConfig) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "workers.main", "--config", json.dumps(asdict(config))]
-    told = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    return await asyncio.to_thread(subprocess.Popen, command, **told)
+    return await asyncio.to_thread(_opened, command)
+
+
+def _opened(command: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def _ended(process: subprocess.Popen[str]) -> None:
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _first_line(process: subprocess.Popen[str]) -> str:
@@ -150,9 +162,13 @@ def _first_line(process: subprocess.Popen[str]) -> str:
 
 async def _ready(router: Router) -> None:
     until = time.monotonic() + READY_S
-    while sum(worker.prefill_ms_per_1k >= 0 and worker.state == 1 for worker in router.list_workers()) < 2:
+    while True:
+        workers = router.list_workers()
+        if sum(worker.state == admin_pb2.WORKER_STATE_READY for worker in workers) == 2:
+            return
         if time.monotonic() > until:
-            raise RuntimeError(f"two workers were not ready after {READY_S:g} s; see what they printed")
+            problems = "; ".join(f"{worker.name}: {worker.problem or worker.state}" for worker in workers)
+            raise RuntimeError(f"two workers were not ready after {READY_S:g} s ({problems}); try a less busy machine")
         await asyncio.sleep(0.05)
 
 
@@ -174,10 +190,10 @@ async def measured(rounds: int) -> dict[str, list[Heard]]:
 
 
 def _rows(report: Report, heard: dict[str, list[Heard]]) -> None:
-    figures = {
+    figures: dict[str, Callable[[Heard], float]] = {
         "itl_p50": lambda one: quantile(one.gaps, 0.5),
         "itl_p99": lambda one: quantile(one.gaps, 0.99),
-        "ttft_mean": lambda one: sum(one.ttfts) / len(one.ttfts),
+        "ttft_mean": lambda one: statistics.fmean(one.ttfts),
     }
     for figure, of in figures.items():
         samples: dict[str, Sequence[float]] = {name: [of(one) for one in heard[name]] for name in FLEETS}

@@ -76,6 +76,7 @@ class VirtualLink:
     """What a router uses of a `router.link.WorkerLink`, before a simulated engine in the same loop."""
 
     refused = suspect = owes_clear = False
+    role = 0
     connected = synced = was_up = True
     problem = ""
     address = "virtual"

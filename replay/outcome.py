@@ -69,7 +69,7 @@ class Figures:
         overrated: tokens that the router expected in the cache and that were not there, as a share of the prompts.
         tiers: share of prompt tokens by the tier that they came from, where the engine tells.
         tpot_*: seconds between two tokens, a request's mean counting once; nan where nothing has two tokens.
-        itl_p99_s: of all gaps between two tokens, warm-up included; nan where the engine does not tell.
+        itl_p99_s: of all gaps between two tokens, warm-up included; zero where the engine does not tell.
         tokens_per_s: of answers, by the time until the last one has ended.
     """
 
@@ -144,13 +144,13 @@ class Outcome:
 
 
 def _counted_quantile(counts: Mapping[int, int], share: float) -> float:
-    """The least value that so large a share is not above; nan of nothing."""
+    """The least value that so large a share is not above; zero of nothing."""
     left = share * sum(counts.values())
     for value in sorted(counts):
         left -= counts[value]
         if left <= 0:
             return value
-    return float("nan")
+    return 0.0
 
 
 def quantile(samples: Sequence[float], share: float) -> float:

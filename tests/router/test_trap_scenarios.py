@@ -34,6 +34,7 @@ class Link:
     report: Report
     hello: None = None
     owes_clear: bool = False
+    role: int = 0
     joined_at: float = -1e9
     role: int = 0
 
