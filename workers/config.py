@@ -17,8 +17,9 @@ class WorkerConfig:
         model_dir: a Hugging Face model folder. model_name: what clients call it.
         engine: `torch` or `simulated`.
         device: `cpu`, `cuda` or `auto`. dtype: `auto` (the checkpoint's) or a key of `kvstore.layout.DTYPE_BYTES`.
-        threads: torch threads. canonical: bit-exact mode.
-        device_bytes, host_bytes: capacity of the two tiers; zero host bytes: no host tier.
+        threads: torch threads of each rank. canonical: bit-exact mode.
+        tensor_parallel: processes, each with a GPU of its own where there are any, that share out the model's heads.
+        device_bytes, host_bytes: capacity of the two tiers, of all ranks together; zero host bytes: no host tier.
         disk_bytes: capacity of the disk tier; zero: none. disk_dir: the worker's folder is made in it; `~` is the
         node's home.
         admission: one of `kvstore.admission.ADMISSIONS`, which blocks are written to disk and Redis. redis_admission:
@@ -52,6 +53,7 @@ class WorkerConfig:
     dtype: str = "auto"
     threads: int = 1
     canonical: bool = False
+    tensor_parallel: int = 1
     device_bytes: int = 1 << 30
     host_bytes: int = 4 << 30
     disk_bytes: int = 0

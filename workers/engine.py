@@ -21,6 +21,7 @@ from kvstore.events import BlockStored
 from kvstore.lifetime import Lifetime
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta, Clock
+from workers.agreement import ALONE, Agreement
 from workers.attention.step import KVViews, Span
 from workers.conversations import Conversations
 from workers.detokenize import TextStream
@@ -71,6 +72,7 @@ class TorchEngine:
         shared_tier_id: Callable[[], str] = str,
         peers: Peers | None = None,
         times: StepTimes | None = None,
+        ranks: Agreement = ALONE,
     ) -> None:
         """Take over a model and a store.
 
@@ -83,6 +85,7 @@ class TorchEngine:
             shared_tier_id: what `info` shall say of the shared tier now; its server may come late, or restart.
             peers: other workers, whose tier the store has; closed with the engine. None: without.
             times: learns how long steps take; None: one that nobody else asks.
+            ranks: other engines that compute the same steps, each with a share of the model.
 
         Raises:
             ValueError: a limit is not positive.
@@ -96,9 +99,9 @@ class TorchEngine:
         self._capacity = num_blocks * self._block_size
         self._default = Lifetime(default_ttl_s, is_default=True)
         self._times, self._prefilling = times or StepTimes(self._block_size), BusyShare()
-        self._answers, self._slots = Answers(self._block_size), max_running
+        self._answers, self._slots, self._ranks = Answers(self._block_size), max_running, ranks
         self._scheduler = Scheduler(
-            store,
+            ranks.blocks(store),
             block_size=self._block_size,
             max_batch_tokens=max_batch_tokens,
             max_running=max_running,
@@ -154,7 +157,7 @@ class TorchEngine:
         """
         self.store.pump()
         self._note_shared_tier()
-        self._end_overdue()
+        self._end_overdue(self._ranks.begin(self._scheduler, self._clock()))
         chunks = self._scheduler.schedule()
         if chunks:
             self._run(chunks)
@@ -229,11 +232,13 @@ class TorchEngine:
         try:
             sampled = self._forward(chunks)
         except RuntimeError as error:  # torch's errors, out of memory among them
+            self._ranks.failed(error)
             told = self._failures.failed(error, len(chunks))
             for chunk in chunks:
                 self._end(chunk.sequence, FinishReason.ERROR, told)
             return
         self._failures.succeeded()
+        sampled = self._ranks.tokens(sampled)
         self._commit(chunks, sampled)
         for sequence, token in sampled.items():
             self._advance(sequence, token)
@@ -357,8 +362,7 @@ class TorchEngine:
         if current != self.info.shared_tier_id:
             self.info = replace(self.info, shared_tier_id=current)
 
-    def _end_overdue(self) -> None:
-        now = self._clock()
+    def _end_overdue(self, now: float) -> None:
         for sequence in list(self._sequences.values()):
             if sequence.job.deadline is not None and sequence.job.deadline <= now:
                 self._end(sequence, FinishReason.DEADLINE)

@@ -37,6 +37,10 @@ def build_engine(config: WorkerConfig, timing: Timing | None = None) -> Engine:
         from workers.simulated import build_engine as build_simulated
 
         return build_simulated(config, timing=timing)
+    if config.engine == "torch" and config.tensor_parallel > 1:
+        from workers.tensor_parallel.start import build_leading_engine
+
+        return build_leading_engine(config)
     if config.engine == "torch":
         from workers.build import build_engine as build_torch
 
