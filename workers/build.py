@@ -59,12 +59,12 @@ def build_engine(
     """
     _check(config)
     rank, size = (0, 1) if group is None else (group.rank, group.size)
-    config = rank_config(config, rank, size)
+    config = config_of_rank(config, rank, size)
     torch.set_num_threads(config.threads)
     device_name = _device(config.device, rank)
     runner = ModelRunner.load(config.model_dir, device=device_name, dtype=config.dtype, ranks=group)
     layout = _layout(runner.layout, config.block_size)
-    # The names of blocks are rank 0's, which routers know; what a rank stores under them is kept apart by its own scheme.
+    # Blocks have rank 0's names, which routers know; `scheme` keeps apart what the ranks store under them.
     named = HashScheme(
         runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical, tp_size=size
     )
@@ -112,7 +112,7 @@ def build_engine(
     )
 
 
-def rank_config(config: WorkerConfig, rank: int, size: int) -> WorkerConfig:
+def config_of_rank(config: WorkerConfig, rank: int, size: int) -> WorkerConfig:
     """What one rank of a worker gets: an equal share of each tier, a folder of its own, no tier `peer`."""
     if size == 1:
         return config

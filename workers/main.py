@@ -22,6 +22,7 @@ from workers.config import WorkerConfig
 from workers.protocol import Engine
 from workers.server import WorkerServer
 from workers.simulated_sequence import Timing
+from workers.tensor_parallel.lost import RankLost
 
 DRAIN_S = 30.0
 FLUSH_S = 5.0
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         engine = build_engine(config, _timing(options.timing))
         server = WorkerServer(config, engine)
         address = server.start()
-    except (ValueError, TypeError, OSError, StoreError) as error:
+    except (ValueError, TypeError, OSError, StoreError, RankLost) as error:
         sys.stderr.write(f"worker could not start: {error}\n")
         return 2
     ready = {"name": config.name, "address": address, "incarnation": server.incarnation}

@@ -29,7 +29,8 @@ from kvstore.store import ComputeMs, ReadTiers, TieredStore
 from workers.sampler import Sampled
 from workers.scheduler import BlockStore
 from workers.sequence import Acquisition, Sequence
-from workers.tensor_parallel.group import RankGroup, RankLost
+from workers.tensor_parallel.group import RankGroup
+from workers.tensor_parallel.lost import RankLost
 
 ALL_TIERS = ReadTiers()
 _STATES = 3 * 32  # of loads are sent in multiples of this

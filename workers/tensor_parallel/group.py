@@ -21,14 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from workers.tensor_parallel.lost import RankLost
+
 LOOPBACK = "127.0.0.1"
 RENDEZVOUS = "ranks"
 _HEAD = 8  # bytes that say how long a message is
 _INLINE = 4096 - _HEAD  # of a message, sent with its length
-
-
-class RankLost(Exception):
-    """Another rank is gone, hangs, or is not where this one is. The worker cannot go on; a new process can."""
 
 
 class RankGroup:

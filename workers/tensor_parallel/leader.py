@@ -24,7 +24,8 @@ from kvstore.tier import Clock, TierStats
 from workers.engine import TorchEngine
 from workers.protocol import CachedBlock, EngineInfo, Job, JobId, Load, StepReport
 from workers.tensor_parallel.agreement import TensorParallel
-from workers.tensor_parallel.group import RankGroup, RankLost
+from workers.tensor_parallel.group import RankGroup
+from workers.tensor_parallel.lost import RankLost
 from workers.tensor_parallel.messages import packed, unpacked
 from workers.tensor_parallel.orders import NO_CLEARS, Reply, carry_out
 from workers.tensor_parallel.processes import RankProcesses
@@ -155,6 +156,8 @@ class LeadingEngine:
         return self._ranks.agreed_status or list(NO_CLEARS)
 
     def _tell(self, action: list[object]) -> None:
+        if self._lost:
+            raise RankLost("a rank of this worker was lost before; only a new process can go on")
         commands, self._commands = self._commands, []
         self._group.message_of_first(packed([commands, action]))
 

@@ -78,9 +78,10 @@ def _pack(value: object) -> msgpack.ExtType | list[object] | int | str | bytes:
         raise NotSendable(f"a {name} cannot be sent to the other ranks of a worker; only what `Job` is made of can")
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return list(value)
-    for plain in (str, bytes, int):
-        if isinstance(value, plain):  # a subclass of it, which msgpack is told not to take for it
-            return plain(value)
+    if isinstance(value, str):  # a subclass, which msgpack was told not to take for one
+        return str(value)
+    if isinstance(value, int):
+        return int(value)
     raise NotSendable(f"a {name} cannot be sent to the other ranks of a worker; only what `Job` is made of can")
 
 

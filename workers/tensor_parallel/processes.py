@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from workers.config import WorkerConfig
-from workers.tensor_parallel.group import RankLost
+from workers.tensor_parallel.lost import RankLost
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class RankProcesses:
         give_up = time.monotonic() + timeout_s
         while not all(ready_file(self.folder, rank).exists() for rank in range(1, len(self._processes) + 1)):
             if any(process.poll() is not None for process in self._processes):
-                raise RankLost(f"a rank could not start: {'; '.join(self.ended())}")
+                raise RankLost("a rank could not start")
             if time.monotonic() > give_up:
                 raise RankLost(f"ranks did not start within {timeout_s:g} s; their logs are in that of the worker")
             time.sleep(_POLL_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -28,7 +29,7 @@ def main() -> int:
     words = f"%(asctime)s %(levelname)s {config.name} rank {rank} %(name)s %(message)s"
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=words)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the worker's process decides what it means
-    threading.Thread(target=_end_with_the_worker, name="lifeline", daemon=True).start()
+    threading.Thread(target=_end_with_the_worker, args=(folder,), name="lifeline", daemon=True).start()
     try:
         from workers.tensor_parallel.start import follow
 
@@ -45,9 +46,10 @@ def _say_why(folder: Path, rank: int, error: Exception) -> None:
         problem_file(folder, rank).write_text(f"{type(error).__name__}: {error}")
 
 
-def _end_with_the_worker() -> None:
+def _end_with_the_worker(folder: Path) -> None:
     while sys.stdin.buffer.read(1):
         pass
+    shutil.rmtree(folder, ignore_errors=True)  # where the worker had no time for it
     os._exit(EXIT_ORPHANED)  # even while a collective waits
 
 

@@ -15,8 +15,9 @@ from workers.config import WorkerConfig
 from workers.engine import TorchEngine
 from workers.tensor_parallel.agreement import TensorParallel
 from workers.tensor_parallel.follower import Follower
-from workers.tensor_parallel.group import RankGroup, RankLost
+from workers.tensor_parallel.group import RankGroup
 from workers.tensor_parallel.leader import LeadingEngine
+from workers.tensor_parallel.lost import RankLost
 from workers.tensor_parallel.processes import RankProcesses, ready_file
 
 START_TIMEOUT_S = 300.0  # for a process to begin
@@ -39,9 +40,11 @@ def build_leading_engine(config: WorkerConfig, *, clock: Clock = time.monotonic)
     try:
         processes.await_ready(START_TIMEOUT_S)
         group, ranks, engine = _build(config, 0, processes.folder, clock)
-    except BaseException as error:
-        for ended in processes.ended() if isinstance(error, RankLost) else ():
-            error.add_note(ended)
+    except RankLost as error:
+        ended = "; ".join(processes.ended())
+        processes.end(0.0)
+        raise RankLost(f"{ended or error}") from error
+    except BaseException:
         processes.end(0.0)
         raise
     log.info("worker of %d ranks, the others are processes %s", config.tensor_parallel, processes.pids)
