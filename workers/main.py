@@ -39,9 +39,12 @@ def build_engine(config: WorkerConfig, timing: Timing | None = None) -> Engine:
 
         return build_simulated(config, timing=timing)
     if config.engine == "torch" and config.tensor_parallel > 1:
+        from workers.tensor_parallel.processes import RankProcesses
+
+        processes = RankProcesses(config)  # torch is imported by all ranks at once
         from workers.tensor_parallel.start import build_leading_engine
 
-        return build_leading_engine(config)
+        return build_leading_engine(config, processes)
     if config.engine == "torch":
         from workers.build import build_engine as build_torch
 

@@ -42,6 +42,7 @@ class LeadingEngine:
 
     Attributes:
         info: of the worker; rank 0's hash scheme. cache: the blocks of all ranks. engine: rank 0's own.
+        group: its end of the ranks.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class LeadingEngine:
             engine: rank 0's, made with `ranks`; closed with this one. processes: of the others; ended with this one.
             clock: the engine's; deadlines of jobs count on it.
         """
-        self.engine, self._group, self._ranks, self._processes = engine, group, ranks, processes
+        self.engine, self.group, self._ranks, self._processes = engine, group, ranks, processes
         self._commands: list[list[object]] = []  # for the other ranks, with the next message
         self._lost, self._clock = False, clock
         ranks.status = list(NO_CLEARS)
@@ -105,7 +106,7 @@ class LeadingEngine:
         """Rank 0's, with the bytes of all ranks."""
         load = self.engine.load()
         load.tiers = {
-            tier: (_of_all(stats, self._group.size), latency_ms, block_ms)
+            tier: (_of_all(stats, self.group.size), latency_ms, block_ms)
             for tier, (stats, latency_ms, block_ms) in load.tiers.items()
         }
         return load
@@ -144,7 +145,7 @@ class LeadingEngine:
         try:
             self._tell(["order", name, list(arguments)])
             reply = carry_out(self.engine.cache, name, list(arguments))
-            return [Reply(*unpacked(raw)) for raw in self._group.messages_of_all(packed([*reply]))]
+            return [Reply(*unpacked(raw)) for raw in self.group.messages_of_all(packed([*reply]))]
         except BaseException as error:
             self._lost = True
             self._name_the_lost(error)
@@ -159,7 +160,7 @@ class LeadingEngine:
         if self._lost:
             raise RankLost("a rank of this worker was lost before; only a new process can go on")
         commands, self._commands = self._commands, []
-        self._group.message_of_first(packed([commands, action]))
+        self.group.message_of_first(packed([commands, action]))
 
     def _name_the_lost(self, error: BaseException) -> None:
         if self._processes is None:

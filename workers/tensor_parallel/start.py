@@ -30,13 +30,19 @@ LOAD_TIMEOUT_S = 1800.0
 log = logging.getLogger(__name__)
 
 
-def build_leading_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> LeadingEngine:
-    """Start the other ranks, and lead them.
+def build_leading_engine(
+    config: WorkerConfig, processes: RankProcesses | None = None, *, clock: Clock = time.monotonic
+) -> LeadingEngine:
+    """Lead the other ranks.
+
+    Args:
+        config: of the worker. clock: seconds.
+        processes: of the other ranks, started already; ended with the engine. None: start them.
 
     Raises:
         RankLost: a rank could not start. Else as `workers.build.build_engine`.
     """
-    processes = RankProcesses(config)
+    processes = processes or RankProcesses(config)
     try:
         processes.await_ready(START_TIMEOUT_S)
         group, ranks, engine = _build(config, 0, processes.folder, clock)
