@@ -6,8 +6,10 @@ import functools
 import math
 import tempfile
 import threading
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from kvstore.host.tier import HostTier
 from kvstore.redis.tier import RedisTier
 from kvstore.store import TieredStore
 from tests.workers.engine_rig import BLOCK_SIZE, SHAPE, Clock, Rig, model_folder
+from workers import models
 from workers.engine import TorchEngine
 from workers.models import ModelRunner
 from workers.protocol import EngineInfo
@@ -32,6 +35,19 @@ from workers.tensor_parallel.lost import RankLost
 
 SIZE = 2
 TIMEOUT_S = 120.0
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Ranks are processes; here they are threads, and `from_pretrained` is not made for two at once."""
+    load, lock = models._load_model, threading.Lock()
+
+    def alone(*arguments):
+        with lock:
+            return load(*arguments)
+
+    with unittest.mock.patch.object(models, "_load_model", alone):
+        yield
 
 
 class ModelsGroup:
@@ -66,7 +82,8 @@ def cut_runners(architecture: str = "llama") -> tuple[list[ModelRunner], list[Mo
             groups[rank].group = meet(Path(folder), rank)
             return ModelRunner.load(model_folder(architecture), ranks=groups[rank])
 
-        return on_all_ranks(load), groups
+        with one_at_a_time():
+            return on_all_ranks(load), groups
 
 
 class Watched(TensorParallel):
@@ -118,6 +135,7 @@ def make_ranks_rig(
     architecture: str = "llama",
     *,
     device_blocks: int = 400,
+    fewer_on_rank_1: int = 0,
     host_blocks: int = 0,
     disk: Path | None = None,
     redis_url: str | None = None,
@@ -125,22 +143,25 @@ def make_ranks_rig(
     max_running: int = 32,
 ) -> RanksRig:
     """As `make_rig`, on two ranks."""
-    (models, proxies), clock = cut_runners(architecture), Clock()
+    (runners, proxies), clock, other_clock = cut_runners(architecture), Clock(), Clock()
+    other_clock.ahead_s = 1000.0  # ranks have clocks of their own
     parts: dict[int, tuple] = {}
     with tempfile.TemporaryDirectory() as folder:
         groups = on_all_ranks(lambda rank: meet(Path(folder), rank))
     for rank in range(SIZE):
-        proxies[rank].group, model = groups[rank], models[rank]
+        proxies[rank].group, model = groups[rank], runners[rank]
         layout = replace(model.layout, block_size=BLOCK_SIZE)
         named = HashScheme(model.fingerprint, layout.describe(), BLOCK_SIZE, tp_size=SIZE)
         codec = BlockCodec(layout, replace(named, tp_rank=rank).digest())
         nbytes = layout.block_nbytes
-        device = DeviceTier(layout, device_blocks * nbytes, clock=clock, poison=True)
-        host = HostTier(layout, host_blocks * nbytes, clock=clock) if host_blocks else None
-        on_disk = None if disk is None else DiskTier(disk / f"rank{rank}", 64 << 20, codec=codec, clock=clock)
+        clock_of_rank = other_clock if rank else clock
+        blocks_of_rank = device_blocks - (fewer_on_rank_1 if rank else 0)
+        device = DeviceTier(layout, blocks_of_rank * nbytes, clock=clock_of_rank, poison=True)
+        host = HostTier(layout, host_blocks * nbytes, clock=clock_of_rank) if host_blocks else None
+        on_disk = None if disk is None else DiskTier(disk / f"rank{rank}", 64 << 20, codec=codec, clock=clock_of_rank)
         shared = None if redis_url is None else RedisTier(redis_url, codec=codec, timeout_s=5.0)
         store = TieredStore(
-            layout, device, host, shared, disk=on_disk, clock=clock, default_ttl_s=None, load_slack_s=5.0
+            layout, device, host, shared, disk=on_disk, clock=clock_of_rank, default_ttl_s=None, load_slack_s=5.0
         )
         info = EngineInfo(
             scheme=named,
@@ -158,11 +179,11 @@ def make_ranks_rig(
             store,
             [device.kv(layer) for layer in range(layout.layers)],
             info,
-            num_blocks=device.num_blocks,
+            num_blocks=device_blocks - fewer_on_rank_1,
             max_batch_tokens=max_batch_tokens,
             max_running=max_running,
             default_ttl_s=None,
-            clock=clock,
+            clock=clock_of_rank,
             ranks=ranks,
         )
         engine._scheduler._compute_ms = lambda first, count: math.inf

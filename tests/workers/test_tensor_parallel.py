@@ -19,6 +19,9 @@ from tests.workers.engine_rig import BLOCK_SIZE, make_rig, near_ties, oracle, pr
 from tests.workers.ranks_rig import cut_runners, make_ranks_rig, meet, on_all_ranks
 from workers.attention.step import Span
 from workers.protocol import FinishReason
+from workers.sampler import Sampled
+from workers.tensor_parallel.agreement import TensorParallel
+from workers.tensor_parallel.lost import RankLost
 
 MAX_NEAR_TIES = 1
 COUNT = 20
@@ -171,6 +174,31 @@ def test_preempted_sequences_end_rightly(expected):
     answers = rig.run(*(rig.job(i, prompt) for i, prompt in enumerate(batch)))
     assert rig.engine.load().preemptions > 0
     assert near_ties(answers, expected) <= MAX_NEAR_TIES
+    rig.close()
+
+
+def test_a_rank_that_is_short_of_blocks_is_waited_for_by_all(expected):
+    rig, batch = make_ranks_rig(device_blocks=60, fewer_on_rank_1=36, max_running=8), prompts(COUNT)
+    answers = rig.run(*(rig.job(i, prompt) for i, prompt in enumerate(batch)))
+    assert rig.engine.load().preemptions > 0, "rank 0 had room for all"
+    assert near_ties(answers, expected) <= MAX_NEAR_TIES
+    rig.close()
+
+
+def test_tokens_are_those_of_rank_0(tmp_path):
+    def talk(rank: int):
+        ranks = TensorParallel(meet(tmp_path, rank))
+        own = {"a": Sampled(5 + rank), "b": Sampled(None if rank == 0 else 7), "c": Sampled(9)}
+        return {name: each.token_id for name, each in ranks.tokens(own).items()}
+
+    assert on_all_ranks(talk) == [{"a": 5, "b": None, "c": 9}] * 2
+
+
+def test_a_burst_over_one_prompt_computes_it_once(expected):
+    rig, prompt = make_ranks_rig(max_batch_tokens=32), prompts(5)[4]
+    answers = rig.run(*(rig.job(i, prompt) for i in range(4)))
+    assert [_cached(answer) for answer in answers] == [0, 128, 128, 128]
+    assert near_ties(answers, [expected[4]] * 4) == 0
     rig.close()
 
 
@@ -364,8 +392,6 @@ def _take(outputs, answers) -> None:
 
 
 def test_ranks_that_part_end_the_worker_and_never_mix():
-    from workers.tensor_parallel.lost import RankLost
-
     rig = make_ranks_rig()
     rig.run(rig.job(0, prompts(1)[0], max_tokens=2))
     rig.engines[1].submit(rig.job("only here", prompts(1)[0]))

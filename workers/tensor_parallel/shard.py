@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# No weight of these is cut: norms over one head, whose plan is about gradients.
-WHOLE = frozenset({"replicated_with_grad_allreduce"})
+# These stay whole: norms over one head, whose plan is about gradients, and embeddings, which a tied head shares.
+WHOLE = frozenset({"replicated_with_grad_allreduce", "embedding_rowwise"})
 HEAD = "lm_head"
 REMEDY = "set tensor_parallel to 1, or to a number that divides the model's heads"
 
