@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploy.redis_server import PrivateRedis, find_redis_server
-from kvstore.errors import InvariantError
+from kvstore.errors import InvariantError, TierError
 from kvstore.events import RemovalCause, TierName
 from tests.workers.engine_rig import BLOCK_SIZE, make_rig, near_ties, oracle, prompts, runner
 from tests.workers.ranks_rig import cut_runners, make_ranks_rig, meet, on_all_ranks
@@ -202,6 +203,21 @@ def test_a_burst_over_one_prompt_computes_it_once(expected):
     rig.close()
 
 
+def test_who_waits_for_a_prompt_that_is_being_computed_is_the_same_on_both_ranks(expected):
+    rig, prompt = make_ranks_rig(max_batch_tokens=16), prompts(5)[4]
+    rig.run(rig.job("cold", prompt[:90], max_tokens=1))
+    job = rig.job("first", prompt)
+    rig.engine.submit(job)
+    for _ in range(2):
+        rig.engine.step()
+    rig.settle()
+    rig.stores[1].device.remove([job.block_hashes[2]], RemovalCause.EVICTED)
+    rig.engine.submit(rig.job("second", prompt))
+    answers = rig.collect()
+    assert near_ties([answers["second"]], expected[4:5]) == 0
+    rig.close()
+
+
 def test_a_cancelled_job_ends_on_both_ranks():
     rig = make_ranks_rig()
     rig.engine.submit(rig.job("long", prompts(1)[0], max_tokens=500, ignore_eos=True))
@@ -267,32 +283,41 @@ def test_the_shared_tier_is_cleared_of_every_ranks_share():
             assert store.flush(10)
         client = redis.Redis.from_url(server.url)
         assert len(client.keys("warmkv:*")) > 10
+        own = rig.stores[1].clear_shared
+
+        def slow(**what):
+            time.sleep(0.5)
+            return own(**what)
+
+        rig.stores[1].clear_shared = slow
         rig.engine.cache.clear()
-        clearing = rig.engine.cache.shared_clearing()
-        found = []
-        with on_thread(lambda: found.append(clearing())) as thread:
-            while thread.is_alive():
-                rig.engine.step()
-        rig.engine.cache.shared_cleared()
-        rig.engine.step()
-        assert found[0][TierName.REDIS] > 0
+        assert _clear_shared(rig)[TierName.REDIS] > 0
         assert client.keys("warmkv:*") == []
+
+        rig.run(*(rig.job(("again", i), prompt, max_tokens=1) for i, prompt in enumerate(batch)))
+        rig.stores[1].clear_shared = _cannot
+        with pytest.raises(TierError, match="another rank"):
+            _clear_shared(rig)
         client.close()
         rig.close()
 
 
-class on_thread:
-    def __init__(self, work):
-        import threading
+def _cannot(**_what):
+    raise TierError("the server is gone; look for it")
 
-        self._thread = threading.Thread(target=work)
 
-    def __enter__(self):
-        self._thread.start()
-        return self._thread
-
-    def __exit__(self, *_):
-        self._thread.join()
+def _clear_shared(rig) -> dict[TierName, int]:
+    """As the engine's thread and that for clears do it."""
+    clearing = rig.engine.cache.shared_clearing()
+    assert rig.engines[0]._scheduler.reads.shared is False
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(clearing)
+        while not found.done():
+            rig.engine.step()
+    rig.engine.cache.shared_cleared()
+    rig.settle()
+    assert [engine._scheduler.reads.shared for engine in rig.engines] == [True, True]
+    return found.result()
 
 
 def test_blocks_are_pinned_warmed_and_audited_on_every_rank():
