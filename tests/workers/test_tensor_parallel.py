@@ -6,6 +6,7 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -26,6 +27,7 @@ from workers.tensor_parallel.lost import RankLost
 
 MAX_NEAR_TIES = 1
 COUNT = 20
+SOON_S = 30.0  # far below the deadline of a collective
 
 
 @pytest.fixture(scope="module")
@@ -431,3 +433,20 @@ def test_ranks_that_part_end_the_worker_and_never_mix():
     assert "defect" in str(rig.failures[0])
     rig.engine.close(flush_s=0)
     rig.engines[1].close(flush_s=0)
+
+
+def test_a_forward_fails_on_one_rank_and_the_worker_ends(monkeypatch: pytest.MonkeyPatch):
+    rig = make_ranks_rig()
+    rig.run(rig.job(0, prompts(1)[0], max_tokens=2))
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    rig.engines[0].runner = SimpleNamespace(forward=fail)
+    rig.engine.submit(rig.job(1, prompts(1)[0], max_tokens=2))
+    with pytest.raises(RankLost, match="rank 0 of 2 could not compute a step: out of memory"):
+        rig.engine.step()
+    rig.engine.close(flush_s=0)
+    rig.follower.join(SOON_S)  # it waited for a tensor that never comes
+    assert not rig.follower.is_alive()
+    assert "adding up" in str(rig.failures[0])

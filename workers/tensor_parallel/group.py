@@ -71,6 +71,10 @@ class RankGroup:
         for backend in (self._control, self._model):
             backend._set_default_timeout(timedelta(seconds=timeout_s))
 
+    def close(self) -> None:
+        """Leave: ranks that wait for this one give up at once. Not while another thread is in a collective."""
+        self._control = self._model = None
+
     # --- numbers ---
 
     def least(self, values: Sequence[int]) -> list[int]:

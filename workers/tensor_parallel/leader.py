@@ -129,6 +129,7 @@ class LeadingEngine:
             try:
                 self.engine.close(flush_s=flush_s)
             finally:
+                self.group.close()
                 if self._processes is not None:
                     self._processes.end(0.0 if self._lost else flush_s + _END_GRACE_S)
 
