@@ -35,6 +35,7 @@ from workers.tensor_parallel.lost import RankLost
 
 SIZE = 2
 TIMEOUT_S = 120.0
+_rigs: list[RanksRig] = []  # made and perhaps not closed
 
 
 @contextmanager
@@ -200,7 +201,16 @@ def make_ranks_rig(
     )
     rig.follower = threading.Thread(target=_follow, args=(rig,), name="rank1", daemon=True)
     rig.follower.start()
+    _rigs.append(rig)
     return rig
+
+
+def end_rigs() -> None:
+    """Let followers of rigs that a failed test left open go: a thread that waits for a rank would abort the process."""
+    while _rigs:
+        rig = _rigs.pop()
+        rig.groups[0].close()
+        rig.follower.join(TIMEOUT_S)
 
 
 def _follow(rig: RanksRig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from deploy.redis_server import PrivateRedis, find_redis_server
 from kvstore.errors import InvariantError, TierError
 from kvstore.events import RemovalCause, TierName
 from tests.workers.engine_rig import BLOCK_SIZE, make_rig, near_ties, oracle, prompts, runner
-from tests.workers.ranks_rig import cut_runners, make_ranks_rig, meet, on_all_ranks
+from tests.workers.ranks_rig import cut_runners, end_rigs, make_ranks_rig, meet, on_all_ranks
 from workers.attention.step import Span
 from workers.protocol import FinishReason
 from workers.sampler import Sampled
@@ -28,6 +29,12 @@ from workers.tensor_parallel.lost import RankLost
 MAX_NEAR_TIES = 1
 COUNT = 20
 SOON_S = 30.0  # far below the deadline of a collective
+
+
+@pytest.fixture(autouse=True)
+def _rigs_end() -> Iterator[None]:
+    yield
+    end_rigs()
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +217,8 @@ def test_who_waits_for_a_prompt_that_is_being_computed_is_the_same_on_both_ranks
     rig.run(rig.job("cold", prompt[:90], max_tokens=1))
     job = rig.job("first", prompt)
     rig.engine.submit(job)
-    for _ in range(2):
-        rig.engine.step()
     rig.settle()
+    assert len(rig.engines[0]._scheduler._in_the_making) == 2
     rig.stores[1].device.remove([job.block_hashes[2]], RemovalCause.EVICTED)
     rig.engine.submit(rig.job("second", prompt))
     answers = rig.collect()
