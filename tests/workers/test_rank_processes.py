@@ -86,7 +86,7 @@ def test_a_killed_rank_ends_the_engine_at_once_and_is_named() -> None:
     with pytest.raises(RankLost) as told:
         _steps(engine)
     assert time.monotonic() - killed_at < SOON_S
-    assert told.value.__notes__ == [f"rank 1 (pid {pid}) was ended by SIGKILL"]
+    assert f"rank 1 (pid {pid}) was ended by SIGKILL" in str(told.value)
     with pytest.raises(RankLost):
         engine.step()
     engine.close(flush_s=5)

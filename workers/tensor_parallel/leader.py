@@ -91,9 +91,10 @@ class LeadingEngine:
             self._ranks.now = self._clock()
             self._tell(["step", self._ranks.now])
             report = self.engine.step()
-        except BaseException as error:
+        except RankLost as error:
+            raise self._lost_for(error) from error
+        except BaseException:
             self._lost = True
-            self._name_the_lost(error)
             raise
         self.info = self.engine.info
         return report
@@ -122,9 +123,7 @@ class LeadingEngine:
             if not self._lost:
                 self._tell(["end", flush_s])
         except RankLost as error:
-            self._lost = True
-            self._name_the_lost(error)
-            log.warning("a rank was gone when the worker ended", extra={"why": str(error)})
+            log.warning("a rank was gone when the worker ended: %s", self._lost_for(error))
         finally:
             try:
                 self.engine.close(flush_s=flush_s)
@@ -147,9 +146,10 @@ class LeadingEngine:
             self._tell(["order", name, list(arguments)])
             reply = carry_out(self.engine.cache, name, list(arguments))
             return [Reply(*unpacked(raw)) for raw in self.group.messages_of_all(packed([*reply]))]
-        except BaseException as error:
+        except RankLost as error:
+            raise self._lost_for(error) from error
+        except BaseException:
             self._lost = True
-            self._name_the_lost(error)
             raise
 
     @property
@@ -163,12 +163,13 @@ class LeadingEngine:
         commands, self._commands = self._commands, []
         self.group.message_of_first(packed([commands, action]))
 
-    def _name_the_lost(self, error: BaseException) -> None:
-        if self._processes is None:
-            return
-        for ended in self._processes.ended():
-            log.critical("a rank of the worker has ended: %s", ended)
-            error.add_note(ended)
+    def _lost_for(self, error: RankLost) -> RankLost:
+        """What to raise: which ranks have ended, as far as that is what happened."""
+        self._lost = True
+        ended = [] if self._processes is None else self._processes.ended()
+        for each in ended:
+            log.critical("a rank of the worker has ended: %s", each)
+        return RankLost(f"{'; '.join(ended)}; the worker ends, and a new process can go on" if ended else f"{error}")
 
 
 class LeadingCache:
