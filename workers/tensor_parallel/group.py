@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from workers.tensor_parallel.lost import RankLost
 
@@ -57,14 +58,14 @@ class RankGroup:
             RankLost: they did not come in time.
         """
         self.rank, self.size, self.collectives = rank, size, 0
-        store = dist.FileStore(str(folder / RENDEZVOUS), size)
+        store = dist.FileStore(str(folder / RENDEZVOUS), size)  # type: ignore[attr-defined]  # the stubs lack it
         store.set_timeout(timedelta(seconds=join_timeout_s))
         with self._told("meeting the other ranks"):
-            self._control = _gloo(dist.PrefixStore("control", store), rank, size, timeout_s)
+            self._control = _gloo(PrefixStore("control", store), rank, size, timeout_s)
             if device is not None and device.type == "cuda" and _may_use_nccl(size):
-                self._model = _nccl(dist.PrefixStore("model", store), rank, size, timeout_s, device)
+                self._model = _nccl(PrefixStore("model", store), rank, size, timeout_s, device)
             else:
-                self._model = _gloo(dist.PrefixStore("model", store), rank, size, timeout_s)
+                self._model = _gloo(PrefixStore("model", store), rank, size, timeout_s)
 
     def set_timeout(self, timeout_s: float) -> None:
         """How long any collective may take from now on."""
@@ -81,7 +82,7 @@ class RankGroup:
         """Place by place the least that any rank says; all give as many."""
         numbers = torch.tensor(values, dtype=torch.int64)
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MIN
+        options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]  # the stubs know the enum by its inner name
         with self._told("agreeing on numbers"):
             self._control.allreduce([numbers], options).wait()
         return [int(number) for number in numbers]

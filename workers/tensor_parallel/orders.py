@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from kvstore.errors import StoreError
@@ -57,4 +57,10 @@ def _by_name(counts: dict[TierName, int]) -> dict[str, int]:
     return {tier.value: count for tier, count in counts.items()}
 
 
-_ORDERS = {"clear": _clear, "prefetch": _prefetch, "lease": _lease, "end_leases": _end_leases, "check": _check}
+_ORDERS: dict[str, Callable[..., dict[str, int]]] = {
+    "clear": _clear,
+    "prefetch": _prefetch,
+    "lease": _lease,
+    "end_leases": _end_leases,
+    "check": _check,
+}

@@ -124,7 +124,8 @@ def _keep_inputs(name: str, module: nn.Linear, group: ModelGroup) -> None:
     if module.bias is None:
         module.register_forward_hook(lambda _module, _args, out: group.add_up(out))
         return
-    bias, module.bias = module.bias, None  # added once, not by every rank
+    bias = module.bias
+    module.register_parameter("bias", None)  # added once, not by every rank
     module.register_parameter("whole_bias", bias)
     module.register_forward_hook(lambda own, _args, out: group.add_up(out) + own.whole_bias)
 
