@@ -164,14 +164,15 @@ async def _bundle(settings: Settings, discovery: RayDiscovery) -> dict[str, floa
     workers, gpus = settings.workers, settings.workers.gpus
     if gpus is None:
         may_use = workers.engine == "torch" and workers.device != "cpu"
-        gpus = 1.0 if may_use and await discovery.call("gpus") else 0.0
+        gpus = float(workers.tensor_parallel) if may_use and await discovery.call("gpus") else 0.0
     if workers.device == "cuda" and not gpus:
         raise ClusterProblem("workers.device is cuda and Ray has no GPU; start Ray on a machine that has, or use cpu")
     return {"CPU": workers.cpus, "GPU": gpus}
 
 
 def _threads(settings: Settings) -> int:
-    """Cores shared out among the workers of this machine; on a joined Ray what each has reserved."""
+    """Cores shared out among the ranks of this machine's workers; on a joined Ray what each worker has reserved."""
+    ranks = settings.workers.tensor_parallel
     if settings.ray.address is None:
-        return max(1, (os.cpu_count() or 1) // max(1, settings.workers.count))
-    return max(1, int(settings.workers.cpus))
+        return max(1, (os.cpu_count() or 1) // max(1, settings.workers.count * ranks))
+    return max(1, int(settings.workers.cpus) // ranks)

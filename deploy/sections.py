@@ -122,13 +122,19 @@ class WorkersSettings(_Section):
     gpus: float | None = Field(
         default=None,
         ge=0,
-        description="Ray GPUs that each reserves; none: 1 where device is not cpu and there are GPUs.",
+        description="Ray GPUs that each reserves; none: one a rank where device is not cpu and there are GPUs.",
     )
     threads: int | None = Field(
-        default=None, ge=1, description="Torch threads of each; none: the cores shared out among workers."
+        default=None, ge=1, description="Torch threads of each rank; none: the cores shared out among workers."
     )
     canonical: bool = Field(
         default=False, description="Bit-exact mode: slower, and the same floats whatever else runs."
+    )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes of each worker that share out the model's heads, with a GPU each where there are any.",
     )
     max_batch_tokens: int = Field(default=2048, ge=1, description="Tokens a step.")
     max_running: int = Field(default=64, ge=1, description="Sequences a step.")

@@ -82,6 +82,7 @@ class Settings(BaseSettings):
             compile=self.engine.compile,
             threads=self.workers.threads or threads,
             canonical=self.workers.canonical,
+            tensor_parallel=self.workers.tensor_parallel,
             device_bytes=self.store.device_bytes,
             host_bytes=self.store.host_bytes,
             disk_bytes=self.store.disk_bytes,

@@ -38,7 +38,8 @@ class HashScheme:
         block_size: tokens a block.
         adapter: digest of the LoRA adapter; empty without one.
         canonical: whether the engine ran in bit-exact mode.
-        tp_size, tp_rank: tensor parallelism; each rank stores its own share.
+        tp_size, tp_rank: tensor parallelism; each rank stores its own share. All ranks name blocks by rank 0's chain,
+        and keep their shares apart by their own `digest`.
         version: of these rules.
     """
 

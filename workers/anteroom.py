@@ -39,6 +39,11 @@ class Anteroom:
         """How many wait."""
         return len(self._guests)
 
+    @property
+    def compiling(self) -> list[Future[Grammar]]:
+        """What they wait for."""
+        return [guest.grammar for guest in self._guests]
+
     def add(self, sequence: Sequence) -> None:
         """Let it wait for its grammar, if it has a constraint; `leaving` gives it back with its state."""
         constraint = sequence.job.sampling.constraint

@@ -28,6 +28,7 @@ from kvstore.redis.tier import RedisTier
 from kvstore.redis.watch import Watching
 from kvstore.store import TieredStore
 from kvstore.tier import Clock
+from workers.agreement import ALONE, Agreement
 from workers.attention.step import AttentionBackend
 from workers.attention.torch_backend import TorchBackend
 from workers.config import WorkerConfig
@@ -37,14 +38,22 @@ from workers.peers import open_peers
 from workers.protocol import EngineInfo
 from workers.step_times import StepTimes
 from workers.stepping.make import Capturing, Limits, StepOptions, make_launcher
+from workers.tensor_parallel.shard import ModelGroup
 
 LOCK_WAIT_S = 10.0
 
 log = logging.getLogger(__name__)
 
 
-def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> TorchEngine:
+def build_engine(
+    config: WorkerConfig, *, clock: Clock = time.monotonic, group: ModelGroup | None = None, ranks: Agreement = ALONE
+) -> TorchEngine:
     """An engine for these settings, ready for jobs. Sets torch's number of threads.
+
+    Args:
+        config: of the worker. clock: seconds.
+        group, ranks: of a worker of several ranks, of which this builds one: who has the other shares of the model, and
+        how the engines agree.
 
     Raises:
         ValueError: a setting is out of range.
@@ -52,20 +61,30 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         TierError, LayoutError: a tier cannot be made; the message says what to change.
     """
     _check(config)
+    rank, size = (0, 1) if group is None else (group.rank, group.size)
+    config = config_of_rank(config, rank, size)
     torch.set_num_threads(config.threads)
     steps = StepOptions(Capturing(config.cuda_graphs), compile=config.compile)
     runner = ModelRunner.load(
-        config.model_dir, device=_device(config.device), dtype=config.dtype, backend=_backend(config)
+        config.model_dir,
+        device=_device(config.device, rank),
+        dtype=config.dtype,
+        backend=_backend(config),
+        ranks=group,
     )
     layout = _layout(runner.layout, config)
-    scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical)
-    info = _info(config, runner, layout, scheme)
+    # Blocks have rank 0's names, which routers know; `scheme` keeps apart what the ranks store under them.
+    named = HashScheme(
+        runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical, tp_size=size
+    )
+    scheme = replace(named, tp_rank=rank)
+    info = _info(config, runner, layout, named, size)
     device = DeviceTier(layout, config.device_bytes, clock=clock, device=runner.device)
     pinner = CudaPinner(runner.device) if runner.device.type == "cuda" else None
     spare, times = _measured(config, layout.block_size, clock)
-    host = _host(config, layout, scheme, clock, spare, pinner)
+    host = _host(config, layout, named, clock, spare, pinner)
     codec = _codec(config, layout, scheme)
-    disk = _disk(config, codec, scheme, clock, spare)
+    disk = _disk(config, codec, named, clock, spare)
     shared = _shared(config, codec)
     recalling = Recalling(shared) if shared is not None and config.redis_recall_s > 0 else None
     rule = make_admission(config.admission)
@@ -86,13 +105,9 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     if recalling is not None and not recalling.wait(config.redis_recall_s):
         log.warning("the shared tier holds so much that the start does not wait until it is learnt")
     kv = [device.kv(layer) for layer in range(layout.layers)]
-    launcher = make_launcher(
-        runner,
-        kv,
-        steps,
-        Limits(config.max_batch_tokens, config.max_running, info.context_length, device.num_blocks),
-        clock=clock,
-    )
+    limits = Limits(config.max_batch_tokens, config.max_running, info.context_length, device.num_blocks)
+    # Ranks talk within a step, which no graph of ours captures: they compute at once.
+    launcher = make_launcher(runner, kv, steps, limits, clock=clock) if size == 1 else None
     engine = TorchEngine(
         runner,
         store,
@@ -107,9 +122,26 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
         peers=peers,
         times=times,
         launcher=launcher,
+        ranks=ranks,
     )
     engine.grammars.prepare()
     return engine
+
+
+def config_of_rank(config: WorkerConfig, rank: int, size: int) -> WorkerConfig:
+    """What one rank of a worker gets: an equal share of each tier, a folder of its own, no tier `peer`."""
+    if size == 1:
+        return config
+    if config.peers and rank == 0:
+        log.warning("a worker of several ranks neither reads blocks from other workers nor serves them; peers is off")
+    return replace(
+        config,
+        name=config.name if rank == 0 else f"{config.name}.rank{rank}",
+        device_bytes=config.device_bytes // size,
+        host_bytes=config.host_bytes // size,
+        disk_bytes=config.disk_bytes // size,
+        peers=False,
+    )
 
 
 def _measured(config: WorkerConfig, block_size: int, clock: Clock) -> tuple[Spare, StepTimes]:
@@ -125,20 +157,22 @@ def _check(config: WorkerConfig) -> None:
         raise ValueError(f"unknown dtype {config.dtype!r}; choose auto or one of {', '.join(DTYPE_BYTES)}")
     if config.kv_dtype not in KV_DTYPES:
         raise ValueError(f"unknown kv_dtype {config.kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
+    if config.tensor_parallel > 1 and (config.cuda_graphs == Capturing.ON or config.compile):
+        raise ValueError("ranks run without graphs; set engine.cuda_graphs to auto and compile to false, or one rank")
     if config.cuda_graphs not in list(Capturing):
         raise ValueError(f"unknown cuda_graphs {config.cuda_graphs!r}; choose one of {', '.join(Capturing)}")
     if config.canonical:
         raise ValueError("the bit-exact mode is not supported yet; set canonical to false")
 
 
-def _device(name: str) -> str:
+def _device(name: str, rank: int) -> str:
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, and PyTorch finds no usable GPU; set device to cpu, or check the driver")
     if name not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}; choose cpu, cuda or auto")
-    return name
+    return name if name == "cpu" or rank == 0 else f"cuda:{rank % torch.cuda.device_count()}"
 
 
 def _backend(config: WorkerConfig) -> AttentionBackend | None:
@@ -230,14 +264,14 @@ def _shared(config: WorkerConfig, codec: BlockCodec) -> RedisTier | RedisCluster
     return open_redis(config.redis_url, codec=codec, timeout_s=config.redis_timeout_s, watching=watching)
 
 
-def _info(config: WorkerConfig, runner: ModelRunner, layout: KVLayout, scheme: HashScheme) -> EngineInfo:
+def _info(config: WorkerConfig, runner: ModelRunner, layout: KVLayout, scheme: HashScheme, size: int) -> EngineInfo:
     return EngineInfo(
         scheme=scheme,
         model=config.model_name,
         tokenizer_sha256=runner.folder.tokenizer_sha256,
         context_length=_context_length(config, runner),
         vocab_size=runner.vocab_size,
-        block_nbytes=layout.block_nbytes,
+        block_nbytes=layout.block_nbytes * size,
         device=runner.device.type,
         eos_token_ids=runner.folder.eos_token_ids,
     )

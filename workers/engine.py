@@ -28,6 +28,7 @@ from kvstore.events import BlockStored
 from kvstore.lifetime import Lifetime
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta, Clock
+from workers.agreement import ALONE, Agreement
 from workers.anteroom import Anteroom
 from workers.attention.step import KVViews
 from workers.conversations import Conversations
@@ -89,6 +90,7 @@ class TorchEngine:
         peers: Peers | None = None,
         times: StepTimes | None = None,
         launcher: Launcher | None = None,
+        ranks: Agreement = ALONE,
     ) -> None:
         """Take over a model and a store.
 
@@ -102,6 +104,7 @@ class TorchEngine:
             peers: other workers, whose tier the store has; closed with the engine. None: without.
             times: learns how long steps take; None: one that nobody else asks.
             launcher: computes steps, over the same pool; None: a `DirectLauncher`.
+            ranks: other engines that compute the same steps, each with a share of the model.
 
         Raises:
             ValueError: a limit is not positive.
@@ -121,9 +124,9 @@ class TorchEngine:
         self._pipeline = Pipeline(launcher or DirectLauncher(runner, kv), store, self._block_size, self._ends_with)
         self._taken_in_at = 0.0
         self._times, self._prefilling = times or StepTimes(self._block_size), BusyShare()
-        self._answers, self._slots = Answers(self._block_size), max_running
+        self._answers, self._slots, self._ranks = Answers(self._block_size), max_running, ranks
         self._scheduler = Scheduler(
-            self._pipeline.store,
+            ranks.blocks(self._pipeline.store),
             block_size=self._block_size,
             max_batch_tokens=max_batch_tokens,
             max_running=max_running,
@@ -190,7 +193,7 @@ class TorchEngine:
         self._note_shared_tier()
         if self._pipeline.must_land or self._scheduler.is_starved:
             self._land()
-        self._end_overdue()
+        self._end_overdue(self._ranks.begin(self._scheduler, self._clock()))
         self._admit_compiled()
         chunks = self._schedule()
         if not chunks and self._pipeline.is_flying:
@@ -280,6 +283,7 @@ class TorchEngine:
         if before is not None:
             self._take_in(before)
         if failure is not None:
+            self._ranks.failed(failure)
             if not self._again_smaller(chunks, failure):
                 self._fail(chunks, failure)
         elif not self._pipeline.runs_ahead:
@@ -296,8 +300,10 @@ class TorchEngine:
         try:
             sampled = flight.sampled(self._sample)
         except RuntimeError as error:
+            self._ranks.failed(error)
             self._fail(work.chunks, error)
         else:
+            sampled = self._ranks.tokens(sampled)
             self._failures.succeeded()
             self._budget.fitted()
             self._scheduler.max_batch_tokens = self._budget.tokens
@@ -448,14 +454,14 @@ class TorchEngine:
             self.info = replace(self.info, shared_tier_id=current)
 
     def _admit_compiled(self) -> None:
+        self._ranks.compiled(self._anteroom.compiling)
         for sequence, error in self._anteroom.leaving():
             if error is None:
                 self._scheduler.add(sequence)
             else:
                 self._end(sequence, FinishReason.ERROR, error)
 
-    def _end_overdue(self) -> None:
-        now = self._clock()
+    def _end_overdue(self, now: float) -> None:
         for sequence in list(self._sequences.values()):
             if sequence.job.deadline is not None and sequence.job.deadline <= now:
                 self._end(sequence, FinishReason.DEADLINE)

@@ -23,6 +23,7 @@ from workers.config import WorkerConfig
 from workers.protocol import Engine
 from workers.server import WorkerServer
 from workers.simulated_sequence import Timing
+from workers.tensor_parallel.lost import RankLost
 
 DRAIN_S = 30.0
 FLUSH_S = 5.0
@@ -38,6 +39,13 @@ def build_engine(config: WorkerConfig, timing: Timing | None = None) -> Engine:
         from workers.simulated import build_engine as build_simulated
 
         return build_simulated(config, timing=timing)
+    if config.engine == "torch" and config.tensor_parallel > 1:
+        from workers.tensor_parallel.processes import RankProcesses
+
+        processes = RankProcesses(config)  # torch is imported by all ranks at once
+        from workers.tensor_parallel.start import build_leading_engine
+
+        return build_leading_engine(config, processes)
     if config.engine == "torch":
         from workers.build import build_engine as build_torch
 
@@ -54,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         engine = build_engine(config, _timing(options.timing))
         server = WorkerServer(config, engine)
         address = server.start()
-    except (ValueError, TypeError, OSError, StoreError) as error:
+    except (ValueError, TypeError, OSError, StoreError, RankLost) as error:
         sys.stderr.write(f"worker could not start: {error}\n")
         return 2
     ready = {"name": config.name, "address": address, "incarnation": server.incarnation}

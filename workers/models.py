@@ -30,6 +30,7 @@ from workers.attention.captured import CURRENT, INPUTS, attend, paged_attention
 from workers.attention.choice import backend_for
 from workers.attention.step import AttentionBackend, KVViews, Span, Step, make_step
 from workers.model_folder import ModelFolder, ModelFolderError, open_model_folder
+from workers.tensor_parallel.shard import ModelGroup, NotDivisible, cut_model, kv_heads_of
 
 ATTENTION, OPAQUE_ATTENTION = "warmkv_paged", "warmkv_opaque"
 PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -66,9 +67,17 @@ class ModelRunner:
     context_length: int | None
 
     def __init__(
-        self, model: Any, folder: ModelFolder, fingerprint: bytes, backend: AttentionBackend | None = None
+        self,
+        model: Any,
+        folder: ModelFolder,
+        fingerprint: bytes,
+        backend: AttentionBackend | None = None,
+        *,
+        whole: Tensor | None = None,
     ) -> None:
         """Take a model loaded with our attention, and probe it.
+
+        `whole`: `own_logits` of the model before it was cut into shares; None: it is whole.
 
         Raises:
             ModelNotSupported: see `load`.
@@ -82,17 +91,25 @@ class ModelRunner:
         length = getattr(config, "max_position_embeddings", None)
         self.context_length = length if isinstance(length, int) and length > 0 else None
         self.layout = self._probe(config)
-        self._check_itself(config)
+        self._check_itself(config, own_logits(model) if whole is None else whole)
 
     @classmethod
     def load(
-        cls, model_dir: str | Path, *, device: str = "cpu", dtype: str = "auto", backend: AttentionBackend | None = None
+        cls,
+        model_dir: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        backend: AttentionBackend | None = None,
+        ranks: ModelGroup | None = None,
     ) -> ModelRunner:
         """Load a Hugging Face model folder.
 
         Args:
             model_dir: the folder. device: a torch device. dtype: `auto` (the checkpoint's) or a key of DTYPE_BYTES.
             backend: what attends; None: what suits the device.
+            ranks: others that load the same model; each keeps a share, and holds the whole in host memory till then.
+            None: this one keeps all.
 
         Raises:
             ModelFolderError: files are missing or damaged, or do not fit one another.
@@ -104,8 +121,12 @@ class ModelRunner:
         # The two read the same files; together they cost one pass over the disk.
         with ThreadPoolExecutor(1, thread_name_prefix="fingerprint") as pool:
             fingerprint = pool.submit(folder.fingerprint)
-            model = _load_model(folder, dtype).to(device).eval().requires_grad_(False)
-        runner = cls(model, folder, fingerprint.result(), backend)
+            model = _load_model(folder, dtype).eval().requires_grad_(False)
+            whole = None if ranks is None else _cut(model, ranks)
+            model = model.to(device)
+        runner = cls(model, folder, fingerprint.result(), backend, whole=whole)
+        if ranks is not None and runner.layout.kv_heads * ranks.size != kv_heads_of(model.config.get_text_config()):
+            raise ModelNotSupported(f"{model.config.model_type}: its heads of K/V stay whole; set tensor_parallel to 1")
         log.info("model loaded", extra={"model_dir": str(folder.path), "layout": runner.layout.describe()})
         return runner
 
@@ -197,15 +218,9 @@ class ModelRunner:
         return KVLayout(len(layers), *shapes.pop(), dtype=dtype)
 
     @torch.inference_mode()
-    def _check_itself(self, config: Any) -> None:
-        """Compare a short prompt, cut in two over scattered blocks, with the model's own attention."""
-        ids = [(7 * n + 3) % self.vocab_size for n in range(_CHECK_TOKENS)]
-        ours = self._paged_logits(ids)
-        self._model.set_attn_implementation("eager")
-        try:
-            own = self._model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1].float()
-        finally:
-            self._model.set_attn_implementation(ATTENTION)
+    def _check_itself(self, config: Any, own: Tensor) -> None:
+        """Compare a short prompt, cut in two over scattered blocks, with the model's own attention, and whole."""
+        ours = self._paged_logits(_check_ids(self.vocab_size)).to(own.device)
         error = float((ours - own).norm() / own.norm().clamp_min(1e-12))
         if not error <= SELF_CHECK_TOLERANCE[self.layout.dtype]:
             _refuse(config.model_type, f"its logits over paged K/V differ from its own by {error:.1e} of their size")
@@ -225,6 +240,32 @@ class ModelRunner:
             table = blocks[: -(-stop // _CHECK_BLOCK)]
             logits = self.forward(kv, [Span(0, count, stop, table)], ids[start:stop], range(start, stop), [count - 1])
         return logits[0]
+
+
+@torch.inference_mode()
+def own_logits(model: Any) -> Tensor:
+    """[vocab] float32: what follows a short prompt by the model's own attention."""
+    ids = _check_ids(int(model.config.get_text_config().vocab_size))
+    model.set_attn_implementation("eager")
+    try:
+        logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
+    finally:
+        model.set_attn_implementation(ATTENTION)
+    return logits.float()
+
+
+def _check_ids(vocab_size: int) -> list[int]:
+    return [(7 * n + 3) % vocab_size for n in range(_CHECK_TOKENS)]
+
+
+def _cut(model: Any, ranks: ModelGroup) -> Tensor:
+    """Leave this rank's share of a model; its logits before."""
+    whole = own_logits(model)
+    try:
+        cut_model(model, ranks)
+    except NotDivisible as error:
+        raise ModelNotSupported(f"{error}") from error
+    return whole
 
 
 def _check_kind(folder: ModelFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ class FakeDiscovery:
         self.names = list(present)
         self.state = state
         self.scaled: list[int] = []
+        self.gpus = 0.0
         self.template: WorkerConfig | None = None
         self.bundle: Mapping[str, float] = {}
         self._fleet = fleet
@@ -38,7 +40,8 @@ class FakeDiscovery:
         return [KnownWorker(n, self.state(n), "a:1", 1, 1, "n", "it broke") for n in self.names if self.state(n)]
 
     async def call(self, method: str) -> Any:
-        return {"names": self.names, "blueprint": {"config": self._fleet}, "gpus": 0.0, "missing_room": "no"}[method]
+        blueprint = {"config": self._fleet}
+        return {"names": self.names, "blueprint": blueprint, "gpus": self.gpus, "missing_room": "no"}[method]
 
     async def configure(self, config: WorkerConfig, bundle: Mapping[str, float]) -> None:
         self.template, self.bundle = config, bundle
@@ -144,6 +147,17 @@ async def test_cuda_without_a_gpu_is_refused_before_anything_is_placed(tmp_path:
     with pytest.raises(ClusterProblem, match="no GPU"):
         await _rollout(discovery, [], workers__device="cuda", state_dir=tmp_path).begin()
     assert discovery.scaled == []
+
+
+@pytest.mark.asyncio
+async def test_a_worker_of_several_ranks_reserves_a_gpu_for_each(tmp_path: Path) -> None:
+    discovery = FakeDiscovery([], lambda _name: "ready")
+    discovery.gpus = 8.0
+    await _rollout(discovery, [], workers__tensor_parallel=4, state_dir=tmp_path).begin()
+    assert discovery.bundle["GPU"] == 4.0
+    assert discovery.template is not None
+    assert discovery.template.tensor_parallel == 4
+    assert discovery.template.threads == max(1, (os.cpu_count() or 1) // 4)
 
 
 def _fleet() -> dict[str, Any]:

@@ -11,11 +11,13 @@ from kvstore.blocks import block_hashes
 from kvstore.errors import TierError
 from kvstore.events import TierName
 from tests.workers.engine_rig import SHAPE, model_folder, prompts
+from tests.workers.ranks_rig import meet, on_all_ranks, one_at_a_time
 from workers.build import build_engine
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
 from workers.protocol import FinishReason, Job, SamplingParams
 from workers.simulated_info import info_for
+from workers.tensor_parallel.agreement import TensorParallel
 
 CONFIG = WorkerConfig(
     name="w0", model_dir=str(model_folder()), model_name="tiny", device="cpu", device_bytes=4 << 20, host_bytes=8 << 20
@@ -68,6 +70,31 @@ def test_a_tenant_with_a_quota_keeps_its_blocks_in_host_while_another_fills_it(t
     assert (in_host.count(roots["own"]), in_host.count(roots["other"])) == (2, 6)
     assert engine.store.disk.honours.quota
     engine.close(flush_s=0)
+
+
+def test_ranks_share_out_the_tiers_and_keep_what_they_store_apart(tmp_path: Path):
+    salt = b"a" * 32
+    config = replace(CONFIG, disk_bytes=8 << 20, disk_dir=str(tmp_path), quotas={salt.hex(): 0.25}, peers=True)
+
+    def build(rank: int) -> TorchEngine:
+        group = meet(tmp_path, rank)
+        return build_engine(config, group=group, ranks=TensorParallel(group))
+
+    with one_at_a_time():
+        engines = on_all_ranks(build)
+    first, second = engines
+    assert first.info == second.info
+    assert (first.info.scheme.tp_size, first.info.scheme.tp_rank) == (2, 0)
+    assert first.info.block_nbytes == 2 * first.store.layout.block_nbytes
+    capacities = [{tier: stats.capacity_bytes for tier, stats in engine.store.stats().items()} for engine in engines]
+    assert capacities[0] == capacities[1]
+    assert capacities[0][TierName.DEVICE] == 2 << 20
+    assert capacities[0][TierName.HOST] == 4 << 20
+    slabs = [sorted(path.stem for path in (tmp_path / name).glob("*.slab")) for name in ("w0", "w0.rank1")]
+    assert all(slabs)
+    assert slabs[0] != slabs[1], "what a rank stores has a namespace of its own"
+    for engine in engines:
+        engine.close(flush_s=0)
 
 
 @pytest.mark.parametrize("name", [TierName.HOST, TierName.DISK])

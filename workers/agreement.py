@@ -1,0 +1,75 @@
+"""What the ranks of one worker must agree on while each of them runs the same engine.
+
+A worker of one rank (`ALONE`) agrees with itself at once; `tensor_parallel.agreement` asks the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from concurrent.futures import Future
+from typing import Protocol
+
+from kvstore.store import TieredStore
+from workers.grammars import Grammar
+from workers.sampler import Sampled
+from workers.scheduler import BlockStore
+from workers.sequence import Sequence
+
+
+class Agreement(Protocol):
+    """The places where ranks could part. Every rank calls the same methods in the same order."""
+
+    def blocks(self, store: TieredStore) -> BlockStore:
+        """What the scheduler shall see of this rank's store."""
+        ...
+
+    def begin(self, sequences: Iterable[Sequence], now: float) -> float:
+        """A step begins with these sequences, at `now` on this rank's clock; the time that holds for all ranks.
+
+        Raises:
+            RankLost: another rank is gone, or is not where this one is.
+        """
+        ...
+
+    def tokens(self, sampled: dict[Sequence, Sampled]) -> dict[Sequence, Sampled]:
+        """The tokens that hold for all ranks.
+
+        Raises:
+            RankLost: another rank is gone.
+        """
+        ...
+
+    def compiled(self, grammars: Items[Future[Grammar]]) -> None:
+        """Return when no rank has one of these that another one has not: sequences are admitted by them."""
+        ...
+
+    def failed(self, error: RuntimeError) -> None:
+        """A forward failed on this rank.
+
+        Raises:
+            RankLost: the others have not failed, or not at the same place, so no step can follow.
+        """
+        ...
+
+
+class _Alone:
+    """The only rank."""
+
+    def blocks(self, store: TieredStore) -> BlockStore:
+        return store
+
+    def begin(self, sequences: Iterable[Sequence], now: float) -> float:
+        return now
+
+    def tokens(self, sampled: dict[Sequence, Sampled]) -> dict[Sequence, Sampled]:
+        return sampled
+
+    def compiled(self, grammars: Items[Future[Grammar]]) -> None:
+        return
+
+    def failed(self, error: RuntimeError) -> None:
+        return
+
+
+ALONE: Agreement = _Alone()
