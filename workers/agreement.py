@@ -10,17 +10,17 @@ from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from typing import Protocol
 
-from kvstore.store import TieredStore
 from workers.grammars import Grammar
 from workers.sampler import Sampled
 from workers.scheduler import BlockStore
 from workers.sequence import Sequence
+from workers.stepping.holds import Holds
 
 
 class Agreement(Protocol):
     """The places where ranks could part. Every rank calls the same methods in the same order."""
 
-    def blocks(self, store: TieredStore) -> BlockStore:
+    def blocks(self, store: Holds) -> BlockStore:
         """What the scheduler shall see of this rank's store."""
         ...
 
@@ -56,7 +56,7 @@ class Agreement(Protocol):
 class _Alone:
     """The only rank."""
 
-    def blocks(self, store: TieredStore) -> BlockStore:
+    def blocks(self, store: Holds) -> BlockStore:
         return store
 
     def begin(self, sequences: Iterable[Sequence], now: float) -> float:

@@ -22,16 +22,16 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, wait
 
-from kvstore.acquisition import Acquisition as StoreAcquisition
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
 from kvstore.lifetime import Lifetime
-from kvstore.store import ComputeMs, ReadTiers, TieredStore
+from kvstore.store import ComputeMs, ReadTiers
 from workers.anteroom import COMPILE_LIMIT_S
 from workers.grammars import Grammar
 from workers.sampler import Sampled
 from workers.scheduler import BlockStore
 from workers.sequence import Acquisition, Sequence
+from workers.stepping.holds import Holds
 from workers.tensor_parallel.group import RankGroup
 from workers.tensor_parallel.lost import RankLost
 
@@ -44,7 +44,7 @@ _PARTED = "its schedule is not that of the others, which is a defect; report it 
 class AgreedAcquisition:
     """One prefix on its way to the devices of all ranks. `done` changes only when the ranks agree that it has."""
 
-    def __init__(self, own: StoreAcquisition, store: TieredStore) -> None:
+    def __init__(self, own: Acquisition, store: Holds) -> None:
         self._own, self._store = own, store
         self.done = self.cancelled = False
         self._all_hold = False
@@ -63,6 +63,11 @@ class AgreedAcquisition:
     def load_ms(self) -> float:
         """How long this rank's took."""
         return self._own.load_ms
+
+    @property
+    def made_elsewhere(self) -> int:
+        """As the store says."""
+        return self._own.made_elsewhere
 
     def cancel(self) -> None:
         """Give all blocks back."""
@@ -87,7 +92,7 @@ class AgreedAcquisition:
 class AgreedStore:
     """A rank's store, whose answers are those that hold on every rank. `workers.scheduler.BlockStore`."""
 
-    def __init__(self, store: TieredStore, group: RankGroup) -> None:
+    def __init__(self, store: Holds, group: RankGroup) -> None:
         """Over this rank's store."""
         self._store, self._group = store, group
         self._under_way: list[AgreedAcquisition] = []
@@ -130,7 +135,7 @@ class AgreedStore:
     def allocate(self, count: int) -> list[int] | None:
         """This rank's blocks, if every rank has as many."""
         if count > self._sure:
-            self._sure = self._group.least([self._store.device.available])[0]
+            self._sure = self._group.least([self._store.available])[0]
         if count > self._sure:
             return None
         self._sure -= count
@@ -153,7 +158,7 @@ class AgreedStore:
         head = [digest, -digest, len(self._under_way), -len(self._under_way)]
         states = [number for each in self._under_way for number in each.state()]
         room = [0] * (-len(states) % _STATES)  # ranks that have parted shall still send equally many numbers
-        agreed = self._group.least([*head, self._store.device.available, *others, *states, *room])
+        agreed = self._group.least([*head, self._store.available, *others, *states, *room])
         if agreed[0] != -agreed[1] or agreed[2] != -agreed[3]:
             raise RankLost(f"rank {self._group.rank} of {self._group.size}: {_PARTED}")
         self._sure = agreed[4]
@@ -181,7 +186,7 @@ class TensorParallel:
         self.agreed_status: list[int] = []
         self.digest = 0
 
-    def blocks(self, store: TieredStore) -> BlockStore:
+    def blocks(self, store: Holds) -> BlockStore:
         """The store whose answers hold for all ranks."""
         self._store = AgreedStore(store, self._group)
         return self._store
