@@ -118,9 +118,6 @@ class WorkersSettings(_Section):
     threads: int | None = Field(
         default=None, ge=1, description="Torch threads of each; none: the cores shared out among workers."
     )
-    canonical: bool = Field(
-        default=False, description="Bit-exact mode: slower, and the same floats whatever else runs."
-    )
     max_batch_tokens: int = Field(default=2048, ge=1, description="Tokens a step.")
     max_running: int = Field(default=64, ge=1, description="Sequences a step.")
     kv_events: Literal["on", "off"] = Field(
@@ -138,6 +135,15 @@ class WorkersSettings(_Section):
     start_timeout: Duration = Field(default=600.0, description="How long `up` waits for workers to be ready.")
     flush: Duration = Field(
         default=5.0, description="How long a worker that is told to end may write blocks to disk and the shared tier."
+    )
+
+
+class EngineSettings(_Section):
+    """How each worker computes."""
+
+    deterministic: bool = Field(
+        default=False,
+        description="Canonical mode: slower, and an answer's floats are the same whatever is cached and whatever else runs.",
     )
 
 

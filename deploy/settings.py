@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from deploy.sections import (
     LOOPBACK,
     AuthSettings,
+    EngineSettings,
     ModelSettings,
     RaySettings,
     RedisSettings,
@@ -36,6 +37,7 @@ class Settings(BaseSettings):
 
     model: ModelSettings = Field(default_factory=ModelSettings)
     workers: WorkersSettings = Field(default_factory=WorkersSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
     store: StoreSettings = Field(default_factory=StoreSettings)
     redis: RedisSettings = Field(default_factory=RedisSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
@@ -76,7 +78,7 @@ class Settings(BaseSettings):
             device=self.workers.device,
             dtype=self.model.dtype,
             threads=self.workers.threads or threads,
-            canonical=self.workers.canonical,
+            deterministic=self.engine.deterministic,
             device_bytes=self.store.device_bytes,
             host_bytes=self.store.host_bytes,
             disk_bytes=self.store.disk_bytes,

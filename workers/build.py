@@ -28,6 +28,7 @@ from kvstore.redis.tier import RedisTier
 from kvstore.redis.watch import Watching
 from kvstore.store import TieredStore
 from kvstore.tier import Clock
+from workers.canonical.runner import CanonicalRunner
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
 from workers.models import ModelNotSupported, ModelRunner
@@ -36,6 +37,9 @@ from workers.protocol import EngineInfo
 from workers.step_times import StepTimes
 
 LOCK_WAIT_S = 10.0
+# A pass over n numbers is cut into as many equal parts as there are threads. In halves of our sizes of a step every part
+# is whole vector registers; thirds end in the middle of one, and what is left over goes through other code.
+MOST_EXACT_THREADS = 2
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +50,15 @@ def build_engine(config: WorkerConfig, *, clock: Clock = time.monotonic) -> Torc
     Raises:
         ValueError: a setting is out of range.
         ModelFolderError, ModelNotSupported: see `ModelRunner.load`.
+        NotDeterministic: see `CanonicalRunner`.
         TierError, LayoutError: a tier cannot be made; the message says what to change.
     """
     _check(config)
     torch.set_num_threads(config.threads)
-    runner = ModelRunner.load(config.model_dir, device=_device(config.device), dtype=config.dtype)
+    kind = CanonicalRunner if config.deterministic else ModelRunner
+    runner = kind.load(config.model_dir, device=_device(config.device), dtype=config.dtype)
     layout = _layout(runner.layout, config.block_size)
-    scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical)
+    scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size, canonical=config.deterministic)
     info = _info(config, runner, layout, scheme)
     device = DeviceTier(layout, config.device_bytes, clock=clock, device=runner.device)
     pinner = CudaPinner(runner.device) if runner.device.type == "cuda" else None
@@ -106,8 +112,11 @@ def _check(config: WorkerConfig) -> None:
         raise ValueError(f"threads is {config.threads}; give at least 1")
     if config.dtype != "auto" and config.dtype not in DTYPE_BYTES:
         raise ValueError(f"unknown dtype {config.dtype!r}; choose auto or one of {', '.join(DTYPE_BYTES)}")
-    if config.canonical:
-        raise ValueError("the bit-exact mode is not supported yet; set canonical to false")
+    if config.deterministic and config.threads > MOST_EXACT_THREADS and _device(config.device) == "cpu":
+        raise ValueError(
+            f"deterministic mode and {config.threads} threads: PyTorch may then cut a row in two, and rounds differently "
+            f"at the cut; set threads to at most {MOST_EXACT_THREADS} and start more workers"
+        )
 
 
 def _device(name: str) -> str:

@@ -17,7 +17,7 @@ class WorkerConfig:
         model_dir: a Hugging Face model folder. model_name: what clients call it.
         engine: `torch` or `simulated`.
         device: `cpu`, `cuda` or `auto`. dtype: `auto` (the checkpoint's) or a key of `kvstore.layout.DTYPE_BYTES`.
-        threads: torch threads. canonical: bit-exact mode.
+        threads: torch threads. deterministic: canonical mode, see `workers.canonical`.
         device_bytes, host_bytes: capacity of the two tiers; zero host bytes: no host tier.
         disk_bytes: capacity of the disk tier; zero: none. disk_dir: the worker's folder is made in it; `~` is the
         node's home.
@@ -51,7 +51,7 @@ class WorkerConfig:
     device: str = "auto"
     dtype: str = "auto"
     threads: int = 1
-    canonical: bool = False
+    deterministic: bool = False
     device_bytes: int = 1 << 30
     host_bytes: int = 4 << 30
     disk_bytes: int = 0
