@@ -143,7 +143,7 @@ class EngineSettings(_Section):
 
     deterministic: bool = Field(
         default=False,
-        description="Canonical mode: slower, and an answer's floats are the same whatever is cached and whatever else runs.",
+        description="Canonical mode: slower, and the same floats whatever is cached and whatever else runs.",
     )
 
 

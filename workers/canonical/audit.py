@@ -18,13 +18,77 @@ from torch.utils._python_dispatch import TorchDispatchMode
 PRODUCTS = frozenset({"linear"})
 BY_ROW = frozenset({"embedding", "layer_norm", "rms_norm", "mean", "softmax", "_softmax"})
 BY_ELEMENT = frozenset(
-    "abs add clamp cos div exp gelu mul neg pow relu rsqrt sigmoid silu sin sqrt sub tanh where".split()
+    {
+        "abs",
+        "add",
+        "clamp",
+        "cos",
+        "div",
+        "exp",
+        "gelu",
+        "mul",
+        "neg",
+        "pow",
+        "relu",
+        "rsqrt",
+        "sigmoid",
+        "silu",
+        "sin",
+        "sqrt",
+        "sub",
+        "tanh",
+        "where",
+    }
 )
 MOVES = frozenset(
-    "_to_copy _unsafe_view alias arange cat chunk clone contiguous copy_ detach detach_ dropout empty empty_like "
-    "expand flatten full full_like index index_select lift_fresh narrow new_zeros ones ones_like permute repeat "
-    "repeat_interleave reshape scalar_tensor select slice split split_with_sizes squeeze stack t to transpose type_as "
-    "unbind unflatten unsqueeze view zeros zeros_like".split()
+    {
+        "_to_copy",
+        "_unsafe_view",
+        "alias",
+        "arange",
+        "cat",
+        "chunk",
+        "clone",
+        "contiguous",
+        "copy_",
+        "detach",
+        "detach_",
+        "dropout",
+        "empty",
+        "empty_like",
+        "expand",
+        "flatten",
+        "full",
+        "full_like",
+        "index",
+        "index_select",
+        "lift_fresh",
+        "narrow",
+        "new_zeros",
+        "ones",
+        "ones_like",
+        "permute",
+        "repeat",
+        "repeat_interleave",
+        "reshape",
+        "scalar_tensor",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "stack",
+        "t",
+        "to",
+        "transpose",
+        "type_as",
+        "unbind",
+        "unflatten",
+        "unsqueeze",
+        "view",
+        "zeros",
+        "zeros_like",
+    }
 )
 KNOWN = PRODUCTS | BY_ROW | BY_ELEMENT | MOVES
 

@@ -1,9 +1,9 @@
 """Do matrix products of several row counts add in one order? Tried with numbers that tell.
 
 In half precision a sum is rounded to so few bits that another order of adding shows in one element of ten thousand, so
-that a comparison of ordinary activations passes and the promise breaks a minute later. Here every exact sum is zero: each
-term comes with its negative, in random places. What a kernel makes of it is nothing but the rounding on its way, which
-is another one for another order.
+that a comparison of ordinary activations passes and the promise breaks a minute later. Here every exact sum is zero,
+each term comes with its negative in another place. What a kernel makes of it is nothing but the rounding on its way,
+which is another one for another order.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from workers.attention.step import Span
 
-# The size that all others are compared with. Measured with PyTorch 2.13 on AVX-512: float32 products of fewer than 16 rows
-# add in other orders, and on two threads some of 64 or 128, too; of bfloat16 those of 1 or 2 do.
+# The size that all others are compared with. Measured with PyTorch 2.13 on AVX-512: float32 products of fewer than 16
+# rows add in other orders, and on two threads some of 64 or 128, too; of bfloat16 those of 1 or 2 do.
 CPU_ANCHOR = 16
 CPU_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
 # cuBLAS splits sums of narrow products; from 256 rows on it was not seen to (H100, bf16).
