@@ -1,4 +1,4 @@
-"""Canonical mode: the same bits for any cut, companions, cached prefix, tier, preemption, and for what decoding wrote."""
+"""Canonical mode: the same bits for any cut, companions, cached prefix, tier, preemption, and of decoded tokens."""
 
 from __future__ import annotations
 

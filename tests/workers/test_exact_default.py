@@ -1,4 +1,4 @@
-"""Default mode: cached and cold differ as two cold runs with different chunks do, and no more. Both numbers are printed."""
+"""Default mode: cached and cold differ as two cold runs with other chunks do, no more. Prints both numbers."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ from tests.workers.exact_rig import (
 )
 
 MODELS = [(architecture, dtype) for architecture in ARCHITECTURES for dtype in DTYPES]
-LENGTH, ANSWER = 300, 24
-CHUNKS = (100, 160, 208, 272)  # also where the cached prefix ends, or next to it
+LENGTH, ANSWER = 600, 12
+CHUNKS = (33, 304, 592)
+CACHED = (304, 592)  # what is left is then 296 tokens, or 8: so few that other kernels compute them
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), MODELS)
 def test_cached_differs_from_cold_as_two_cold_runs_do(architecture, dtype, capsys):
     runner = default_runner(architecture, dtype)
     between_cold, with_cached, flips = 0.0, 0.0, 0
-    for seed in range(3):
+    for seed in range(2):
         prompt = _prompt(seed)
         whole, logits = _run(runner, prompt, chunk=2048)
         for chunk in CHUNKS:
             cold, cold_logits = _run(runner, prompt, chunk=chunk)
-            warm, warm_logits = _run(runner, prompt, chunk=2048, cached=chunk)
-            assert warm.fates["device"] == chunk // 16 * 16
             between_cold = max(between_cold, _apart(logits, cold_logits))
+            flips += _differs_at_a_near_tie(architecture, dtype, prompt, whole, cold)
+        for cached in CACHED:
+            warm, warm_logits = _run(runner, prompt, chunk=2048, cached=cached)
+            assert warm.fates["device"] == cached
             with_cached = max(with_cached, _apart(logits, warm_logits))
-            for other in (cold, warm):
-                flips += _differs_at_a_near_tie(architecture, dtype, prompt, whole, other)
+            flips += _differs_at_a_near_tie(architecture, dtype, prompt, whole, warm)
     with capsys.disabled():
         print(
             f"\n{architecture} {dtype}: max |dlogit| cached to cold {with_cached:.2e}, cold to cold with other chunks "
-            f"{between_cold:.2e}; answers that part at a near-tie: {flips} of {6 * len(CHUNKS)}"
+            f"{between_cold:.2e}; answers that part at a near-tie: {flips} of {2 * len(CHUNKS + CACHED)}"
         )
     assert with_cached <= between_cold
 

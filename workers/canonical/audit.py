@@ -93,7 +93,7 @@ MOVES = frozenset(
 KNOWN = PRODUCTS | BY_ROW | BY_ELEMENT | MOVES
 
 
-class Audit(TorchDispatchMode):
+class Audit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects the operations of what runs under it that may mix rows.
 
     Attributes:
@@ -102,7 +102,7 @@ class Audit(TorchDispatchMode):
 
     def __init__(self) -> None:
         """Start with none."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.doubtful: set[str] = set()
 
     def __torch_dispatch__(

@@ -45,4 +45,4 @@ def _agrees(shape: Shape, size: int, anchor: int, dtype: torch.dtype, device: to
 
 
 def _in_steps(x: Tensor, w: Tensor, rows: int) -> Tensor:
-    return torch.cat([linear(part[None], w)[0] for part in x.split(rows)])
+    return torch.cat([linear(part[None], w)[0] for part in torch.split(x, rows)])
