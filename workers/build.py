@@ -37,7 +37,7 @@ from workers.protocol import EngineInfo
 from workers.step_times import StepTimes
 
 LOCK_WAIT_S = 10.0
-# A pass over n numbers is cut into as many equal parts as there are threads. In halves of our sizes of a step every part
+# A pass over n numbers is cut into as many equal parts as there are threads. In halves of our sizes of a step each part
 # is whole vector registers; thirds end in the middle of one, and what is left over goes through other code.
 MOST_EXACT_THREADS = 2
 
@@ -114,8 +114,8 @@ def _check(config: WorkerConfig) -> None:
         raise ValueError(f"unknown dtype {config.dtype!r}; choose auto or one of {', '.join(DTYPE_BYTES)}")
     if config.deterministic and config.threads > MOST_EXACT_THREADS and _device(config.device) == "cpu":
         raise ValueError(
-            f"deterministic mode and {config.threads} threads: PyTorch may then cut a row in two, and rounds differently "
-            f"at the cut; set threads to at most {MOST_EXACT_THREADS} and start more workers"
+            f"deterministic mode and {config.threads} threads: PyTorch may then cut a row in two, and round "
+            f"differently at the cut; set threads to at most {MOST_EXACT_THREADS} and start more workers"
         )
 
 

@@ -4,7 +4,7 @@ A row's result must not hang on how its prompt was cut or on what else is in the
 own, over keys read back from the pool (never from the step's own tensors), cut into tiles of KEYS at positions 0, KEYS,
 2 KEYS, ... and filled up with zeros; queries come in blocks of BLOCK rows, filled up with zeros, too; what a row must
 not see is masked, never left out. Then every matrix product inside has one shape, sums run over a row's tiles in the
-order of positions, and a tile that is masked as a whole changes nothing (it adds exact zeros and scales by exactly one).
+order of positions, and a tile that is masked as a whole changes nothing (it adds exact zeros, scales by exactly one).
 
 KEYS and BLOCK are the tiles of PyTorch's CPU flash attention for up to 191 query rows, so the library can do it where
 there is neither softcap nor sinks (Dao et al., "FlashAttention-2", 2023, for the algorithm). `workers.canonical.check`

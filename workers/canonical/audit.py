@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Products, whose kernel hangs on the number of rows: fixed by `rows`, tried by `products`. All others compute each element
-# by itself, or each row in one pass over its last dimension, or only move data.
+# Products, whose kernel hangs on the number of rows: fixed by `rows`, tried by `products`. All others compute each
+# element by itself, or each row in one pass over its last dimension, or only move data.
 PRODUCTS = frozenset({"linear"})
 BY_ROW = frozenset({"embedding", "layer_norm", "rms_norm", "mean", "softmax", "_softmax"})
 BY_ELEMENT = frozenset(
