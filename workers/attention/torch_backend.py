@@ -29,7 +29,8 @@ class DecodeGroup:
     """Decode rows that are attended in one call, B of them, padded to n blocks each.
 
     Attributes:
-        rows: B of them, as an index: neighbours are a slice, which costs less to read by. blocks: [B * n]. length: keys of each row after padding.
+        rows: B of them, as an index: neighbours are a slice, which costs less to read by.
+        blocks: [B * n]. length: keys of each row after padding.
         padding: flat indices into [B * length] that hold nothing; None when all contexts are equal.
         contexts: [B]. masks: by window, [B, 1, 1, length], zero or -inf; None where all is seen.
     """
