@@ -7,7 +7,7 @@ store. What an engine computed is looked at from outside: logits as they reach t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,6 +227,3 @@ def assert_exact(rig: ExactRig, runner: ModelRunner, job, answer: Answer) -> int
     for name, wanted in zip(names, expected.blocks, strict=True):
         assert all(held == wanted for held in stored.get(name, [])), f"a block of {job.job_id}"
     return sum(len(held) for held in stored.values())
-
-
-Mutation = Callable[[ExactRig, list[BlockHash]], None]
