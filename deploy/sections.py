@@ -127,9 +127,6 @@ class WorkersSettings(_Section):
     threads: int | None = Field(
         default=None, ge=1, description="Torch threads of each rank; none: the cores shared out among workers."
     )
-    canonical: bool = Field(
-        default=False, description="Bit-exact mode: slower, and the same floats whatever else runs."
-    )
     tensor_parallel: int = Field(
         default=1,
         ge=1,
@@ -180,6 +177,10 @@ class EngineSettings(_Section):
     )
     compile: bool = Field(
         default=False, description="Compile what is captured (torch.compile); a start then takes minutes longer."
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Canonical mode: slower, and the same floats whatever is cached and whatever else runs.",
     )
 
 

@@ -31,6 +31,7 @@ from kvstore.tier import Clock
 from workers.agreement import ALONE, Agreement
 from workers.attention.step import AttentionBackend
 from workers.attention.torch_backend import TorchBackend
+from workers.canonical.runner import CanonicalRunner
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
 from workers.models import ModelNotSupported, ModelRunner
@@ -41,6 +42,9 @@ from workers.stepping.make import Capturing, Limits, StepOptions, make_launcher
 from workers.tensor_parallel.shard import ModelGroup
 
 LOCK_WAIT_S = 10.0
+# A pass over n numbers is cut into as many equal parts as there are threads. In halves of our sizes of a step each part
+# is whole vector registers; thirds end in the middle of one, and what is left over goes through other code.
+MOST_EXACT_THREADS = 2
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ def build_engine(
     Raises:
         ValueError: a setting is out of range.
         ModelFolderError, ModelNotSupported: see `ModelRunner.load`.
+        NotDeterministic: see `CanonicalRunner`.
         TierError, LayoutError: a tier cannot be made; the message says what to change.
     """
     _check(config)
@@ -65,7 +70,8 @@ def build_engine(
     config = config_of_rank(config, rank, size)
     torch.set_num_threads(config.threads)
     steps = StepOptions(Capturing(config.cuda_graphs), compile=config.compile)
-    runner = ModelRunner.load(
+    kind = CanonicalRunner if config.deterministic else ModelRunner
+    runner = kind.load(
         config.model_dir,
         device=_device(config.device, rank),
         dtype=config.dtype,
@@ -75,7 +81,7 @@ def build_engine(
     layout = _layout(runner.layout, config)
     # Blocks have rank 0's names, which routers know; `scheme` keeps apart what the ranks store under them.
     named = HashScheme(
-        runner.fingerprint, layout.describe(), layout.block_size, canonical=config.canonical, tp_size=size
+        runner.fingerprint, layout.describe(), layout.block_size, canonical=config.deterministic, tp_size=size
     )
     scheme = replace(named, tp_rank=rank)
     info = _info(config, runner, layout, named, size)
@@ -161,8 +167,16 @@ def _check(config: WorkerConfig) -> None:
         raise ValueError("ranks run without graphs; set engine.cuda_graphs to auto and compile to false, or one rank")
     if config.cuda_graphs not in list(Capturing):
         raise ValueError(f"unknown cuda_graphs {config.cuda_graphs!r}; choose one of {', '.join(Capturing)}")
-    if config.canonical:
-        raise ValueError("the bit-exact mode is not supported yet; set canonical to false")
+    if config.deterministic and (config.kv_dtype != UNQUANTISED or config.tensor_parallel > 1 or config.compile):
+        raise ValueError(
+            "deterministic mode is proven for one rank over K/V as the model computes it, without compiling; set"
+            " engine.kv_dtype to auto, workers.tensor_parallel to 1 and engine.compile to false"
+        )
+    if config.deterministic and config.threads > MOST_EXACT_THREADS and _device(config.device, 0) == "cpu":
+        raise ValueError(
+            f"deterministic mode and {config.threads} threads: PyTorch may then cut a row in two, and round "
+            f"differently at the cut; set threads to at most {MOST_EXACT_THREADS} and start more workers"
+        )
 
 
 def _device(name: str, rank: int) -> str:

@@ -22,7 +22,8 @@ class WorkerConfig:
         kv_dtype: one of `kvstore.layout.KV_DTYPES`, what K/V is stored as in every tier.
         cuda_graphs: `auto`, `on` or `off`, whether small steps are captured. compile: whether what is captured is
         compiled first.
-        threads: torch threads of each rank. canonical: bit-exact mode.
+        threads: torch threads of each rank. deterministic: canonical mode, see
+        `workers.canonical`.
         tensor_parallel: processes, each with a GPU of its own where there are any, that share out the model's heads.
         device_bytes, host_bytes: capacity of the two tiers, of all ranks together; zero host bytes: no host tier.
         disk_bytes: capacity of the disk tier; zero: none. disk_dir: the worker's folder is made in it; `~` is the
@@ -63,7 +64,7 @@ class WorkerConfig:
     cuda_graphs: str = "auto"
     compile: bool = False
     threads: int = 1
-    canonical: bool = False
+    deterministic: bool = False
     tensor_parallel: int = 1
     device_bytes: int = 1 << 30
     host_bytes: int = 4 << 30

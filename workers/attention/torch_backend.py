@@ -30,12 +30,13 @@ class DecodeGroup:
     """Decode rows that are attended in one call, B of them, padded to n blocks each.
 
     Attributes:
-        rows: [B]. blocks: [B * n]. length: keys of each row after padding.
+        rows: B of them, as an index: neighbours are a slice, which costs less to read by.
+        blocks: [B * n]. length: keys of each row after padding.
         padding: flat indices into [B * length] that hold nothing; None when all contexts are equal.
         contexts: [B]. masks: by window, [B, 1, 1, length], zero or -inf; None where all is seen.
     """
 
-    rows: Tensor
+    rows: Tensor | slice
     blocks: Tensor
     length: int
     contexts: Tensor
@@ -76,8 +77,8 @@ class TorchBackend:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         keys, values = step.kv[layer]
-        write_rows(keys, step.blocks, step.offsets, key.transpose(0, 1))
-        write_rows(values, step.blocks, step.offsets, value.transpose(0, 1))
+        _write(step, keys, key)
+        _write(step, values, value)
         as_given = isinstance(keys, Tensor)  # else even a new row must be seen as it was stored
         scores = Scores(scale, window, softcap, sinks)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
@@ -103,6 +104,15 @@ class TorchBackend:
         return groups
 
 
+def _write(step: Step, pool: Rows, fresh: Tensor) -> None:
+    """Put the step's [kv_heads, T, dim] into the pool. One row, as a lone decode has, is cheaper without an index."""
+    if isinstance(pool, Tensor) and len(step.spans) == 1 and step.spans[0].length == 1:
+        block, offset = divmod(step.spans[0].context - 1, step.block_size)
+        pool[step.spans[0].block_table[block], offset] = fresh[:, 0]
+    else:
+        write_rows(pool, step.blocks, step.offsets, fresh.transpose(0, 1))
+
+
 def partition(spans: Sequence[Span], limit: int) -> list[list[Span]]:
     """Decode spans in groups of similar context: at most `limit` blocks after padding, half of them padding."""
     groups: list[list[Span]] = []
@@ -117,7 +127,10 @@ def partition(spans: Sequence[Span], limit: int) -> list[list[Span]]:
 
 
 def _group(spans: Sequence[Span], step: Step) -> DecodeGroup:
-    device, width = step.blocks.device, len(spans[0].block_table)
+    spans = sorted(spans, key=lambda span: span.row)
+    device, width = step.blocks.device, max(len(span.block_table) for span in spans)
+    first, last = spans[0].row, spans[-1].row
+    rows = [span.row for span in spans]
     tables = [[*span.block_table, *[span.block_table[0]] * (width - len(span.block_table))] for span in spans]
     contexts = torch.tensor([span.context for span in spans], device=device)
     if all(span.context == spans[0].context for span in spans):
@@ -127,7 +140,7 @@ def _group(spans: Sequence[Span], step: Step) -> DecodeGroup:
         hidden = torch.arange(length, device=device)[None] >= contexts[:, None]
         padding = hidden.flatten().nonzero().flatten()
     return DecodeGroup(
-        rows=torch.tensor([span.row for span in spans], device=device),
+        rows=slice(first, last + 1) if last - first + 1 == len(rows) else torch.tensor(rows, device=device),
         blocks=torch.tensor(tables, device=device).flatten(),
         length=length,
         contexts=contexts,
@@ -155,7 +168,7 @@ def _gather_group(group: DecodeGroup, pool: Rows) -> Tensor:
     flat = read_blocks(pool, group.blocks)
     if group.padding is not None:
         flat.index_fill_(0, group.padding, 0)
-    rows = flat.view(len(group.rows), -1, *flat.shape[1:])
+    rows = flat.view(len(group.contexts), -1, *flat.shape[1:])
     return rows[:, : group.length].transpose(1, 2)
 
 
