@@ -81,7 +81,6 @@ class VirtualLink:
     problem = ""
     address = "virtual"
     joined_at = float("-inf")
-    role = worker_pb2.WORKER_ROLE_UNSPECIFIED
 
     def __init__(
         self, name: str, engine: SimulatedEngine, fleet: Fleet, index: PrefixIndex, slept: list[float]

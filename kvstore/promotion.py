@@ -157,8 +157,8 @@ class Promoter:
         return self._loader.metas() + ([] if self._landings is None else self._landings.metas())
 
     def discard(self, names: set[BlockHash]) -> None:
-        """As `Loader.discard`; what is being copied from host is registered nowhere either, and nothing that others make
-        is waited for any more.
+        """As `Loader.discard`; what is being copied from host is registered nowhere either, and nothing that others
+        make is waited for any more.
         """
         self._loader.discard(names)
         self._promised.cut()

@@ -11,6 +11,7 @@ error of one sample is the call's error and ends the others.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
@@ -81,6 +82,7 @@ class Samples:
         response.usage.CopyFrom(self._work.usage())
         response.route.CopyFrom(first.route(router))
         response.route.ttft_ms = self._work.ttft_ms
+        response.route.handovers = sum(sample.handovers for sample in self._samples)
         return response
 
     def finish(self, code: grpc.StatusCode) -> None:
@@ -107,9 +109,11 @@ class Samples:
         """What the call's bill and statistics need of its samples."""
         work, first = self._work, self._samples[0]
         work.choice, work.guest, work.record = first.choice, first.guest, first.record
+        work.first_choice = first.first_choice
         work.finish_reason = first.finish_reason
         work.begun = any(sample.begun for sample in self._samples)
         work.generated = sum(sample.generated for sample in self._samples)
+        work.generated_by = sum((sample.generated_by for sample in self._samples), Counter())
         work.fates = next((sample.fates for sample in self._samples if sample.fates), {})
 
     def _settled(self, sample: Request, entry: Entry) -> None:
@@ -118,7 +122,13 @@ class Samples:
             return
         self._gather()
         work = self._work
-        total = replace(self._entries[0], fates=work.fates, generated_tokens=work.generated, begun=work.begun)
+        total = replace(
+            self._entries[0],
+            fates=work.fates,
+            generated_tokens=work.generated,
+            generated_by=work.generated_by,
+            begun=work.begun,
+        )
         work.settle(work, total)
 
 

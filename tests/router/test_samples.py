@@ -158,6 +158,31 @@ async def test_a_worker_that_is_lost_before_a_word_is_replaced_for_each_of_them(
 
 
 @pytest.mark.asyncio
+async def test_answers_whose_worker_dies_under_them_all_go_on_elsewhere() -> None:
+    async with rig(2, timing=SLOW) as fleet:
+        router = await fleet.start_router()
+        await all_ready(router, 2)
+        body = asks(tokens(1, 100), 3, max_tokens=30)
+        wanted = ids_by_index(await pieces(router, body))
+        parts: list[inference_pb2.GenerateResponse] = []
+        worker = ""
+        async for part in router.generate(body, caller=ALICE, context=context("id-2")):
+            parts.append(part)
+            if not worker and {each.index for each in parts} == {0, 1, 2}:
+                (worker,) = (each.name for each in router.list_workers() if each.running)
+                await fleet.kill_worker(worker)
+        assert ids_by_index(parts) == wanted
+        last = parts[-1]
+        assert last.usage.completion_tokens == 90
+        assert sum(getattr(last.usage.prompt_tokens_by_fate, f) for f in ("computed", "device", "host")) == 100
+        assert last.route.handovers == 3
+        assert last.route.worker != worker
+        made = {name: router.metrics.generation_tokens.labels("sim", name)._value.get() for name in ("w0", "w1")}
+        assert sum(made.values()) == 180
+        assert all(made.values()), "each worker is credited with what it made"
+
+
+@pytest.mark.asyncio
 async def test_the_error_of_one_is_that_of_the_call_and_ends_the_others() -> None:
     def third_fails(worker: FakeWorker, job: worker_pb2.Job) -> None:
         (refuses("CONSTRAINT_DEAD_END", "no way on") if len(jobs(worker)) == 3 else says_one_token)(worker, job)

@@ -36,7 +36,6 @@ class Link:
     owes_clear: bool = False
     role: int = 0
     joined_at: float = -1e9
-    role: int = 0
 
 
 @dataclass

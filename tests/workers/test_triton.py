@@ -58,5 +58,5 @@ def test_a_gpu_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "workers.attention.triton_backend", raising=False)
     monkeypatch.delitem(sys.modules, "workers.attention.triton_kernels", raising=False)
-    with pytest.raises(TritonMissing, match="pip install 'triton>=3.6'"):
+    with pytest.raises(TritonMissing, match=r"pip install 'triton>=3\.6'"):
         backend_for(torch.device("cuda"))
