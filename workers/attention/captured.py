@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kvstore.quantised import unquantised
 from workers.attention.paged_inputs import PagedInputs
@@ -69,7 +68,7 @@ def attend(
     return step.backend.attend(step, layer, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "warmkv::paged_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, int layer, float scale, int? window, float? softcap, "
