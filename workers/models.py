@@ -65,6 +65,7 @@ class ModelRunner:
 
     layout: KVLayout
     context_length: int | None
+    _compiled: Any = None
 
     def __init__(
         self,
@@ -83,7 +84,6 @@ class ModelRunner:
             ModelNotSupported: see `load`.
         """
         self._model, self._backend = model, backend or backend_for(torch.device(model.device))
-        self._compiled: Any = None
         self.folder, self.fingerprint = folder, fingerprint
         self.device = torch.device(model.device)
         config = model.config.get_text_config()
