@@ -72,5 +72,5 @@ def _roles(settings: Settings) -> Iterator[Finding]:
         found = "workers.roles is set, and workers cannot read what others prefill"
         yield Finding("warn", CHECK, found, f"set {', '.join(remedies)}, or leave workers.roles empty")
     if {role_of(f"w{number}", workers.roles) for number in range(workers.count)} == {Role.PREFILL}:
-        found = f"all {workers.count} workers have the role prefill, so they answer as if they had none"
+        found = "every worker has the role prefill, so they answer as if they had none"
         yield Finding("warn", CHECK, found, "give some the role decode, or raise workers.count")
