@@ -16,7 +16,7 @@ RELEASED := 0.1
 .PHONY: help setup triton demo test check proto release-protos bench bench-peers lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: $(VENV)/.stamp  ## make .venv from requirements.lock
 

@@ -2,7 +2,7 @@
 
 Covers: the list of checks; Python, packages and their versions, torch and devices, ports, model folder, secret. Each
 check is a function from the settings to findings and may fail on its own. Does not cover: room (`doctor_room`), Redis,
-Ray, K/V, templates, the index (modules of their own), a running router (`warmkv status`).
+Ray, K/V, the engine, templates, the index (modules of their own), a running router (`warmkv status`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from deploy.doctor_engine import check_engine
 from deploy.doctor_kv import check_kv
 from deploy.doctor_ray import check_ray
 from deploy.doctor_redis import check_redis
@@ -199,6 +200,7 @@ CHECKS: tuple[Check, ...] = (
     check_model,
     check_template,
     check_kv,
+    check_engine,
     check_ports,
     check_memory,
     check_disk,

@@ -66,7 +66,7 @@ def labels_table() -> str:
     families = _families(Metrics(router="", model="", version=""))
     states = [sample.labels["state"] for f in families if f.name == "warmkv_worker_state" for sample in f.samples]
     rows = [
-        ("`fate`", _codes(FATES), "Where a prompt token's K/V lay; `computed`: this request's own forward made it."),
+        ("`fate`", _codes(FATES), "Where a prompt token's K/V lay; `computed`: a forward for this request made it."),
         ("`tier`", _codes(TierName), "Where a block lies."),
         ("`reason` of `warmkv_kv_misses_total`", _codes(MissReason), "Why a tier did not deliver a block."),
         ("`cause` of `warmkv_kv_removals_total`", _codes(RemovalCause), "Why a block left a tier."),

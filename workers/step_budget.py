@@ -37,8 +37,8 @@ class StepBudget:
         self.tokens = smaller
         self.shrunk += 1
         log.warning(
-            "the device is out of memory: steps are made smaller; lower engine.max_batch_tokens or the device tier's"
-            " bytes if this repeats",
+            "the device is out of memory: steps are made smaller; lower workers.max_batch_tokens or store.device_bytes"
+            " if this repeats",
             extra={"failed_tokens": tokens, "next_tokens": smaller},
         )
         return True

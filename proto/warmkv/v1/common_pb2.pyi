@@ -94,7 +94,8 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 @_typing.final
 class TokensByFate(_message.Message):
     """How many prompt tokens had each fate. A token's fate is the tier where its K/V lay when the request was admitted, or
-    `computed` when this request's own forward made it. The fields sum to the prompt's length.
+    `computed` when a forward for this request made it, there or on the worker that prefilled for it. The fields sum to
+    the prompt's length.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -106,7 +107,7 @@ class TokensByFate(_message.Message):
     REDIS_FIELD_NUMBER: _builtins.int
     PEER_FIELD_NUMBER: _builtins.int
     computed: _builtins.int
-    """Made by this request's own forward pass."""
+    """Made by a forward pass for this request."""
     device: _builtins.int
     """Found in the worker's paged pool."""
     host: _builtins.int

@@ -324,7 +324,7 @@ class Route(_message.Message):
     router_wait_ms: _builtins.float
     """How long it waited in the router until a worker's queue was short enough, milliseconds; part of ttft_ms."""
     handovers: _builtins.int
-    """How often the answer went on at another worker after tokens of it had come."""
+    """How often the answer went on at another worker after tokens of it had come; of several answers, all together."""
     prefill_worker: _builtins.str
     """The worker that computed the prompt for the one that answered; empty: that did it itself."""
     def __init__(
