@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deploy.cluster import ClusterProblem
 from deploy.discovery import KnownWorker, RayDiscovery
+from deploy.doctor_engine import MOST_EXACT_THREADS
 from deploy.kept_secret import keep_secret
 from deploy.layers import Loaded, Origin
 from deploy.settings import Settings
@@ -171,8 +172,14 @@ async def _bundle(settings: Settings, discovery: RayDiscovery) -> dict[str, floa
 
 
 def _threads(settings: Settings) -> int:
-    """Cores shared out among the ranks of this machine's workers; on a joined Ray what each worker has reserved."""
+    """Cores shared out among the ranks of this machine's workers; on a joined Ray what each worker has reserved.
+
+    No more than the deterministic mode can use.
+    """
     ranks = settings.workers.tensor_parallel
     if settings.ray.address is None:
-        return max(1, (os.cpu_count() or 1) // max(1, settings.workers.count * ranks))
-    return max(1, int(settings.workers.cpus) // ranks)
+        found = (os.cpu_count() or 1) // max(1, settings.workers.count * ranks)
+    else:
+        found = int(settings.workers.cpus) // ranks
+    most = MOST_EXACT_THREADS if settings.engine.deterministic else found
+    return max(1, min(found, most))

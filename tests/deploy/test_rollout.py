@@ -160,5 +160,18 @@ async def test_a_worker_of_several_ranks_reserves_a_gpu_for_each(tmp_path: Path)
     assert discovery.template.threads == max(1, (os.cpu_count() or 1) // 4)
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("deterministic", "threads"), [("false", 16), ("true", 2)])
+async def test_threads_that_nobody_set_are_no_more_than_the_mode_can_use(
+    deterministic: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    discovery = FakeDiscovery([], lambda _name: "ready")
+    flags = {"engine__deterministic": deterministic, "workers__count": 1}
+    await _rollout(discovery, [], state_dir=tmp_path, **flags).begin()
+    assert discovery.template is not None
+    assert discovery.template.threads == threads
+
+
 def _fleet() -> dict[str, Any]:
     return {"model_dir": "/m", "model_name": "m", "engine": "torch", "fleet_secret": "theirs"}
