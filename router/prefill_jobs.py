@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import count
 
 from kvstore.blocks import SHORT_HASH_BYTES
-from router import kv_wire
+from router import kv_wire, worker_errors
 from router.beliefs import Beliefs
 from router.decide import Choice
 from router.fleet import Fleet
@@ -70,7 +70,7 @@ class PrefillJobs:
                 placement.computed()
             if placement is not None and end.last is not None:
                 placement.ended(kv_wire.fates(end.last.fates), prepared.question.block_size)
-            if sent.flight is not None and sent.flight.is_lost:
+            if (sent.flight is not None and sent.flight.is_lost) or _failed_engine(end):
                 on_lost(pair.worker)
 
         sent.flight = link.submit(_job(job, pair, prepared.question.block_size), lambda _tokens: None, on_end)
@@ -104,6 +104,11 @@ def _job(job: worker_pb2.Job, pair: Pair, block_size: int) -> worker_pb2.Job:
         made.deadline_ms = job.deadline_ms
     made.peers.extend(worker_pb2.PeerHint(address=peer.address, blocks=peer.blocks) for peer in pair.maker.peers)
     return made
+
+
+def _failed_engine(end: FlightEnd) -> bool:
+    """Whether the whole engine is gone, which counts as a lost worker here as it does where an answer is given."""
+    return end.last is not None and end.last.error.reason in worker_errors.ENGINE_LOST
 
 
 def _outcome(end: FlightEnd) -> str:
