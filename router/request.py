@@ -153,7 +153,8 @@ class Request:
     def end_prefill(self) -> None:
         """The worker that answers needs no more blocks of the one that prefilled for it."""
         if self.prefill is not None:
-            self.prefill.end()
+            self.prefill, ended = None, self.prefill
+            ended.end()
 
     def finish(self, code: grpc.StatusCode) -> None:
         """The caller got its answer or error. The bill waits for a worker that is still at it."""
