@@ -123,7 +123,7 @@ class WaitingRoom:
 
     def sent(self, key: int, choice: Choice) -> None:
         """A job went to a worker."""
-        self._lateness.sent(key, choice.worker, _work_ms(choice))
+        self._lateness.sent(key, choice.worker, _silent_ms(choice))
 
     def first_token(self, key: int, worker: str) -> None:
         """It has a first token."""
@@ -365,6 +365,13 @@ class WaitingRoom:
 def _work_ms(choice: Choice) -> float:
     """Of its worker's time, or of both where one prefills for the other."""
     return choice.price.load_ms + choice.price.compute_ms
+
+
+def _silent_ms(choice: Choice) -> float:
+    """From its turn to its first token; where another worker prefills for it, that one's queue is no delay of its own."""
+    if choice.pair is None:
+        return _work_ms(choice)
+    return choice.price.ttft_ms - choice.decision.chosen.price.queue_ms
 
 
 def _gone() -> Draining:
