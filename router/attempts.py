@@ -168,12 +168,8 @@ class Attempts:
         try:
             await self._readiness.wait(until, work.context.deadline)
         except NoWorkerAvailable as error:
-            if old := features.too_old(self._fleet.links(), prepared.question.protocol):
-                why = f"{', '.join(old)} run an older warmkv that knows no penalties, logit_bias or constraint"
-                error = NoWorkerAvailable(
-                    f"{error.message} ({why}: upgrade them, or leave these out.)", retry_after_s=1.0
-                )
-            raise _none_left(work, error) from error
+            told = features.none_left(error, self._fleet.links(), prepared.question.protocol)
+            raise _none_left(work, told) from error
 
     def _submit(self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job, choice: Choice) -> None:
         """Send the job, and with it those of the samples beside it, and remember that they were sent."""
