@@ -35,12 +35,12 @@ class Loaded(FakeWorker):
             await asyncio.sleep(0.05)
 
 
-async def paired(router: Router) -> None:
+async def paired(router: Router, *, by: str = "p0") -> None:
     """The decision is a pair."""
     await eventually(lambda: all(link.report for link in router.fleet.links()))
     await asyncio.sleep(0.1)
     body = inference_pb2.ExplainRequest(input=request(PROMPT).input)
-    assert (await router.explain(body, caller=ALICE)).prefill_worker == "p0"
+    assert (await router.explain(body, caller=ALICE)).prefill_worker == by
 
 
 @pytest.mark.asyncio
@@ -131,3 +131,34 @@ async def test_the_forecast_of_a_first_token_contains_the_queue_of_who_prefills(
         router._room.sent(1, choice)
         assert router._room._lateness._silent["d0"][1].own_ms > 400, "who waits for another one is not late"
         router._room.ended(1, "d0")
+
+
+@pytest.mark.asyncio
+async def test_a_worker_may_have_any_name_beside_other_routers() -> None:
+    prefills = Loaded("prefill", stays_quiet, PREFILL)
+    async with fakes(prefills, Loaded("d0", finishes, DECODE, decoding=50)) as (_, router):
+        await all_ready(router, 2)
+        await paired(router, by="prefill")
+        other = worker_pb2.OtherJob(number=1, state=worker_pb2.OTHER_JOB_STATE_PREFILL, block_hashes=b"o" * 32)
+        prefills.submitted = lambda worker, job: worker.say(step=worker_pb2.Step(others=[other]))
+        answer = await generate(router, request(PROMPT, 10))
+        assert answer.route.prefill_worker == "prefill"
+        await eventually(lambda: router._traffic.prompt_blocks(["prefill"]) == [4])
+        (job,) = jobs(prefills)
+        refuses("CANCELLED")(prefills, job)
+        await eventually(lambda: router._traffic.prompt_blocks(["prefill"]) == [2])
+        other.state = worker_pb2.OTHER_JOB_STATE_ENDED
+        prefills.say(step=worker_pb2.Step(others=[other]))
+        await eventually(lambda: router._traffic.prompt_blocks(["prefill"]) == [0])
+        assert router._traffic.check()
+
+
+@pytest.mark.asyncio
+async def test_a_role_of_a_later_version_answers_and_is_listed() -> None:
+    later = Loaded("w1", finishes, 9)
+    async with fakes(Loaded("w0", finishes, DECODE, decoding=50), later) as (_, router):
+        await all_ready(router, 2)
+        assert {worker.name: worker.role for worker in router.list_workers()} == {"w0": "decode", "w1": "unknown"}
+        router.drain_worker("w0")
+        answer = await generate(router, request(PROMPT, 10))
+        assert (answer.route.worker, answer.route.prefill_worker) == ("w1", "")
