@@ -9,7 +9,6 @@ or dies with its worker, costs time: the answering worker computes what is missi
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
 
 from kvstore.blocks import SHORT_HASH_BYTES
 from router import kv_wire, worker_errors
@@ -44,7 +43,6 @@ class PrefillJobs:
 
     def __init__(self, fleet: Fleet, traffic: Traffic, beliefs: Beliefs, metrics: Metrics) -> None:
         self._fleet, self._traffic, self._beliefs, self._metrics = fleet, traffic, beliefs, metrics
-        self._keys = count(1)
 
     def send(
         self, job: worker_pb2.Job, prepared: PreparedPrompt, choice: Choice, *, on_lost: Callable[[str], None]
@@ -57,13 +55,13 @@ class PrefillJobs:
         if pair is None:
             return None
         link, hashes = self._fleet.link(pair.worker), prepared.question.hashes[: pair.blocks]
-        key, sent = ("prefill", next(self._keys)), PrefillJob(self._fleet, pair.worker)
+        sent = PrefillJob(self._fleet, pair.worker)
         held = pair.maker.candidate.price.cached_tokens // prepared.question.block_size
-        self._traffic.sent(key, pair.worker, hashes, work_ms=pair.work_ms, cached_blocks=min(held, pair.blocks))
+        self._traffic.sent(sent, pair.worker, hashes, work_ms=pair.work_ms, cached_blocks=min(held, pair.blocks))
         placement = self._beliefs.placed(link, hashes)
 
         def on_end(end: FlightEnd) -> None:
-            self._traffic.ended(key)
+            self._traffic.ended(sent)
             outcome = _outcome(end)
             self._metrics.prefills.labels(pair.worker, outcome).inc()
             if placement is not None and outcome == "done":
