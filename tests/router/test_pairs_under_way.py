@@ -49,6 +49,7 @@ async def test_who_goes_on_with_an_answer_is_not_promised_what_the_one_before_wa
 
     def left(worker: FakeWorker, job: worker_pb2.Job) -> None:
         router.undrain_worker("d1")
+        worker.snapshots = False  # it does not come back
         worker.hang_up()
 
     loaded, idle = Loaded("d0", begins(10, left), DECODE, decoding=50), Loaded("d1", finishes, DECODE)
