@@ -154,9 +154,9 @@ class Request:
 
     def end_prefill(self) -> None:
         """The worker that answers needs no more blocks of the one that prefilled for it."""
-        if self.prefill is not None:
-            self.prefill, ended = None, self.prefill
-            ended.end()
+        if (prefill := self.prefill) is not None:
+            self.prefill = None
+            prefill.end()
 
     def finish(self, code: grpc.StatusCode) -> None:
         """The caller got its answer or error. The bill waits for a worker that is still at it."""
