@@ -149,10 +149,12 @@ class Attempts:
             await self._wait(work, prepared, until)
 
     def _decide(self, work: Request, prepared: PreparedPrompt) -> Choice | None:
-        """Workers whose stream had a gap come last."""
-        avoid = self._unfit(work)
-        choice = self._decider.decide(prepared.question.avoiding(avoid | set(work.gaps)))
-        if choice is None and work.gaps:
+        """Workers whose stream had a gap come last, and those that are stuck (the first time the room sees to it)."""
+        avoid, last = self._unfit(work), set(work.gaps)
+        if work.guest is not None:
+            last |= self._room.stuck()
+        choice = self._decider.decide(prepared.question.avoiding(avoid | last))
+        if choice is None and last:
             return self._decider.decide(prepared.question.avoiding(avoid))
         return choice
 

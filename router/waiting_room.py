@@ -120,6 +120,10 @@ class WaitingRoom:
         """How long a request that came now would wait for its turn; zero while nobody waits or the rate is unknown."""
         return self._forecast.wait_ms(self._queue.ahead_ms(tenant, priority)) if self._queue else 0.0
 
+    def stuck(self) -> frozenset[str]:
+        """Workers that are not to be waited for."""
+        return self._headroom.stuck()
+
     # What it is told
 
     def sent(self, key: int, choice: Choice) -> None:
