@@ -49,7 +49,7 @@ class PrefillJobs:
     ) -> PrefillJob | None:
         """To the worker that the choice names; None: it names none. `job`: the answering worker's, with its deadline.
 
-        `on_lost` is called with the worker's name where it is lost while it is at it.
+        `on_lost` is called with the worker's name where it is lost, or its engine fails, while it is at it.
         """
         pair = choice.pair
         if pair is None:
