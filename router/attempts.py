@@ -1,7 +1,7 @@
 """Getting an answer out of the fleet: choose, submit, listen, and go on elsewhere where a worker leaves the answer.
 
 Covers: the life of a request's jobs. Does not cover: preparing it, when it is sent (`waiting_room`), or what its caller
-is sent (`core`).
+is sent (`core`), or told when it goes on nowhere (`endings`).
 
 A request whose worker is lost goes to another one, once: a request that has lost two workers may be what kills them. A
 gap in the stream of a healthy worker is no such sign, nor is one that ended before the job was sent, nor a worker that
@@ -16,11 +16,11 @@ import logging
 import time
 from itertools import count
 
-from router import features, handover, kv_wire, worker_errors
+from router import endings, features, handover, kv_wire, worker_errors
 from router.beliefs import Beliefs
 from router.board import Recent
 from router.decide import Choice, Decider
-from router.errors import InternalError, NoWorkerAvailable, PoisonRequest, RouterError, WorkerLost
+from router.errors import NoWorkerAvailable
 from router.fleet import Fleet
 from router.flight import FlightEnd, FlightGap, FlightLost
 from router.guest import Guest
@@ -95,7 +95,7 @@ class Attempts:
             if output.finish_reason == common_pb2.FINISH_REASON_ERROR:
                 self._judge(work, output.error)
                 continue
-            _check_end(work, output)
+            endings.check_end(work, output)
             work.answer_ids.extend(output.token_ids)
             return output
 
@@ -149,10 +149,12 @@ class Attempts:
             await self._wait(work, prepared, until)
 
     def _decide(self, work: Request, prepared: PreparedPrompt) -> Choice | None:
-        """Workers whose stream had a gap come last."""
-        avoid = self._unfit(work)
-        choice = self._decider.decide(prepared.question.avoiding(avoid | set(work.gaps)))
-        if choice is None and work.gaps:
+        """Workers whose stream had a gap come last, and those that are stuck (the first time the room sees to it)."""
+        avoid, last = self._unfit(work), set(work.gaps)
+        if work.guest is not None:
+            last |= self._room.stuck()
+        choice = self._decider.decide(prepared.question.avoiding(avoid | last))
+        if choice is None and last:
             return self._decider.decide(prepared.question.avoiding(avoid))
         return choice
 
@@ -168,12 +170,8 @@ class Attempts:
         try:
             await self._readiness.wait(until, work.context.deadline)
         except NoWorkerAvailable as error:
-            if old := features.too_old(self._fleet.links(), prepared.question.protocol):
-                why = f"{', '.join(old)} run an older warmkv that knows no penalties, logit_bias or constraint"
-                error = NoWorkerAvailable(
-                    f"{error.message} ({why}: upgrade them, or leave these out.)", retry_after_s=1.0
-                )
-            raise _none_left(work, error) from error
+            told = features.none_left(error, self._fleet.links(), prepared.question.protocol)
+            raise endings.none_left(work, told) from error
 
     def _submit(self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job, choice: Choice) -> None:
         """Send the job, and with it those of the samples beside it, and remember that they were sent."""
@@ -275,11 +273,7 @@ class Attempts:
         work.lost.append(work.flight.worker if work.flight else "")
         self._check_handover(work, why)
         if len(work.lost) >= _MAX_LOST:
-            raise PoisonRequest(
-                f"Workers {' and '.join(work.lost)} were lost while they ran this request, so it is not sent to a"
-                f" third; look for the cause in their logs under the id {work.context.request_id}.",
-                workers=",".join(work.lost),
-            )
+            raise endings.poisonous(work)
         self._leave_worker(work, why, reason)
 
     def _check_handover(self, work: Request, why: str) -> None:
@@ -307,10 +301,7 @@ class Attempts:
         self._check_handover(work, why)
         if worker in work.gaps:
             work.flight = None
-            why = (
-                f"The stream of worker {worker} broke twice and no other one is ready ({why}); send the request again."
-            )
-            raise _none_left(work, NoWorkerAvailable(why, retry_after_s=1.0))
+            raise endings.broken_twice(work, worker, why)
         work.gaps.append(worker)
         self._leave_worker(work, why, "gap")
 
@@ -339,22 +330,6 @@ def _found(end: FlightEnd) -> dict[str, int]:
     return {} if told is None else kv_wire.fates(told)
 
 
-def _none_left(work: Request, error: NoWorkerAvailable) -> RouterError:
-    """For a request that has lost a worker another error, since a client that sends it again would take it to a third:
-    here its losses would be counted from zero.
-    """
-    if work.generated:
-        left = [*dict.fromkeys((*work.lost, *work.gaps, *work.avoid))]
-        return handover.stopped(left, f"no other one went on with it: {error.message}", tokens=work.generated)
-    if not work.lost:
-        return error
-    return WorkerLost(
-        f"Worker {work.lost[0]} was lost while it ran this request, and no other one is ready ({error.message}); look"
-        " for the cause in its log before you send the request again.",
-        lost_workers=",".join(work.lost),
-    )
-
-
 def _for_one_link(job: worker_pb2.Job, deadline: float | None) -> worker_pb2.Job:
     """The job itself for the first link, which gives it an id of its own; for those after it a copy.
 
@@ -369,14 +344,3 @@ def _for_one_link(job: worker_pb2.Job, deadline: float | None) -> worker_pb2.Job
     if deadline is not None:
         sent.deadline_ms = max(0, round(time_left(deadline) * 1000))
     return sent
-
-
-def _check_end(work: Request, output: worker_pb2.SequenceOutput) -> None:
-    """Raises where the end of the answer is an error to its caller."""
-    if output.finish_reason == common_pb2.FINISH_REASON_DEADLINE:
-        raise too_late()
-    if output.finish_reason == common_pb2.FINISH_REASON_CANCELLED:
-        raise InternalError(
-            f"The worker cancelled the request {work.context.request_id} unasked; send it again.",
-            request_id=work.context.request_id,
-        )

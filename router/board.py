@@ -151,7 +151,7 @@ class Board:
             protocol_version=link.hello.protocol_version if link.hello else 0,
             layout=link.hello.scheme.layout if link.hello else "",
             index=self._trust(link) if link.synced else None,
-            role=ROLE_NAMES[link.role] if link.hello else "",
+            role=ROLE_NAMES.get(link.role, "unknown") if link.hello else "",
         )
         if link.report is not None and link.connected:
             load, fit = link.report.message, link.report.load.fit

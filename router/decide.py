@@ -142,14 +142,15 @@ class Decider:
         overlaps = {} if question.no_read else self._index.match(question.hashes)
         peers = self.peers(overlaps)
         everybody = self.candidates(question, able, overlaps, peers)
-        candidates = _answering(able, everybody)
+        has_roles = len({link.role for link in able}) > 1
+        candidates = _answering(able, everybody) if has_roles else everybody
         request = self._request(question, able)
         decision = policy.choose(request, candidates, weights)
         runner_up, extra_ms = _runner_up(candidates, decision, predicts=policy.predicts)
         chosen = decision.chosen.worker
         own = overlaps.get(chosen, NO_OVERLAP)
         hints = peers.hints(chosen, own.host) if any(o.host > own.host for o in overlaps.values()) else ()
-        pair = None if len({link.role for link in able}) < 2 else self._pair(question, able, everybody, decision, peers)
+        pair = self._pair(question, able, everybody, decision, peers) if has_roles else None
         choice = Choice(policy, weights, request, candidates, decision, own.disk, hints, runner_up, extra_ms, pair)
         shadow = self._fleet.record.shadow
         return choice if shadow is None else replace(choice, shadow=_scored(choice, shadow), shadowed_by=shadow)

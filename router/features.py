@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from router.errors import NoWorkerAvailable
 from router.link import WorkerLink
 from warmkv.v1 import common_pb2
 
@@ -22,3 +23,12 @@ def protocol_of(sampling: common_pb2.SamplingParams) -> int:
 def too_old(links: Iterable[WorkerLink], protocol: int) -> list[str]:
     """Names of the workers that are there and do not speak it."""
     return [link.name for link in links if link.hello is not None and link.hello.protocol_version < protocol]
+
+
+def none_left(error: NoWorkerAvailable, links: Iterable[WorkerLink], protocol: int) -> NoWorkerAvailable:
+    """The error for a request that needs that version: `error`, and which workers would be there if they spoke it."""
+    old = too_old(links, protocol)
+    if not old:
+        return error
+    why = f"{', '.join(old)} run an older warmkv that knows no penalties, logit_bias or constraint"
+    return NoWorkerAvailable(f"{error.message} ({why}: upgrade them, or leave these out.)", retry_after_s=1.0)

@@ -21,6 +21,7 @@ class Guest:
         foreseen_wait_ms: what was forecast when it began to wait, which is `queued_at`. waited_ms: how long it did.
         sent_at: when it went to a worker; first_at: when it had its first token; zero: not yet.
         not_before: when its worker may have room; waits_for: that worker.
+        alone_until: when it is told that no worker is left which can take it, though others are there.
     """
 
     tenant: str
@@ -39,4 +40,5 @@ class Guest:
     first_at: float = 0.0
     not_before: float = 0.0
     waits_for: str = ""
+    alone_until: float | None = None
     left: asyncio.Future[None] | None = field(default=None, repr=False)

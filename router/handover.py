@@ -43,6 +43,7 @@ def resumed(
     again.CopyFrom(job)
     again.job_id = 0
     del again.peers[:]
+    again.ClearField("promise")
     again.packed_token_ids = job.packed_token_ids + packed(generated)
     again.block_hashes = b"".join(chain.short)
     again.resumed_tokens = len(generated)

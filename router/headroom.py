@@ -43,8 +43,8 @@ class Headroom:
         return any(self._is_short(candidate) for candidate in choice.candidates)
 
     def first_token_ms(self, choice: Choice) -> float:
-        """From now on at the chosen worker."""
-        return choice.decision.chosen.price.queue_ms + choice.price.load_ms + choice.price.compute_ms
+        """From now on at the chosen worker, with the queue of the one that prefills for it."""
+        return choice.price.ttft_ms
 
     def in_s(self, choice: Choice) -> float:
         """When to ask again: a queue is predicted to shrink by a second in a second."""

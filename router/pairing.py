@@ -28,10 +28,9 @@ from warmkv.v1 import worker_pb2
 
 PREFILL = worker_pb2.WORKER_ROLE_PREFILL
 DECODE = worker_pb2.WORKER_ROLE_DECODE
+BOTH = worker_pb2.WORKER_ROLE_BOTH
 NO_ROLE = worker_pb2.WORKER_ROLE_UNSPECIFIED  # a version that does not know how to prefill for another one
-ROLE_NAMES: Mapping[int, str] = MappingProxyType(
-    {NO_ROLE: "both", worker_pb2.WORKER_ROLE_BOTH: "both", PREFILL: "prefill", DECODE: "decode"}
-)
+ROLE_NAMES: Mapping[int, str] = MappingProxyType({NO_ROLE: "both", BOTH: "both", PREFILL: "prefill", DECODE: "decode"})
 INTERFERENCE = 0.1  # of a decode worker, where the policy has no such weight
 PIECE_TOKENS = 2048  # that become full together at most: a step's
 UNTRIED = TierRead(2.0, 0.0)  # while nothing was ever read from another worker: one has to begin
@@ -87,7 +86,7 @@ def may_make(role: int, answering: int) -> bool:
     """Whether a worker of that role may prefill for one of the other."""
     if answering == NO_ROLE:
         return False
-    return role == PREFILL or (answering == DECODE and role not in (NO_ROLE, DECODE))
+    return role == PREFILL or (answering == DECODE and role == BOTH)
 
 
 def best_pair(

@@ -9,10 +9,9 @@ or dies with its worker, costs time: the answering worker computes what is missi
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
 
 from kvstore.blocks import SHORT_HASH_BYTES
-from router import kv_wire
+from router import kv_wire, worker_errors
 from router.beliefs import Beliefs
 from router.decide import Choice
 from router.fleet import Fleet
@@ -44,33 +43,32 @@ class PrefillJobs:
 
     def __init__(self, fleet: Fleet, traffic: Traffic, beliefs: Beliefs, metrics: Metrics) -> None:
         self._fleet, self._traffic, self._beliefs, self._metrics = fleet, traffic, beliefs, metrics
-        self._keys = count(1)
 
     def send(
         self, job: worker_pb2.Job, prepared: PreparedPrompt, choice: Choice, *, on_lost: Callable[[str], None]
     ) -> PrefillJob | None:
         """To the worker that the choice names; None: it names none. `job`: the answering worker's, with its deadline.
 
-        `on_lost` is called with the worker's name where it is lost while it is at it.
+        `on_lost` is called with the worker's name where it is lost, or its engine fails, while it is at it.
         """
         pair = choice.pair
         if pair is None:
             return None
         link, hashes = self._fleet.link(pair.worker), prepared.question.hashes[: pair.blocks]
-        key, sent = ("prefill", next(self._keys)), PrefillJob(self._fleet, pair.worker)
+        sent = PrefillJob(self._fleet, pair.worker)
         held = pair.maker.candidate.price.cached_tokens // prepared.question.block_size
-        self._traffic.sent(key, pair.worker, hashes, work_ms=pair.work_ms, cached_blocks=min(held, pair.blocks))
+        self._traffic.sent(sent, pair.worker, hashes, work_ms=pair.work_ms, cached_blocks=min(held, pair.blocks))
         placement = self._beliefs.placed(link, hashes)
 
         def on_end(end: FlightEnd) -> None:
-            self._traffic.ended(key)
+            self._traffic.ended(sent)
             outcome = _outcome(end)
             self._metrics.prefills.labels(pair.worker, outcome).inc()
             if placement is not None and outcome == "done":
                 placement.computed()
             if placement is not None and end.last is not None:
                 placement.ended(kv_wire.fates(end.last.fates), prepared.question.block_size)
-            if sent.flight is not None and sent.flight.is_lost:
+            if (sent.flight is not None and sent.flight.is_lost) or _failed_engine(end):
                 on_lost(pair.worker)
 
         sent.flight = link.submit(_job(job, pair, prepared.question.block_size), lambda _tokens: None, on_end)
@@ -104,6 +102,11 @@ def _job(job: worker_pb2.Job, pair: Pair, block_size: int) -> worker_pb2.Job:
         made.deadline_ms = job.deadline_ms
     made.peers.extend(worker_pb2.PeerHint(address=peer.address, blocks=peer.blocks) for peer in pair.maker.peers)
     return made
+
+
+def _failed_engine(end: FlightEnd) -> bool:
+    """Whether the whole engine is gone, which counts as a lost worker here as it does where an answer is given."""
+    return end.last is not None and end.last.error.reason in worker_errors.ENGINE_LOST
 
 
 def _outcome(end: FlightEnd) -> str:

@@ -6,15 +6,17 @@ ledger. Does not cover: the order of the steps (`core`).
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
 
 from kvstore.blocks import BlockHash
-from kvstore.token_ids import packed
+from kvstore.token_ids import packed, u32
 from router import kv_wire
 from router.decide import Choice, Question
 from router.flight import Flight, FlightEnd
@@ -83,7 +85,7 @@ class Request:
     retries: int = 0
     handovers: int = 0
     begun: bool = False  # some worker may have worked at it
-    answer_ids: list[int] = field(default_factory=list)
+    answer_ids: array[int] = field(default_factory=partial(u32, ()))  # those that were handed out
     answer: list[str] = field(default_factory=list)
     ttft_ms: float = 0.0
     code: str = ""
@@ -152,8 +154,9 @@ class Request:
 
     def end_prefill(self) -> None:
         """The worker that answers needs no more blocks of the one that prefilled for it."""
-        if self.prefill is not None:
-            self.prefill.end()
+        if (prefill := self.prefill) is not None:
+            self.prefill = None
+            prefill.end()
 
     def finish(self, code: grpc.StatusCode) -> None:
         """The caller got its answer or error. The bill waits for a worker that is still at it."""

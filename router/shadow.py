@@ -70,15 +70,17 @@ class Shadow:
         if shadow is None or choice.shadowed_by is None:
             return
         same = shadow.chosen.worker == choice.worker
+        # Alone, as the shadow's choice is priced: nobody asked who would prefill for that one.
+        in_force = choice.decision.chosen
         self._metrics.count_shadow(
             choice.shadowed_by.name,
             same=same,
-            ttft_ms=choice.price.ttft_ms,
+            ttft_ms=in_force.price.ttft_ms,
             shadow_ttft_ms=shadow.chosen.price.ttft_ms,
         )
         self._decisions += 1
         self._prompt_tokens += choice.request.prompt_tokens
-        self._in_force.count(choice.decision.chosen)
+        self._in_force.count(in_force)
         self._shadow.count(shadow.chosen)
         if same:
             self._same += 1
@@ -90,7 +92,7 @@ class Shadow:
                 worker=choice.worker,
                 shadow_worker=shadow.chosen.worker,
                 shadow_reason=shadow.reason,
-                predicted_ttft_ms=choice.price.ttft_ms,
+                predicted_ttft_ms=in_force.price.ttft_ms,
                 shadow_predicted_ttft_ms=shadow.chosen.price.ttft_ms,
                 prompt_tokens=choice.request.prompt_tokens,
             )

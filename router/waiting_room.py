@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import grpc
 
+from router import features
 from router.charges import Charge, Charges
 from router.config import OverloadConfig
 from router.decide import Choice, Decider
@@ -119,11 +120,15 @@ class WaitingRoom:
         """How long a request that came now would wait for its turn; zero while nobody waits or the rate is unknown."""
         return self._forecast.wait_ms(self._queue.ahead_ms(tenant, priority)) if self._queue else 0.0
 
+    def stuck(self) -> frozenset[str]:
+        """Workers that are not to be waited for."""
+        return self._headroom.stuck()
+
     # What it is told
 
     def sent(self, key: int, choice: Choice) -> None:
         """A job went to a worker."""
-        self._lateness.sent(key, choice.worker, _work_ms(choice))
+        self._lateness.sent(key, choice.worker, _silent_ms(choice))
 
     def first_token(self, key: int, worker: str) -> None:
         """It has a first token."""
@@ -242,17 +247,22 @@ class WaitingRoom:
                     self._turn_away(ticket, error)
                     left -= 1
                     continue
+                if choice is None and guest.question.protocol:
+                    self._alone(ticket)  # the others may have workers
+                    skipped.add(ticket)
+                    continue
                 if choice is None:
                     self._nobody()
                     break
-                self._nobody_until = None
+                self._nobody_until = guest.alone_until = None
                 guest.parts = self._parts(guest, choice, 0.0)
                 if choice.worker not in claimed and self._headroom.has(choice):
                     self._serve(ticket, choice)
                     continue
                 guest.waits_for = choice.worker
                 guest.not_before = now + self._headroom.in_s(choice)
-                left = left - 1 if self._headroom.anybody_has(choice) else 0
+                is_bound = bool(guest.question.protocol)  # what it may not go to may have room
+                left = left - 1 if is_bound or self._headroom.anybody_has(choice) else 0
             skipped.add(ticket)
             claimed.add(guest.waits_for)
             wake_s = min(wake_s, guest.not_before - now)
@@ -295,6 +305,18 @@ class WaitingRoom:
         elif self._clock() >= self._nobody_until:
             for ticket, _ in list(self._queue.in_order()):
                 self._turn_away(ticket, self._readiness.none_ready())
+
+    def _alone(self, ticket: Ticket[Guest]) -> None:
+        """No worker can take this one, as it needs newer ones: it is told so when the patience is over."""
+        guest, protocol, now = ticket.body, ticket.body.question.protocol, self._clock()
+        guest.not_before, guest.waits_for = now + _LOOK_AGAIN_S, ""
+        ready = [link for link in self._fleet.links() if self._fleet.takes_requests(link)]
+        if len(features.too_old(ready, protocol)) < len(ready):
+            guest.alone_until = None  # they are stuck, not gone
+        elif guest.alone_until is None:
+            guest.alone_until = self._readiness.until()
+        elif now >= guest.alone_until:
+            self._turn_away(ticket, features.none_left(self._readiness.none_ready(), ready, protocol))
 
     def _all_stuck(self) -> frozenset[str]:
         """The workers that take requests, where none of them is to be waited for; else none."""
@@ -365,6 +387,13 @@ class WaitingRoom:
 def _work_ms(choice: Choice) -> float:
     """Of its worker's time, or of both where one prefills for the other."""
     return choice.price.load_ms + choice.price.compute_ms
+
+
+def _silent_ms(choice: Choice) -> float:
+    """From its turn to its first token; the queue of another worker that prefills is no delay of its own."""
+    if choice.pair is None:
+        return _work_ms(choice)
+    return choice.price.ttft_ms - choice.decision.chosen.price.queue_ms
 
 
 def _gone() -> Draining:

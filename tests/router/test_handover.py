@@ -358,6 +358,34 @@ async def test_a_worker_that_is_too_old_is_never_sent_what_another_began() -> No
             assert (parts[-1].route.worker, parts[-1].route.handovers) == ("w3", 1)
 
 
+@pytest.mark.parametrize("stuck", ["w1", "w2"])
+@pytest.mark.asyncio
+async def test_a_worker_that_is_stuck_is_sent_what_another_began_only_if_there_is_no_other(stuck: str) -> None:
+    def left(worker: FakeWorker, job: worker_pb2.Job) -> None:
+        for name in others:
+            router.undrain_worker(name)
+        worker.snapshots = False  # it does not come back
+        worker.hang_up()
+
+    workers = [FakeWorker("w0", begins(5, left)), FakeWorker("w1", finishes), FakeWorker("w2", finishes)]
+    async with fakes(*workers) as (_, router):
+        await all_ready(router, 3)
+        router.drain_worker("w1")
+        router.drain_worker("w2")
+        router._room._headroom.stuck = lambda: frozenset({stuck})  # type: ignore[method-assign]
+        others = ["w1", "w2"]
+        answer = await generate(router, request(PROMPT, 20))
+        check_whole(answer, 20)
+        assert answer.route.worker == {"w1": "w2", "w2": "w1"}[stuck]
+    alone = [FakeWorker("w0", begins(5, left)), FakeWorker(stuck, finishes)]
+    async with fakes(*alone) as (_, router):
+        await all_ready(router, 2)
+        router.drain_worker(stuck)
+        router._room._headroom.stuck = lambda: frozenset({stuck})  # type: ignore[method-assign]
+        others = [stuck]
+        assert (await generate(router, request(PROMPT, 20))).route.worker == stuck
+
+
 @pytest.mark.asyncio
 async def test_nothing_comes_behind_the_end() -> None:
     def ends_and_dies(worker: FakeWorker, job: worker_pb2.Job) -> None:

@@ -490,6 +490,72 @@ def test_those_that_wait_are_told_when_no_worker_is_left() -> None:
     on_router(test)
 
 
+async def ask_new(router: VirtualRouter, ids: Sequence[int]) -> inference_pb2.Route:
+    """Before all others, and with what only newer workers know."""
+    body = question(ids, max_tokens=1, priority=10)
+    body.sampling.presence_penalty = 1.0
+    route = inference_pb2.Route()
+    async for part in router.generate(body, caller=Caller("a", Role.USER, "a"), context=RequestContext("id", "", None)):
+        route = part.route
+    return route
+
+
+def test_a_request_for_newer_workers_that_are_gone_holds_up_nobody() -> None:
+    async def test(router: VirtualRouter) -> None:
+        old, new = router.links
+        old.hello.protocol_version = 2
+        tasks = await flood(router, 20)
+        waits = asyncio.ensure_future(ask_new(router, prompt(7, 150)))
+        await asyncio.sleep(0.001)
+        assert len(router._room) == 20 - 6 + 1
+        new.synced = False
+        began = asyncio.get_running_loop().time()
+        results = await asyncio.gather(*tasks)
+        assert {route.worker for route in results} == {"w0", "w1"}
+        # Fourteen that waited, 200 ms each, behind the three that were sent before: the old worker has no idle moment.
+        assert asyncio.get_running_loop().time() - began <= 17 * 0.2 + 0.2
+        with pytest.raises(NoWorkerAvailable, match="w0 run an older warmkv"):
+            await waits
+
+    on_router(test, workers=2)
+
+
+def test_one_that_waits_for_newer_workers_is_told_when_they_have_been_gone_for_a_while() -> None:
+    async def test(router: VirtualRouter) -> None:
+        router.links[0].hello.protocol_version = 2
+        new = router.links[1]
+        tasks = await flood(router, 16)
+        waits = [asyncio.ensure_future(ask_new(router, prompt(70 + n, 150))) for n in range(9)]
+        await asyncio.sleep(0.001)
+        new.synced = False
+        await asyncio.sleep(2.0)
+        new.synced = True
+        await waits[0]  # in time: what follows is a patience of its own
+        new.synced = False
+        began = asyncio.get_running_loop().time()
+        results = await asyncio.gather(*waits[-2:], return_exceptions=True)
+        assert [type(each) for each in results] == [NoWorkerAvailable] * 2
+        assert 3.0 <= asyncio.get_running_loop().time() - began <= 3.6
+        await asyncio.gather(*tasks, *waits, return_exceptions=True)
+
+    on_router(test, workers=2)
+
+
+def test_a_request_for_newer_workers_that_are_full_lets_others_pass() -> None:
+    async def test(router: VirtualRouter) -> None:
+        old, new = router.links
+        old.hello.protocol_version = 2
+        long = [asyncio.ensure_future(ask_new(router, prompt(50 + n, 2000))) for n in range(2)]
+        await asyncio.sleep(0.001)
+        assert (new.jobs, len(router._room)) == (1, 1)
+        began = asyncio.get_running_loop().time()
+        await asyncio.gather(*(await flood(router, 6)))
+        assert asyncio.get_running_loop().time() - began <= 6 * 0.2 + 0.3, "the old worker was idle"
+        assert [route.worker for route in await asyncio.gather(*long)] == ["w1"] * 2
+
+    on_router(test, workers=2)
+
+
 def test_a_request_that_cannot_be_decided_fails_alone_and_those_behind_it_are_served(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
