@@ -141,7 +141,7 @@ class TorchEngine:
         self._stalled = False
         self.cache = EngineCache(store, self._scheduler, peers, self._default)
         self._proven = Proven()
-        self._prefill_only = PrefillOnly(None if peers is None else peers.board, self._block_size)
+        self._prefill_only = PrefillOnly(None if peers is None else peers.board, self._block_size, store.settled)
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
@@ -181,7 +181,8 @@ class TorchEngine:
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._sequences or self._outputs or self._pipeline.is_flying or self.cache.changed)
+        waits = self._pipeline.is_flying or self._prefill_only.awaits_copies
+        return bool(self._sequences or self._outputs or waits or self.cache.changed)
 
     def step(self) -> StepReport:
         """Schedule, fetch, forward, sample, commit: once.
@@ -190,6 +191,7 @@ class TorchEngine:
             RuntimeError: the device is broken, or so many steps in a row failed that it seems to be.
         """
         self.store.pump()
+        self._prefill_only.pump()
         self._note_shared_tier()
         if self._pipeline.must_land or self._scheduler.is_starved:
             self._land()
@@ -208,7 +210,7 @@ class TorchEngine:
 
     def wait(self, timeout_s: float) -> None:
         """Sleep while all sequences wait for blocks on their way; returns when one arrived, or after the timeout."""
-        if self._stalled and self._sequences:
+        if self._stalled and (self._sequences or self._prefill_only.awaits_copies):
             self.store.wait(timeout_s)
 
     def load(self) -> Load:

@@ -23,7 +23,7 @@ from kvstore.blocks import HashScheme, block_hashes
 from kvstore.device import DeviceTier
 from kvstore.host.tier import HostTier
 from kvstore.lifetime import Lifetime
-from kvstore.peer.promises import PromiseBoard
+from kvstore.peer.promises import Progress, PromiseBoard, PromiseState
 from kvstore.store import TieredStore
 from tests.kvstore.blocks_for_tests import ManualClock
 from tests.kvstore.fake_tier import FakeSharedTier
@@ -33,7 +33,6 @@ from tests.workers.engine_rig import Answer
 from tests.workers.stepping.late_device import GARBAGE, LateDevice, LateEvent
 from workers.device.interface import Work
 from workers.engine import TorchEngine
-from workers.prefill_only import PrefillOnly
 from workers.protocol import EngineInfo, FinishReason, Job, SamplingParams
 from workers.stepping.buffers import Capacity
 from workers.stepping.launch import BufferedLauncher
@@ -92,7 +91,7 @@ class Rig:
         )
         self.engine._scheduler._compute_ms = lambda first, count: compute_ms
         self.board = PromiseBoard()
-        self.engine._prefill_only = PrefillOnly(self.board, LAYOUT.block_size)
+        self.engine._prefill_only._board = self.board
         self.jobs: dict[Hashable, Job] = {}
         self.answers: dict[Hashable, Answer] = {}
         self.cancelled: set[Hashable] = set()
@@ -380,4 +379,30 @@ def test_a_tier_that_hangs_for_half_a_minute_costs_nobody_an_answer() -> None:
         rounds += 1
         assert rounds < 1500, "half a minute is over, and somebody still waits for the tier"
     rig.shared.reads_open.set()  # what was asked for comes after all, to nobody
+    rig.finish()
+
+
+def test_blocks_made_for_another_worker_are_told_when_host_has_them_and_not_before() -> None:
+    """They are served from host, and come there by copies that run beside the steps."""
+    rig = Rig(ahead=True)
+    rig.submit(PROMPT[:28], max_tokens=1, prefill_only=True)
+    names = rig.jobs[0].block_hashes
+
+    def progress() -> Progress:
+        (found,) = rig.board.wait([names[-1]], [(-1, -1)], 0.0)
+        return found
+
+    while rig.open:
+        rig.step()
+        assert progress().made <= rig.store.host.match(names)
+    assert progress() == (PromiseState.UNDER_WAY, 0, 0)
+    assert rig.engine.has_work(), "a step must follow soon, to tell of them"
+    rig.copier.make_one()
+    rig.step()
+    assert progress() == (PromiseState.UNDER_WAY, 6, 0)
+    rig.copier.make_all()
+    rig.step()
+    assert progress() == (PromiseState.ENDED, 7, 0)
+    assert rig.store.host.match(names) == 7
+    assert not rig.engine.has_work()
     rig.finish()
