@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -246,13 +247,14 @@ class TorchEngine:
 
     def close(self, *, flush_s: float) -> None:
         """End all jobs, flush the store's queued writes for at most that long, give everything back."""
-        for sequence in list(self._sequences.values()):
-            self._end(sequence, FinishReason.CANCELLED)
-        self._pipeline.close()
-        if self._peers is not None:
-            self._peers.close()  # before the host tier, whose blocks it sends
-        self.grammars.close()
-        self.store.close(flush_s=flush_s)
+        with ExitStack() as last:  # whatever fails, as a broken device does, the store is closed
+            last.callback(self.store.close, flush_s=flush_s)
+            last.callback(self.grammars.close)
+            if self._peers is not None:
+                last.callback(self._peers.close)  # before the host tier, whose blocks it sends
+            last.callback(self._pipeline.close)
+            for sequence in list(self._sequences.values()):
+                self._end(sequence, FinishReason.CANCELLED)
 
     def _answer_blocks(self, decoding: list[Sequence]) -> int:
         size = self._block_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,3 +282,24 @@ def test_closing_with_a_step_in_flight_gives_everything_back():
     rig.close()
     assert [block for block in range(rig.device.num_blocks) if rig.device.refs(block)] == []
     assert not rig.engine._pipeline.is_flying
+
+
+def test_a_device_that_is_broken_when_the_engine_ends_does_not_keep_the_store_from_being_closed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """What was queued for disk is written, and the folder is free for the process that comes next."""
+    device = LateDevice(eagerness=0.0)
+    rig = late_rig(device, disk=tmp_path / "disk")
+    rig.run(rig.job("a", PROMPTS[3], max_tokens=3))
+
+    def broken() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(device, "synchronise", broken)
+    with pytest.raises(torch.AcceleratorError):
+        rig.engine.close(flush_s=5)
+    after = sync_rig(disk=tmp_path / "disk")
+    (answer,) = after.run(after.job("a", PROMPTS[3], max_tokens=3))
+    assert answer.fates is not None
+    assert answer.fates["disk"] == 48
+    after.close()
