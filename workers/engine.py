@@ -149,11 +149,12 @@ class TorchEngine:
         if (error := refusal(job, self.info, capacity=self._capacity, running=self._sequences)) is not None:
             self._outputs.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
             return
-        now, asked = self._clock(), job.as_asked(self._block_size)
+        now, asked, promised = self._clock(), job.as_asked(self._block_size), 0
         if self._peers is not None:
             self._peers.learn(job)
             if (promise := self._peers.promise(job, now)) is not None:
                 self.store.expect(promise)
+                promised = promise.blocks
         self._arrivals += 1
         sequence = Sequence(
             job=job,
@@ -165,7 +166,7 @@ class TorchEngine:
             text=TextStream(self._tokenizer, asked.token_ids, job.sampling.stop),
         )
         sequence.text.replay(sequence.generated_ids)
-        sequence.expected_cached = self._expected_blocks(sequence) * self._block_size
+        sequence.expected_cached = self._expected_blocks(sequence, promised) * self._block_size
         self._sequences[job.job_id] = sequence
         self._prefill_only.begin(sequence)
         if job.sampling.constraint is not None:
@@ -261,13 +262,12 @@ class TorchEngine:
         held = sum(len(sequence.block_table) - sequence.num_prompt // size for sequence in decoding)
         return held + self._answers.growth_blocks if decoding else 0
 
-    def _expected_blocks(self, sequence: Sequence) -> int:
+    def _expected_blocks(self, sequence: Sequence, promised: int) -> int:
         """Leading blocks in reach when those before it are prefilled: a burst over one document computes it once."""
         names = sequence.readable(self._block_size)
         prefilling = (other for other in self._scheduler if other.remaining > 1 and not other.job.no_store)
         made = [shared_blocks(names, other.hashes) for other in prefilling]
-        promised = 0 if sequence.job.promise is None else min(sequence.job.promise.blocks, len(names))
-        return max(len(self.store.match(names, self._scheduler.reads)), promised, *made, 0)
+        return max(len(self.store.match(names, self._scheduler.reads)), min(promised, len(names)), *made)
 
     def _schedule(self) -> list[Chunk]:
         self._scheduler.is_ahead = self._pipeline.is_flying
