@@ -57,6 +57,11 @@ class Spilling:
         copy = self._copier.copy_out([block_ids[place] for place in rows], list(rows.values()))
         self._spills.append(_Spill(held, list(metas), admitted, writing, apart, copy))
 
+    def settled(self, names: Sequence[BlockHash]) -> int:
+        """How many leading ones of these are not on their way."""
+        on_their_way = {meta.hash for spill in self._spills for meta in spill.metas}
+        return next((place for place, name in enumerate(names) if name in on_their_way), len(names))
+
     def pump(self) -> None:
         """Let those be found whose bytes have arrived."""
         while self._spills and self._spills[0].copy.is_done():

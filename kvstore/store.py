@@ -249,6 +249,12 @@ class TieredStore:
             self.host.write(fresh, payloads)
         self._spilled(fresh, payloads, admitted)
 
+    def settled(self, hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks of these, which were committed, are where they are going to be: not on their way from
+        the device to host.
+        """
+        return len(hashes) if self._spilling is None else self._spilling.settled(hashes)
+
     def share(self, hashes: Sequence[BlockHash]) -> bool:
         """Queue blocks of one chain for the shared tier, whatever admission says, as far as its queue has room.
 

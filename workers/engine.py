@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -141,18 +142,19 @@ class TorchEngine:
         self._stalled = False
         self.cache = EngineCache(store, self._scheduler, peers, self._default)
         self._proven = Proven()
-        self._prefill_only = PrefillOnly(None if peers is None else peers.board, self._block_size)
+        self._prefill_only = PrefillOnly(None if peers is None else peers.board, self._block_size, store.settled)
 
     def submit(self, job: Job) -> None:
         """Queue a job; one that cannot run is refused by the next step's report."""
         if (error := refusal(job, self.info, capacity=self._capacity, running=self._sequences)) is not None:
             self._outputs.append(Output(job.job_id, finish=FinishReason.ERROR, error=error))
             return
-        now, asked = self._clock(), job.as_asked(self._block_size)
+        now, asked, promised = self._clock(), job.as_asked(self._block_size), 0
         if self._peers is not None:
             self._peers.learn(job)
             if (promise := self._peers.promise(job, now)) is not None:
                 self.store.expect(promise)
+                promised = promise.blocks
         self._arrivals += 1
         sequence = Sequence(
             job=job,
@@ -164,7 +166,7 @@ class TorchEngine:
             text=TextStream(self._tokenizer, asked.token_ids, job.sampling.stop),
         )
         sequence.text.replay(sequence.generated_ids)
-        sequence.expected_cached = self._expected_blocks(sequence) * self._block_size
+        sequence.expected_cached = self._expected_blocks(sequence, promised) * self._block_size
         self._sequences[job.job_id] = sequence
         self._prefill_only.begin(sequence)
         if job.sampling.constraint is not None:
@@ -181,7 +183,8 @@ class TorchEngine:
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._sequences or self._outputs or self._pipeline.is_flying or self.cache.changed)
+        waits = self._pipeline.is_flying or self._prefill_only.awaits_copies
+        return bool(self._sequences or self._outputs or waits or self.cache.changed)
 
     def step(self) -> StepReport:
         """Schedule, fetch, forward, sample, commit: once.
@@ -190,6 +193,7 @@ class TorchEngine:
             RuntimeError: the device is broken, or so many steps in a row failed that it seems to be.
         """
         self.store.pump()
+        self._prefill_only.pump()
         self._note_shared_tier()
         if self._pipeline.must_land or self._scheduler.is_starved:
             self._land()
@@ -208,7 +212,7 @@ class TorchEngine:
 
     def wait(self, timeout_s: float) -> None:
         """Sleep while all sequences wait for blocks on their way; returns when one arrived, or after the timeout."""
-        if self._stalled and self._sequences:
+        if self._stalled and (self._sequences or self._prefill_only.awaits_copies):
             self.store.wait(timeout_s)
 
     def load(self) -> Load:
@@ -244,26 +248,26 @@ class TorchEngine:
 
     def close(self, *, flush_s: float) -> None:
         """End all jobs, flush the store's queued writes for at most that long, give everything back."""
-        for sequence in list(self._sequences.values()):
-            self._end(sequence, FinishReason.CANCELLED)
-        self._pipeline.close()
-        if self._peers is not None:
-            self._peers.close()  # before the host tier, whose blocks it sends
-        self.grammars.close()
-        self.store.close(flush_s=flush_s)
+        with ExitStack() as last:  # whatever fails, as a broken device does, the store is closed
+            last.callback(self.store.close, flush_s=flush_s)
+            last.callback(self.grammars.close)
+            if self._peers is not None:
+                last.callback(self._peers.close)  # before the host tier, whose blocks it sends
+            last.callback(self._pipeline.close)
+            for sequence in list(self._sequences.values()):
+                self._end(sequence, FinishReason.CANCELLED)
 
     def _answer_blocks(self, decoding: list[Sequence]) -> int:
         size = self._block_size
         held = sum(len(sequence.block_table) - sequence.num_prompt // size for sequence in decoding)
         return held + self._answers.growth_blocks if decoding else 0
 
-    def _expected_blocks(self, sequence: Sequence) -> int:
+    def _expected_blocks(self, sequence: Sequence, promised: int) -> int:
         """Leading blocks in reach when those before it are prefilled: a burst over one document computes it once."""
         names = sequence.readable(self._block_size)
         prefilling = (other for other in self._scheduler if other.remaining > 1 and not other.job.no_store)
         made = [shared_blocks(names, other.hashes) for other in prefilling]
-        promised = 0 if sequence.job.promise is None else min(sequence.job.promise.blocks, len(names))
-        return max(len(self.store.match(names, self._scheduler.reads)), promised, *made, 0)
+        return max(len(self.store.match(names, self._scheduler.reads)), min(promised, len(names)), *made)
 
     def _schedule(self) -> list[Chunk]:
         self._scheduler.is_ahead = self._pipeline.is_flying

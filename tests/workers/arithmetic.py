@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvstore.layout import KVLayout
 from tests.workers.engine_rig import model_folder
-from workers.attention.step import KVViews, Span
+from workers.attention.step import KVViews, Span, Step
 
 VOCAB = 1024
 FIRST_TOKEN = 10  # those below are special in the tokenizer
@@ -58,6 +58,7 @@ class ArithmeticRunner:
     def __init__(self) -> None:
         self.folder = SimpleNamespace(tokenizer_file=model_folder() / "tokenizer.json")
         self.device = torch.device("cpu")
+        self.backend = None
         self.vocab_size = VOCAB
         self.room = math.inf
         self.not_finite = False
@@ -88,6 +89,10 @@ class ArithmeticRunner:
             self.not_finite = False
             return logits * math.nan
         return logits
+
+    def forward_tensors(self, step: Step, ids: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
+        """As `ModelRunner.forward_tensors`."""
+        return self.forward(step.kv, step.spans, ids.tolist(), positions.tolist(), wanted.tolist())
 
     def _write(self, span: Span, ids: Sequence[int], positions: Sequence[int], keys: Tensor, values: Tensor) -> None:
         start = span.context - span.length

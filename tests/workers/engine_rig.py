@@ -130,6 +130,7 @@ class Answer:
     fates: dict[str, int] | None = None
     error: JobError | None = None
     outputs: list[Output] = field(default_factory=list)
+    resumed: int = 0
 
     def add(self, output: Output) -> None:
         assert self.finish is None, "an output came after the last one"
@@ -138,7 +139,7 @@ class Answer:
         self.text += output.text
         self.logprobs += output.logprobs
         self.finish, self.fates, self.error = output.finish, output.fates, output.error
-        assert output.completion_tokens == len(self.token_ids)
+        assert output.completion_tokens == self.resumed + len(self.token_ids)
 
 
 def make_rig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from deploy.redis_server import PrivateRedis, find_redis_server
 from kvstore.blocks import block_hashes
 from kvstore.events import AllBlocksCleared, BlockStored, TierName
 from tests.workers.engine_rig import BLOCK_SIZE, Rig, make_rig, model_folder, oracle, prompts
-from workers.protocol import FinishReason, Output
+from workers.protocol import FinishReason, Output, Promised
 from workers.sampler import Row, sample
 
 PROMPT = prompts(1, lengths=(50,))[0]
@@ -461,3 +462,12 @@ def test_a_job_that_ends_before_it_was_admitted_has_no_fates(rig: Rig):
     rig.engine.cancel("a")
     (output,) = rig.engine.step().outputs
     assert (output.finish, output.fates) == (FinishReason.CANCELLED, None)
+
+
+def test_what_is_promised_is_work_of_a_worker_that_reads_from_no_other_one():
+    rig, prompt = make_rig(), prompts(3)[2]
+    promise = Promised("127.0.0.1:1", len(prompt) // BLOCK_SIZE, ready_ms=1.0, margin_ms=1.0)
+    rig.engine.submit(replace(rig.job("a", prompt, max_tokens=1), promise=promise))
+    assert rig.engine.load().pending_prefill_tokens == len(prompt)
+    rig.collect()
+    rig.close()

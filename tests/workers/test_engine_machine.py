@@ -1,8 +1,10 @@
 """The whole engine over real tiers, driven at random, against a model that can be worked out by hand.
 
-Arrivals, cancels, priorities, preemptions, a shared tier that hangs, fails, forgets and cuts short, steps without
-memory, logits that are no numbers, clears, time. Whatever happens: every job ends once, an answer is the model's or
-ends in one of the errors that were caused, no block leaks and none is free and in use.
+Arrivals, jobs that go on with an earlier answer, jobs that end with their prompt, stop tokens, deadlines, cancels,
+priorities, preemptions, a shared tier that hangs, fails, forgets and cuts short, steps without memory, logits that are
+no numbers, clears, time. Whatever happens: every job ends once, an answer is the model's or ends in one of the errors
+that were caused, no block leaks and none is free and in use. The same once more with steps that run ahead of a late
+device, whose blocks are copied beside them.
 """
 
 from __future__ import annotations
@@ -21,13 +23,19 @@ from kvstore.blocks import HashScheme, block_hashes
 from kvstore.device import DeviceTier
 from kvstore.host.tier import HostTier
 from kvstore.lifetime import Lifetime
+from kvstore.peer.promises import Progress, PromiseBoard, PromiseState
 from kvstore.store import TieredStore
 from tests.kvstore.blocks_for_tests import ManualClock
 from tests.kvstore.fake_tier import FakeSharedTier
+from tests.kvstore.late_copier import LateCopier
 from tests.workers.arithmetic import FIRST_TOKEN, LAYOUT, VOCAB, ArithmeticRunner, answer, info_fields
 from tests.workers.engine_rig import Answer
+from tests.workers.stepping.late_device import GARBAGE, LateDevice, LateEvent
+from workers.device.interface import Work
 from workers.engine import TorchEngine
 from workers.protocol import EngineInfo, FinishReason, Job, SamplingParams
+from workers.stepping.buffers import Capacity
+from workers.stepping.launch import BufferedLauncher
 
 torch.set_num_threads(1)
 
@@ -38,15 +46,34 @@ PROMPT = list(range(500, 530))
 CAUSED = {"MODEL_OUTPUT_NOT_FINITE", "ENGINE_FAILURE", "PROMPT_TOO_LONG"}
 
 
-class Rig:
-    """`compute_ms`: what computing blocks is said to take; endless: whatever is cached is read."""
+class GpuLike(LateDevice):
+    """Where `fails_at_once`, a step that was computed by the time it is launched fails there, as kernels do for want of
+    memory; else all are heard of when they are waited for."""
 
-    def __init__(self, compute_ms: float = math.inf) -> None:
+    fails_at_once = True
+
+    def queue(self, work: Work) -> LateEvent:
+        event = super().queue(work)
+        if self.fails_at_once and event.done and event.error is not None:
+            raise event.error
+        return event
+
+
+class Rig:
+    """`compute_ms`: what computing blocks is said to take; endless: whatever is cached is read.
+
+    `ahead`: steps run ahead of a device that computes late, and blocks are copied late and beside them.
+    """
+
+    def __init__(self, compute_ms: float = math.inf, *, ahead: bool = False) -> None:
         self.clock = ManualClock()
         self.shared = FakeSharedTier(self.clock)
         clocks = {"clock": self.clock, "wall_clock": self.clock}
         nbytes = LAYOUT.block_nbytes
-        self.device = DeviceTier(LAYOUT, DEVICE_BLOCKS * nbytes, **clocks, poison=True)
+        self.copier = LateCopier() if ahead else None
+        self.device = DeviceTier(LAYOUT, DEVICE_BLOCKS * nbytes, **clocks, poison=True, copier=self.copier)
+        if self.copier is not None:
+            self.copier.device = self.device
         host = HostTier(LAYOUT, 10 * nbytes, **clocks)
         self.store = TieredStore(LAYOUT, self.device, host, self.shared, **clocks, default_ttl_s=500.0)
         self.runner = ArithmeticRunner()
@@ -60,30 +87,46 @@ class Rig:
             max_running=5,
             default_ttl_s=500.0,
             clock=self.clock,
+            launcher=self._late_launcher() if ahead else None,
         )
         self.engine._scheduler._compute_ms = lambda first, count: compute_ms
+        self.board = PromiseBoard()
+        self.engine._prefill_only._board = self.board
         self.jobs: dict[Hashable, Job] = {}
         self.answers: dict[Hashable, Answer] = {}
         self.cancelled: set[Hashable] = set()
 
-    def submit(self, prompt: list[int], *, max_tokens: int, **options: object) -> None:
+    def _late_launcher(self) -> BufferedLauncher:
+        self.gpu = GpuLike()
+        capacity = Capacity(24, 5, DEVICE_BLOCKS, LAYOUT.block_size)
+        kv = [self.device.kv(0)]
+        launcher = BufferedLauncher(self.runner, kv, self.gpu, capacity, runs_ahead=True)  # type: ignore[arg-type]
+        self.gpu.after_work = lambda: launcher.buffers.memory.fill_(GARBAGE)
+        return launcher
+
+    def submit(
+        self, prompt: list[int], *, max_tokens: int, resumed: int = 0, sampling: object = None, **options: object
+    ) -> None:
+        """`resumed`: so many tokens of the answer were made elsewhere. `sampling`: further parameters."""
         name = len(self.jobs)
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        names = block_hashes(prompt, ROOT, LAYOUT.block_size)
-        job = Job(name, prompt, ROOT, names, sampling, **options)  # type: ignore[arg-type]
+        params = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **(sampling or {})}
+        tokens = prompt + answer(prompt, resumed)
+        names = block_hashes(tokens, ROOT, LAYOUT.block_size)
+        job = Job(name, tokens, ROOT, names, SamplingParams(**params), resumed=resumed, **options)  # type: ignore[arg-type]
         self.jobs[name] = job
+        self.answers[name] = Answer(resumed=resumed)
         self.engine.submit(job)
 
     def step(self) -> bool:
         """Whether it made an output."""
         outputs = self.engine.step().outputs
         for output in outputs:
-            self.answers.setdefault(output.job_id, Answer()).add(output)
+            self.answers[output.job_id].add(output)
         return bool(outputs)
 
     @property
     def open(self) -> list[Hashable]:
-        return [name for name in self.jobs if name not in self.answers or self.answers[name].finish is None]
+        return [name for name in self.jobs if self.answers[name].finish is None]
 
     def finish(self) -> None:
         self.shared.reads_open.set()
@@ -93,38 +136,59 @@ class Rig:
             if not self.engine.has_work():
                 break
             if not self.step():
+                if self.copier is not None:
+                    self.copier.make_all()
                 self.engine.wait(0.2)
         assert not self.open, "a job did not end"
         for name in self.jobs:
             self.judge(name)
+        if self.copier is not None:  # a block on its way to host is held till it is there
+            self.copier.make_all()
+            self.store.pump()
         self.store.check()
         assert [block for block in range(DEVICE_BLOCKS) if self.device.refs(block)] == [], "a block leaked"
         assert len(self.engine._scheduler) == 0
         self.engine.close(flush_s=5)
+        assert len(self.board) == 0, "others wait for what nobody makes"
 
     def judge(self, name: Hashable) -> None:
         job, got = self.jobs[name], self.answers[name]
-        room = min(200, DEVICE_BLOCKS * LAYOUT.block_size) - len(job.token_ids)
-        wanted = answer(job.token_ids, min(job.sampling.max_tokens, max(room, 0)))
-        if got.finish is FinishReason.LENGTH:
+        wanted = self._wanted(job)
+        if got.finish in (FinishReason.LENGTH, FinishReason.STOP):
             assert got.token_ids == wanted
+            stopped = bool(wanted) and wanted[-1] in job.sampling.stop_token_ids
+            assert (got.finish is FinishReason.STOP) == stopped
             assert got.fates is not None
-            assert sum(got.fates.values()) == len(job.token_ids)
+            assert sum(got.fates.values()) == job.num_prompt
             assert not job.no_read or set(got.fates) == {"computed"}
             return
         assert got.token_ids == wanted[: len(got.token_ids)], "what came before its end is right"
         if got.finish is FinishReason.CANCELLED:
             assert name in self.cancelled
+        elif got.finish is FinishReason.DEADLINE:
+            assert job.deadline is not None
+            assert job.deadline <= self.clock.now
         else:
             assert got.finish is FinishReason.ERROR
             assert got.error is not None
             assert got.error.reason in CAUSED
 
+    def _wanted(self, job: Job) -> list[int]:
+        """What it shall answer here, if nothing befalls it."""
+        if job.prefill_only:
+            return []
+        room = min(200, DEVICE_BLOCKS * LAYOUT.block_size) - job.num_prompt
+        whole = answer(job.token_ids[: job.num_prompt], min(job.sampling.max_tokens, max(room, 0)))[job.resumed :]
+        ends = [place for place, token in enumerate(whole, 1) if token in job.sampling.stop_token_ids]
+        return whole[: ends[0]] if ends else whole
+
 
 class EngineMachine(RuleBasedStateMachine):
+    ahead = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.rig = Rig()
+        self.rig = Rig(ahead=self.ahead)
 
     @rule(
         stem=st.integers(0, 2),
@@ -132,15 +196,23 @@ class EngineMachine(RuleBasedStateMachine):
         own=st.integers(1, 12),
         max_tokens=st.integers(1, 14),
         priority=st.sampled_from([0, 0, 0, 1]),
-        flags=st.sampled_from(["", "", "", "no_store", "no_read"]),
+        flags=st.sampled_from(["", "", "", "no_store", "no_read", "prefill_only"]),
         ttl_s=st.sampled_from([None, 5.0]),
+        resumed=st.sampled_from([0, 0, 0, 1, 5, 9]),
+        stops=st.sampled_from([0, 0, 0, 1, 3]),
+        due_s=st.sampled_from([None, None, None, 0.005, 3.0]),
+        sampling=st.sampled_from([{}, {}, {"presence_penalty": 0.25}, {"logit_bias": ((3, 1.0),)}, {"logprobs": 2}]),
     )
-    def submit(self, stem, shared, own, max_tokens, priority, flags, ttl_s):
+    def submit(self, stem, shared, own, max_tokens, priority, flags, ttl_s, resumed, stops, due_s, sampling):
         draw = random.Random(len(self.rig.jobs))
         prompt = [FIRST_TOKEN + stem] * shared + [draw.randrange(FIRST_TOKEN, VOCAB) for _ in range(own)]
         options = {flags: True} if flags else {}
-        lifetime = None if ttl_s is None else Lifetime(ttl_s)
-        self.rig.submit(prompt, max_tokens=max_tokens, priority=priority, lifetime=lifetime, **options)
+        options["lifetime"] = None if ttl_s is None else Lifetime(ttl_s)
+        options["deadline"] = None if due_s is None else self.rig.clock.now + due_s
+        resumed = min(resumed, max_tokens - 1) if flags != "prefill_only" else 0
+        if stops:
+            sampling = {**sampling, "stop_token_ids": frozenset(answer(prompt, resumed + stops)[resumed:][-1:])}
+        self.rig.submit(prompt, max_tokens=max_tokens, priority=priority, resumed=resumed, sampling=sampling, **options)
 
     @rule(count=st.integers(1, 6))
     def step(self, count):
@@ -188,9 +260,11 @@ class EngineMachine(RuleBasedStateMachine):
     def a_step_gives_no_numbers(self):
         self.rig.runner.not_finite = True
 
-    @rule(room=st.sampled_from([0, 3, 17, math.inf]))
-    def memory_is_short(self, room):
+    @rule(room=st.sampled_from([0, 3, 17, math.inf]), at_once=st.booleans())
+    def memory_is_short(self, room, at_once):
         self.rig.runner.room = room
+        if self.ahead:
+            self.rig.gpu.fails_at_once = at_once
 
     @invariant()
     def the_books_are_right(self):
@@ -201,13 +275,27 @@ class EngineMachine(RuleBasedStateMachine):
         for sequence in self.rig.engine._scheduler:
             fresh = sequence.block_table[sequence.num_computed // LAYOUT.block_size :]
             assert all(held.count(block) == 1 for block in fresh)
+        if (flight := self.rig.engine._pipeline._flight) is not None:
+            used = [block for span in flight.work.spans for block in span.block_table]
+            assert all(self.rig.device.refs(block) for block in used), "a block is free that a step in flight uses"
 
     def teardown(self):
         self.rig.finish()
 
 
-EngineMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+class RunningAheadMachine(EngineMachine):
+    ahead = True
+
+    @rule(count=st.integers(1, 3))
+    def copies_are_made(self, count):
+        for _ in range(min(count, len(self.rig.copier.running))):
+            self.rig.copier.make_one()
+
+
+EngineMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestEngineMachine = EngineMachine.TestCase
+RunningAheadMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestRunningAheadMachine = RunningAheadMachine.TestCase
 
 
 def test_the_arithmetic_of_a_cached_prefix_is_that_of_a_cold_one() -> None:
@@ -247,7 +335,7 @@ def awaits_another(rig: Rig) -> None:
 def is_preempted(rig: Rig) -> None:
     """A job of higher priority has taken its blocks."""
     rig.submit(list(range(600, 620)), max_tokens=40, priority=1)
-    while len(rig.answers.get(0, Answer()).token_ids) < 39:
+    while len(rig.answers[0].token_ids) < 39:
         rig.step()
 
 
@@ -263,7 +351,7 @@ def test_a_job_cancelled_in_any_state_ends_at_once_and_holds_nothing(
     rig.submit(PROMPT, max_tokens=14)
     for _ in range(steps):
         rig.step()
-    before = list(rig.answers.get(name, Answer()).token_ids)
+    before = list(rig.answers[name].token_ids)
     rig.cancelled.add(name)
     rig.engine.cancel(name)
     held = [block for sequence in rig.engine._scheduler for block in sequence.block_table]
@@ -291,4 +379,30 @@ def test_a_tier_that_hangs_for_half_a_minute_costs_nobody_an_answer() -> None:
         rounds += 1
         assert rounds < 1500, "half a minute is over, and somebody still waits for the tier"
     rig.shared.reads_open.set()  # what was asked for comes after all, to nobody
+    rig.finish()
+
+
+def test_blocks_made_for_another_worker_are_told_when_host_has_them_and_not_before() -> None:
+    """They are served from host, and come there by copies that run beside the steps."""
+    rig = Rig(ahead=True)
+    rig.submit(PROMPT[:28], max_tokens=1, prefill_only=True)
+    names = rig.jobs[0].block_hashes
+
+    def progress() -> Progress:
+        (found,) = rig.board.wait([names[-1]], [(-1, -1)], 0.0)
+        return found
+
+    while rig.open:
+        rig.step()
+        assert progress().made <= rig.store.host.match(names)
+    assert progress() == (PromiseState.UNDER_WAY, 0, 0)
+    assert rig.engine.has_work(), "a step must follow soon, to tell of them"
+    rig.copier.make_one()
+    rig.step()
+    assert progress() == (PromiseState.UNDER_WAY, 6, 0)
+    rig.copier.make_all()
+    rig.step()
+    assert progress() == (PromiseState.ENDED, 7, 0)
+    assert rig.store.host.match(names) == 7
+    assert not rig.engine.has_work()
     rig.finish()

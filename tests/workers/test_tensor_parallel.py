@@ -230,6 +230,21 @@ def test_who_waits_for_a_prompt_that_is_being_computed_is_the_same_on_both_ranks
     rig.close()
 
 
+def test_a_prefix_that_is_longer_on_one_rank_while_the_rest_loads_makes_the_same_wait(expected, tmp_path):
+    """A second one asks for it in the same step: whom it waits for follows from what the first one has on all ranks."""
+    rig, prompt = make_ranks_rig(disk=tmp_path), prompts(5)[4]
+    job = rig.job("cold", prompt)
+    rig.run(job)
+    for store, kept in zip(rig.stores, (3, 2), strict=True):
+        assert store.flush(30)
+        _lose(store, job.block_hashes[kept:])
+        assert store.match(job.block_hashes) == [TierName.DEVICE] * kept
+    answers = rig.run(rig.job("first", prompt), rig.job("second", prompt))
+    assert near_ties(answers, [expected[4]] * 2) == 0
+    assert [_cached(answer) for answer in answers] == [128, 128]
+    rig.close()
+
+
 def test_a_cancelled_job_ends_on_both_ranks():
     rig = make_ranks_rig()
     rig.engine.submit(rig.job("long", prompts(1)[0], max_tokens=500, ignore_eos=True))

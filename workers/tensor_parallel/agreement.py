@@ -36,7 +36,7 @@ from workers.tensor_parallel.group import RankGroup
 from workers.tensor_parallel.lost import RankLost
 
 ALL_TIERS = ReadTiers()
-_STATES = 3 * 32  # of loads are sent in multiples of this
+_STATES = 2 * 32  # of loads are sent in multiples of this
 _NO_TOKEN = -1  # of a sequence whose logits are not finite
 _PARTED = "its schedule is not that of the others, which is a defect; report it with the logs of all ranks"
 
@@ -47,12 +47,12 @@ class AgreedAcquisition:
     def __init__(self, own: Acquisition, store: Holds) -> None:
         self._own, self._store = own, store
         self.done = self.cancelled = False
-        self._all_hold = False
+        self._agreed = 0
 
     @property
     def block_ids(self) -> list[int]:
-        """This rank's blocks of the prefix. Until it is done: none, or some on every rank."""
-        return self._own.block_ids if self.done or self._all_hold else []
+        """This rank's blocks of the prefix, as many as every rank had when they agreed last."""
+        return self._own.block_ids[: self._agreed]
 
     @property
     def fates(self) -> list[TierName]:
@@ -75,12 +75,12 @@ class AgreedAcquisition:
         self._own.cancel()
 
     def state(self) -> list[int]:
-        """For the agreement: whether it has come, how long it is, whether it holds anything."""
-        return [self._own.done, len(self._own.block_ids), bool(self._own.block_ids)]
+        """For the agreement: whether it has come, how long it is."""
+        return [self._own.done, len(self._own.block_ids)]
 
-    def agree(self, done: int, count: int, holds: int) -> None:
+    def agree(self, done: int, count: int) -> None:
         """What is true on every rank."""
-        self._all_hold = bool(holds)
+        self._agreed = count
         if not done:
             return
         self.done = True
@@ -164,7 +164,7 @@ class AgreedStore:
         self._sure = agreed[4]
         first = 5 + len(others)
         for place, each in enumerate(self._under_way):
-            each.agree(*agreed[first + 3 * place : first + 3 * place + 3])
+            each.agree(*agreed[first + 2 * place : first + 2 * place + 2])
         return agreed[5:first]
 
 

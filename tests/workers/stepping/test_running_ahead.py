@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.workers.engine_rig import Answer, Rig, prompts
+from kvstore.blocks import block_hashes
+from tests.workers.engine_rig import BLOCK_SIZE, Answer, Rig, prompts
 from tests.workers.stepping.late_device import LateDevice
 from tests.workers.stepping.stepping_rig import late_rig, sync_rig
-from workers.protocol import FinishReason, Job
+from workers.protocol import Constraint, FinishReason, Job
 from workers.stepping import launch
 
 PROMPTS = prompts(12, lengths=(5, 20, 37, 64, 100, 131))
@@ -281,3 +283,68 @@ def test_closing_with_a_step_in_flight_gives_everything_back():
     rig.close()
     assert [block for block in range(rig.device.num_blocks) if rig.device.refs(block)] == []
     assert not rig.engine._pipeline.is_flying
+
+
+def test_a_device_that_is_broken_when_the_engine_ends_does_not_keep_the_store_from_being_closed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """What was queued for disk is written, and the folder is free for the process that comes next."""
+    device = LateDevice(eagerness=0.0)
+    rig = late_rig(device, disk=tmp_path / "disk")
+    rig.run(rig.job("a", PROMPTS[3], max_tokens=3))
+
+    def broken() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(device, "synchronise", broken)
+    with pytest.raises(torch.AcceleratorError):
+        rig.engine.close(flush_s=5)
+    after = sync_rig(disk=tmp_path / "disk")
+    (answer,) = after.run(after.job("a", PROMPTS[3], max_tokens=3))
+    assert answer.fates is not None
+    assert answer.fates["disk"] == 48
+    after.close()
+
+
+def test_rows_that_the_host_samples_beside_others_are_as_without_running_ahead():
+    """Constraints, penalties, bias, stop strings and log-probabilities, of answers that begin here and elsewhere."""
+    options = [
+        {"constraint": Constraint("regex", "[a-z ]{3,60}")},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "ignore_eos": True},
+        {"logit_bias": ((40, 3.0),), "logprobs": 2, "ignore_eos": True},
+        {"temperature": 0.8, "seed": 5, "ignore_eos": True, "stop": ("e", "qq")},
+        {"ignore_eos": True, "logprobs": 1},
+    ]
+
+    def answers(rig: Rig) -> list[Answer]:
+        fresh = [rig.job(n, PROMPTS[n], max_tokens=14, **each) for n, each in enumerate(options)]
+        first = rig.run(*fresh)
+        again = [_resumed(rig, job, answer) for job, answer in zip(fresh, first, strict=True)]
+        for job in again:
+            rig.engine.submit(job)
+        rest = {job.job_id: Answer(resumed=job.resumed) for job in again}
+        while rig.engine.has_work():
+            for output in rig.engine.step().outputs:
+                rest[output.job_id].add(output)
+        for one, other, job in zip(first, rest.values(), again, strict=True):
+            assert one.token_ids[job.resumed :] == other.token_ids
+            assert one.finish is other.finish
+            assert one.text.endswith(other.text)
+        return [*first, *rest.values()]
+
+    late, sync = late_rig(LateDevice(eagerness=0.0)), sync_rig()
+    mine, theirs = answers(late), answers(sync)
+    assert _tokens(mine) == _tokens(theirs)
+    assert [(each.text, each.finish) for each in mine] == [(each.text, each.finish) for each in theirs]
+    assert any(each.text for each in mine[:1]), "the constrained answer is no empty one"
+    late.assert_nothing_leaked()
+    late.close()
+    sync.close()
+
+
+def _resumed(rig: Rig, job: Job, answer: Answer) -> Job:
+    """The job as a worker gets it that goes on with the answer."""
+    told = len(answer.token_ids) // 2
+    tokens = [*job.token_ids, *answer.token_ids[:told]]
+    names = block_hashes(tokens, job.root, BLOCK_SIZE)
+    return replace(job, job_id=("again", job.job_id), token_ids=tokens, block_hashes=names, resumed=told)
