@@ -362,7 +362,7 @@ class Promoter:
             self._prefetcher.remember(load)
         landed = self._land(load, interested) if interested and not load.discarded else []
         for acquisition in interested:
-            acquisition.is_cut = load.discarded
+            acquisition.is_cut |= load.discarded
             self._resume(acquisition, load, landed)
         self._end_keeping()
         if load.owner is not None and load.owner.cancelled:
