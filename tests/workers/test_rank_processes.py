@@ -161,7 +161,15 @@ def _serve(config: WorkerConfig) -> tuple[subprocess.Popen[str], str]:
 
 def _ranks_of(pid: int) -> list[int]:
     children = psutil.Process(pid).children()
-    return [child.pid for child in children if "workers.tensor_parallel.rank" in child.cmdline()]
+    return [child.pid for child in children if "workers.tensor_parallel.rank" in _command(child)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    """Empty: it has ended, be it that nobody has asked for its exit code yet."""
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
 
 
 def _ask(address: str, prompt: list[int]):

@@ -44,11 +44,13 @@ def test_a_job_that_reads_nothing_has_nothing_readable():
 
 def test_fates_count_what_arrived_and_stay_when_it_resumes():
     sequence = _sequence()
-    sequence.take(SimpleNamespace(block_ids=[4, 2], fates=[TierName.DEVICE, TierName.REDIS], load_ms=7.0), 4)
+    sequence.take(
+        SimpleNamespace(block_ids=[4, 2], fates=[TierName.DEVICE, TierName.REDIS], load_ms=7.0, made_elsewhere=0), 4
+    )
     assert sequence.fates == {"computed": 2, "device": 4, "redis": 4}
     assert (sequence.num_computed, sequence.num_committed, sequence.remaining) == (8, 2, 2)
     sequence.reset()
-    sequence.take(SimpleNamespace(block_ids=[], fates=[], load_ms=99.0), 4)
+    sequence.take(SimpleNamespace(block_ids=[], fates=[], load_ms=99.0, made_elsewhere=0), 4)
     assert sequence.fates == {"computed": 2, "device": 4, "redis": 4}
     assert (sequence.load_ms, sequence.num_cached_tokens, sequence.num_computed) == (7.0, 8, 0)
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import redis
@@ -467,7 +466,7 @@ def test_a_forward_fails_on_one_rank_and_the_worker_ends(monkeypatch: pytest.Mon
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    rig.engines[0].runner = SimpleNamespace(forward=fail)
+    monkeypatch.setattr(rig.engines[0].runner, "forward", fail)
     rig.engine.submit(rig.job(1, prompts(1)[0], max_tokens=2))
     with pytest.raises(RankLost, match="rank 0 of 2 could not compute a step: out of memory"):
         rig.engine.step()
