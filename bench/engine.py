@@ -170,7 +170,7 @@ def canonical(report: Report, bench: Bench, exact: Bench, repeats: int) -> None:
 def main() -> None:
     """Print the table."""
     given, report = arguments(__doc__), Report("engine")
-    repeats = 2 if given.quick else 5
+    repeats = 1 if given.quick else 5
     with tempfile.TemporaryDirectory() as folder:
         model_dir = str(make_model_folder(folder, SHAPE))
         config = WorkerConfig("w0", model_dir, "bench", device="cpu", block_size=16, host_bytes=1 << 28)
