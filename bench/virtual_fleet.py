@@ -28,10 +28,11 @@ from router.link import Report, WorkerLink
 from router.traffic import Known
 from warmkv import versions
 from warmkv.v1 import inference_pb2, worker_pb2
+from workers.job_wire import job_from_wire
 from workers.simulated import SimulatedEngine
 from workers.simulated_info import simulated_info
 from workers.simulated_sequence import Timing
-from workers.wire import event_to_wire, hello_to_wire, job_from_wire, load_to_wire, output_to_wire
+from workers.wire import event_to_wire, hello_to_wire, load_to_wire, output_to_wire
 
 T = TypeVar("T")
 

@@ -35,6 +35,7 @@ from workers.attention.step import KVViews
 from workers.conversations import Conversations
 from workers.detokenize import TextStream
 from workers.engine_cache import EngineCache
+from workers.engine_load import load_of
 from workers.grammars import Grammars
 from workers.models import ModelRunner
 from workers.prefill_only import PrefillOnly
@@ -217,30 +218,11 @@ class TorchEngine:
 
     def load(self) -> Load:
         """How busy it is."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        prefill, read_ms = self._times.prefill, self.store.read_ms()
-        decoding = [sequence for sequence in running if sequence.remaining == 1]
-        return Load(
-            running=len(running),
-            waiting=len(waiting) + len(self._anteroom),
-            pending_prefill_tokens=sum(_pending(sequence) for sequence in self._scheduler),
-            decoding=len(decoding),
-            prefill_fixed_ms=prefill.fixed_ms,
-            prefill_token_ms=prefill.token_ms,
-            prefill_pair_ms=prefill.pair_ms,
-            decode_step_ms=self._times.decode_step_ms,
-            steps=self._steps,
-            preemptions=self._scheduler.preemptions,
-            prefill_share=self._prefilling.value(self._clock()),
-            prefill_error=self._times.prefill_error,
-            answer_blocks=self._answer_blocks(decoding),
-            slots=self._slots,
-            answer_ms=self._answers.ms,
-            freed_blocks=self._answers.blocks,
-            tiers={
-                name: (stats, *_one_block(*read_ms.get(name, (0, 0)))) for name, stats in self.store.stats().items()
-            },
-        )
+        load = load_of(self._scheduler, self._times, self._answers, self.store, self._block_size)
+        load.waiting += len(self._anteroom)
+        load.steps, load.slots = self._steps, self._slots
+        load.prefill_share = self._prefilling.value(self._clock())
+        return load
 
     def snapshot(self) -> list[BlockStored]:
         """All that the store holds; events not yet reported follow though it includes them: replayed, they agree."""
@@ -256,11 +238,6 @@ class TorchEngine:
             last.callback(self._pipeline.close)
             for sequence in list(self._sequences.values()):
                 self._end(sequence, FinishReason.CANCELLED)
-
-    def _answer_blocks(self, decoding: list[Sequence]) -> int:
-        size = self._block_size
-        held = sum(len(sequence.block_table) - sequence.num_prompt // size for sequence in decoding)
-        return held + self._answers.growth_blocks if decoding else 0
 
     def _expected_blocks(self, sequence: Sequence, promised: int) -> int:
         """Leading blocks in reach when those before it are prefilled: a burst over one document computes it once."""
@@ -498,15 +475,3 @@ class TorchEngine:
 
     def _lifetime(self, sequence: Sequence) -> Lifetime:
         return sequence.job.lifetime or self._default
-
-
-def _one_block(latency_ms: float, block_ms: float) -> tuple[float, float]:
-    """Latency, and the time to read one block, as `Load` tells them."""
-    return latency_ms, latency_ms + block_ms
-
-
-def _pending(sequence: Sequence) -> int:
-    """Prompt tokens still to be computed; zero while it decodes."""
-    if sequence.block_table or sequence.num_computed:
-        return sequence.remaining if sequence.remaining > 1 else 0
-    return max(1, sequence.remaining - sequence.expected_cached)

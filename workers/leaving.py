@@ -17,8 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from workers.engine_thread import EngineThread
+from workers.job_wire import Refusal
 from workers.protocol import Engine, JobError
-from workers.wire import Refusal
 
 # The longest that blocks may take to reach the shared tier; what is not there by then is computed again.
 SHARE_S = 2.0

@@ -35,22 +35,14 @@ from workers.engine_thread import (
     Stepped,
 )
 from workers.fleet_gossip import is_news, joined
+from workers.job_wire import JobRefused, Refusal, job_from_wire
 from workers.joining import Door
 from workers.other_jobs import RunningJobs
 from workers.outbox import Outbox, OutboxLimits, WireEvents
 from workers.protocol import Engine, EngineInfo, FinishReason, JobError, Output
 from workers.roles import Role
 from workers.router_stream import Context, ProtocolViolation, RouterStream, Status
-from workers.wire import (
-    JobRefused,
-    Refusal,
-    clear_done_to_wire,
-    event_to_wire,
-    hello_to_wire,
-    job_from_wire,
-    load_to_wire,
-    output_to_wire,
-)
+from workers.wire import clear_done_to_wire, event_to_wire, hello_to_wire, load_to_wire, output_to_wire
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from deploy.layers import known_keys, load_settings
 from deploy.reference import TABLES, metrics_table, rewritten
 from router.auth import ApiKeys
 from workers.config import WorkerConfig
-from workers.wire import Refusal
+from workers.job_wire import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -19,15 +19,13 @@ from kvstore.token_ids import unpacked
 from tests.workers.stream_client import job, split
 from warmkv import versions
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
+from workers.job_wire import JobRefused, Refusal, job_from_wire
 from workers.protocol import Constraint, FinishReason, JobError, Load, Output, PeerHint, TokenLogprob
 from workers.simulated_info import simulated_info
 from workers.wire import (
-    JobRefused,
-    Refusal,
     clear_done_to_wire,
     event_to_wire,
     hello_to_wire,
-    job_from_wire,
     load_to_wire,
     output_to_wire,
     snapshot_pieces,
