@@ -33,6 +33,7 @@ _MEANING: dict[str, type[RouterError]] = {
     "CONSTRAINT_DEAD_END": InvalidRequest,
     "CONSTRAINT_NOT_SUPPORTED": NotSupported,
     "OVERLOADED": Overloaded,
+    "OUT_OF_MEMORY": Overloaded,
 }
 
 

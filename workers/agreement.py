@@ -7,14 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from concurrent.futures import Future
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from workers.grammars import Grammar
+from workers.anteroom import Compiling
 from workers.sampler import Sampled
 from workers.scheduler import BlockStore
 from workers.sequence import Sequence
 from workers.stepping.holds import Holds
+
+
+class Begun(NamedTuple):
+    """What holds for all ranks in one step.
+
+    Attributes:
+        now: the time. grammars: of each constraint that is waited for, how far the rank is that is least far.
+    """
+
+    now: float
+    grammars: Items[Compiling]
 
 
 class Agreement(Protocol):
@@ -24,8 +34,8 @@ class Agreement(Protocol):
         """What the scheduler shall see of this rank's store."""
         ...
 
-    def begin(self, sequences: Iterable[Sequence], now: float) -> float:
-        """A step begins with these sequences, at `now` on this rank's clock; the time that holds for all ranks.
+    def begin(self, sequences: Iterable[Sequence], now: float, grammars: Items[Compiling]) -> Begun:
+        """A step begins with these sequences, at `now` on this rank's clock, and with constraints that far compiled.
 
         Raises:
             RankLost: another rank is gone, or is not where this one is.
@@ -38,10 +48,6 @@ class Agreement(Protocol):
         Raises:
             RankLost: another rank is gone.
         """
-        ...
-
-    def compiled(self, grammars: Items[Future[Grammar]]) -> None:
-        """Return when no rank has one of these that another one has not: sequences are admitted by them."""
         ...
 
     def failed(self, error: RuntimeError) -> None:
@@ -59,14 +65,11 @@ class _Alone:
     def blocks(self, store: Holds) -> BlockStore:
         return store
 
-    def begin(self, sequences: Iterable[Sequence], now: float) -> float:
-        return now
+    def begin(self, sequences: Iterable[Sequence], now: float, grammars: Items[Compiling]) -> Begun:
+        return Begun(now, grammars)
 
     def tokens(self, sampled: dict[Sequence, Sampled]) -> dict[Sequence, Sampled]:
         return sampled
-
-    def compiled(self, grammars: Items[Future[Grammar]]) -> None:
-        return
 
     def failed(self, error: RuntimeError) -> None:
         return

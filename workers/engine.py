@@ -29,7 +29,7 @@ from kvstore.events import BlockStored
 from kvstore.lifetime import Lifetime
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta, Clock
-from workers.agreement import ALONE, Agreement
+from workers.agreement import ALONE, Agreement, Begun
 from workers.anteroom import Anteroom
 from workers.attention.step import KVViews
 from workers.conversations import Conversations
@@ -119,7 +119,7 @@ class TorchEngine:
         self.grammars = Grammars(
             runner.folder.tokenizer_file, vocab_size=info.vocab_size, end_tokens=info.eos_token_ids
         )
-        self._anteroom = Anteroom(self.grammars, clock)
+        self._anteroom = Anteroom(self.grammars)
         self._block_size = info.scheme.block_size
         self._capacity = num_blocks * self._block_size
         self._default = Lifetime(default_ttl_s, is_default=True)
@@ -139,7 +139,7 @@ class TorchEngine:
         self._conversations = Conversations()
         self._outputs: list[Output] = []  # for the next report
         self._arrivals = self._steps = 0
-        self._failures, self._budget = StepFailures(), StepBudget(max_batch_tokens)
+        self._failures, self._budget = StepFailures(), StepBudget(max_batch_tokens, max_running)
         self._stalled = False
         self.cache = EngineCache(store, self._scheduler, peers, self._default)
         self._proven = Proven()
@@ -198,8 +198,9 @@ class TorchEngine:
         self._note_shared_tier()
         if self._pipeline.must_land or self._scheduler.is_starved:
             self._land()
-        self._end_overdue(self._ranks.begin(self._scheduler, self._clock()))
-        self._admit_compiled()
+        begun = self._ranks.begin((*self._scheduler, *self._anteroom), self._clock(), self._anteroom.states())
+        self._admit_compiled(begun)
+        self._end_overdue(begun.now)
         chunks = self._schedule()
         if not chunks and self._pipeline.is_flying:
             self._land()
@@ -218,8 +219,7 @@ class TorchEngine:
 
     def load(self) -> Load:
         """How busy it is."""
-        load = load_of(self._scheduler, self._times, self._answers, self.store, self._block_size)
-        load.waiting += len(self._anteroom)
+        load = load_of(self._scheduler, list(self._anteroom), self._times, self._answers, self.store, self._block_size)
         load.steps, load.slots = self._steps, self._slots
         load.prefill_share = self._prefilling.value(self._clock())
         return load
@@ -242,7 +242,8 @@ class TorchEngine:
     def _expected_blocks(self, sequence: Sequence, promised: int) -> int:
         """Leading blocks in reach when those before it are prefilled: a burst over one document computes it once."""
         names = sequence.readable(self._block_size)
-        prefilling = (other for other in self._scheduler if other.remaining > 1 and not other.job.no_store)
+        others = (*self._scheduler, *self._anteroom)
+        prefilling = (other for other in others if other.remaining > 1 and not other.job.no_store)
         made = [shared_blocks(names, other.hashes) for other in prefilling]
         return max(len(self.store.match(names, self._scheduler.reads)), min(promised, len(names)), *made)
 
@@ -264,9 +265,7 @@ class TorchEngine:
         if before is not None:
             self._take_in(before)
         if failure is not None:
-            self._ranks.failed(failure)
-            if not self._again_smaller(chunks, failure):
-                self._fail(chunks, failure)
+            self._not_computed(chunks, failure)
         elif not self._pipeline.runs_ahead:
             self._land()
 
@@ -281,13 +280,15 @@ class TorchEngine:
         try:
             sampled = flight.sampled(self._sample)
         except RuntimeError as error:
-            self._ranks.failed(error)
-            self._fail(work.chunks, error)
+            if is_out_of_memory(error):
+                self._pipeline.undo(flight)
+            self._not_computed(work.chunks, error)
         else:
             sampled = self._ranks.tokens(sampled)
             self._failures.succeeded()
             self._budget.fitted()
             self._scheduler.max_batch_tokens = self._budget.tokens
+            self._scheduler.max_running = self._budget.sequences
             self._commit(work, sampled)
             self._prefill_only.stepped(chunk.sequence for chunk in work.chunks if self._is_under_way(chunk.sequence))
             for sequence, token in sampled.items():
@@ -304,21 +305,20 @@ class TorchEngine:
         if work.longest > 1:
             self._prefilling.add(ended - started, ended)
 
-    def _again_smaller(self, chunks: list[Chunk], error: RuntimeError) -> bool:
-        """Whether the next steps are made smaller after one that did not fit: no sequence has lost anything."""
-        if not is_out_of_memory(error) or not self._budget.out_of_memory(sum(chunk.length for chunk in chunks)):
-            return False
-        self._scheduler.max_batch_tokens = self._budget.tokens
-        if self.runner.device.type == "cuda":
-            torch.cuda.empty_cache()  # what other sizes of steps have left unused
-        return True
-
-    def _fail(self, chunks: list[Chunk], error: RuntimeError) -> None:
-        """A step was not computed: its jobs end.
+    def _not_computed(self, chunks: list[Chunk], error: RuntimeError) -> None:
+        """A step was not: the next ones are made smaller if that may help, else its jobs end.
 
         Raises:
             RuntimeError: see `StepFailures.failed`.
         """
+        self._ranks.failed(error)
+        tokens = sum(chunk.length for chunk in chunks)
+        if is_out_of_memory(error) and self._budget.out_of_memory(tokens, len(chunks)):
+            self._scheduler.max_batch_tokens = self._budget.tokens
+            self._scheduler.hold_fewer(self._budget.sequences)
+            if self.runner.device.type == "cuda":
+                torch.cuda.empty_cache()  # what other sizes of steps have left unused
+            return
         told = self._failures.failed(error, len(chunks))
         for chunk in chunks:
             if self._is_under_way(chunk.sequence):
@@ -434,9 +434,8 @@ class TorchEngine:
         if current != self.info.shared_tier_id:
             self.info = replace(self.info, shared_tier_id=current)
 
-    def _admit_compiled(self) -> None:
-        self._ranks.compiled(self._anteroom.compiling)
-        for sequence, error in self._anteroom.leaving():
+    def _admit_compiled(self, begun: Begun) -> None:
+        for sequence, error in self._anteroom.leaving(begun.grammars, begun.now):
             if error is None:
                 self._scheduler.add(sequence)
             else:

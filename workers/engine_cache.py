@@ -107,6 +107,11 @@ class EngineCache:
         tiers = [tier for tier in (self._store.device, self._store.host, self._store.disk) if tier is not None]
         return [tuple(tier.name for tier in tiers if tier.find(name) is not None) for name in hashes]
 
+    def owes_peers(self) -> bool:
+        """Whether blocks that were made for other workers are, or may be, still to be read by them. A question."""
+        board = None if self._peers is None else self._peers.board
+        return board is not None and board.is_owed()
+
     def share_running(self) -> bool:
         """Queue what running jobs have made for the shared tier, whatever admission says; whether it is all there."""
         shared = [self._store.share(sequence.hashes[: sequence.num_committed]) for sequence in self._scheduler.running]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+
 from kvstore.store import TieredStore
 from workers.protocol import Load
 from workers.scheduler import Scheduler
@@ -9,14 +11,22 @@ from workers.sequence import Sequence
 from workers.step_times import Answers, StepTimes
 
 
-def load_of(scheduler: Scheduler, times: StepTimes, answers: Answers, store: TieredStore, block_size: int) -> Load:
-    """All but what the engine alone knows: `steps`, `slots`, `prefill_share`, and who waits before the scheduler."""
+def load_of(
+    scheduler: Scheduler,
+    before: Items[Sequence],
+    times: StepTimes,
+    answers: Answers,
+    store: TieredStore,
+    block_size: int,
+) -> Load:
+    """All but what the engine alone knows: `steps`, `slots`, `prefill_share`. `before`: who waits before `scheduler`:
+    their prompts are work like any other, which begins as soon as their constraints are compiled."""
     prefill, read_ms = times.prefill, store.read_ms()
     decoding = [sequence for sequence in scheduler.running if sequence.remaining == 1]
     return Load(
         running=len(scheduler.running),
-        waiting=len(scheduler.waiting),
-        pending_prefill_tokens=sum(_pending(sequence) for sequence in scheduler),
+        waiting=len(scheduler.waiting) + len(before),
+        pending_prefill_tokens=sum(_pending(sequence) for sequence in (*scheduler, *before)),
         decoding=len(decoding),
         prefill_fixed_ms=prefill.fixed_ms,
         prefill_token_ms=prefill.token_ms,

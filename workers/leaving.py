@@ -6,6 +6,9 @@ a job that they were handed back.
 First what running jobs have made is sent to the tier that other workers read, while they go on: with the admission
 `on_eviction` it may lie nowhere but here. Then they are given up, and for a moment this worker stays, because its peers
 may be reading from its host RAM what the next worker needs.
+
+A worker whose jobs have all ended may owe something, too: it has prefilled for others, and they are not done reading.
+It stays until they are, or have given up, or the time that it was given to end is over.
 """
 
 from __future__ import annotations
@@ -42,21 +45,40 @@ async def hand_back(engine: EngineThread, give_up: Callable[[JobError], int]) ->
         await asyncio.sleep(LINGER_S)
 
 
+async def see_off(engine: EngineThread, until: float) -> bool:
+    """Stay while peers are to read what was made for them; whether they have. `until`: on the monotonic clock, or
+    `LINGER_S` from now where that is later. Belongs to the server's event loop.
+    """
+    until = max(until, time.monotonic() + LINGER_S)
+    while time.monotonic() < until:
+        if not await _asked(engine, lambda engine: engine.cache.owes_peers(), LINGER_S):
+            return True
+        await asyncio.sleep(_LOOK_AGAIN_S)
+    logger.info("the worker ends though others have not read all that was made for them")
+    return False
+
+
 async def _shared(engine: EngineThread) -> bool:
     """Whether all that running jobs have made could be sent in time."""
     until = time.monotonic() + SHARE_S
-    while time.monotonic() < until:
-        answer: Future[bool] = Future()
-        engine.post(lambda engine, answer=answer: _ask(engine, answer))  # type: ignore[misc]
-        try:
-            if await asyncio.wait_for(asyncio.wrap_future(answer), until - time.monotonic()):
-                return True
-        except TimeoutError:
-            return False
+    while (left_s := until - time.monotonic()) > 0:
+        shared = await _asked(engine, lambda engine: engine.cache.share_running(), left_s)
+        if shared is None or shared:
+            return bool(shared)
         await asyncio.sleep(_LOOK_AGAIN_S)
     return False
 
 
-def _ask(engine: Engine, answer: Future[bool]) -> None:
-    if answer.set_running_or_notify_cancel():
-        answer.set_result(engine.cache.share_running())
+async def _asked(engine: EngineThread, question: Callable[[Engine], bool], within_s: float) -> bool | None:
+    """What the engine says in its thread; None: nothing in time, or its thread has failed."""
+    answer: Future[bool] = Future()
+
+    def ask(engine: Engine) -> None:
+        if answer.set_running_or_notify_cancel():
+            answer.set_result(question(engine))
+
+    engine.post(ask)
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(answer), within_s)
+    except TimeoutError:
+        return None

@@ -338,6 +338,10 @@ class Cache(Protocol):
         """For each block the tiers of this worker alone (device, host, disk) that hold it now. A question; no I/O."""
         ...
 
+    def owes_peers(self) -> bool:
+        """Whether blocks that were made for other workers are, or may be, still to be read by them. A question."""
+        ...
+
     def share_running(self) -> bool:
         """Queue what running jobs have made for the tier that other workers read, whatever admission says.
 

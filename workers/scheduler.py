@@ -83,6 +83,7 @@ class Scheduler:
 
     Attributes:
         reads: the tiers that may be read. preemptions: so far. max_batch_tokens: of the next step; may be changed.
+        max_running: sequences that hold blocks; changed by `hold_fewer`, or upwards.
         is_ahead: whether a step is still running. What is given back then is not free yet, so nobody is preempted.
         is_starved: whether somebody got no blocks at the last call of `schedule` because of that.
     """
@@ -110,7 +111,7 @@ class Scheduler:
         if min(block_size, max_batch_tokens, max_running) < 1:
             raise ValueError("block_size, max_batch_tokens and max_running must be at least 1; raise them")
         self._store, self._block_size = store, block_size
-        self.max_batch_tokens, self._max_running = max_batch_tokens, max_running
+        self.max_batch_tokens, self.max_running = max_batch_tokens, max_running
         self._compute_ms, self._lifetime = compute_ms, lifetime
         self._waiting: list[Sequence] = []  # each of the three sorted by rank
         self._loading: list[Sequence] = []
@@ -141,7 +142,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence that holds nothing; while others are before it, what slow tiers hold of it comes nearer."""
-        if self._waiting or len(self._running) + len(self._loading) >= self._max_running:
+        if self._waiting or len(self._running) + len(self._loading) >= self.max_running:
             self._store.prefetch(
                 sequence.readable(self._block_size),
                 reads=self.reads,
@@ -158,6 +159,12 @@ class Scheduler:
             if sequence in group:
                 group.remove(sequence)
         self._short_of_blocks = False
+
+    def hold_fewer(self, most: int) -> None:
+        """Let no more than so many go on: the last in rank give their blocks back and wait for others to end."""
+        self.max_running = most
+        while len(holders := [*self._running, *self._loading]) > most:
+            self._preempt(max(holders, key=_rank))
 
     def schedule(self) -> list[Chunk]:
         """The work of the next step, decodes first; empty when all sequences wait. Every chunk has its blocks."""
@@ -177,7 +184,7 @@ class Scheduler:
         if not self._running and not self._loading:
             self._short_of_blocks = False
         for sequence in list(self._waiting):
-            if len(self._running) + len(self._loading) >= self._max_running or not self._may_enter(sequence.rank):
+            if len(self._running) + len(self._loading) >= self.max_running or not self._may_enter(sequence.rank):
                 break
             if not self._awaits_another(sequence):
                 self._start(sequence)

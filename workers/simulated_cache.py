@@ -86,6 +86,10 @@ class SimulatedCache:
         """For each block the tiers that hold it now. A question."""
         return [tuple(tier.name for tier in self._tiers if name in tier) for name in hashes]
 
+    def owes_peers(self) -> bool:
+        """False: it serves no blocks."""
+        return False
+
     def share_running(self) -> bool:
         """True: there is no shared tier."""
         return True

@@ -1,4 +1,6 @@
-"""Steps that cannot be computed: which of them end their jobs, and which end the worker."""
+"""Steps that cannot be computed: which of them end their jobs, and which end the worker.
+
+Does not cover: want of memory as long as a smaller step may fit (`step_budget`)."""
 
 from __future__ import annotations
 
@@ -40,8 +42,11 @@ class StepFailures:
             self._in_a_row += 1
             if self._in_a_row >= MAX_FAILED_STEPS or _is_of_device(error):
                 raise error
-        message = f"the model failed ({str(error).partition(chr(10))[0]}); send the request again, to another worker"
-        return JobError("ENGINE_FAILURE", message)
+        what = str(error).partition("\n")[0]
+        if is_out_of_memory(error):
+            message = f"the worker's device has too little memory for this request alone ({what}); send it again later"
+            return JobError("OUT_OF_MEMORY", f"{message}, or a shorter one; lower store.device_bytes if this repeats")
+        return JobError("ENGINE_FAILURE", f"the model failed ({what}); send the request again, to another worker")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

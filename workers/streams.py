@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -143,15 +144,18 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new jobs from now on, and wait for the running ones; whether all ended in time.
 
-        Those that did not are handed back to their routers, whose other workers go on with them (`leaving`).
+        Those that did not are handed back to their routers, whose other workers go on with them (`leaving`). Where all
+        did, it stays while other workers are still to read what was made for them.
         """
         self._draining = True
+        until = time.monotonic() + timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 await self._quiet.wait()
         except TimeoutError:
             await leaving.hand_back(self._engine, self._give_up_jobs)
             return False
+        await leaving.see_off(self._engine, until)
         return True
 
     def _give_up_jobs(self, error: JobError) -> int:

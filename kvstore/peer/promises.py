@@ -6,11 +6,15 @@ wait decide whether to go on waiting (`kvstore.promised`).
 A promise has the name of the last block that is promised, which names the whole chain. It is counted in leading blocks
 that the host tier was given; whether they are still there is found out by who reads them. What has ended is remembered
 for a while: who asks a moment too late shall not wait for something that will never begin.
+
+Who waits for a chain asks about it again and again, until it has read what it wants or its own deadline has passed. So
+a chain that has ended and was asked about just now is still to be read, and a maker that would end should stay.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +22,14 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from kvstore.blocks import BlockHash
+from kvstore.tier import Clock
 
 MAX_ENDED = 1024
+# Whoever waits asks forty times a second (`watch`); after this much silence it waits no more, or is gone.
+SILENCE_S = 0.5
+# For a first question about a chain that has ended: its reader's job may be on its way, or queued there.
+FIRST_QUESTION_S = 1.0
+NOBODY_ASKED = float("-inf")
 
 
 class PromiseState(IntEnum):
@@ -52,17 +62,22 @@ NOT_BEGUN = Progress(PromiseState.UNKNOWN, 0, 0)
 
 @dataclass(slots=True)
 class _Entry:
-    makers: int  # jobs that make the same chain
+    """`makers`: jobs that make the same chain. `wanted_until`: after that nobody is thought to wait for it."""
+
+    makers: int
     progress: Progress
+    wanted_until: float = NOBODY_ASKED
 
 
 class PromiseBoard:
     """Thread-safe; O(1) a call but for `wait`, which is O(tickets) each time that anything changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        """With nothing promised. `clock`: seconds."""
+        self._clock = clock
         self._changed = threading.Condition()
         self._under_way: dict[BlockHash, _Entry] = {}
-        self._ended: OrderedDict[BlockHash, Progress] = OrderedDict()
+        self._ended: OrderedDict[BlockHash, _Entry] = OrderedDict()
         self._is_open = True
 
     def begin(self, ticket: BlockHash) -> None:
@@ -96,7 +111,10 @@ class PromiseBoard:
             if entry.makers:
                 return
             del self._under_way[ticket]
-            self._ended[ticket] = entry.progress._replace(state=PromiseState.ENDED)
+            entry.progress = entry.progress._replace(state=PromiseState.ENDED)
+            if entry.wanted_until == NOBODY_ASKED:
+                entry.wanted_until = self._clock() + FIRST_QUESTION_S
+            self._ended[ticket] = entry
             while len(self._ended) > MAX_ENDED:
                 self._ended.popitem(last=False)
             self._changed.notify_all()
@@ -107,8 +125,16 @@ class PromiseBoard:
         After the timeout, or when the board is closed, as they are.
         """
         with self._changed:
+            self._note_wanted(tickets, self._clock() + timeout_s + SILENCE_S)
             self._changed.wait_for(lambda: not self._is_open or self._is_news(tickets, seen), timeout_s)
             return [self._progress(ticket) for ticket in tickets]
+
+    def is_owed(self) -> bool:
+        """Whether blocks that were made for others are, or may be, still to be read. A question."""
+        with self._changed:
+            now = self._clock()
+            ended = (entry for entry in self._ended.values() if entry.progress.made)
+            return bool(self._under_way) or any(now < entry.wanted_until for entry in ended)
 
     def close(self) -> None:
         """Nobody waits any more."""
@@ -126,5 +152,13 @@ class PromiseBoard:
         return any((each.state, each.made) != before for each, before in zip(now, seen, strict=True))
 
     def _progress(self, ticket: BlockHash) -> Progress:
-        entry = self._under_way.get(ticket)
-        return self._ended.get(ticket, NOT_BEGUN) if entry is None else entry.progress
+        entry = self._entry(ticket)
+        return NOT_BEGUN if entry is None else entry.progress
+
+    def _note_wanted(self, tickets: Sequence[BlockHash], until: float) -> None:
+        for ticket in tickets:
+            if (entry := self._entry(ticket)) is not None:
+                entry.wanted_until = max(entry.wanted_until, until)
+
+    def _entry(self, ticket: BlockHash) -> _Entry | None:
+        return self._under_way.get(ticket) or self._ended.get(ticket)

@@ -94,10 +94,10 @@ class Watched(TensorParallel):
         super().__init__(group)
         self.digests: list[int] = []
 
-    def begin(self, sequences, now):
-        now = super().begin(sequences, now)
+    def begin(self, sequences, now, grammars):
+        begun = super().begin(sequences, now, grammars)
         self.digests.append(self.digest)
-        return now
+        return begun
 
 
 @dataclass

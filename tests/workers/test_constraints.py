@@ -243,6 +243,25 @@ def test_a_constraint_that_takes_long_to_compile_stalls_nobody(monkeypatch):
     rig.close()
 
 
+def test_the_load_counts_the_prompts_of_those_that_wait_for_their_grammar(monkeypatch):
+    rig, gate = make_rig(), threading.Event()
+    monkeypatch.setattr(Grammars, "_compile", lambda self, constraint: gate.wait(30))
+    prompt = prompts(1, lengths=[100])[0]
+    for number in range(2):
+        rig.engine.submit(rig.job(number, prompt, constraint=Constraint("regex", "yes")))
+        rig.engine.step()
+        rig.engine.step()
+    load = rig.engine.load()
+    assert (load.running, load.waiting) == (0, 2)
+    assert load.pending_prefill_tokens == 100 + 4, "the second one finds what the first will have made"
+    for number in range(2):
+        rig.engine.cancel(number)
+    assert (rig.engine.load().waiting, rig.engine.load().pending_prefill_tokens) == (0, 0)
+    gate.set()
+    rig.collect()
+    rig.close()
+
+
 def test_one_that_waits_for_its_grammar_can_be_cancelled_and_has_a_deadline_and_a_limit(monkeypatch):
     rig, gate = make_rig(), threading.Event()
     monkeypatch.setattr(Grammars, "_compile", lambda self, constraint: gate.wait(30))
@@ -322,7 +341,7 @@ def test_a_tokenizer_that_the_library_cannot_read_fails_the_job_and_not_the_work
 
 
 def test_only_sequences_with_a_constraint_wait(rig: Rig):
-    room = Anteroom(rig.engine.grammars, time.monotonic)
+    room = Anteroom(rig.engine.grammars)
     rig.engine.submit(rig.job("plain", prompts(1)[0], max_tokens=1))
     with pytest.raises(ValueError, match="scheduler"):
         room.add(rig.engine._sequences["plain"])

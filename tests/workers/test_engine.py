@@ -335,7 +335,7 @@ def test_a_forward_that_fails_ends_its_jobs_and_not_the_worker(rig: Rig, monkeyp
 
     monkeypatch.setattr(rig.engine.runner, "forward", out_of_memory)
     (answer,) = rig.run(rig.job("a", PROMPT))
-    assert (answer.finish, answer.error.reason) == (FinishReason.ERROR, "ENGINE_FAILURE")
+    assert (answer.finish, answer.error.reason) == (FinishReason.ERROR, "OUT_OF_MEMORY")
     assert "no memory left" in answer.error.message
     monkeypatch.undo()
     assert rig.run(rig.job("b", PROMPT, max_tokens=2))[0].finish is FinishReason.LENGTH
@@ -438,7 +438,7 @@ def test_the_third_failed_step_in_a_row_ends_the_worker(rig: Rig, monkeypatch):
 
 def test_an_error_of_the_gpu_ends_the_worker_at_once_but_want_of_memory_never(rig: Rig, monkeypatch):
     monkeypatch.setattr(rig.engine.runner, "forward", lambda *_: _raise(torch.OutOfMemoryError("full")))
-    assert all(rig.run(rig.job(n, PROMPT))[0].error.reason == "ENGINE_FAILURE" for n in range(4))
+    assert all(rig.run(rig.job(n, PROMPT))[0].error.reason == "OUT_OF_MEMORY" for n in range(4))
     monkeypatch.setattr(rig.engine.runner, "forward", lambda *_: _raise(RuntimeError("CUDA error: unspecified")))
     rig.engine.submit(rig.job("c", PROMPT))
     with pytest.raises(RuntimeError, match="CUDA"):

@@ -43,7 +43,7 @@ DEVICE_BLOCKS = 18
 SCHEME = HashScheme(b"f" * 32, LAYOUT.describe(), LAYOUT.block_size)
 ROOT = SCHEME.root(b"")
 PROMPT = list(range(500, 530))
-CAUSED = {"MODEL_OUTPUT_NOT_FINITE", "ENGINE_FAILURE", "PROMPT_TOO_LONG"}
+CAUSED = {"MODEL_OUTPUT_NOT_FINITE", "OUT_OF_MEMORY", "PROMPT_TOO_LONG"}
 
 
 class GpuLike(LateDevice):

@@ -6,6 +6,7 @@ import base64
 import logging
 import math
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ import pytest
 from kvstore.blocks import block_hashes
 from kvstore.errors import TierError
 from kvstore.events import TierName
+from kvstore.peer.promises import FIRST_QUESTION_S
 from tests.workers.engine_rig import model_folder, prompts
 from tests.workers.serving import INFO, routers, serving
 from tests.workers.stream_client import SECRET, job
@@ -320,6 +322,28 @@ def test_a_maker_that_stops_half_way_costs_no_token(small_steps: list[TorchEngin
     while answerer.has_work():
         again += answerer.step().outputs
     assert _tokens(answers) == _tokens(again)
+
+
+def test_a_maker_owes_what_it_made_until_the_other_one_has_read_it(small_steps: list[TorchEngine]):
+    maker, answerer = small_steps
+    assert not maker.cache.owes_peers()
+    answerer.submit(_long(answerer, "a", promise=_promise(maker)))
+    maker.submit(_prefill_job(maker))
+    while maker.has_work():
+        maker.step()
+        assert maker.cache.owes_peers()
+    time.sleep(FIRST_QUESTION_S + 0.2)
+    assert maker.cache.owes_peers(), "the other one has not begun to read, and still asks"
+    answers: list[Output] = []
+    while answerer.has_work():
+        answers += answerer.step().outputs
+        answerer.wait(0.01)
+    assert answers[-1].fates == {"computed": 500}
+    assert answerer.load().tiers[TierName.PEER][0].hits == 31
+    until = time.monotonic() + 30
+    while maker.cache.owes_peers():
+        assert time.monotonic() < until, "nobody asks any more"
+        time.sleep(0.05)
 
 
 def test_while_it_waits_others_decode(small_steps: list[TorchEngine]):

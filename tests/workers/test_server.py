@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FuturesTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,36 @@ def test_drain_finishes_what_runs_and_refuses_new_jobs() -> None:
             assert drained.result(PATIENCE_S)
         router.wait_finished(1)
         assert len(router.tokens(1)) == 5
+
+
+class Owing(SimulatedEngine):
+    """Other workers have still to read from it, until `read` is set; `asked` is set when somebody wanted to know."""
+
+    def __init__(self) -> None:
+        super().__init__(INFO, device_blocks=100, sleep=lambda s: None)
+        self.read, self.asked = threading.Event(), threading.Event()
+        self.cache.owes_peers = self._owes  # type: ignore[method-assign]
+
+    def _owes(self) -> bool:
+        self.asked.set()
+        return not self.read.is_set()
+
+
+def test_a_worker_without_jobs_stays_until_others_have_read_what_it_made_for_them() -> None:
+    engine = Owing()
+    with serving(engine) as (server, _), ThreadPoolExecutor(1) as pool:
+        drained = pool.submit(server.drain, PATIENCE_S)
+        assert engine.asked.wait(PATIENCE_S)
+        with pytest.raises(FuturesTimeoutError):
+            drained.result(1.5)
+        engine.read.set()
+        assert drained.result(PATIENCE_S)
+
+
+def test_it_stays_no_longer_than_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaving, "LINGER_S", 0.1)
+    with serving(Owing()) as (server, _), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(server.drain, 0.3).result(PATIENCE_S), "its own jobs have ended"
 
 
 @pytest.mark.parametrize("is_stuck", [False, True])

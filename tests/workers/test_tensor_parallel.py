@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from kvstore.events import RemovalCause, TierName
 from tests.workers.engine_rig import BLOCK_SIZE, make_rig, near_ties, oracle, prompts, runner
 from tests.workers.ranks_rig import cut_runners, end_rigs, make_ranks_rig, meet, on_all_ranks
 from workers.attention.step import Span
-from workers.protocol import FinishReason
+from workers.protocol import Constraint, FinishReason
 from workers.sampler import Sampled
 from workers.tensor_parallel.agreement import TensorParallel
 from workers.tensor_parallel.lost import RankLost
@@ -256,6 +257,73 @@ def test_a_cancelled_job_ends_on_both_ranks():
     assert outputs[-1].finish is FinishReason.CANCELLED
     rig.assert_nothing_leaked()
     rig.close()
+
+
+# --- constraints ---
+
+
+def _gate_grammars(rig, *ranks: int) -> threading.Event:
+    """What these ranks compile is not ready before the gate is open."""
+    gate = threading.Event()
+    for rank in ranks:
+        grammars = rig.engines[rank].grammars
+        compile_now = grammars._compile
+
+        def slowly(constraint, compile_now=compile_now):
+            gate.wait(60)
+            return compile_now(constraint)
+
+        grammars._compile = slowly
+    return gate
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_grammar_that_one_rank_compiles_slowly_holds_up_nobody_else(expected, late):
+    rig, batch = make_ranks_rig(), prompts(COUNT)
+    gate = _gate_grammars(rig, late)
+    rig.engine.submit(rig.job("held", batch[0], constraint=Constraint("regex", "yes")))
+    answers = {}
+    rig.engine.submit(rig.job("other", batch[1]))
+    until = time.monotonic() + SOON_S
+    while "other" not in answers or answers["other"][-1].finish is None:
+        _take(rig.engine.step().outputs, answers)
+        assert time.monotonic() < until, "others wait for the constraint"
+    assert [token for output in answers["other"] for token in output.token_ids] == expected[1].token_ids
+    rig.settle()
+    assert [len(engine._anteroom) for engine in rig.engines] == [1, 1], "it is compiled on one rank only"
+    assert rig.engine.load().waiting == 1
+    gate.set()
+    assert rig.collect()["held"].text == "yes"
+    rig.close()
+
+
+def test_a_constraint_that_takes_too_long_is_refused_at_the_same_step_by_both_ranks():
+    rig = make_ranks_rig()
+    gate = _gate_grammars(rig, 1)
+    rig.engine.submit(rig.job("endless", prompts(1)[0], constraint=Constraint("regex", "yes")))
+    rig.engine.step()
+    rig.clock.ahead_s += 100  # of rank 0; the other one's clock is not asked
+    (output,) = rig.engine.step().outputs
+    assert output.error.reason == "CONSTRAINT_TOO_COMPLEX"
+    rig.assert_nothing_leaked()
+    gate.set()
+    rig.close()
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_constraint_that_fails_on_one_rank_fails_its_job_on_both(expected, broken):
+    rig, batch = make_ranks_rig(), prompts(COUNT)
+    rig.engines[broken].grammars._compile = _cannot_compile
+    refused, other = rig.run(
+        rig.job("refused", batch[0], constraint=Constraint("regex", "yes")), rig.job("other", batch[1])
+    )
+    assert refused.error.reason == "CONSTRAINT_FAILED"
+    assert other.token_ids == expected[1].token_ids
+    rig.close()
+
+
+def _cannot_compile(constraint):
+    raise MemoryError("no room for its states")
 
 
 def test_a_deadline_is_that_of_rank_0s_clock():

@@ -75,6 +75,17 @@ class Pipeline:
                 if not self._ends_with(sequence, sequence.num_computed + 1):
                     sequence.ahead = sequence.num_computed + 1
 
+    def undo(self, flight: Flight) -> None:
+        """A step could not be computed: its sequences are as far as before it, and so are those of the step behind it,
+        which is thrown away. What both have written to blocks is written again."""
+        later = self.lift()
+        for each in (later, flight):
+            if each is not None:
+                _roll_back(each)
+        if later is not None:
+            self._launcher.settle()
+            self.end(later)
+
     def end(self, flight: Flight) -> None:
         """A step has been taken in: what was given back while it ran is free."""
         self.store.end(flight.given_back)
@@ -87,3 +98,8 @@ class Pipeline:
             if (flight := self.lift()) is not None:
                 self.end(flight)
             self._launcher.close()
+
+
+def _roll_back(flight: Flight) -> None:
+    for chunk, stop in zip(flight.work.chunks, flight.work.stops, strict=True):
+        chunk.sequence.num_computed, chunk.sequence.ahead = stop - chunk.length, 0

@@ -9,7 +9,8 @@ block, its checksum failed. So the answer for all is the least one:
 - blocks have come when they have come on every rank;
 - blocks can be allocated when every rank can.
 
-One all-reduce a step carries how many blocks every rank has free and how far each load is. Admissions, and allocations
+One all-reduce a step carries how many blocks every rank has free, how far each load is, and how far each constraint is
+compiled: one that a rank has not finished yet is waited for by its own sequence alone, on all ranks. Admissions, and allocations
 when those blocks have run short, cost one more. A step also carries a digest of the schedule: ranks that part, which
 would be a defect, end the worker and never mix their tensors.
 """
@@ -20,14 +21,13 @@ import zlib
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from concurrent.futures import Future, wait
 
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
 from kvstore.lifetime import Lifetime
 from kvstore.store import ComputeMs, ReadTiers
-from workers.anteroom import COMPILE_LIMIT_S
-from workers.grammars import Grammar
+from workers.agreement import Begun
+from workers.anteroom import Compiling
 from workers.sampler import Sampled
 from workers.scheduler import BlockStore
 from workers.sequence import Acquisition, Sequence
@@ -36,7 +36,7 @@ from workers.tensor_parallel.group import RankGroup
 from workers.tensor_parallel.lost import RankLost
 
 ALL_TIERS = ReadTiers()
-_STATES = 2 * 32  # of loads are sent in multiples of this
+_STATES = 2 * 32  # of loads and constraints are sent in multiples of this
 _NO_TOKEN = -1  # of a sequence whose logits are not finite
 _PARTED = "its schedule is not that of the others, which is a defect; report it with the logs of all ranks"
 
@@ -148,24 +148,27 @@ class AgreedStore:
         """This rank's; how many more it can give then is asked when they are needed."""
         self._store.release(block_ids)
 
-    def begin(self, digest: int, others: Items[int]) -> list[int]:
-        """A step begins: settle what has come everywhere. Gives the least of `others` over the ranks.
+    def begin(self, digest: int, others: Items[int], grammars: Items[int]) -> tuple[list[int], list[int]]:
+        """A step begins: settle what has come everywhere. Gives the least of `others` and of `grammars` over the ranks.
+
+        All ranks have as many `others`; of `grammars` they have if they have not parted.
 
         Raises:
             RankLost: another rank runs another schedule.
         """
         self._under_way = [each for each in self._under_way if not each.done]
         head = [digest, -digest, len(self._under_way), -len(self._under_way)]
-        states = [number for each in self._under_way for number in each.state()]
+        states = [*grammars, *(number for each in self._under_way for number in each.state())]
         room = [0] * (-len(states) % _STATES)  # ranks that have parted shall still send equally many numbers
         agreed = self._group.least([*head, self._store.available, *others, *states, *room])
         if agreed[0] != -agreed[1] or agreed[2] != -agreed[3]:
             raise RankLost(f"rank {self._group.rank} of {self._group.size}: {_PARTED}")
         self._sure = agreed[4]
-        first = 5 + len(others)
+        compiling = 5 + len(others)
+        first = compiling + len(grammars)
         for place, each in enumerate(self._under_way):
             each.agree(*agreed[first + 2 * place : first + 2 * place + 2])
-        return agreed[5:first]
+        return agreed[5:compiling], agreed[compiling:first]
 
 
 class TensorParallel:
@@ -191,12 +194,13 @@ class TensorParallel:
         self._store = AgreedStore(store, self._group)
         return self._store
 
-    def begin(self, sequences: Iterable[Sequence], now: float) -> float:
-        """Agree on what has come; the time is rank 0's."""
+    def begin(self, sequences: Iterable[Sequence], now: float, grammars: Items[Compiling]) -> Begun:
+        """Agree on what has come and what is compiled; the time is rank 0's."""
         self.digest = schedule_digest(sequences)
-        if self._store is not None:
-            self.agreed_status = self._store.begin(self.digest, self.status)
-        return self.now
+        if self._store is None:
+            return Begun(self.now, grammars)
+        self.agreed_status, agreed = self._store.begin(self.digest, self.status, grammars)
+        return Begun(self.now, [Compiling(each) for each in agreed])
 
     def tokens(self, sampled: dict[Sequence, Sampled]) -> dict[Sequence, Sampled]:
         """Rank 0's. This rank's own differ from them only where logits of ranks differ, which they should not."""
@@ -208,10 +212,6 @@ class TensorParallel:
             return sampled
         tokens = (None if token == _NO_TOKEN else token for token in agreed)
         return {sequence: Sampled(token) for sequence, token in zip(sampled, tokens, strict=True)}
-
-    def compiled(self, grammars: Items[Future[Grammar]]) -> None:
-        """Wait for all of them, which takes milliseconds. One that does not end in time is refused by every rank."""
-        wait(grammars, COMPILE_LIMIT_S)
 
     def failed(self, error: RuntimeError) -> None:
         """No step can follow: the others may wait for a tensor of this rank."""

@@ -250,6 +250,10 @@ class LeadingCache:
         self._leader.tell_later("set_shared_reads", enabled)
         self._own.set_shared_reads(enabled=enabled)
 
+    def owes_peers(self) -> bool:
+        """Whether one rank does."""
+        return any(reply.counts.get("", 0) for reply in _good(self._leader.order("owes_peers")))
+
     def share_running(self) -> bool:
         """On every rank; whether all of it is there on all of them."""
         return all(reply.counts.get("", 0) for reply in _good(self._leader.order("share_running")))

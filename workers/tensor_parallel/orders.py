@@ -57,6 +57,10 @@ def _share_running(cache: EngineCache) -> dict[str, int]:
     return {"": int(cache.share_running())}
 
 
+def _owes_peers(cache: EngineCache) -> dict[str, int]:
+    return {"": int(cache.owes_peers())}
+
+
 def _by_name(counts: dict[TierName, int]) -> dict[str, int]:
     return {tier.value: count for tier, count in counts.items()}
 
@@ -68,4 +72,5 @@ _ORDERS: dict[str, Callable[..., dict[str, int]]] = {
     "end_leases": _end_leases,
     "check": _check,
     "share_running": _share_running,
+    "owes_peers": _owes_peers,
 }
