@@ -64,7 +64,6 @@ def _roles(settings: Settings) -> Iterator[Finding]:
     if not workers.roles:
         return
     missing = {
-        "workers.tensor_parallel to 1": workers.tensor_parallel > 1,
         "store.peers to true": not settings.store.peers,
         "store.host_bytes to more than 0": settings.store.host_bytes == 0,
     }

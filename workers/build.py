@@ -94,7 +94,7 @@ def build_engine(
     shared = _shared(config, codec)
     recalling = Recalling(shared) if shared is not None and config.redis_recall_s > 0 else None
     rule = make_admission(config.admission)
-    peers = open_peers(config, host, codec, clock)
+    peers = open_peers(config, host, codec, clock, rank=rank, size=size)
     store = TieredStore(
         layout,
         device,
@@ -135,18 +135,16 @@ def build_engine(
 
 
 def config_of_rank(config: WorkerConfig, rank: int, size: int) -> WorkerConfig:
-    """What one rank of a worker gets: an equal share of each tier, a folder of its own, no tier `peer`."""
+    """What one rank of a worker gets: an equal share of each tier, a folder and a port for its peers of its own."""
     if size == 1:
         return config
-    if config.peers and rank == 0:
-        log.warning("a worker of several ranks neither reads blocks from other workers nor serves them; peers is off")
     return replace(
         config,
         name=config.name if rank == 0 else f"{config.name}.rank{rank}",
         device_bytes=config.device_bytes // size,
         host_bytes=config.host_bytes // size,
         disk_bytes=config.disk_bytes // size,
-        peers=False,
+        peer_port=config.peer_port + rank if config.peer_port else 0,
     )
 
 

@@ -40,7 +40,8 @@ class WorkerConfig:
         already; it goes on learning while it serves. Zero: it does not ask.
         kv_events: `on`, or `off`: routers are told of no block and go by what they sent.
         peers: whether it reads blocks from other workers' host tiers and serves those of its own; only with a
-        fleet_secret. peer_port: where it serves them, on bind_host; zero: any.
+        fleet_secret. peer_port: where it serves them, on bind_host; zero: any; further
+        ranks count up from it.
         roles: how many workers of the fleet have which role, `prefill=2,decode=6`; empty: all do both. See `roles`.
         block_size: None: `KVLayout.with_chosen_block_size`.
         default_ttl_s: time to live of blocks after their last use; None: until evicted.

@@ -224,6 +224,11 @@ class EngineThread:
         """Of the thread; None: it has not begun."""
         return self._thread.ident
 
+    @property
+    def has_died(self) -> bool:
+        """Whether the thread has ended though nobody asked it to. Any thread."""
+        return self._thread.ident is not None and not self._thread.is_alive() and self._mailbox.flush_s is None
+
     def turn_takes_s(self) -> float:
         """For how long the turn under way has run; zero between two. Any thread."""
         began = self._turn_began

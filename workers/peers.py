@@ -2,12 +2,16 @@
 
 Covers: whether a worker takes part, where it listens, the hints that come with jobs. Does not cover: reading and
 serving (`kvstore.peer`), whom the router names (the router).
+
+Of a worker of several ranks each serves its own share and reads from the same rank elsewhere. The worker's address is
+that of its ranks, in their order, between commas; routers pass it on as it is. Ranks of different numbers hold other
+bytes under the same names, and refuse one another when they meet (`HashScheme.tp_rank` is part of what they claim).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from kvstore.acquisition import Promise
 from kvstore.codec import BlockCodec
@@ -23,25 +27,32 @@ from workers.config import WorkerConfig
 from workers.protocol import Job
 
 TIMEOUT_S = 0.1  # longest wait for another worker's answer, and for each block of it
+RANKS_BETWEEN = ","
 
 log = logging.getLogger(__name__)
 
 
 class Peers:
-    """What one worker reads and serves. `tier` belongs to the store, which closes it; `close` ends the rest before.
+    """What one rank of a worker reads and serves. `tier` belongs to the store, which closes it; `close` ends the rest
+    before.
 
     Attributes:
-        tier: what other workers hold. address: where others read from this worker; empty: it serves none.
+        tier: what other workers hold. address: where others read from this rank; empty: it serves none.
     """
 
-    def __init__(self, tier: PeersTier, server: PeerServer | None = None, address: str = "") -> None:
+    def __init__(
+        self, tier: PeersTier, server: PeerServer | None = None, address: str = "", *, rank: int = 0, size: int = 1
+    ) -> None:
+        """`rank`, of `size`: of this worker, and of the others that are read from."""
         self.tier = tier
         self.address = address
         self._server = server
+        self._rank, self._size = rank, size
 
     def learn(self, job: Job) -> None:
         """Believe the hints of a job; what it is promised is for the store to wait for (`promise`)."""
-        holders = [Holder(hint.address, hint.blocks) for hint in job.peers if hint.address != self.address]
+        named = [(self._of_rank(hint.address), hint.blocks) for hint in job.peers]
+        holders = [Holder(address, blocks) for address, blocks in named if address not in ("", self.address)]
         if holders:
             self.tier.learn(job.block_hashes, holders)
 
@@ -53,10 +64,10 @@ class Peers:
     def promise(self, job: Job, now: float) -> Promise | None:
         """What another worker makes for a job; None: nothing, or it is this one."""
         told = job.promise
-        if told is None or told.address == self.address or job.no_read:
+        if told is None or job.no_read or (address := self._of_rank(told.address)) == self.address:
             return None
         return promise_of(
-            job.block_hashes, told.address, told.blocks, ready_ms=told.ready_ms, margin_ms=told.margin_ms, now=now
+            job.block_hashes, address, told.blocks, ready_ms=told.ready_ms, margin_ms=told.margin_ms, now=now
         )
 
     def hold(self, key: Hashable, for_s: float) -> None:
@@ -67,14 +78,26 @@ class Peers:
         """As `PeersTier.release`."""
         self.tier.release(key)
 
+    def _of_rank(self, address: str) -> str:
+        """Where a worker's rank of this number serves; empty: it has not as many ranks."""
+        ranks = address.split(RANKS_BETWEEN)
+        return ranks[self._rank] if len(ranks) == self._size else ""
+
     def close(self) -> None:
         """Serve nobody any more; when it returns no block of the host tier is being sent."""
         if self._server is not None:
             self._server.close()
 
 
-def open_peers(config: WorkerConfig, host: HostTier | None, codec: BlockCodec, clock: Clock) -> Peers | None:
-    """What the settings ask for; None: this worker neither reads nor serves.
+def address_of(ranks: Sequence[str]) -> str:
+    """A worker's address, of those of its ranks in their order; empty: one of them serves none."""
+    return RANKS_BETWEEN.join(ranks) if all(ranks) else ""
+
+
+def open_peers(
+    config: WorkerConfig, host: HostTier | None, codec: BlockCodec, clock: Clock, *, rank: int = 0, size: int = 1
+) -> Peers | None:
+    """What the settings ask for, for one rank of a worker; None: it neither reads nor serves.
 
     Raises:
         TierError: it cannot listen at its address.
@@ -86,11 +109,11 @@ def open_peers(config: WorkerConfig, host: HostTier | None, codec: BlockCodec, c
         return None
     tier = PeersTier(codec=codec, secret=config.fleet_secret, timeout_s=TIMEOUT_S, clock=clock)
     if host is None:
-        return Peers(tier)
+        return Peers(tier, rank=rank, size=size)
     server = PeerServer(host, codec=codec, secret=config.fleet_secret, host=config.bind_host, port=config.peer_port)
     address = authority(advertised_host(config), server.port)
     log.info("blocks are served to other workers", extra={"worker": config.name, "address": address})
-    return Peers(tier, server, address)
+    return Peers(tier, server, address, rank=rank, size=size)
 
 
 def _refusal(config: WorkerConfig) -> str:

@@ -1,8 +1,8 @@
-"""Notices an engine whose thread is stuck, so that its worker ends and a new process takes its place.
+"""Notices an engine whose thread is stuck or gone, so that its worker ends and a new process takes its place.
 
-A thread that raises is heard of (`engine_thread`). One that never comes back from a driver or a file system is not: the
-server's loop goes on beating for it, and routers wait for tokens that do not come. So the loop looks how long the turn
-under way has taken. Where the loop cannot run either (a call that keeps the interpreter's lock), faulthandler's timer,
+A thread that raises is heard of (`engine_thread`). One that never comes back from a driver or a file system is not, nor
+one that could not even say that it failed: the server's loop goes on beating for it, and routers wait for tokens that
+do not come. So the loop looks how long the turn under way has taken, and whether there is a thread at all. Where the loop cannot run either (a call that keeps the interpreter's lock), faulthandler's timer,
 which needs no lock, prints all stacks and ends the process.
 """
 
@@ -27,12 +27,21 @@ class EngineStuckError(Exception):
     """The engine's thread has not come back for longer than a turn may take."""
 
 
+class EngineGoneError(Exception):
+    """The engine's thread has ended and has not said why."""
+
+
 class Watched(Protocol):
     """What is looked at; `workers.engine_thread.EngineThread`."""
 
     @property
     def ident(self) -> int | None:
         """The thread."""
+        ...
+
+    @property
+    def has_died(self) -> bool:
+        """Whether it has ended though nobody asked it to."""
         ...
 
     def turn_takes_s(self) -> float:
@@ -54,14 +63,17 @@ class Watchdog:
         self._engine, self._limit_s, self._bite, self._last_resort = engine, limit_s, bite, last_resort
 
     async def watch(self) -> None:
-        """Until a turn takes too long; cancel it to end."""
+        """Until a turn takes too long, or the thread is gone; cancel it to end."""
         try:
-            while (turn_s := self._engine.turn_takes_s()) <= self._limit_s:
+            while (turn_s := self._engine.turn_takes_s()) <= self._limit_s and not self._engine.has_died:
                 self._rearm()
                 await asyncio.sleep(self._limit_s / LOOKS)
         finally:
             if self._last_resort:
                 faulthandler.cancel_dump_traceback_later()
+        if turn_s <= self._limit_s:
+            self._bite(EngineGoneError("the engine's thread has ended, and its error was lost; the log may have it"))
+            return
         self._bite(EngineStuckError(_words(turn_s, self._limit_s, self._engine.ident)))
 
     def _rearm(self) -> None:

@@ -63,13 +63,13 @@ def test_settings_that_go_together_are_said_to_be(flags: dict[str, object]) -> N
     [
         ({"store.peers": "false"}, "store.peers"),
         ({"store.host_bytes": 0}, "store.host_bytes"),
-        ({"workers.tensor_parallel": 2}, "workers.tensor_parallel"),
         ({"workers.count": 1}, "role decode"),
     ],
 )
 def test_roles_that_are_of_no_use_are_told(flags: dict[str, object], named: str) -> None:
     roles = {"workers.count": 2, "workers.roles": "prefill=1,decode=1"}
     assert [finding.level for finding in _findings(roles)] == ["ok"]
+    assert [finding.level for finding in _findings(roles | {"workers.tensor_parallel": 2})] == ["ok"]
     found = _findings(roles | flags)
     assert [finding.level for finding in found] == ["warn"]
     assert named in found[0].remedy

@@ -20,12 +20,16 @@ from kvstore.codec import BlockCodec
 from kvstore.device import DeviceTier
 from kvstore.disk.tier import DiskTier
 from kvstore.host.tier import HostTier
+from kvstore.peer.peers import PeersTier
+from kvstore.peer.server import PeerServer
 from kvstore.redis.tier import RedisTier
 from kvstore.store import TieredStore
 from tests.workers.engine_rig import BLOCK_SIZE, SHAPE, Clock, Rig, model_folder
+from tests.workers.stream_client import SECRET
 from workers import models
 from workers.engine import TorchEngine
 from workers.models import ModelRunner
+from workers.peers import Peers, address_of
 from workers.protocol import EngineInfo
 from workers.tensor_parallel.agreement import TensorParallel
 from workers.tensor_parallel.follower import Follower
@@ -108,8 +112,15 @@ class RanksRig(Rig):
     stores: list[TieredStore] = field(default_factory=list)
     ranks: list[Watched] = field(default_factory=list)
     groups: list[RankGroup] = field(default_factory=list)
+    proxies: list[ModelsGroup] = field(default_factory=list)
+    peers: list[Peers] = field(default_factory=list)
     follower: threading.Thread | None = None
     failures: list[BaseException] = field(default_factory=list)
+
+    def use_models(self) -> None:
+        """The models are of one rig at a time: from now on of this one."""
+        for proxy, group in zip(self.proxies, self.groups, strict=True):
+            proxy.group = group
 
     def assert_nothing_held(self) -> None:
         self.settle()
@@ -142,8 +153,9 @@ def make_ranks_rig(
     redis_url: str | None = None,
     max_batch_tokens: int = 256,
     max_running: int = 32,
+    serves_peers: bool = False,
 ) -> RanksRig:
-    """As `make_rig`, on two ranks."""
+    """As `make_rig`, on two ranks. `serves_peers`: each reads blocks of other workers and serves its own."""
     (runners, proxies), clock, other_clock = cut_runners(architecture), Clock(), Clock()
     other_clock.ahead_s = 1000.0  # ranks have clocks of their own
     parts: dict[int, tuple] = {}
@@ -161,8 +173,17 @@ def make_ranks_rig(
         host = HostTier(layout, host_blocks * nbytes, clock=clock_of_rank) if host_blocks else None
         on_disk = None if disk is None else DiskTier(disk / f"rank{rank}", 64 << 20, codec=codec, clock=clock_of_rank)
         shared = None if redis_url is None else RedisTier(redis_url, codec=codec, timeout_s=5.0)
+        peers = _open_peers(host, codec, clock_of_rank, rank) if serves_peers else None
         store = TieredStore(
-            layout, device, host, shared, disk=on_disk, clock=clock_of_rank, default_ttl_s=None, load_slack_s=5.0
+            layout,
+            device,
+            host,
+            shared,
+            disk=on_disk,
+            peers=None if peers is None else peers.tier,
+            clock=clock_of_rank,
+            default_ttl_s=None,
+            load_slack_s=5.0,
         )
         info = EngineInfo(
             scheme=named,
@@ -185,10 +206,15 @@ def make_ranks_rig(
             max_running=max_running,
             default_ttl_s=None,
             clock=clock_of_rank,
+            peers=peers,
             ranks=ranks,
         )
         engine._scheduler._compute_ms = lambda first, count: math.inf
-        parts[rank] = (engine, store, ranks)
+        parts[rank] = (engine, store, ranks, peers)
+    if serves_peers:
+        address = address_of([parts[rank][3].address for rank in range(SIZE)])
+        for rank in range(SIZE):
+            parts[rank][0].info = replace(parts[rank][0].info, peer_address=address)
     rig = RanksRig(
         LeadingEngine(parts[0][0], groups[0], parts[0][2], clock=clock),
         parts[0][1],
@@ -198,11 +224,19 @@ def make_ranks_rig(
         stores=[parts[rank][1] for rank in range(SIZE)],
         ranks=[parts[rank][2] for rank in range(SIZE)],
         groups=groups,
+        proxies=proxies,
+        peers=[parts[rank][3] for rank in range(SIZE) if parts[rank][3] is not None],
     )
     rig.follower = threading.Thread(target=_follow, args=(rig,), name="rank1", daemon=True)
     rig.follower.start()
     _rigs.append(rig)
     return rig
+
+
+def _open_peers(host: HostTier | None, codec: BlockCodec, clock: Clock, rank: int) -> Peers:
+    server = PeerServer(host, codec=codec, secret=SECRET)
+    tier = PeersTier(codec=codec, secret=SECRET, timeout_s=30.0, clock=clock)
+    return Peers(tier, server, server.address, rank=rank, size=SIZE)
 
 
 def end_rigs() -> None:

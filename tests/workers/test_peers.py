@@ -324,6 +324,34 @@ def test_a_maker_that_stops_half_way_costs_no_token(small_steps: list[TorchEngin
     assert _tokens(answers) == _tokens(again)
 
 
+@pytest.mark.parametrize("made_first", [0, 3])
+def test_a_job_that_is_cancelled_while_it_waits_for_another_worker_holds_nothing(
+    small_steps: list[TorchEngine], made_first: int
+):
+    """Nothing has come yet, or a part of it lies on the device already."""
+    maker, answerer = small_steps
+    answerer.submit(_long(answerer, "a", promise=_promise(maker)))
+    maker.submit(_prefill_job(maker))
+    for _ in range(made_first):
+        maker.step()
+    names = block_hashes(LONG, answerer.info.scheme.root(b""), 16)
+    until = time.monotonic() + 30
+    while len(answerer.store.match(names)) < made_first * 4 or answerer.load().waiting != 1:
+        assert time.monotonic() < until
+        answerer.step()
+        answerer.wait(0.01)
+    assert answerer.load().running == 0
+    answerer.cancel("a")
+    assert [output.finish for output in answerer.step().outputs] == [FinishReason.CANCELLED]
+    assert not answerer.has_work()
+    device = answerer.store.device
+    assert [block for block in range(device.num_blocks) if device.refs(block)] == []
+    while maker.has_work():
+        maker.step()
+    answerer.step()
+    answerer.cache.check()
+
+
 def test_a_maker_owes_what_it_made_until_the_other_one_has_read_it(small_steps: list[TorchEngine]):
     maker, answerer = small_steps
     assert not maker.cache.owes_peers()

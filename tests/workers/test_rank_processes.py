@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from dataclasses import asdict, replace
@@ -38,6 +39,7 @@ CONFIG = WorkerConfig(
     tensor_parallel=2,
     fleet_secret=SECRET,
     default_ttl_s=None,
+    peers=True,
 )
 
 
@@ -70,6 +72,11 @@ def test_a_killed_rank_ends_the_engine_at_once_and_is_named() -> None:
     [pid] = processes.pids
     folder = processes.folder
     assert folder.stat().st_mode & 0o077 == 0, "only this user may join"
+    served = engine.info.peer_address.split(",")
+    assert len(set(served)) == 2, "each rank serves its share to other workers"
+    for address in served:
+        host, _, port = address.partition(":")
+        socket.create_connection((host, int(port)), 5).close()
 
     prompt, answer = prompts(5)[4], CollectedAnswer()
     engine.submit(_job(engine, prompt, max_tokens=64))

@@ -322,6 +322,20 @@ def test_a_constraint_that_fails_on_one_rank_fails_its_job_on_both(expected, bro
     rig.close()
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_job_that_is_cancelled_while_one_rank_compiles_ends_on_both(late):
+    rig = make_ranks_rig()
+    gate = _gate_grammars(rig, late)
+    rig.engine.submit(rig.job("left", prompts(1)[0], constraint=Constraint("regex", "yes")))
+    rig.engine.step()
+    rig.engine.cancel("left")
+    assert [output.finish for output in rig.engine.step().outputs] == [FinishReason.CANCELLED]
+    gate.set()
+    rig.assert_nothing_leaked()
+    assert [len(engine._anteroom) for engine in rig.engines] == [0, 0]
+    rig.close()
+
+
 def _cannot_compile(constraint):
     raise MemoryError("no room for its states")
 

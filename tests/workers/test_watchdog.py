@@ -17,13 +17,14 @@ from tests.workers.serving import INFO, Gate, config, routers, simulated
 from tests.workers.stream_client import PATIENCE_S, job
 from warmkv.v1 import common_pb2
 from workers.server import WorkerServer
-from workers.watchdog import EngineStuckError, Watchdog
+from workers.watchdog import EngineGoneError, EngineStuckError, Watchdog
 
 PROMPT = list(range(40))
 
 
 class Turns:
     ident = None
+    has_died = False
 
     def __init__(self, *takes: float) -> None:
         self.takes = list(takes)
@@ -60,6 +61,28 @@ def test_a_stuck_engine_ends_its_streams_and_its_server_and_says_where_it_is() -
     assert "in step" in str(failure)
     assert "serving.py" in str(failure), "the stack names the call that does not return"
     gate.open()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_without_a_word_ends_its_streams_and_its_server() -> None:
+    failures: list[BaseException] = []
+    server = WorkerServer(config(watchdog_s=2.0), simulated(), on_fatal=failures.append)
+    address = server.start()
+    with routers(address) as (client,):
+        client.wait_handled()
+        server._engine_thread._publish = _mute
+        server._engine_thread._engine.step = _mute
+        client.send(submit=job(INFO.scheme, 1, PROMPT, max_tokens=1000))
+        error = client.wait_ended()
+        assert error is not None
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert client.outputs[1][-1].error.reason == "ENGINE_FAILED"
+    assert server.wait_closed(PATIENCE_S)
+    assert [type(failure) for failure in failures] == [EngineGoneError]
+
+
+def _mute(*_: object) -> None:
+    raise RuntimeError("nothing can be said")
 
 
 def test_long_steps_within_the_limit_and_an_idle_engine_are_left_alone() -> None:

@@ -75,6 +75,10 @@ class Follower:
                 self._engine.cache.set_shared_reads(enabled=enabled)
             case "cache", ["shared_cleared"]:
                 self._engine.cache.shared_cleared()
+            case "cache", ["hold_peers", key, for_s]:
+                self._engine.cache.hold_peers(key, for_s)
+            case "cache", ["release_peers", key]:
+                self._engine.cache.release_peers(key)
             case "cache", ["clear_shared", root, prefix]:
                 self._clear_shared(self._engine.cache.shared_clearing(root=root, prefix=prefix))
 

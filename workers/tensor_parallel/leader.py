@@ -69,7 +69,7 @@ class LeadingEngine:
 
     def submit(self, job: Job) -> None:
         """As `TorchEngine.submit`, on every rank."""
-        self._commands.append(["submit", replace(job, peers=())])
+        self._commands.append(["submit", job])
         self.engine.submit(job)
 
     def cancel(self, job_id: JobId) -> None:
@@ -210,10 +210,14 @@ class LeadingCache:
         self._own.shared_cleared()
 
     def hold_peers(self, key: Hashable, for_s: float) -> None:
-        """Nothing: several ranks have no tier `peer`."""
+        """On every rank, before the next clear."""
+        self._leader.tell_later("hold_peers", key, for_s)
+        self._own.hold_peers(key, for_s)
 
     def release_peers(self, key: Hashable) -> None:
-        """Nothing."""
+        """On every rank."""
+        self._leader.tell_later("release_peers", key)
+        self._own.release_peers(key)
 
     def list_blocks(
         self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from kvstore.tier import Clock
 from workers.build import build_engine
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
+from workers.peers import address_of
 from workers.tensor_parallel.agreement import TensorParallel
 from workers.tensor_parallel.follower import Follower
 from workers.tensor_parallel.group import RankGroup
@@ -84,11 +86,18 @@ def _build(
     engine = build_engine(config, clock=clock, group=group, ranks=ranks)
     try:
         _compare(group, engine)
+        _share_addresses(group, engine)
     except BaseException:
         engine.close(flush_s=0.0)
         raise
     group.set_timeout(COLLECTIVE_TIMEOUT_S)
     return group, ranks, engine
+
+
+def _share_addresses(group: RankGroup, engine: TorchEngine) -> None:
+    """Let routers hear where each rank serves its share."""
+    ranks = [address.decode() for address in group.messages_of_all(engine.info.peer_address.encode())]
+    engine.info = replace(engine.info, peer_address=address_of(ranks))
 
 
 def _on_gpu(config: WorkerConfig) -> bool:
