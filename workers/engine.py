@@ -1,7 +1,7 @@
 """The engine: one step schedules, fetches, forwards, samples and commits. Without Ray or gRPC.
 
 Covers: the life of a job from `submit` to its last Output. The parts know their business: `scheduler` what to compute,
-`kvstore` where blocks lie, `stepping` and `models` how to compute, `sampler` and `detokenize` what comes out. Does not
+`kvstore` where blocks lie, `stepping` and `models` how to compute, `sampler` and `answering` what comes out. Does not
 cover: which jobs are refused (`refusal`), which failures end the worker (`step_failures`), what operators do
 (`engine_cache`).
 
@@ -17,25 +17,23 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
-from kvstore.blocks import shared_blocks
 from kvstore.events import BlockStored
 from kvstore.lifetime import Lifetime
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta, Clock
 from workers.agreement import ALONE, Agreement, Begun
+from workers.answering import Answering, sample_ready
 from workers.anteroom import Anteroom
 from workers.attention.step import KVViews
 from workers.conversations import Conversations
 from workers.detokenize import TextStream
 from workers.engine_cache import EngineCache
-from workers.engine_load import load_of
+from workers.engine_load import expected_tokens, load_of
 from workers.grammars import Grammars
 from workers.models import ModelRunner
 from workers.prefill_only import PrefillOnly
@@ -48,12 +46,11 @@ from workers.protocol import (
     Load,
     Output,
     StepReport,
-    TokenLogprob,
 )
 from workers.proven import Proven
 from workers.refusal import refusal
 from workers.row_state import row_state
-from workers.sampler import Row, Sampled, sample
+from workers.sampler import Sampled
 from workers.scheduler import Chunk, Scheduler
 from workers.sequence import Sequence
 from workers.step_budget import StepBudget
@@ -123,7 +120,9 @@ class TorchEngine:
         self._block_size = info.scheme.block_size
         self._capacity = num_blocks * self._block_size
         self._default = Lifetime(default_ttl_s, is_default=True)
-        self._pipeline = Pipeline(launcher or DirectLauncher(runner, kv), store, self._block_size, self._ends_with)
+        self._answering = Answering(info, self._capacity, clock)
+        ends_with = self._answering.ends_with
+        self._pipeline = Pipeline(launcher or DirectLauncher(runner, kv), store, self._block_size, ends_with)
         self._taken_in_at = 0.0
         self._times, self._prefilling = times or StepTimes(self._block_size), BusyShare()
         self._answers, self._slots, self._ranks = Answers(self._block_size), max_running, ranks
@@ -140,7 +139,7 @@ class TorchEngine:
         self._outputs: list[Output] = []  # for the next report
         self._arrivals = self._steps = 0
         self._failures, self._budget = StepFailures(), StepBudget(max_batch_tokens, max_running)
-        self._stalled = False
+        self._stalled, self._sample = False, sample_ready
         self.cache = EngineCache(store, self._scheduler, peers, self._default)
         self._proven = Proven()
         self._prefill_only = PrefillOnly(None if peers is None else peers.board, self._block_size, store.settled)
@@ -167,7 +166,9 @@ class TorchEngine:
             text=TextStream(self._tokenizer, asked.token_ids, job.sampling.stop),
         )
         sequence.text.replay(sequence.generated_ids)
-        sequence.expected_cached = self._expected_blocks(sequence, promised) * self._block_size
+        near = len(self.store.match(sequence.readable(self._block_size), self._scheduler.reads))
+        before = (*self._scheduler, *self._anteroom)
+        sequence.expected_cached = expected_tokens(sequence, near, promised, before, self._block_size)
         self._sequences[job.job_id] = sequence
         self._prefill_only.begin(sequence)
         if job.sampling.constraint is not None:
@@ -238,14 +239,6 @@ class TorchEngine:
             last.callback(self._pipeline.close)
             for sequence in list(self._sequences.values()):
                 self._end(sequence, FinishReason.CANCELLED)
-
-    def _expected_blocks(self, sequence: Sequence, promised: int) -> int:
-        """Leading blocks in reach when those before it are prefilled: a burst over one document computes it once."""
-        names = sequence.readable(self._block_size)
-        others = (*self._scheduler, *self._anteroom)
-        prefilling = (other for other in others if other.remaining > 1 and not other.job.no_store)
-        made = [shared_blocks(names, other.hashes) for other in prefilling]
-        return max(len(self.store.match(names, self._scheduler.reads)), min(promised, len(names)), *made)
 
     def _schedule(self) -> list[Chunk]:
         self._scheduler.is_ahead = self._pipeline.is_flying
@@ -327,12 +320,6 @@ class TorchEngine:
     def _is_under_way(self, sequence: Sequence) -> bool:
         return self._sequences.get(sequence.job.job_id) is sequence
 
-    def _sample(self, ready: list[Sequence], logits: Tensor) -> dict[Sequence, Sampled]:
-        if not ready:
-            return {}
-        rows = [Row(sequence.job.sampling, len(sequence.token_ids), sequence.row) for sequence in ready]
-        return dict(zip(ready, sample(logits, rows), strict=True))
-
     def _commit(self, work: StepWork, sampled: dict[Sequence, Sampled]) -> None:
         """Make blocks findable that the step filled, but none of a sequence whose numbers went wrong, or that ended."""
         block_ids: list[int] = []
@@ -353,8 +340,9 @@ class TorchEngine:
     def _advance(self, sequence: Sequence, sampled: Sampled) -> None:
         """Append a token; the output that tells of it."""
         if sampled.token_id is None:
-            if sampled.error is None:
-                self._drop_doubtful_blocks(sequence)
+            if sampled.error is None and (doubtful := self._proven.doubt(sequence, self._block_size)):
+                self.cache.changed = True
+                self.store.disown(doubtful)
             self._end(sequence, FinishReason.ERROR, sampled.error or NOT_FINITE)
             return
         if sequence.num_proven < sequence.num_committed:
@@ -363,54 +351,14 @@ class TorchEngine:
         if sequence.job.prefill_only:
             self._end(sequence, FinishReason.LENGTH)
             return
-        sequence.token_ids.append(sampled.token_id)
-        ended = self._is_end(sequence, sampled.token_id)
-        output = self._output(sequence, sampled.token_id, sampled.logprob)
-        if ended:
-            output.finish = FinishReason.STOP
-        else:
-            self._read(output, partial(sequence.text.push, sampled.token_id))
-            if sequence.row is not None:
-                sequence.row.append(sampled.token_id)
-        if output.finish is None and (sequence.text.stopped or (sequence.row is not None and sequence.row.complete)):
-            output.finish = FinishReason.STOP
-        elif output.finish is None and self._is_full(sequence):
-            output.finish = FinishReason.LENGTH
+        output = self._answering.add(sequence, sampled.token_id, sampled.logprob)
         if output.finish is not None:
             self._finish(sequence, output)
         self._outputs.append(output)
 
-    def _output(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Output:
-        output = Output(sequence.job.job_id, [token_id], completion_tokens=sequence.num_generated)
-        if logprob is not None:
-            output.logprobs.append(logprob)
-        if sequence.num_generated == sequence.job.resumed + 1:
-            output.fates, output.resumed_fates = sequence.fates, sequence.resumed_fates
-            sequence.first_token_at = self._clock()
-            waited = (sequence.first_step_at or sequence.submitted_at) - sequence.submitted_at
-            output.worker_ttft_ms = (sequence.first_token_at - sequence.submitted_at) * 1000
-            output.load_ms = sequence.load_ms
-            output.queue_ms = max(0.0, waited * 1000 - sequence.load_ms)
-        return output
-
-    def _is_end(self, sequence: Sequence, token_id: int) -> bool:
-        sampling = sequence.job.sampling
-        return token_id in sampling.stop_token_ids or (not sampling.ignore_eos and token_id in self.info.eos_token_ids)
-
-    def _is_full(self, sequence: Sequence) -> bool:
-        return self._ends_with(sequence, len(sequence.token_ids))
-
-    def _ends_with(self, sequence: Sequence, tokens: int) -> bool:
-        """Whether it may not grow beyond so many tokens."""
-        longest = min(self.info.context_length, self._capacity)
-        return tokens - sequence.num_prompt >= sequence.job.sampling.max_tokens or tokens >= longest
-
     def _finish(self, sequence: Sequence, output: Output) -> None:
         """Complete a sequence's last output and forget the sequence."""
-        self._read(output, sequence.text.flush)
-        if sequence.text.stopped and output.finish is FinishReason.LENGTH:
-            output.finish = FinishReason.STOP
-        output.fates = sequence.fates
+        self._answering.flush(sequence, output)
         if sequence.turn is not None and sequence.num_committed > sequence.num_prompt // self._block_size:
             self._conversations.answered(sequence.turn, sequence.hashes[sequence.num_committed - 1])
         available = self._pipeline.store.available
@@ -445,32 +393,6 @@ class TorchEngine:
         for sequence in list(self._sequences.values()):
             if sequence.job.deadline is not None and sequence.job.deadline <= now:
                 self._end(sequence, FinishReason.DEADLINE)
-
-    def _read(self, output: Output, piece: Callable[[], str]) -> None:
-        """Add text to an output; tokens that cannot be decoded end their sequence, not the worker."""
-        try:
-            output.text += piece()
-        except Exception as error:
-            log.exception("text could not be decoded")
-            message = f"the answer's tokens could not be decoded ({error}); check the model's tokenizer.json"
-            output.finish, output.error = FinishReason.ERROR, JobError("DETOKENIZATION_FAILED", message)
-
-    def _drop_doubtful_blocks(self, sequence: Sequence) -> None:
-        """Forget the blocks of a sequence whose numbers may be wrong, and all that was built on them.
-
-        These are what it computed, what came from outside of this process, and what nobody has computed finite numbers
-        over here; all of its blocks if it is the second one in a row over them that goes wrong. If it is the model that
-        is broken, a request drops no more than its own blocks, and the next one finds none of them.
-        """
-        names = sequence.hashes[: sequence.num_committed]
-        found = sequence.num_cached_tokens // self._block_size
-        first = min(found, self._proven.leading(names))
-        if sequence.first_outside is not None and sequence.first_outside >= sequence.num_proven:
-            first = min(first, sequence.first_outside)
-        self._proven.discard(names)
-        if first < len(names):
-            self.cache.changed = True
-            self.store.disown(names[first:])
 
     def _lifetime(self, sequence: Sequence) -> Lifetime:
         return sequence.job.lifetime or self._default

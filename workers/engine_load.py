@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
+from kvstore.blocks import shared_blocks
 from kvstore.store import TieredStore
 from workers.protocol import Load
 from workers.scheduler import Scheduler
@@ -39,6 +41,15 @@ def load_of(
         freed_blocks=answers.blocks,
         tiers={name: (stats, *_one_block(*read_ms.get(name, (0, 0)))) for name, stats in store.stats().items()},
     )
+
+
+def expected_tokens(sequence: Sequence, near: int, promised: int, before: Iterable[Sequence], block_size: int) -> int:
+    """Tokens in reach of a sequence that comes now, when those `before` it are prefilled: a burst over one document
+    computes it once. `near`, `promised`: leading blocks that local tiers hold, and that another worker makes."""
+    names = sequence.readable(block_size)
+    prefilling = (other for other in before if other.remaining > 1 and not other.job.no_store)
+    made = [shared_blocks(names, other.hashes) for other in prefilling]
+    return max(near, min(promised, len(names)), *made) * block_size
 
 
 def _answer_blocks(decoding: list[Sequence], answers: Answers, block_size: int) -> int:

@@ -2,8 +2,9 @@
 
 A thread that raises is heard of (`engine_thread`). One that never comes back from a driver or a file system is not, nor
 one that could not even say that it failed: the server's loop goes on beating for it, and routers wait for tokens that
-do not come. So the loop looks how long the turn under way has taken, and whether there is a thread at all. Where the loop cannot run either (a call that keeps the interpreter's lock), faulthandler's timer,
-which needs no lock, prints all stacks and ends the process.
+do not come. So the loop looks how long the turn under way has taken, and whether there is a thread at all. Where the
+loop cannot run either (a call that keeps the interpreter's lock), faulthandler's timer, which needs no lock, prints all
+stacks and ends the process.
 """
 
 from __future__ import annotations

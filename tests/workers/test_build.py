@@ -75,6 +75,7 @@ def test_a_tenant_with_a_quota_keeps_its_blocks_in_host_while_another_fills_it(t
 def test_ranks_share_out_the_tiers_and_keep_what_they_store_apart(tmp_path: Path):
     salt = b"a" * 32
     config = replace(CONFIG, disk_bytes=8 << 20, disk_dir=str(tmp_path), quotas={salt.hex(): 0.25}, peers=True)
+    config = replace(config, fleet_secret="s")
 
     def build(rank: int) -> TorchEngine:
         group = meet(tmp_path, rank)

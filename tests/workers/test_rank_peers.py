@@ -95,7 +95,9 @@ def test_another_rank_is_refused_though_its_blocks_have_the_same_names(two: list
     names = one.job("x", PROMPT).block_hashes
     tier = other.peers[0].tier
     tier.learn(names, [Holder(one.peers[1].address, 8)])
-    delivery = tier.read(names, [memoryview(bytearray(other.stores[0].layout.block_nbytes)) for _ in names], deadline_s=30.0)
+    delivery = tier.read(
+        names, [memoryview(bytearray(other.stores[0].layout.block_nbytes)) for _ in names], deadline_s=30.0
+    )
     assert (delivery.count, delivery.ended) == (0, MissReason.ERROR)
     assert one.peers[1]._server.counts()["refused"] >= 1
 

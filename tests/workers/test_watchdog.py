@@ -118,7 +118,7 @@ def test_a_call_that_keeps_the_interpreters_lock_ends_the_process_with_all_stack
         from workers.watchdog import Watchdog
 
         class Turns:
-            ident = None
+            ident, has_died = None, False
             def turn_takes_s(self): return 0.0
 
         def holds_the_lock():

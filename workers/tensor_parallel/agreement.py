@@ -10,9 +10,9 @@ block, its checksum failed. So the answer for all is the least one:
 - blocks can be allocated when every rank can.
 
 One all-reduce a step carries how many blocks every rank has free, how far each load is, and how far each constraint is
-compiled: one that a rank has not finished yet is waited for by its own sequence alone, on all ranks. Admissions, and allocations
-when those blocks have run short, cost one more. A step also carries a digest of the schedule: ranks that part, which
-would be a defect, end the worker and never mix their tensors.
+compiled: one that a rank has not finished yet is waited for by its own sequence alone, on all ranks. Admissions, and
+allocations when those blocks have run short, cost one more. A step also carries a digest of the schedule: ranks that
+part, which would be a defect, end the worker and never mix their tensors.
 """
 
 from __future__ import annotations
