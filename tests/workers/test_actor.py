@@ -110,10 +110,10 @@ async def test_it_advertises_the_node_where_it_listens_on_every_address() -> Non
 
 
 class _Breaking:
-    """An engine whose first step raises."""
+    """An engine whose first step raises; if it hangs, only when `goes_on` is set."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, goes_on: threading.Event) -> None:
+        self._engine, self._goes_on = engine, goes_on
         self.info = engine.info
         self._asked = False
 
@@ -121,6 +121,7 @@ class _Breaking:
         return True
 
     def step(self) -> StepReport:
+        self._goes_on.wait(DEADLINE_S)
         raise MemoryError("the pool is corrupt")
 
     def __getattr__(self, name: str) -> object:
@@ -128,21 +129,32 @@ class _Breaking:
 
 
 @pytest.mark.asyncio
-async def test_an_engine_that_fails_ends_the_process_with_1() -> None:
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_an_engine_that_fails_or_hangs_ends_the_process_with_1_and_the_next_one_is_a_new_incarnation(
+    hangs: bool,
+) -> None:
     exits: list[int] = []
-    died = threading.Event()
+    died, goes_on = threading.Event(), threading.Event()
+    if not hangs:
+        goes_on.set()
 
     def leave(code: int) -> None:
         exits.append(code)
         died.set()
 
     def breaking(config: WorkerConfig) -> Engine:
-        return _Breaking(build_engine(config))  # type: ignore[return-value]
+        return _Breaking(build_engine(config), goes_on)  # type: ignore[return-value]
 
-    actor = WorkerActor(_config(), node="127.0.0.1", build_engine=breaking, exit_process=leave)
+    config = _config(watchdog_s=0.5)
+    actor = WorkerActor(config, node="127.0.0.1", build_engine=breaking, exit_process=leave)
     assert await asyncio.to_thread(died.wait, DEADLINE_S)
     assert set(exits) == {1}
+    again = WorkerActor(config, node="127.0.0.1")  # as Ray starts it
+    await _until(again, WorkerPhase.READY)
+    assert (await again.describe()).incarnation > (await actor.describe()).incarnation
+    goes_on.set()
     await actor.stop(0.0)
+    await again.stop(0.0)
 
 
 @pytest.mark.asyncio
