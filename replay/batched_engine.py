@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from kvstore.events import TierName
@@ -17,6 +17,7 @@ from kvstore.fading_sum import FadingSum
 from replay.batched_profile import BatchedProfile
 from replay.batched_scheduler import BatchedScheduler
 from replay.batched_sequence import Sequence, SequenceBlocks
+from replay.batched_steps import Plan
 from replay.engine import NO_TIERS, CacheChange, Reuse, Told
 from replay.segment_cache import SegmentCache
 from replay.tiers import SharedTier, Tiers, WorkerTiers
@@ -41,36 +42,6 @@ class _Noted(NamedTuple):
     answer_blocks: int = 0
     answer_ms: float = 0.0
     freed_blocks: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Plan:
-    """Steps under way, all alike but that each takes `growth_s` longer than the one before.
-
-    Attributes:
-        chunks: of the only step, if any. steps: how many. prefill_s: of the time, what is prefill.
-    """
-
-    chunks: list[tuple[Sequence, int]]
-    steps: int
-    started: float
-    first_s: float
-    growth_s: float
-    prefill_s: float
-
-    def after(self, steps: int) -> float:
-        """When so many of them are done."""
-        return self.started + steps * self.first_s + self.growth_s * (steps * (steps - 1) / 2)
-
-    def done_by(self, now: float) -> int:
-        """How many are done, the last one never: its end is an event of its own."""
-        steps = min(self.steps - 1, int((now - self.started) / self.first_s))
-        while steps > 0 and self.after(steps) > now:  # those that grow are fewer
-            low = int(steps * (now - self.started) / (self.after(steps) - self.started))
-            steps = min(steps - 1, low)
-        while steps < self.steps - 1 and self.after(steps + 1) <= now:
-            steps += 1
-        return steps
 
 
 class Delivered(NamedTuple):
@@ -126,7 +97,7 @@ class BatchedEngine:
         self._came_at = self._taken_until = -math.inf  # when the last request was submitted, and of those taken in
         self._known: dict[int, Sequence] = {}
         self._first_due: list[Sequence] = []  # they decode, and have no token yet
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._done = 0  # steps of the plan
         self._decode_step_ms = self._profile.decode_step_ms(1, 0)  # a worker that has served before knows it
         self._answers = Answers(self._work.block_size)
@@ -289,26 +260,26 @@ class BatchedEngine:
         self._run(self._planned(chunks, now, one_by_one=one_by_one))
         self._wake_for_reads()
 
-    def _planned(self, chunks: list[tuple[Sequence, int]], now: float, *, one_by_one: bool) -> _Plan:
+    def _planned(self, chunks: list[tuple[Sequence, int]], now: float, *, one_by_one: bool) -> Plan:
         profile, decoding = self._profile, self.scheduler.decoding
         sequences, context = len(decoding), decoding.context
         if chunks:
             prefill_ms = profile.prefill.fixed_ms
             prefill_ms += sum(profile.chunk_part_ms(length, sequence.computed) for sequence, length in chunks)
             mixed_ms = profile.mixed_part_ms(sequences, context)
-            return _Plan(chunks, 1, now, (prefill_ms + mixed_ms) / 1e3, 0.0, prefill_ms / 1e3)
+            return Plan(chunks, 1, now, (prefill_ms + mixed_ms) / 1e3, 0.0, prefill_ms / 1e3)
         first_ms = self._decode_step_ms = profile.decode_step_ms(sequences, context)
         steps = 1 if one_by_one else self.scheduler.decode_room(decoding.left())
         growth_ms = profile.decode_context_ms * sequences
-        return _Plan([], steps, now, first_ms / 1e3, growth_ms / 1e3, 0.0)
+        return Plan([], steps, now, first_ms / 1e3, growth_ms / 1e3, 0.0)
 
-    def _run(self, plan: _Plan) -> None:
+    def _run(self, plan: Plan) -> None:
         self._plan = plan
         if self._history[-1].since > plan.started:
             self._history.pop()  # work came before the last step's report was due: the next step's will do
         self._timeline.at(plan.after(plan.steps), lambda: self._end(plan))
 
-    def _end(self, plan: _Plan) -> None:
+    def _end(self, plan: Plan) -> None:
         """The last step of a plan is over: tokens, blocks, events, load, and the next one."""
         if plan is not self._plan:
             return
@@ -349,7 +320,7 @@ class BatchedEngine:
             self._note(now)
         self._next()
 
-    def _note_gaps(self, plan: _Plan, decoding: int) -> None:
+    def _note_gaps(self, plan: Plan, decoding: int) -> None:
         """Each sequence that decoded along has waited for these steps."""
         if not decoding:
             return
@@ -422,6 +393,6 @@ class BatchedEngine:
             self._blocks.pool.expire(self._timeline.now)
             self._tiers.expire(self._timeline.now)
 
-    def _share_done(self, plan: _Plan) -> float:
+    def _share_done(self, plan: Plan) -> float:
         """Of a plan that is cut off now."""
         return (self._timeline.now - plan.started) / (plan.after(plan.steps) - plan.started)
