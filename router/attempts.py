@@ -181,7 +181,13 @@ class Attempts:
         self._index.placed(question.hashes)
         self._note(work, choice, question.prompt_tokens)
         first = _for_one_link(job, work.context.deadline)
-        work.prefill = self._prefills.send(first, prepared, choice, on_lost=work.lost.append)
+        work.prefill = self._prefills.send(
+            first,
+            prepared,
+            choice,
+            on_lost=work.lost.append,
+            on_failed=lambda prefill: prefill.break_promise() if work.prefill is prefill else None,
+        )
         self._send(work, prepared, job, choice, work_ms, cached_blocks)
         if work.beside:
             self._submit_beside(work, prepared, choice, job.cache)

@@ -67,6 +67,10 @@ class EngineCache:
         if self._peers is not None:
             self._peers.release(key)
 
+    def promise_broken(self, address: str, ticket: BlockHash) -> None:
+        """Wait no longer for the blocks that were promised there, and compute them."""
+        self._store.promise_broken(address, ticket)
+
     def list_blocks(
         self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
     ) -> list[CachedBlock]:

@@ -215,6 +215,9 @@ class LeadingCache:
     def release_peers(self, key: Hashable) -> None:
         """Nothing."""
 
+    def promise_broken(self, address: str, ticket: BlockHash) -> None:
+        """Nothing: ranks wait for no other worker."""
+
     def list_blocks(
         self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
     ) -> list[CachedBlock]:
