@@ -70,7 +70,9 @@ class Metrics:
         self.generation_tokens = declare.counter("generation_tokens", "Generated tokens.", "model", "worker")
         self.requests = declare.counter("requests", "Finished requests by gRPC status.", "model", "code")
         self.retries = declare.counter(
-            "request_retries", "Requests sent again because their worker was lost before a token came.", "worker"
+            "request_retries",
+            "Requests sent again because their worker was lost, or lost something of them, before a token came.",
+            "worker",
         )
         self.handovers = declare.counter(
             "handovers",

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from kvstore.blocks import SHORT_HASH_BYTES, BlockHash
 from router import kv_wire, worker_errors
 from router.beliefs import Beliefs
+from router.board import Recent
 from router.decide import Choice
 from router.fleet import Fleet
 from router.flight import Flight, FlightEnd
@@ -26,7 +27,11 @@ _TOKEN_NBYTES = 4
 
 
 class PrefillJob:
-    """One that was sent, for an answer by the worker `answering`. `ticket`: the name of the last block that it makes."""
+    """One that was sent.
+
+    Args:
+        answering: the worker that it is for. ticket: the name of the last block that it makes.
+    """
 
     def __init__(self, fleet: Fleet, pair: Pair, answering: str, ticket: BlockHash) -> None:
         self._fleet, self._worker, self._answering = fleet, pair.worker, answering
@@ -46,8 +51,9 @@ class PrefillJob:
 class PrefillJobs:
     """Sends them."""
 
-    def __init__(self, fleet: Fleet, traffic: Traffic, beliefs: Beliefs, metrics: Metrics) -> None:
-        self._fleet, self._traffic, self._beliefs, self._metrics = fleet, traffic, beliefs, metrics
+    def __init__(self, fleet: Fleet, traffic: Traffic, beliefs: Beliefs, metrics: Metrics, recent: Recent) -> None:
+        self._fleet, self._traffic, self._beliefs = fleet, traffic, beliefs
+        self._metrics, self._recent = metrics, recent
 
     def send(
         self,
@@ -76,6 +82,7 @@ class PrefillJobs:
             self._traffic.ended(sent)
             outcome = _outcome(end)
             self._metrics.prefills.labels(pair.worker, outcome).inc()
+            self._recent.prefill_jobs[outcome] += 1
             if placement is not None and outcome == "done":
                 placement.computed()
             if placement is not None and end.last is not None:

@@ -41,7 +41,10 @@ async def test_good_ones_pass(kind: dict[str, Any]) -> None:
         ({}, "is empty; set one of"),
         ({"json_object": False}, "json_object is false; set it to true"),
         ({"regex": ""}, r"\.regex is empty; send a regular expression"),
-        ({"regex": "a" * (DEFAULT_CONSTRAINT_BYTES + 1)}, "16,385 bytes and this router takes 16,384; .* router.max_constraint_bytes"),
+        (
+            {"regex": "a" * (DEFAULT_CONSTRAINT_BYTES + 1)},
+            "16,385 bytes and this router takes 16,384; .* router.max_constraint_bytes",
+        ),
         ({"regex": "("}, "unclosed group"),
         ({"regex": "a(?!b)"}, "look-around"),
         ({"grammar": "start: nothing"}, "unknown name"),

@@ -118,6 +118,7 @@ async def test_who_answers_is_told_that_its_prefill_failed(reason: str) -> None:
         assert (broken.address, broken.ticket) == (job.promise.address, names[job.promise.blocks - 1])
         finishes(answers, job)
         await answer
+        assert dict(router.stats(show_prompts=False).prefill_jobs) == {"failed": 1}
 
 
 @pytest.mark.asyncio
@@ -138,6 +139,9 @@ async def test_a_prefill_that_did_all_it_should_or_is_not_needed_breaks_no_promi
         refuses("CANCELLED")(prefills, cancelled)
         await asyncio.sleep(0.2)
         assert "promise_broken" not in answers.kinds()
+        stats = router.stats(show_prompts=False)
+        assert stats.prefill_jobs["done"] == 1
+        assert stats.recent[0].prefill_worker == "p0"
 
 
 @pytest.mark.asyncio

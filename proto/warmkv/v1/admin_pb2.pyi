@@ -2359,8 +2359,8 @@ class DecisionRecord(_message.Message):
     """The worker that computed the prompt for the chosen one; empty: that did it itself."""
     @_builtins.property
     def tried(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Workers that it was sent to before and that were lost before a token came, in this order. What stands above is of
-        the last decision before the first token.
+        """Workers that it was sent to before and that gave no token of it: they were lost, or refused it. In this order; what
+        stands above is of the last decision before the first token.
         """
 
     @_builtins.property
