@@ -1,7 +1,7 @@
 """What routers ask of a worker's cache, from the wire to the engine's thread: clears, operators' orders, probes.
 
-Covers: promises that are broken, refusing what makes no sense, whose answer it will be. Does not cover: jobs (`streams`),
-what a request means (`cache_commands`, the store), the answer's way back (`streams`, `outbox`).
+Covers: promises that are broken, refusing what makes no sense, whose answer it will be. Does not cover: jobs
+(`streams`), what a request means (`cache_commands`, the store), the answer's way back (`streams`, `outbox`).
 """
 
 from __future__ import annotations
