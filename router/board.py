@@ -17,9 +17,9 @@ from router.fleet import Fleet
 from router.index import PrefixIndex
 from router.ledger import FATES, Totals
 from router.link import WorkerLink
-from router.pairing import ROLE_NAMES
 from router.policy import POLICIES, Policy, checked_weights, find_policy
 from router.prefix_map import PrefixMap, UsedPrefix
+from router.worker_facts import facts_of
 from warmkv.v1 import admin_pb2, common_pb2
 
 WINDOW_S = 60.0
@@ -28,7 +28,6 @@ _MAX_PAUSES = 1000
 _RECENT = 50
 _PREFIXES = 12
 _LABEL_HEX = 12
-_LAYOUT_WORDS = 6  # "L8 KVH4 K64 V64 float32 B16", and one more where it is quantised
 
 
 class Recent:
@@ -180,12 +179,11 @@ class Board:
             package_version=link.hello.package_version if link.hello else "",
             protocol_version=link.hello.protocol_version if link.hello else 0,
             layout=link.hello.scheme.layout if link.hello else "",
-            ranks=max(1, link.hello.scheme.tp_size) if link.hello else 0,
-            deterministic=link.hello.scheme.canonical if link.hello else False,
-            kv_dtype=stored_dtype(link.hello.scheme.layout) if link.hello else "",
-            index=self._trust(link) if link.synced else None,
-            role=ROLE_NAMES.get(link.role, "unknown") if link.hello else "",
         )
+        if link.hello is not None:
+            facts = facts_of(link.hello)
+            info.role, info.ranks, info.kv_dtype = facts.role, facts.ranks, facts.kv_dtype
+            info.deterministic = facts.deterministic
         if link.report is not None and link.connected:
             load, fit = link.report.message, link.report.load.fit
             info.running, info.waiting = load.running, load.waiting
@@ -247,14 +245,6 @@ def _policy_info(policy: Policy) -> admin_pb2.PolicyInfo:
         for w in policy.weights
     ]
     return admin_pb2.PolicyInfo(name=policy.name, help=policy.help, weights=weights)
-
-
-def stored_dtype(layout: str) -> str:
-    """What K/V is stored as, of a layout in the words of `HashScheme.layout`; empty: it says something else."""
-    words = layout.split()
-    if len(words) < _LAYOUT_WORDS:
-        return ""
-    return words[-1].partition("/")[0] if "/" in words[-1] else words[_LAYOUT_WORDS - 2]
 
 
 def _percentiles(samples: Collection[float]) -> admin_pb2.Latency:

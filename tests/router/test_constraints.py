@@ -57,8 +57,11 @@ async def test_good_ones_pass(kind: dict[str, Any]) -> None:
     ],
 )
 async def test_bad_ones_are_refused_with_what_is_wrong(kind: dict[str, Any], words: str) -> None:
+    told: list[tuple[str, str]] = []
     with pytest.raises(InvalidRequest, match=words) as caught:
-        await ConstraintChecks().check(sampling(**kind))
+        await ConstraintChecks(lambda kind, verdict: told.append((kind, verdict))).check(sampling(**kind))
+    verdict = "too_large" if "bytes" in words else "wrong"
+    assert told == [(name, verdict) for name in kind if name != "json_object"]
     assert caught.value.metadata["field"] == "sampling.constraint"
 
 
@@ -102,6 +105,8 @@ async def test_a_router_refuses_by_its_setting_before_any_worker_is_asked() -> N
         body.sampling.constraint.regex = "a{1,3}" * 4
         with pytest.raises(InvalidRequest, match="24 bytes and this router takes 20"):
             await generate(router, body)
+        assert router.metrics.constraints.labels("regex", "too_large")._value.get() == 1
         body.sampling.constraint.regex = "a{1,3}"
         with pytest.raises(NotSupported, match="simulated"):
             await generate(router, body)
+        assert router.metrics.constraints.labels("regex", "right")._value.get() == 1
