@@ -93,8 +93,8 @@ def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
     if layouts := sorted({worker.layout for worker in stats.workers if worker.layout}):
         parts.append(f"K/V        {'; '.join(layouts)}")
     if exact := [worker.name for worker in stats.workers if worker.deterministic]:
-        known = sum(worker.ranks > 0 for worker in stats.workers)
-        parts.append("mode       deterministic" + ("" if len(exact) == known else f" on {', '.join(exact)} only"))
+        joined = sum(worker.ranks > 0 for worker in stats.workers)
+        parts.append("mode       deterministic" + ("" if len(exact) == joined else f" on {', '.join(exact)} only"))
     parts.append(f"policy     {stats.policy.name} {weights_text(stats.policy.weights)}".rstrip())
     parts.append(f"prompts    {fates_text(stats.prompt_tokens)}")
     reads = "on" if stats.shared_tier_reads else "off"
