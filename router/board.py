@@ -179,6 +179,7 @@ class Board:
             package_version=link.hello.package_version if link.hello else "",
             protocol_version=link.hello.protocol_version if link.hello else 0,
             layout=link.hello.scheme.layout if link.hello else "",
+            index=self._trust(link) if link.synced else None,
         )
         if link.hello is not None:
             facts = facts_of(link.hello)
