@@ -2,7 +2,7 @@
 
 Covers: the list of checks; Python, packages and their versions, torch and devices, ports, model folder, secret. Each
 check is a function from the settings to findings and may fail on its own. Does not cover: room (`doctor_room`), Redis,
-Ray, K/V, the engine, templates, the index (modules of their own), a running router (`warmkv status`).
+Ray, K/V, the engine, ranks, templates, the index (modules of their own), a running router (`warmkv status`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from deploy.doctor_engine import check_engine
 from deploy.doctor_kv import check_kv
+from deploy.doctor_ranks import check_ranks
 from deploy.doctor_ray import check_ray
 from deploy.doctor_redis import check_redis
 from deploy.doctor_room import check_disk, check_memory, check_shm
@@ -201,6 +202,7 @@ CHECKS: tuple[Check, ...] = (
     check_template,
     check_kv,
     check_engine,
+    check_ranks,
     check_ports,
     check_memory,
     check_disk,

@@ -12,7 +12,7 @@ from pathlib import Path
 from deploy.finding import Finding
 from deploy.settings import Settings
 from kvstore.layout import UNQUANTISED
-from workers.roles import Role, role_of
+from workers.roles import Role, parse_roles, role_of
 
 CHECK = "engine"
 MOST_EXACT_THREADS = 2
@@ -66,10 +66,26 @@ def _roles(settings: Settings) -> Iterator[Finding]:
     missing = {
         "store.peers to true": not settings.store.peers,
         "store.host_bytes to more than 0": settings.store.host_bytes == 0,
+        "store.keys_file and store.protection to encrypt": settings.tls.worker_cert is not None
+        and not (settings.store.keys_file is not None and settings.store.protection == "encrypt"),
     }
     if remedies := [remedy for remedy, is_missing in missing.items() if is_missing]:
         found = "workers.roles is set, and workers cannot read what others prefill"
         yield Finding("warn", CHECK, found, f"set {', '.join(remedies)}, or leave workers.roles empty")
-    if {role_of(f"w{number}", workers.roles) for number in range(workers.count)} == {Role.PREFILL}:
+    yield from _without_counterpart(settings)
+
+
+def _without_counterpart(settings: Settings) -> Iterator[Finding]:
+    workers = settings.workers
+    numbers = range(workers.count)
+    roles = {role_of(f"w{number}", workers.roles) for number in numbers}
+    if roles == {Role.PREFILL}:
         found = "every worker has the role prefill, so they answer as if they had none"
         yield Finding("warn", CHECK, found, "give some the role decode, or raise workers.count")
+    if roles == {Role.DECODE}:
+        found = "every worker has the role decode, so nobody prefills for them and they do it themselves"
+        yield Finding("warn", CHECK, found, "give some the role prefill, or raise workers.count")
+    named = sum(count for _, count in parse_roles(workers.roles))
+    if named > workers.count:
+        found = f"workers.roles names {named} workers and workers.count is {workers.count}: the last ones are missing"
+        yield Finding("warn", CHECK, found, f"raise workers.count to {named}, or name fewer")

@@ -23,6 +23,7 @@ from router.errors import RouterError
 from router.ledger import FATES
 from router.metrics import Metrics, RouterGauges, WorkerGauges
 from router.policy import POLICIES, Policy
+from router.worker_facts import facts_of
 from warmkv.errors import _BY_CODE, ServerError
 from warmkv.v1 import admin_pb2, common_pb2, worker_pb2
 
@@ -164,7 +165,9 @@ def _families(metrics: Metrics) -> list[Metric]:
     tier = worker_pb2.TierLoad(
         tier=common_pb2.TIER_DEVICE, misses={"absent": 1}, removals={"evicted": 1}, store_failures={"full": 1}
     )
-    worker = WorkerGauges("w0", "ready", 1, worker_pb2.Load(tiers=[tier]), admin_pb2.IndexTrust())
+    worker = WorkerGauges(
+        "w0", "ready", 1, worker_pb2.Load(tiers=[tier]), admin_pb2.IndexTrust(), facts_of(worker_pb2.WorkerHello())
+    )
     gauges = RouterGauges(
         in_flight=0, queued=0, queued_tokens=0, index_blocks=0, fleet_version=0, utilisation=0.0, workers=[worker]
     )

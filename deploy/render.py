@@ -80,6 +80,9 @@ def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
     if any(worker.role not in ("", "both") for worker in stats.workers):
         header = ("worker", "role", *header[1:])
         rows = [(row[0], worker.role or "-", *row[1:]) for row, worker in zip(rows, stats.workers, strict=True)]
+    if any(worker.ranks > 1 for worker in stats.workers):
+        header = (*header[:-1], "ranks", header[-1])
+        rows = [(*row[:-1], _ranks(worker), row[-1]) for row, worker in zip(rows, stats.workers, strict=True)]
     parts = [table(header, rows)] if stats.workers else ["no workers"]
     parts += [f"{worker.name}: {worker.problem}" for worker in stats.workers if worker.problem]
     parts += [f"{worker.name}: {doubt}" for worker in stats.workers if (doubt := _doubt(worker.index))]
@@ -89,6 +92,9 @@ def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
     parts.append("")
     if layouts := sorted({worker.layout for worker in stats.workers if worker.layout}):
         parts.append(f"K/V        {'; '.join(layouts)}")
+    if exact := [worker.name for worker in stats.workers if worker.deterministic]:
+        joined = sum(worker.ranks > 0 for worker in stats.workers)
+        parts.append("mode       deterministic" + ("" if len(exact) == joined else f" on {', '.join(exact)} only"))
     parts.append(f"policy     {stats.policy.name} {weights_text(stats.policy.weights)}".rstrip())
     parts.append(f"prompts    {fates_text(stats.prompt_tokens)}")
     reads = "on" if stats.shared_tier_reads else "off"
@@ -101,12 +107,28 @@ def status_text(stats: admin_pb2.WatchStatsResponse) -> str:
     if ttft.count:
         window = f"the last {stats.window_seconds:g} s, {ttft.count} requests"
         parts.append(f"TTFT       p50 {ttft.p50_ms:.0f} ms, p95 {ttft.p95_ms:.0f} ms ({window})")
+    parts += _together_lines(stats)
     done = ", ".join(f"{count} {code}" for code, count in sorted(stats.requests.items())) or "none yet"
     waiting = f", {stats.queued} of them waiting in the router" if stats.queued else ""
     parts.append(f"requests   {done}; {stats.in_flight} in flight{waiting}")
     if stats.refused:
         parts.append("refused    " + ", ".join(f"{n} by {limit}" for limit, n in sorted(stats.refused.items())))
     return "\n".join(parts)
+
+
+def _together_lines(stats: admin_pb2.WatchStatsResponse) -> list[str]:
+    """What workers did for one another; empty where nothing was."""
+    lines = []
+    if begun := sum(stats.prefill_jobs.values()):
+        rest = ", ".join(f"{n} {outcome}" for outcome, n in sorted(stats.prefill_jobs.items()) if outcome != "done")
+        lines.append(f"pairs      {stats.prefill_jobs.get('done', 0)} of {begun} prompts prefilled for another worker")
+        lines[-1] += f" ({rest})" if rest else ""
+    if moved := sum(stats.handovers.values()):
+        why = ", ".join(f"{n} {reason}" for reason, n in sorted(stats.handovers.items()))
+        lines.append(f"handovers  {moved} ({why})")
+        pause = stats.handover_pause
+        lines[-1] += f"; pause p50 {pause.p50_ms:.0f} ms, p99 {pause.p99_ms:.0f} ms" if pause.count else ""
+    return lines
 
 
 def fates_text(fates: common_pb2.TokensByFate | admin_pb2.TokensByFate64) -> str:
@@ -214,6 +236,10 @@ def _worker_row(worker: admin_pb2.WorkerInfo) -> tuple[str, ...]:
     tiers = "  ".join(f"{tier_name(tier.tier)} {_tier_text(tier)}{_cut_off(tier)}" for tier in worker.tiers)
     prefill = f"{worker.prefill_ms_per_1k:.0f}" if worker.prefill_ms_per_1k else "-"
     return worker.name, state, worker.address, str(worker.running), str(worker.waiting), prefill, tiers
+
+
+def _ranks(worker: admin_pb2.WorkerInfo) -> str:
+    return str(worker.ranks) if worker.ranks else "-"
 
 
 def _doubt(trust: admin_pb2.IndexTrust) -> str:

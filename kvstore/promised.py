@@ -114,6 +114,20 @@ class Promised:
                 ready.append(wait.acquisition)
         return ready
 
+    def broken(self, address: str, ticket: BlockHash) -> None:
+        """The maker has failed at these blocks: wait for no more of them. None promised there: nothing happens.
+
+        Jobs of several prompts may wait for one ticket: they all compute, though another job may still be making it.
+        """
+        promise = self._open.get(ticket)
+        if promise is None or promise.address != address or self._tier is None:
+            return
+        now = self._clock()
+        for wait in self._waits.values():
+            if wait.promise is promise:
+                self._listen(wait, now, self._tier)  # what was heard of before is still read
+        self._forget(ticket)
+
     def cut(self) -> None:
         """Blocks were cleared: wait for nothing that was promised before."""
         for wait in list(self._waits.values()):

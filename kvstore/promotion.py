@@ -111,6 +111,10 @@ class Promoter:
         """Another worker is making these blocks: who acquires them from now on may wait for them."""
         self._promised.learn(promise)
 
+    def promise_broken(self, address: str, ticket: BlockHash) -> None:
+        """As `Promised.broken`."""
+        self._promised.broken(address, ticket)
+
     def prefetch(self, wish: Wish) -> int:
         """As `Prefetcher.start`."""
         return self._prefetcher.start(wish)

@@ -219,6 +219,10 @@ class TieredStore:
         """Another worker is making these blocks: an `acquire` of them waits while that is sooner; see `promised`."""
         self._promoter.expect(promise)
 
+    def promise_broken(self, address: str, ticket: BlockHash) -> None:
+        """Who was making these blocks there has failed: whoever waits for them computes them."""
+        self._promoter.promise_broken(address, ticket)
+
     def allocate(self, count: int) -> list[int] | None:
         """That many empty device blocks, referenced for the caller, evicting unreferenced cached ones; None: no room.
 

@@ -64,6 +64,7 @@ class Accounts:
         """So many tokens came so long after those before, at another worker: a pause, and no pace of answers."""
         self._metrics.observe_gap(seconds, tokens)
         self._metrics.observe_pause(seconds)
+        self._recent.paused(seconds * 1000.0)
 
     def settle(self, work: Request, entry: Entry) -> None:
         """It has ended, and no worker is at it any more."""

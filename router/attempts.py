@@ -71,7 +71,7 @@ class Attempts:
         self._metrics = metrics
         self._choose_seconds = metrics.route_seconds.labels("choose")
         self._keys = count(1)
-        self._prefills = PrefillJobs(fleet, traffic, beliefs, metrics)
+        self._prefills = PrefillJobs(fleet, traffic, beliefs, metrics, recent)
 
     async def next_output(
         self, work: Request, prepared: PreparedPrompt, job: worker_pb2.Job
@@ -181,7 +181,13 @@ class Attempts:
         self._index.placed(question.hashes)
         self._note(work, choice, question.prompt_tokens)
         first = _for_one_link(job, work.context.deadline)
-        work.prefill = self._prefills.send(first, prepared, choice, on_lost=work.lost.append)
+        work.prefill = self._prefills.send(
+            first,
+            prepared,
+            choice,
+            on_lost=work.lost.append,
+            on_failed=lambda prefill: prefill.break_promise() if work.prefill is prefill else None,
+        )
         self._send(work, prepared, job, choice, work_ms, cached_blocks)
         if work.beside:
             self._submit_beside(work, prepared, choice, job.cache)
@@ -199,6 +205,7 @@ class Attempts:
         beside, first.beside = first.beside, []
         for other, job in beside:
             other.choice, other.sent_at, other.guest = choice, first.sent_at, first.guest
+            other.record = first.record
             self._send(other, prepared, job, choice, work_ms, cached_blocks)
 
     def _send(
@@ -245,17 +252,19 @@ class Attempts:
         work.flight = link.submit(sent, on_tokens, on_end)
 
     def _note(self, work: Request, choice: Choice, prompt_tokens: int) -> None:
+        left = work.choice.worker if work.choice else ""
         work.choice, work.sent_at = choice, work.clock()
         self._metrics.decisions.labels(choice.policy.name, choice.decision.reason).inc()
         self._shadow.scored(choice, work.context.request_id)
-        record = self._recent.decided(
-            choice,
-            request_id=work.context.request_id,
-            tenant=work.caller.tenant,
-            prompt_tokens=prompt_tokens,
-        )
-        if not work.generated:
-            work.record = record
+        if work.record is None:
+            request_id, tenant = work.context.request_id, work.caller.tenant
+            work.record = self._recent.decided(
+                choice, request_id=request_id, tenant=tenant, prompt_tokens=prompt_tokens
+            )
+        elif work.generated:
+            self._recent.went_on(work.record, choice)
+        else:
+            self._recent.tried_again(work.record, left, choice)
 
     async def _heard(self, work: Request) -> worker_pb2.SequenceOutput:
         if work.flight is None:  # pragma: no cover - next_output has just made one
@@ -292,6 +301,7 @@ class Attempts:
         if not is_handover:
             return
         self._metrics.handovers.labels(worker, reason).inc()
+        self._recent.handovers[reason] += 1
         told = {"request_id": work.context.request_id, "worker": worker, "tokens": work.generated, "why": why}
         log.info("an answer goes on at another worker", extra=told)
 

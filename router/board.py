@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 
 from router.decide import Choice
@@ -17,62 +17,88 @@ from router.fleet import Fleet
 from router.index import PrefixIndex
 from router.ledger import FATES, Totals
 from router.link import WorkerLink
-from router.pairing import ROLE_NAMES
 from router.policy import POLICIES, Policy, checked_weights, find_policy
 from router.prefix_map import PrefixMap, UsedPrefix
+from router.worker_facts import facts_of
 from warmkv.v1 import admin_pb2, common_pb2
 
 WINDOW_S = 60.0
 _MAX_TIMES = 8192
+_MAX_PAUSES = 1000
 _RECENT = 50
 _PREFIXES = 12
 _LABEL_HEX = 12
 
 
 class Recent:
-    """The last decisions and the times to first token of a window. Bounded rings."""
+    """The last decisions, one record a request; the times to first token of a window; what workers did for one another.
+
+    Bounded rings, and totals since start.
+
+    Attributes:
+        reasons: decisions, by reason; a request that is sent again counts again. handovers: answers under way that a
+        worker left, by why. prefill_jobs: prompts that a worker prefilled for another one, by outcome.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._times: deque[tuple[float, float]] = deque(maxlen=_MAX_TIMES)
+        self._pauses: deque[float] = deque(maxlen=_MAX_PAUSES)
         self.decisions: deque[admin_pb2.DecisionRecord] = deque(maxlen=_RECENT)
         self.reasons: Counter[str] = Counter()
+        self.handovers: Counter[str] = Counter()
+        self.prefill_jobs: Counter[str] = Counter()
 
     def decided(self, choice: Choice, *, request_id: str, tenant: str, prompt_tokens: int) -> admin_pb2.DecisionRecord:
-        """Note a decision; the record, for its outcome to be filled in."""
+        """Note a request's first decision; the record, for its outcome to be filled in."""
         record = admin_pb2.DecisionRecord(
-            time_ms=time.time_ns() // 1_000_000,
-            request_id=request_id,
-            tenant=tenant,
-            worker=choice.worker,
-            policy=choice.policy.name,
-            reason=choice.decision.reason,
-            prompt_tokens=prompt_tokens,
-            predicted_cached_tokens=choice.price.cached_tokens,
-            predicted_ttft_ms=choice.predicted_ttft_ms,
-            runner_up=choice.runner_up,
-            runner_up_extra_ms=choice.runner_up_extra_ms,
+            time_ms=time.time_ns() // 1_000_000, request_id=request_id, tenant=tenant, prompt_tokens=prompt_tokens
         )
+        self._write(record, choice)
         self.decisions.appendleft(record)
-        self.reasons[choice.decision.reason] += 1
         return record
+
+    def tried_again(self, record: admin_pb2.DecisionRecord, left: str, choice: Choice) -> None:
+        """Before a token came its worker `left` was lost, and this was decided.
+
+        Of several answers beside one another, that have one record, the first to be sent again says where to.
+        """
+        if left not in record.tried:
+            record.tried.append(left)
+        if record.worker == left:
+            self._write(record, choice)
+        else:
+            self.reasons[choice.decision.reason] += 1
+
+    def went_on(self, record: admin_pb2.DecisionRecord, choice: Choice) -> None:
+        """Tokens had come, and the answer was sent on to this worker."""
+        record.went_on_at.append(choice.worker)
+        self.reasons[choice.decision.reason] += 1
 
     def first_token(self, ms: float) -> None:
         """Note a time to first token."""
         self._times.append((self._clock(), ms))
 
+    def paused(self, ms: float) -> None:
+        """A handover was over after so long."""
+        self._pauses.append(ms)
+
     def latency(self) -> admin_pb2.Latency:
         """Percentiles of the window."""
         since = self._clock() - WINDOW_S
-        times = [ms for at, ms in self._times if at >= since]
-        if not times:
-            return admin_pb2.Latency()
-        return admin_pb2.Latency(
-            count=len(times),
-            p50_ms=percentile(times, 0.50),
-            p95_ms=percentile(times, 0.95),
-            p99_ms=percentile(times, 0.99),
-        )
+        return _percentiles([ms for at, ms in self._times if at >= since])
+
+    def handover_pause(self) -> admin_pb2.Latency:
+        """Percentiles of the last handovers."""
+        return _percentiles(self._pauses)
+
+    def _write(self, record: admin_pb2.DecisionRecord, choice: Choice) -> None:
+        record.worker, record.policy, record.reason = choice.worker, choice.policy.name, choice.decision.reason
+        record.predicted_cached_tokens = choice.price.cached_tokens
+        record.predicted_ttft_ms = choice.predicted_ttft_ms
+        record.runner_up, record.runner_up_extra_ms = choice.runner_up, choice.runner_up_extra_ms
+        record.prefill_worker = choice.pair.worker if choice.pair else ""
+        self.reasons[choice.decision.reason] += 1
 
 
 class Board:
@@ -123,6 +149,9 @@ class Board:
             shared_tier=self._shared_tier(),
             shared_tier_reads=self._fleet.record.shared_tier_reads,
             catching_up=self._fleet.catching_up,
+            handovers=dict(self._recent.handovers),
+            handover_pause=self._recent.handover_pause(),
+            prefill_jobs=dict(self._recent.prefill_jobs),
         )
 
     def workers(self) -> list[admin_pb2.WorkerInfo]:
@@ -151,8 +180,11 @@ class Board:
             protocol_version=link.hello.protocol_version if link.hello else 0,
             layout=link.hello.scheme.layout if link.hello else "",
             index=self._trust(link) if link.synced else None,
-            role=ROLE_NAMES.get(link.role, "unknown") if link.hello else "",
         )
+        if link.hello is not None:
+            facts = facts_of(link.hello)
+            info.role, info.ranks, info.kv_dtype = facts.role, facts.ranks, facts.kv_dtype
+            info.deterministic = facts.deterministic
         if link.report is not None and link.connected:
             load, fit = link.report.message, link.report.load.fit
             info.running, info.waiting = load.running, load.waiting
@@ -216,7 +248,14 @@ def _policy_info(policy: Policy) -> admin_pb2.PolicyInfo:
     return admin_pb2.PolicyInfo(name=policy.name, help=policy.help, weights=weights)
 
 
-def percentile(samples: Sequence[float], quantile: float) -> float:
+def _percentiles(samples: Collection[float]) -> admin_pb2.Latency:
+    if not samples:
+        return admin_pb2.Latency()
+    p50, p95, p99 = (percentile(samples, quantile) for quantile in (0.50, 0.95, 0.99))
+    return admin_pb2.Latency(count=len(samples), p50_ms=p50, p95_ms=p95, p99_ms=p99)
+
+
+def percentile(samples: Iterable[float], quantile: float) -> float:
     """Nearest rank: the smallest sample that at least that share does not exceed; 0 for no samples."""
     ordered = sorted(samples)
     return ordered[max(0, math.ceil(quantile * len(ordered)) - 1)] if ordered else 0.0

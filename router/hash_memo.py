@@ -42,6 +42,10 @@ class Names(NamedTuple):
         """The name of the last block; empty when there is none."""
         return BlockHash(self.joined[-_NAME_BYTES:])
 
+    def at(self, position: int) -> BlockHash:
+        """The name of one block, counted from 0."""
+        return BlockHash(self.joined[position * _NAME_BYTES : (position + 1) * _NAME_BYTES])
+
     @property
     def full(self) -> list[BlockHash]:
         """One by one. Made anew at each call: only operators' orders need them."""

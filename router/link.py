@@ -227,6 +227,11 @@ class WorkerLink:
         if self.connected:
             self._send(worker_pb2.ConnectRequest(peers_released=worker_pb2.PeersReleased(peers_hold=hold)))
 
+    def break_promise(self, broken: worker_pb2.PromiseBroken) -> None:
+        """Tell the worker that nobody makes what its jobs were promised; after the jobs that were sent before."""
+        if self.connected:
+            self._send(worker_pb2.ConnectRequest(promise_broken=broken))
+
     def send_record(self, record: worker_pb2.FleetRecord) -> None:
         """Tell the worker, and through it the other routers, the record in force."""
         if self.connected:

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from router.ledger import Entry
+from router.worker_facts import WorkerFacts
 from warmkv.v1 import admin_pb2, common_pb2, worker_pb2
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -24,13 +25,14 @@ _MICRO = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e
 
 @dataclass(frozen=True, slots=True)
 class WorkerGauges:
-    """What is exported of a worker. `load` is None until it reported."""
+    """What is exported of a worker. `load` is None until it reported, `facts` until it joined."""
 
     worker: str
     state: str
     incarnation: int
     load: worker_pb2.Load | None
     trust: admin_pb2.IndexTrust | None = None
+    facts: WorkerFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,9 @@ class Metrics:
         self.generation_tokens = declare.counter("generation_tokens", "Generated tokens.", "model", "worker")
         self.requests = declare.counter("requests", "Finished requests by gRPC status.", "model", "code")
         self.retries = declare.counter(
-            "request_retries", "Requests sent again because their worker was lost before a token came.", "worker"
+            "request_retries",
+            "Requests sent again because their worker was lost, or lost something of them, before a token came.",
+            "worker",
         )
         self.handovers = declare.counter(
             "handovers",
@@ -93,6 +97,12 @@ class Metrics:
             "Prompts that a worker prefilled for another one: done, cancelled, failed, or lost with it.",
             "worker",
             "outcome",
+        )
+        self.constraints = declare.counter(
+            "constraints",
+            "Requests with a constraint on their answer, by its kind and whether it could be used.",
+            "kind",
+            "verdict",
         )
         self.decisions = declare.counter("route_decisions", "Routing decisions.", "policy", "reason")
         self.shadow_decisions = declare.counter(
@@ -320,6 +330,7 @@ class _Gauges(Collector):
             now.catching_up,
         )
         yield _states(now.workers)
+        yield _facts([(w.worker, w.facts) for w in now.workers if w.facts is not None])
         yield from _trusts([(w.worker, w.trust) for w in now.workers if w.trust is not None])
         reporting = [(w.worker, w.load) for w in now.workers if w.load is not None]
         yield from _loads(reporting)
@@ -340,6 +351,18 @@ def _states(workers: list[WorkerGauges]) -> Metric:
     for worker in workers:
         for state in _STATES:
             family.add_metric((worker.worker, state), float(worker.state == state))
+    return family
+
+
+def _facts(workers: list[tuple[str, WorkerFacts]]) -> Metric:
+    family = GaugeMetricFamily(
+        "warmkv_worker_info",
+        "Always 1; what a worker is there for, and how it computes and stores K/V.",
+        labels=("worker", "role", "ranks", "kv_dtype", "deterministic"),
+    )
+    for worker, facts in workers:
+        mode = "yes" if facts.deterministic else "no"
+        family.add_metric((worker, facts.role, str(facts.ranks), facts.kv_dtype, mode), 1.0)
     return family
 
 

@@ -3,16 +3,17 @@
 Covers: making it, sending it, its place in what is known to be on workers, ending it when nobody needs it any more.
 Does not cover: choosing the pair (`pairing`), the answer (`attempts`). Its end is no answer and no entry in the ledger:
 the worker that answers tells the fate of every token, and counts as computed what was computed for it. One that fails,
-or dies with its worker, costs time: the answering worker computes what is missing.
+or dies with its worker, costs time: the answering worker is told so, and computes what is missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvstore.blocks import SHORT_HASH_BYTES
+from kvstore.blocks import SHORT_HASH_BYTES, BlockHash
 from router import kv_wire, worker_errors
 from router.beliefs import Beliefs
+from router.board import Recent
 from router.decide import Choice
 from router.fleet import Fleet
 from router.flight import Flight, FlightEnd
@@ -26,11 +27,20 @@ _TOKEN_NBYTES = 4
 
 
 class PrefillJob:
-    """One that was sent."""
+    """One that was sent.
 
-    def __init__(self, fleet: Fleet, worker: str) -> None:
-        self._fleet, self._worker = fleet, worker
+    Args:
+        answering: the worker that it is for. ticket: the name of the last block that it makes.
+    """
+
+    def __init__(self, fleet: Fleet, pair: Pair, answering: str, ticket: BlockHash) -> None:
+        self._fleet, self._worker, self._answering = fleet, pair.worker, answering
+        self._broken = worker_pb2.PromiseBroken(address=pair.maker.address, ticket=ticket)
         self.flight: Flight | None = None
+
+    def break_promise(self) -> None:
+        """It has ended without its blocks: the answering worker shall wait for them no longer."""
+        self._fleet.link(self._answering).break_promise(self._broken)
 
     def end(self) -> None:
         """Nobody needs it any more: stop it, if it is still at it."""
@@ -41,21 +51,29 @@ class PrefillJob:
 class PrefillJobs:
     """Sends them."""
 
-    def __init__(self, fleet: Fleet, traffic: Traffic, beliefs: Beliefs, metrics: Metrics) -> None:
-        self._fleet, self._traffic, self._beliefs, self._metrics = fleet, traffic, beliefs, metrics
+    def __init__(self, fleet: Fleet, traffic: Traffic, beliefs: Beliefs, metrics: Metrics, recent: Recent) -> None:
+        self._fleet, self._traffic, self._beliefs = fleet, traffic, beliefs
+        self._metrics, self._recent = metrics, recent
 
     def send(
-        self, job: worker_pb2.Job, prepared: PreparedPrompt, choice: Choice, *, on_lost: Callable[[str], None]
+        self,
+        job: worker_pb2.Job,
+        prepared: PreparedPrompt,
+        choice: Choice,
+        *,
+        on_lost: Callable[[str], None],
+        on_failed: Callable[[PrefillJob], None],
     ) -> PrefillJob | None:
         """To the worker that the choice names; None: it names none. `job`: the answering worker's, with its deadline.
 
-        `on_lost` is called with the worker's name where it is lost, or its engine fails, while it is at it.
+        `on_lost` is called with the worker's name where it is lost, or its engine fails, while it is at it; `on_failed`
+        where the blocks do not come, for whatever reason.
         """
         pair = choice.pair
         if pair is None:
             return None
         link, hashes = self._fleet.link(pair.worker), prepared.question.hashes[: pair.blocks]
-        sent = PrefillJob(self._fleet, pair.worker)
+        sent = PrefillJob(self._fleet, pair, choice.worker, prepared.chain.at(pair.blocks - 1))
         held = pair.maker.candidate.price.cached_tokens // prepared.question.block_size
         self._traffic.sent(sent, pair.worker, hashes, work_ms=pair.work_ms, cached_blocks=min(held, pair.blocks))
         placement = self._beliefs.placed(link, hashes)
@@ -64,12 +82,15 @@ class PrefillJobs:
             self._traffic.ended(sent)
             outcome = _outcome(end)
             self._metrics.prefills.labels(pair.worker, outcome).inc()
+            self._recent.prefill_jobs[outcome] += 1
             if placement is not None and outcome == "done":
                 placement.computed()
             if placement is not None and end.last is not None:
                 placement.ended(kv_wire.fates(end.last.fates), prepared.question.block_size)
             if (sent.flight is not None and sent.flight.is_lost) or _failed_engine(end):
                 on_lost(pair.worker)
+            if outcome != "done":
+                on_failed(sent)
 
         sent.flight = link.submit(_job(job, pair, prepared.question.block_size), lambda _tokens: None, on_end)
         return sent

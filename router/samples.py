@@ -82,6 +82,7 @@ class Samples:
         response.usage.CopyFrom(self._work.usage())
         response.route.CopyFrom(first.route(router))
         response.route.ttft_ms = self._work.ttft_ms
+        response.route.retries = sum(sample.retries for sample in self._samples)
         response.route.handovers = sum(sample.handovers for sample in self._samples)
         return response
 

@@ -15,6 +15,7 @@ from router.link import WorkerLink
 from router.metrics import RouterGauges, WorkerGauges
 from router.self_audit import SelfAudit
 from router.waiting_room import WaitingRoom
+from router.worker_facts import facts_of
 from warmkv.v1 import admin_pb2
 
 
@@ -72,4 +73,5 @@ class State:
             link.incarnation,
             link.report.message if link.report and link.connected else None,
             self.trust(link) if link.whole else None,
+            facts_of(link.hello) if link.hello else None,
         )

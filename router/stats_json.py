@@ -57,7 +57,7 @@ def stats_to_plain(stats: admin_pb2.WatchStatsResponse) -> dict[str, Any]:
     """As `to_plain`; the parts that every frame has are there even while they are empty. No shared tier: no field."""
     complete = admin_pb2.WatchStatsResponse()
     complete.CopyFrom(stats)
-    for part in (complete.prompt_tokens, complete.ttft, complete.policy):
+    for part in (complete.prompt_tokens, complete.ttft, complete.handover_pause, complete.policy):
         part.SetInParent()
     return to_plain(complete)
 

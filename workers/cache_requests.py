@@ -1,7 +1,7 @@
 """What routers ask of a worker's cache, from the wire to the engine's thread: clears, operators' orders, probes.
 
-Covers: refusing what makes no sense, whose answer it will be. Does not cover: jobs (`streams`), what a request means
-(`cache_commands`, the store), the answer's way back (`streams`, `outbox`).
+Covers: promises that are broken, refusing what makes no sense, whose answer it will be. Does not cover: jobs
+(`streams`), what a request means (`cache_commands`, the store), the answer's way back (`streams`, `outbox`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class CacheRequests:
         """Of this router's clears the one with that hold is over."""
         key = (stream.router, message.peers_hold)
         self._engine.post(lambda engine: engine.cache.release_peers(key))
+
+    def promise_broken(self, message: worker_pb2.PromiseBroken) -> None:
+        """What jobs were promised there will not be made."""
+        address, ticket = message.address, BlockHash(message.ticket)
+        self._engine.post(lambda engine: engine.cache.promise_broken(address, ticket))
 
     def order(self, stream: RouterStream, message: worker_pb2.CacheCommand) -> None:
         """Have it carried out; one that is refused is answered at once."""

@@ -67,6 +67,11 @@ class EngineCache:
         if self._peers is not None:
             self._peers.release(key)
 
+    def promise_broken(self, address: str, ticket: BlockHash) -> None:
+        """Wait no longer for the blocks that were promised there, and compute them."""
+        if self._peers is not None:
+            self._store.promise_broken(self._peers.in_rank(address), ticket)
+
     def list_blocks(
         self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
     ) -> list[CachedBlock]:

@@ -51,7 +51,7 @@ class Peers:
 
     def learn(self, job: Job) -> None:
         """Believe the hints of a job; what it is promised is for the store to wait for (`promise`)."""
-        named = [(self._of_rank(hint.address), hint.blocks) for hint in job.peers]
+        named = [(self.in_rank(hint.address), hint.blocks) for hint in job.peers]
         holders = [Holder(address, blocks) for address, blocks in named if address not in ("", self.address)]
         if holders:
             self.tier.learn(job.block_hashes, holders)
@@ -64,7 +64,7 @@ class Peers:
     def promise(self, job: Job, now: float) -> Promise | None:
         """What another worker makes for a job; None: nothing, or it is this one."""
         told = job.promise
-        if told is None or job.no_read or (address := self._of_rank(told.address)) == self.address:
+        if told is None or job.no_read or (address := self.in_rank(told.address)) == self.address:
             return None
         return promise_of(
             job.block_hashes, address, told.blocks, ready_ms=told.ready_ms, margin_ms=told.margin_ms, now=now
@@ -78,8 +78,8 @@ class Peers:
         """As `PeersTier.release`."""
         self.tier.release(key)
 
-    def _of_rank(self, address: str) -> str:
-        """Where a worker's rank of this number serves; empty: it has not as many ranks."""
+    def in_rank(self, address: str) -> str:
+        """Where a worker's rank of this number serves, of the worker's address; empty: it has not as many ranks."""
         ranks = address.split(RANKS_BETWEEN)
         return ranks[self._rank] if len(ranks) == self._size else ""
 

@@ -309,6 +309,10 @@ class Cache(Protocol):
         """End a hold; none of that key: nothing happens."""
         ...
 
+    def promise_broken(self, address: str, ticket: BlockHash) -> None:
+        """The worker that serves blocks there has failed to make these: wait for them no more. See `Promise`."""
+        ...
+
     def list_blocks(
         self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
     ) -> list[CachedBlock]:

@@ -57,6 +57,9 @@ class SimulatedCache:
     def release_peers(self, key: Hashable) -> None:
         """Nothing: it reads from no other worker."""
 
+    def promise_broken(self, address: str, ticket: BlockHash) -> None:
+        """Nothing: it waits for no other worker."""
+
     def list_blocks(
         self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
     ) -> list[CachedBlock]:

@@ -227,6 +227,8 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 self._cache.probe(stream, request.probe)
             case "peers_released":
                 self._cache.release_peers(stream, request.peers_released)
+            case "promise_broken":
+                self._cache.promise_broken(request.promise_broken)
             case "fleet":
                 self._offer_fleet(stream, request.fleet)
             case "resync":

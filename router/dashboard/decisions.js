@@ -1,6 +1,7 @@
-// Why requests went where they went: counts by reason, and the last decisions with what was predicted and what came.
+// Why requests went where they went: counts by reason, what workers did for one another, and the last decisions with
+// what was predicted and what came.
 
-import { byId, h, keyed, setShare, setText } from "/static/dom.js";
+import { byId, h, keyed, setAttribute, setShare, setText } from "/static/dom.js";
 import * as format from "/static/format.js";
 import { Table, textColumn } from "/static/table.js";
 
@@ -36,6 +37,7 @@ export class Decisions {
     setText(byId("reused"), format.count(stats.reused_tokens));
     const ratio = stats.predicted_cached_tokens > 0 ? stats.reused_tokens / stats.predicted_cached_tokens : null;
     setText(byId("predicted-ratio"), format.percent(ratio));
+    renderTogether(stats);
   }
 
   #renderReasons(decisions) {
@@ -51,6 +53,20 @@ export class Decisions {
   }
 }
 
+// Prefills by outcome: `failed` and `lost` ones the answering worker made up for, `cancelled` ones nobody needed any more.
+function renderTogether({ handovers, handover_pause: pause, prefill_jobs: prefills }) {
+  const begun = sum(prefills), done = prefills.done ?? 0;
+  setText(byId("prefilled"), done < begun ? `${format.count(done)} of ${format.count(begun)}` : format.count(begun));
+  setAttribute(byId("prefilled"), "title", listed(prefills));
+  setText(byId("handovers"), format.count(sum(handovers)));
+  setAttribute(byId("handovers"), "title", listed(handovers));
+  const measured = pause.count > 0;
+  setText(byId("handover-pause"), measured ? `${format.milliseconds(pause.p50_ms)} / ${format.milliseconds(pause.p99_ms)}` : format.DASH);
+}
+
+const sum = (counts) => Object.values(counts).reduce((total, count) => total + count, 0);
+const listed = (counts) => Object.entries(counts).sort(([one], [other]) => one.localeCompare(other)).map(([name, count]) => `${name} ${format.count(count)}`).join(", ") || null;
+
 function createReason([reason]) {
   return h("li", { title: MEANINGS[reason] ?? null, "data-reason": reason },
     h("span", { class: "name" }, reason), h("span", { class: "bar", "aria-hidden": "true" }, h("span")), h("b"), h("span", { class: "total" }));
@@ -59,7 +75,7 @@ function createReason([reason]) {
 const COLUMNS = [
   textColumn("time", "Time", ({ time_ms: time }) => format.clockTime(time), { class: "muted" }),
   textColumn("request", "Request", ({ request_id: id }) => id.slice(0, 8), { class: "code", hover: ({ request_id: id, tenant }) => `${id} (tenant ${tenant})` }),
-  textColumn("worker", "Worker", ({ worker }) => worker, { heads: true }),
+  textColumn("worker", "Worker", path, { heads: true, hover: pathInWords }),
   textColumn("reason", "Reason", ({ reason }) => reason, { hover: ({ policy, reason }) => `${policy}: ${MEANINGS[reason] ?? reason}` }),
   textColumn("prompt", "Prompt", ({ prompt_tokens: tokens }) => format.count(tokens), { class: "number", title: "Prompt tokens" }),
   textColumn("reuse", "Reuse, tokens", (one) => arrow(format.count(one.predicted_cached_tokens), format.count(one.reused_tokens)), { class: "number" }),
@@ -68,6 +84,17 @@ const COLUMNS = [
 ];
 
 const arrow = (predicted, real) => `${predicted} → ${real === format.DASH ? "…" : real}`;
+
+// `w0 ✕ w1 ⇢ w2`: w0 was lost before a token came, w1 began the answer, w2 went on with it. `d0 ← p0`: p0 prefilled.
+function path({ tried, worker, went_on_at: next, prefill_worker: maker }) {
+  return [...tried.map((name) => `${name} ✕ `), worker, maker === "" ? "" : ` ← ${maker}`, ...next.map((name) => ` ⇢ ${name}`)].join("");
+}
+
+function pathInWords({ tried, went_on_at: next, prefill_worker: maker }) {
+  const words = [tried.length > 0 ? `no token came from ${tried.join(", ")}` : "", maker === "" ? "" : `prefilled by ${maker}`,
+    next.length > 0 ? `handed over to ${next.join(", then to ")}` : ""].filter(Boolean);
+  return words.length > 0 ? words.join("; ") : null;
+}
 
 function runnerUp({ runner_up: worker, runner_up_extra_ms: extra }) {
   return worker === "" ? "" : `${worker} +${format.milliseconds(extra)}`;

@@ -1,4 +1,5 @@
-// One row a worker: state, load, speed, how full its tiers are, and what is wrong with it. The shared tier comes last.
+// One row a worker: state, role, how it computes and stores, load, speed, how full its tiers are, and what is wrong with
+// it. The shared tier comes last.
 
 import { byId, h, keyed, setAttribute, setShare, setText } from "/static/dom.js";
 import * as format from "/static/format.js";
@@ -32,6 +33,8 @@ function columns({ tiers }) {
   return [
     textColumn("name", "Worker", ({ name }) => name, { heads: true, hover: hoverOf }),
     { key: "state", label: "State", update: (cell, { state }) => updateState(cell, format.enumWord(state, "WORKER_STATE_")) },
+    textColumn("role", "Role", ({ role }) => role || format.DASH, { title: "What it is there for: whole requests, or prefills for others, or answers" }),
+    textColumn("kv", "K/V", stored, { title: "What K/V is stored as; ranks that share out the model; deterministic: canonical mode" }),
     textColumn("running", "Running", ({ running }) => format.count(running), { class: "number" }),
     textColumn("waiting", "Waiting", ({ waiting }) => format.count(waiting), { class: "number" }),
     textColumn("prefill", "Prefill", prefill, { class: "number", title: "Milliseconds to prefill 1,000 tokens, as measured" }),
@@ -78,6 +81,11 @@ function updateTier(cell, usage) {
 function amountOf({ used_bytes: used, capacity_bytes: capacity, healthy }, bounded) {
   const text = bounded ? `${format.bytes(used)} of ${format.bytes(capacity)}` : format.bytes(used);
   return healthy ? text : `${text} · cut off`;
+}
+
+function stored({ kv_dtype: dtype, ranks, deterministic }) {
+  if (ranks === 0) return format.DASH;
+  return [dtype || format.DASH, ranks > 1 ? `${ranks} ranks` : "", deterministic ? "deterministic" : ""].filter(Boolean).join(" · ");
 }
 
 const tierWord = (tier) => format.enumWord(tier, "TIER_");

@@ -63,7 +63,10 @@ def test_settings_that_go_together_are_said_to_be(flags: dict[str, object]) -> N
     [
         ({"store.peers": "false"}, "store.peers"),
         ({"store.host_bytes": 0}, "store.host_bytes"),
-        ({"workers.count": 1}, "role decode"),
+        ({"workers.roles": "prefill=2"}, "role decode"),
+        ({"workers.roles": "decode=2"}, "role prefill"),
+        ({"workers.roles": "prefill=1,decode=2"}, "workers.count to 3"),
+        ({"tls.worker_cert": "cert.pem", "tls.worker_key": "key.pem"}, "store.protection to encrypt"),
     ],
 )
 def test_roles_that_are_of_no_use_are_told(flags: dict[str, object], named: str) -> None:

@@ -278,3 +278,37 @@ def test_waiting_ends_when_it_is_silent_or_slower_than_computing(
     silent_s: float, pace_s: float, left: int, *, too_long: bool
 ) -> None:
     assert waits_too_long(silent_s=silent_s, pace_s=pace_s, left=left, most_s=1.0) is too_long
+
+
+def test_who_hears_that_a_promise_is_broken_waits_no_longer(rig: Rig, maker: Worker) -> None:
+    promised(rig)
+    acquisition = rig.start()
+    rig.store.pump()
+    assert not acquisition.done, "nobody has begun, and a minute would be waited for it"
+    rig.store.promise_broken(maker.server.address, TICKET)
+    assert rig.end(acquisition) == []
+    assert rig.get() == [], "and who comes later does not begin to wait"
+
+
+def test_what_was_told_before_a_promise_broke_is_still_read(rig: Rig, maker: Worker) -> None:
+    promised(rig)
+    acquisition = rig.start()
+    maker.server.promises.begin(TICKET)
+    make(maker, 0, 3)
+    assert rig.peers is not None
+    watch, address = rig.peers.watch, maker.server.address
+    wait_until(lambda: (told := watch.progress(address, TICKET)) is not None and told.made == 3)
+    rig.store.promise_broken(address, TICKET)
+    assert rig.end(acquisition) == [PEER] * 3
+
+
+def test_only_the_promise_that_is_named_is_broken(rig: Rig, maker: Worker) -> None:
+    promised(rig)
+    acquisition = rig.start()
+    rig.store.promise_broken("127.0.0.1:1", TICKET)
+    rig.store.promise_broken(maker.server.address, NAMES[0])
+    rig.store.pump()
+    assert not acquisition.done
+    maker.server.promises.begin(TICKET)
+    make(maker, 0, 6)
+    assert rig.end(acquisition) == [PEER] * 6

@@ -261,6 +261,9 @@ def _worker(index: int) -> admin_pb2.WorkerInfo:
         incarnation=1_800_000_000_000_000_000 + index,
         model="tiny-llama",
         device="cpu",
+        role="both",
+        ranks=1,
+        kv_dtype="float32",
         prefill_ms_per_1k=61.5 + index,
         tiers=[
             admin_pb2.TierUsage(tier=common_pb2.TIER_DEVICE, capacity_bytes=64 * MIB, healthy=True),

@@ -167,6 +167,13 @@ def set_second(router: ScriptedRouter) -> None:
     now.ttft.CopyFrom(admin_pb2.Latency(count=6, p50_ms=41.4, p95_ms=96.2, p99_ms=12_345))
     now.decisions["prefix"] += 3
     now.decisions["balance"] += 1
+    now.handovers["lost"] += 2
+    now.handovers["draining"] += 1
+    now.handover_pause.CopyFrom(admin_pb2.Latency(count=3, p50_ms=181, p95_ms=400, p99_ms=412.4))
+    now.prefill_jobs["done"] += 11
+    now.prefill_jobs["failed"] += 1
+    now.workers[0].role, now.workers[0].ranks, now.workers[0].kv_dtype = "prefill", 2, "int8"
+    now.workers[1].role, now.workers[1].deterministic = "decode", True
     now.predicted_cached_tokens += 500
     now.reused_tokens += 400
     now.workers[0].running = 3
@@ -209,6 +216,11 @@ def test_the_page_loads_without_a_single_error_and_its_numbers_are_those_fed_in(
     assert text(page, "[data-reason=prefix] b") == "3"
     assert text(page, "[data-reason=balance] .total") == "25.0 %"
     assert [text(page, f"#{name}") for name in ("predicted", "reused", "predicted-ratio")] == ["500", "400", "80.0 %"]
+    assert [text(page, f"#{name}") for name in ("prefilled", "handovers", "handover-pause")] == [
+        *("11 of 12", "3", "181 ms / 412 ms"),
+    ]
+    assert page.locator("#prefilled").get_attribute("title") == "done 11, failed 1"
+    assert page.locator("#handovers").get_attribute("title") == "draining 1, lost 2"
     assert [text(page, f"#{name}") for name in ("model", "router", "policy-now")] == ["tiny-llama", "r0", "round_robin"]
     shot(page, tmp_path, "numbers")
     assert watched.problems == []
@@ -221,7 +233,11 @@ def test_workers_show_state_load_fill_and_what_is_wrong(server: Server, open_pag
     row = page.locator("#workers tbody tr")
     expect(row).to_have_count(4)
     cells = row.nth(0).locator("th, td").all_inner_texts()
-    assert [cell.strip() for cell in cells[2:]] == ["3", "0", "62 ms/1k", "16 MiB of 64 MiB", "0 B of 192 MiB"]
+    assert [cell.strip() for cell in cells[2:]] == [
+        *("prefill", "int8 · 2 ranks", "3", "0", "62 ms/1k", "16 MiB of 64 MiB", "0 B of 192 MiB"),
+    ]
+    kinds = [[cell.strip() for cell in row.nth(at).locator("td").all_inner_texts()[1:3]] for at in (1, 2)]
+    assert kinds == [["decode", "float32 · deterministic"], ["both", "float32"]]
     assert "ready" in cells[1]
     assert "lost" in row.nth(3).inner_text()
     assert text(page, "#problems") == "w3 its stream broke; look at its log"
@@ -359,12 +375,20 @@ def test_the_last_decisions_show_what_was_predicted_and_what_came(
         done.reused_tokens = 1520
         done.ttft_ms = 41
         router.now.recent.add(request_id="b", worker="w0", reason="no_hit", prompt_tokens=10, predicted_ttft_ms=5)
+        router.now.recent.add(request_id="c", worker="w1", tried=["w0"], went_on_at=["w2", "w3"])
+        router.now.recent.add(request_id="d", worker="w1", prefill_worker="w0")
 
     server.do(decide)
     page = open_page(server.url).page
     live(page)
     rows = page.locator("#recent tbody tr")
-    expect(rows).to_have_count(2)
+    expect(rows).to_have_count(4)
+    workers = [rows.nth(place).locator("th") for place in (2, 3)]
+    assert [cell.inner_text() for cell in workers] == ["w0 ✕ w1 ⇢ w2 ⇢ w3", "w1 ← w0"]
+    assert [cell.get_attribute("title") for cell in workers] == [
+        "no token came from w0; handed over to w2, then to w3",
+        "prefilled by w0",
+    ]
     assert rows.nth(0).locator("th, td").all_inner_texts() == [
         "08:00:00", "7f3a91c0", "w1", "prefix", "1,784", "1,536 → 1,520", "38 ms → 41 ms", "w3 +52 ms",
     ]  # fmt: skip
@@ -760,11 +784,11 @@ def test_tiers_below_host_have_columns_once_a_worker_has_them(
     page = open_page(server.url).page
     live(page)
     heads = page.locator("#workers thead th")
-    assert heads.all_inner_texts()[5:] == ["Device", "Host RAM"]
+    assert heads.all_inner_texts()[7:] == ["Device", "Host RAM"]
     server.do(
         lambda router: router.now.workers[0].tiers.add(
             tier=common_pb2.TIER_DISK, used_bytes=3 * MIB, capacity_bytes=0, blocks=9, healthy=True
         )
     )
-    expect(heads.nth(7)).to_have_text("Disk")
+    expect(heads.nth(9)).to_have_text("Disk")
     expect(page.locator("#workers tbody tr").first.locator("td").last).to_have_text("3.0 MiB")

@@ -440,3 +440,38 @@ async def test_each_of_two_routers_hands_over_its_own() -> None:
         assert sum(answer.route.handovers for answer in answers) > 0
         for router in (first, second):
             await eventually(router._traffic.check)
+
+
+@pytest.mark.asyncio
+async def test_a_request_is_one_line_of_the_last_decisions_however_often_it_moves() -> None:
+    turns = in_turn(begins(0), begins(10, hands_back), begins(5, hands_back), finishes)
+    workers = [FakeWorker(f"w{n}", turns) for n in range(4)]
+    async with fakes(*workers) as (_, router):
+        await all_ready(router, 4)
+        check_whole(await generate(router, request(PROMPT, 30)), 30)
+        (record,) = router.stats(show_prompts=False).recent
+        path = [*record.tried, record.worker, *record.went_on_at]
+        assert len(path) == len(set(path)) == 4, "each worker was left once"
+        assert (len(record.tried), len(record.went_on_at)) == (1, 2)
+        lost, first, second, last = ({worker.name: worker for worker in workers}[name] for name in path)
+        counts = [[job.resumed_tokens for job in jobs(worker)] for worker in (lost, first, second, last)]
+        assert counts == [[0], [0], [10], [15]]
+        assert record.reused_tokens == 16, "the bill's, that of its first admission"
+        assert record.ttft_ms > 0
+
+
+@pytest.mark.asyncio
+async def test_handovers_and_their_pauses_are_in_the_numbers_that_operators_see() -> None:
+    workers = [FakeWorker(name, finishes) for name in ("w0", "w1")]
+    async with fakes(*workers) as (_, router):
+        await all_ready(router, 2)
+        router.drain_worker("w1")
+        workers[0].submitted = begins(10, lambda worker, job: (router.undrain_worker("w1"), hands_back(worker, job)))
+        before = router.stats(show_prompts=False)
+        assert (dict(before.handovers), before.handover_pause.count) == ({}, 0)
+        check_whole(await generate(router, request(PROMPT, 30)), 30)
+        stats = router.stats(show_prompts=False)
+        assert dict(stats.handovers) == {"draining": 1}
+        pause = stats.handover_pause
+        assert pause.count == 1
+        assert 0 < pause.p50_ms == pause.p99_ms == value(router, "handover_pause_seconds_sum") * 1000

@@ -6,11 +6,12 @@ import asyncio
 
 import pytest
 
+from kvstore.blocks import BlockHash, block_hashes
 from router import errors
 from router.core import Router
 from router.pairing import DECODE, PREFILL
 from tests.router.fake_worker import FakeWorker, Submitted, refuses, stays_quiet
-from tests.router.rig import ADMIN, ALICE, all_ready, eventually, generate, request, tokens
+from tests.router.rig import ADMIN, ALICE, BLOCK, all_ready, eventually, generate, request, tokens
 from tests.router.test_fleet import fakes
 from tests.router.test_handover import begins, check_whole, finishes, jobs
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
@@ -98,6 +99,49 @@ async def test_a_prefill_that_nobody_needs_is_cancelled_once() -> None:
         await eventually(lambda: "cancel" in prefills.kinds())
         await asyncio.sleep(0.1)
         assert prefills.kinds().count("cancel") == 1
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("reason", ["WORKER_DRAINING", "PROMPT_TOO_LARGE_FOR_WORKER"])
+async def test_who_answers_is_told_that_its_prefill_failed(reason: str) -> None:
+    prefills = Loaded("p0", refuses(reason), PREFILL)
+    answers = Loaded("d0", stays_quiet, DECODE, decoding=50)
+    async with fakes(prefills, answers) as (_, router):
+        await all_ready(router, 2)
+        await paired(router)
+        answer = asyncio.ensure_future(generate(router, request(PROMPT, 10)))
+        await eventually(lambda: "promise_broken" in answers.kinds())
+        (job,) = jobs(answers)
+        assert answers.kinds().index("submit") < answers.kinds().index("promise_broken")
+        (broken,) = (heard.promise_broken for heard in answers.heard if heard.HasField("promise_broken"))
+        names = block_hashes(PROMPT, BlockHash(job.chain_root), BLOCK)
+        assert (broken.address, broken.ticket) == (job.promise.address, names[job.promise.blocks - 1])
+        finishes(answers, job)
+        await answer
+        assert dict(router.stats(show_prompts=False).prefill_jobs) == {"failed": 1}
+
+
+@pytest.mark.asyncio
+async def test_a_prefill_that_did_all_it_should_or_is_not_needed_breaks_no_promise() -> None:
+    def made(worker: FakeWorker, job: worker_pb2.Job) -> None:
+        output = worker_pb2.SequenceOutput(job_id=job.job_id, finish_reason=common_pb2.FINISH_REASON_LENGTH)
+        worker.say(step=worker_pb2.Step(outputs=[output]))
+
+    prefills, answers = Loaded("p0", made, PREFILL), Loaded("d0", finishes, DECODE, decoding=50)
+    async with fakes(prefills, answers) as (_, router):
+        await all_ready(router, 2)
+        await paired(router)
+        await generate(router, request(PROMPT, 10))
+        prefills.submitted = stays_quiet
+        await generate(router, request(PROMPT, 10))
+        await eventually(lambda: "cancel" in prefills.kinds())
+        cancelled = jobs(prefills)[-1]
+        refuses("CANCELLED")(prefills, cancelled)
+        await asyncio.sleep(0.2)
+        assert "promise_broken" not in answers.kinds()
+        stats = router.stats(show_prompts=False)
+        assert stats.prefill_jobs["done"] == 1
+        assert stats.recent[0].prefill_worker == "p0"
 
 
 @pytest.mark.asyncio

@@ -146,7 +146,7 @@ async def test_a_worker_that_is_lost_before_a_word_is_replaced_for_each_of_them(
 
     def breaks_once(worker: FakeWorker, job: worker_pb2.Job) -> None:
         if not broken or worker.name in broken:
-            broken.append(worker.name)
+            broken[:] = [worker.name]
             breaks(worker, job)
         else:
             answers(worker, job)
@@ -155,6 +155,10 @@ async def test_a_worker_that_is_lost_before_a_word_is_replaced_for_each_of_them(
         parts = await pieces(router, asks(tokens(1, 50), 3))
         assert sorted(part.index for part in parts if part.finish_reason == LENGTH) == [0, 1, 2]
         assert parts[-1].usage.completion_tokens == 12
+        assert parts[-1].route.retries == 3, "of all answers"
+        assert sum(router.metrics.retries.labels(name)._value.get() for name in ("w0", "w1")) == 3
+        (record,) = router.stats(show_prompts=False).recent
+        assert (list(record.tried), record.worker) == (broken, ({"w0", "w1"} - {*broken}).pop())
 
 
 @pytest.mark.asyncio

@@ -103,6 +103,9 @@ class ScriptedEngine:
     def release_peers(self, key: Hashable) -> None:
         self.told.append(f"release {key}")
 
+    def promise_broken(self, address: str, ticket: BlockHash) -> None:
+        self.told.append(f"broken {address} {ticket.hex()}")
+
     def shared_cleared(self) -> None:
         self.clearing -= 1
 

@@ -25,6 +25,7 @@ from workers.build import build_engine
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
 from workers.protocol import FinishReason, Job, Output, PeerHint, Promised, SamplingParams
+from workers.simulated_cache import SimulatedCache
 
 CONFIG = WorkerConfig(
     name="w0",
@@ -372,6 +373,29 @@ def test_a_maker_owes_what_it_made_until_the_other_one_has_read_it(small_steps: 
     while maker.cache.owes_peers():
         assert time.monotonic() < until, "nobody asks any more"
         time.sleep(0.05)
+
+
+def test_who_hears_that_its_maker_failed_computes_at_once(small_steps: list[TorchEngine]):
+    maker, answerer = small_steps
+    promised = _promise(maker)
+    answerer.submit(_long(answerer, "a", promise=promised))
+    for _ in range(5):
+        assert answerer.step().outputs == [], "nobody makes it, and it would be waited for 60 s"
+    answerer.cache.promise_broken(promised.address, block_hashes(LONG, answerer.info.scheme.root(b""), 16)[30])
+    outputs: list[Output] = []
+    for _ in range(40):
+        outputs += answerer.step().outputs
+    assert (len(_tokens(outputs)), outputs[-1].fates) == (12, {"computed": 500})
+
+
+def test_what_a_router_says_of_a_promise_reaches_the_engine(monkeypatch: pytest.MonkeyPatch):
+    heard: list[tuple[str, bytes]] = []
+    monkeypatch.setattr(SimulatedCache, "promise_broken", lambda _, address, ticket: heard.append((address, ticket)))
+    with serving() as (_, address), routers(address) as (router,):
+        router.send(promise_broken=worker_pb2.PromiseBroken(address="127.0.0.1:1", ticket=b"t" * 32))
+        router.send(submit=job(INFO.scheme, 1, list(range(100))))
+        router.wait_finished(1)
+    assert heard == [("127.0.0.1:1", b"t" * 32)]
 
 
 def test_while_it_waits_others_decode(small_steps: list[TorchEngine]):

@@ -126,6 +126,22 @@ def test_a_prefill_on_two_ranks_is_read_by_two_others_while_it_goes_on(two: list
     assert [store.stats()[TierName.PEER].hits for store in answerer.stores] == [31, 31]
 
 
+def test_a_prefill_elsewhere_that_has_failed_is_waited_for_on_no_rank(two: list[RanksRig]):
+    maker, answerer = two
+    address = maker.engine.info.peer_address
+    promise = Promised(address, 31, ready_ms=600_000.0, margin_ms=600_000.0)
+    answerer.use_models()
+    job = replace(answerer.job("asked", LONG, max_tokens=12), promise=promise)
+    answerer.engine.submit(job)
+    for _ in range(3):
+        assert answerer.engine.step().outputs == []
+    answerer.engine.cache.promise_broken(address, job.block_hashes[30])
+    answer = answerer.collect()["asked"]
+    assert near_ties([answer], oracle().generate([LONG], 12)) == 0
+    assert answer.fates == {"computed": 500}
+    assert [store.stats()[TierName.PEER].hits for store in answerer.stores] == [0, 0]
+
+
 def _prefill_only(job: Job) -> Job:
     return replace(job, prefill_only=True)
 

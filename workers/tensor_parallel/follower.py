@@ -79,6 +79,8 @@ class Follower:
                 self._engine.cache.hold_peers(key, for_s)
             case "cache", ["release_peers", key]:
                 self._engine.cache.release_peers(key)
+            case "cache", ["promise_broken", address, ticket]:
+                self._engine.cache.promise_broken(address, ticket)
             case "cache", ["clear_shared", root, prefix]:
                 self._clear_shared(self._engine.cache.shared_clearing(root=root, prefix=prefix))
 

@@ -219,6 +219,11 @@ class LeadingCache:
         self._leader.tell_later("release_peers", key)
         self._own.release_peers(key)
 
+    def promise_broken(self, address: str, ticket: BlockHash) -> None:
+        """On every rank."""
+        self._leader.tell_later("promise_broken", address, ticket)
+        self._own.promise_broken(address, ticket)
+
     def list_blocks(
         self, *, root: BlockHash | None, prefix: BlockHash | None, after: BlockHash | None, limit: int
     ) -> list[CachedBlock]:

@@ -124,6 +124,9 @@ class WorkerInfo(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     address: _builtins.str
@@ -152,6 +155,12 @@ class WorkerInfo(_message.Message):
     """Shape and type of its K/V in words, as in HashScheme; empty until it has joined."""
     role: _builtins.str
     """both, prefill or decode; empty while nothing was heard of it."""
+    ranks: _builtins.int
+    """Processes that share out its model's heads; zero until it has joined."""
+    deterministic: _builtins.bool
+    """Whether it runs in canonical mode: the same floats whatever is cached and whatever else runs."""
+    kv_dtype: _builtins.str
+    """What it stores K/V as: float32, bfloat16, float16, fp8_e4m3 or int8; empty until it has joined."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierUsage]:
         """How full its tiers are."""
@@ -179,10 +188,13 @@ class WorkerInfo(_message.Message):
         protocol_version: _builtins.int = ...,
         layout: _builtins.str = ...,
         role: _builtins.str = ...,
+        ranks: _builtins.int = ...,
+        deterministic: _builtins.bool = ...,
+        kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "incarnation", b"incarnation", "index", b"index", "layout", b"layout", "model", b"model", "name", b"name", "package_version", b"package_version", "prefill_ms_per_1k", b"prefill_ms_per_1k", "problem", b"problem", "protocol_version", b"protocol_version", "role", b"role", "running", b"running", "state", b"state", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "deterministic", b"deterministic", "device", b"device", "incarnation", b"incarnation", "index", b"index", "kv_dtype", b"kv_dtype", "layout", b"layout", "model", b"model", "name", b"name", "package_version", b"package_version", "prefill_ms_per_1k", b"prefill_ms_per_1k", "problem", b"problem", "protocol_version", b"protocol_version", "ranks", b"ranks", "role", b"role", "running", b"running", "state", b"state", "tiers", b"tiers", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1971,6 +1983,46 @@ class WatchStatsResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class HandoversEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class PrefillJobsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TIME_MS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
@@ -1991,6 +2043,9 @@ class WatchStatsResponse(_message.Message):
     QUEUED_FIELD_NUMBER: _builtins.int
     QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    HANDOVERS_FIELD_NUMBER: _builtins.int
+    HANDOVER_PAUSE_FIELD_NUMBER: _builtins.int
+    PREFILL_JOBS_FIELD_NUMBER: _builtins.int
     time_ms: _builtins.int
     """Milliseconds since 1970."""
     generated_tokens: _builtins.int
@@ -2053,6 +2108,22 @@ class WatchStatsResponse(_message.Message):
     def refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Requests that were refused, by the limit that refused them."""
 
+    @_builtins.property
+    def handovers(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Answers under way that a worker left and that were to go on at another one, by why it left: lost, gap, failed,
+        draining.
+        """
+
+    @_builtins.property
+    def handover_pause(self) -> Global___Latency:
+        """What their callers saw: from the last token before to the first one after, of the last 1,000 that went on."""
+
+    @_builtins.property
+    def prefill_jobs(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Prompts that a worker prefilled for another one, by outcome: done, cancelled, failed, or lost with it. But for those
+        that are done the answering worker computed what was missing, or nobody needed it any more.
+        """
+
     def __init__(
         self,
         *,
@@ -2076,10 +2147,13 @@ class WatchStatsResponse(_message.Message):
         queued: _builtins.int = ...,
         queued_tokens: _builtins.int = ...,
         refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        handovers: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        handover_pause: Global___Latency | None = ...,
+        prefill_jobs: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "prompt_tokens", b"prompt_tokens", "shared_tier", b"shared_tier", "ttft", b"ttft"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handover_pause", b"handover_pause", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "shared_tier", b"shared_tier", "ttft", b"ttft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["catching_up", b"catching_up", "decisions", b"decisions", "generated_tokens", b"generated_tokens", "in_flight", b"in_flight", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "prefixes", b"prefixes", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "recent", b"recent", "refused", b"refused", "requests", b"requests", "reused_tokens", b"reused_tokens", "shared_tier", b"shared_tier", "shared_tier_reads", b"shared_tier_reads", "time_ms", b"time_ms", "ttft", b"ttft", "window_seconds", b"window_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catching_up", b"catching_up", "decisions", b"decisions", "generated_tokens", b"generated_tokens", "handover_pause", b"handover_pause", "handovers", b"handovers", "in_flight", b"in_flight", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "prefill_jobs", b"prefill_jobs", "prefixes", b"prefixes", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "queued_tokens", b"queued_tokens", "recent", b"recent", "refused", b"refused", "requests", b"requests", "reused_tokens", b"reused_tokens", "shared_tier", b"shared_tier", "shared_tier_reads", b"shared_tier_reads", "time_ms", b"time_ms", "ttft", b"ttft", "window_seconds", b"window_seconds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2252,6 +2326,9 @@ class DecisionRecord(_message.Message):
     TTFT_MS_FIELD_NUMBER: _builtins.int
     RUNNER_UP_FIELD_NUMBER: _builtins.int
     RUNNER_UP_EXTRA_MS_FIELD_NUMBER: _builtins.int
+    TRIED_FIELD_NUMBER: _builtins.int
+    WENT_ON_AT_FIELD_NUMBER: _builtins.int
+    PREFILL_WORKER_FIELD_NUMBER: _builtins.int
     time_ms: _builtins.int
     """Milliseconds since 1970."""
     request_id: _builtins.str
@@ -2278,6 +2355,18 @@ class DecisionRecord(_message.Message):
     """The runner-up; empty when there was no other."""
     runner_up_extra_ms: _builtins.float
     """What the runner-up would have cost more, milliseconds."""
+    prefill_worker: _builtins.str
+    """The worker that computed the prompt for the chosen one; empty: that did it itself."""
+    @_builtins.property
+    def tried(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Workers that it was sent to before and that gave no token of it: they were lost, or refused it. In this order; what
+        stands above is of the last decision before the first token.
+        """
+
+    @_builtins.property
+    def went_on_at(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Workers that the answer was sent on to after tokens of it had come, in this order: its handovers."""
+
     def __init__(
         self,
         *,
@@ -2294,10 +2383,13 @@ class DecisionRecord(_message.Message):
         ttft_ms: _builtins.float | None = ...,
         runner_up: _builtins.str = ...,
         runner_up_extra_ms: _builtins.float = ...,
+        tried: _abc.Iterable[_builtins.str] | None = ...,
+        went_on_at: _abc.Iterable[_builtins.str] | None = ...,
+        prefill_worker: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_reused_tokens", b"_reused_tokens", "_ttft_ms", b"_ttft_ms", "reused_tokens", b"reused_tokens", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reused_tokens", b"_reused_tokens", "_ttft_ms", b"_ttft_ms", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "request_id", b"request_id", "reused_tokens", b"reused_tokens", "runner_up", b"runner_up", "runner_up_extra_ms", b"runner_up_extra_ms", "tenant", b"tenant", "time_ms", b"time_ms", "ttft_ms", b"ttft_ms", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reused_tokens", b"_reused_tokens", "_ttft_ms", b"_ttft_ms", "policy", b"policy", "predicted_cached_tokens", b"predicted_cached_tokens", "predicted_ttft_ms", b"predicted_ttft_ms", "prefill_worker", b"prefill_worker", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "request_id", b"request_id", "reused_tokens", b"reused_tokens", "runner_up", b"runner_up", "runner_up_extra_ms", b"runner_up_extra_ms", "tenant", b"tenant", "time_ms", b"time_ms", "tried", b"tried", "ttft_ms", b"ttft_ms", "went_on_at", b"went_on_at", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__reused_tokens: _TypeAlias = _typing.Literal["reused_tokens"]  # noqa: Y015
     _WhichOneofArgType__reused_tokens: _TypeAlias = _typing.Literal["_reused_tokens", b"_reused_tokens"]  # noqa: Y015

@@ -316,7 +316,9 @@ class Route(_message.Message):
     predicted_cached_tokens: _builtins.int
     """Prompt tokens that the router expected to find cached."""
     retries: _builtins.int
-    """Workers that were lost before a token came."""
+    """How often it was sent again because its worker was lost, or lost something of it, before a token came; of several
+    answers, all together.
+    """
     router: _builtins.str
     """The router's name."""
     request_id: _builtins.str

@@ -92,6 +92,7 @@ class ConnectRequest(_message.Message):
     CACHE_FIELD_NUMBER: _builtins.int
     PEERS_RELEASED_FIELD_NUMBER: _builtins.int
     PROBE_FIELD_NUMBER: _builtins.int
+    PROMISE_BROKEN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """The first message."""
@@ -128,6 +129,10 @@ class ConnectRequest(_message.Message):
     def probe(self) -> Global___Probe:
         """Where some blocks lie, to audit what the router believes."""
 
+    @_builtins.property
+    def promise_broken(self) -> Global___PromiseBroken:
+        """What a job was promised will not be made."""
+
     def __init__(
         self,
         *,
@@ -140,12 +145,13 @@ class ConnectRequest(_message.Message):
         cache: Global___CacheCommand | None = ...,
         peers_released: Global___PeersReleased | None = ...,
         probe: Global___Probe | None = ...,
+        promise_broken: Global___PromiseBroken | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "probe", b"probe", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "probe", b"probe", "promise_broken", b"promise_broken", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "probe", b"probe", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "probe", b"probe", "promise_broken", b"promise_broken", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "clear", "fleet", "resync", "cache", "peers_released", "probe"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "clear", "fleet", "resync", "cache", "peers_released", "probe", "promise_broken"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -559,6 +565,32 @@ class Promise(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Promise: _TypeAlias = Promise  # noqa: Y015
+
+@_typing.final
+class PromiseBroken(_message.Message):
+    """The worker that made promised blocks has failed at it: who waits for them shall wait no longer, and compute them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Promise.address."""
+    ticket: _builtins.bytes
+    """The hash of the last block that was promised, 32 bytes."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        ticket: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromiseBroken: _TypeAlias = PromiseBroken  # noqa: Y015
 
 @_typing.final
 class PeerHint(_message.Message):
