@@ -1,4 +1,4 @@
-"""Gathered K/V of decode rows, kept from step to step: a step then copies one row of each sequence, and not all of them.
+"""Gathered K/V of decode rows, kept from step to step: a step then copies one row a sequence, and not all of them.
 
 Covers: which groups of rows go on where the step before left off, and the memory that their K/V lie in. Does not cover:
 which rows make a group, and attention (`torch_backend`).
@@ -65,7 +65,7 @@ class KeptGroup:
         Valid until the next step.
 
         Args:
-            pool: of this layer, the new rows included. fresh: the new rows, [B, kv_heads, dim] each.
+            pool: of this layer, the new rows included. fresh: the new rows, [kv_heads, B, dim] each.
             gather: reads the pool.
         """
         if self._is_filled:
@@ -78,9 +78,9 @@ class KeptGroup:
 
     def _put(self, part: Tensor, fresh: Tensor) -> None:
         if self._position is not None:
-            part[:, :, self._position] = fresh
+            part.select(2, self._position).copy_(fresh.transpose(0, 1))
         else:
-            part[self._places] = fresh
+            part[self._places] = fresh.transpose(0, 1)
 
     def _filled(self, gathered: Tensor) -> Tensor:
         batch, kv_heads, length, dim = gathered.shape

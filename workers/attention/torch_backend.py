@@ -94,7 +94,7 @@ class TorchBackend:
         _write(step, values, value)
         scores, groups = Scores(scale, window, softcap, sinks), self._decode_groups(step)
         if len(groups) == 1 and groups[0].is_whole_step:
-            return _decode(groups[0], layer, query, (keys, values), (key, value), scores)
+            return _decode(groups[0], layer, query, (keys, values), (key, value), scores)  # nothing to put together
         as_given = isinstance(keys, Tensor)  # else even a new row must be seen as it was stored
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
         for group in groups:
@@ -124,7 +124,7 @@ def _write(step: Step, pool: Rows, fresh: Tensor) -> None:
     """Put the step's [kv_heads, T, dim] into the pool. One row, as a lone decode has, is cheaper without an index."""
     if isinstance(pool, Tensor) and len(step.spans) == 1 and step.spans[0].length == 1:
         block, offset = divmod(step.spans[0].context - 1, step.block_size)
-        pool[step.spans[0].block_table[block], offset] = fresh[:, 0]
+        pool[step.spans[0].block_table[block], offset] = fresh.squeeze(1)
     else:
         write_rows(pool, step.blocks, step.offsets, fresh.transpose(0, 1))
 
@@ -184,7 +184,8 @@ def _decode(
     """query [heads, B, k_dim], `pool` of the layer, its new rows [kv_heads, B, dim] -> [B, heads, v_dim]."""
     heads, batch, dim = query.shape
     kv_heads = pool[0].shape[2]
-    q = query.transpose(0, 1).reshape(batch, kv_heads, heads // kv_heads, dim)
+    by_row = query if batch == 1 else query.transpose(0, 1)  # a lone row lies the same either way
+    q = by_row.reshape(batch, kv_heads, heads // kv_heads, dim)
     k, v = _decode_rows(group, layer, pool, fresh)
     mask = _decode_mask(group, scores.window, query.dtype)
     if scores.plain:
@@ -202,9 +203,8 @@ def _decode_rows(
     keys, values = pool
     if group.kept is None or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
         return _gather_group(group, keys), _gather_group(group, values)
-    new = fresh[0].transpose(0, 1), fresh[1].transpose(0, 1)
-    k, v = group.kept.rows(layer, (keys, values), new, partial(_gather_group, group))
-    return k[:, :, : group.length], v[:, :, : group.length]
+    k, v = group.kept.rows(layer, (keys, values), fresh, partial(_gather_group, group))
+    return k.narrow(2, 0, group.length), v.narrow(2, 0, group.length)
 
 
 def _gather_group(group: DecodeGroup, pool: Rows) -> Tensor:
