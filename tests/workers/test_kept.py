@@ -106,8 +106,16 @@ def test_a_step_reads_nothing_of_the_pool_that_the_step_before_read(contexts):
     for keys, values in rig.kv:
         keys.fill_(math.nan)
         values.fill_(math.nan)
-    rig.step(decodes)
-    rig.step(decodes)
+    for _ in range(8):  # into blocks that were not there at first
+        rig.step(decodes)
+
+
+def test_blocks_with_another_holder_are_gathered_again():
+    rig = Rig(1)
+    rig.step([(rig.sequences[0], 5)])
+    rig.step([(rig.sequences[0], 1)])
+    rig.move(rig.sequences[0])
+    rig.step([(rig.sequences[0], 1)])
 
 
 def test_what_does_not_fit_is_gathered_in_every_step(monkeypatch: pytest.MonkeyPatch):
