@@ -125,7 +125,8 @@ class ModelRunner:
             model = _load_model(folder, dtype).eval().requires_grad_(False)
             whole = None if ranks is None else _cut(model, ranks)
             model = model.to(device)
-            simplify_norms(model)
+            if cls.forward is ModelRunner.forward:  # one that proves its steps' bits knows the model's own operations only
+                simplify_norms(model)
         runner = cls(model, folder, fingerprint.result(), backend, whole=whole)
         if ranks is not None and runner.layout.kv_heads * ranks.size != kv_heads_of(model.config.get_text_config()):
             raise ModelNotSupported(f"{model.config.model_type}: its heads of K/V stay whole; set tensor_parallel to 1")
