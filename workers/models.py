@@ -125,7 +125,7 @@ class ModelRunner:
             model = _load_model(folder, dtype).eval().requires_grad_(False)
             whole = None if ranks is None else _cut(model, ranks)
             model = model.to(device)
-            if cls.forward is ModelRunner.forward:  # one that proves its steps' bits knows the model's own operations only
+            if cls.forward is ModelRunner.forward:  # the canonical check knows stock operations only
                 simplify_norms(model)
         runner = cls(model, folder, fingerprint.result(), backend, whole=whole)
         if ranks is not None and runner.layout.kv_heads * ranks.size != kv_heads_of(model.config.get_text_config()):
