@@ -30,6 +30,7 @@ from workers.attention.captured import CURRENT, INPUTS, attend, paged_attention
 from workers.attention.choice import backend_for
 from workers.attention.step import AttentionBackend, KVViews, Span, Step, make_step
 from workers.model_folder import ModelFolder, ModelFolderError, open_model_folder
+from workers.norms import simplify_norms
 from workers.tensor_parallel.shard import ModelGroup, NotDivisible, cut_model, kv_heads_of
 
 ATTENTION, OPAQUE_ATTENTION = "warmkv_paged", "warmkv_opaque"
@@ -124,6 +125,8 @@ class ModelRunner:
             model = _load_model(folder, dtype).eval().requires_grad_(False)
             whole = None if ranks is None else _cut(model, ranks)
             model = model.to(device)
+            if cls.forward is ModelRunner.forward:  # the canonical check knows stock operations only
+                simplify_norms(model)
         runner = cls(model, folder, fingerprint.result(), backend, whole=whole)
         if ranks is not None and runner.layout.kv_heads * ranks.size != kv_heads_of(model.config.get_text_config()):
             raise ModelNotSupported(f"{model.config.model_type}: its heads of K/V stay whole; set tensor_parallel to 1")

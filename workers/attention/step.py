@@ -25,12 +25,15 @@ class Span:
     Attributes:
         row: its first row. length: new tokens. context: tokens that the last row sees, the new ones included.
         block_table: device blocks of the context, `ceil(context / block_size)` of them.
+        holder: who holds these blocks: the same object in another step says that they are the same blocks, with the
+        same K/V in them, and perhaps more of them. None: nobody says so.
     """
 
     row: int
     length: int
     context: int
     block_table: Sequence[int]
+    holder: object | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(slots=True)

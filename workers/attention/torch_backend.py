@@ -5,6 +5,8 @@ sequence); long ones alone, because a gathered context that fits the CPU's cache
 not. The query heads of a K/V head are packed into the query dimension where rows are few. A prefill chunk goes
 in slices of rows, each over only the keys that it can see, so a mask stays small.
 
+What was gathered for decode rows stays for their next step (`kept`).
+
 Whatever lies in the pool beyond a context (freed blocks, the rest of the last) never reaches a result, NaN included.
 """
 
@@ -12,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvstore.quantised import Rows, read_blocks, write_rows
+from workers.attention.kept import KeptGroup, KeptGroups
 from workers.attention.step import Span, Step
 
 GROUP_NBYTES = 1 << 20  # gathered keys of one group: about a core's cache
@@ -30,17 +34,22 @@ class DecodeGroup:
     """Decode rows that are attended in one call, B of them, padded to n blocks each.
 
     Attributes:
+        spans: of the rows, in their order. is_whole_step: whether the step has no other rows.
         rows: B of them, as an index: neighbours are a slice, which costs less to read by.
         blocks: [B * n]. length: keys of each row after padding.
         padding: flat indices into [B * length] that hold nothing; None when all contexts are equal.
-        contexts: [B]. masks: by window, [B, 1, 1, length], zero or -inf; None where all is seen.
+        contexts: [B]. kept: their K/V from the step before; None: they are gathered anew.
+        masks: by window, [B, 1, 1, length], zero or -inf; None where all is seen.
     """
 
+    spans: Sequence[Span]
+    is_whole_step: bool
     rows: Tensor | slice
     blocks: Tensor
     length: int
     contexts: Tensor
     padding: Tensor | None
+    kept: KeptGroup | None = None
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
 
@@ -62,6 +71,10 @@ class Scores:
 class TorchBackend:
     """See the module."""
 
+    def __init__(self) -> None:
+        """Start with nothing kept."""
+        self._kept = KeptGroups()
+
     def attend(
         self,
         step: Step,
@@ -79,28 +92,31 @@ class TorchBackend:
         keys, values = step.kv[layer]
         _write(step, keys, key)
         _write(step, values, value)
+        scores, groups = Scores(scale, window, softcap, sinks), self._decode_groups(step)
+        if len(groups) == 1 and groups[0].is_whole_step:
+            return _decode(groups[0], layer, query, (keys, values), (key, value), scores)  # nothing to put together
         as_given = isinstance(keys, Tensor)  # else even a new row must be seen as it was stored
-        scores = Scores(scale, window, softcap, sinks)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
-        for group in self._decode_groups(step, keys):
-            out[group.rows] = _decode(group, query[:, group.rows], keys, values, scores)
+        for group in groups:
+            fresh = key[:, group.rows], value[:, group.rows]
+            out[group.rows] = _decode(group, layer, query[:, group.rows], (keys, values), fresh, scores)
         for span in step.spans:
             if span.length > 1:
                 rows = slice(span.row, span.row + span.length)
-                fresh = as_given and span.length == span.context
-                k = key[:, rows] if fresh else _gather(step, span, keys)
-                v = value[:, rows] if fresh else _gather(step, span, values)
+                given = as_given and span.length == span.context
+                k = key[:, rows] if given else _gather(step, span, keys)
+                v = value[:, rows] if given else _gather(step, span, values)
                 _prefill(step, span, query[:, rows], k, v, scores, out[rows])
         return out
 
-    def _decode_groups(self, step: Step, keys: Rows) -> list[DecodeGroup]:
+    def _decode_groups(self, step: Step) -> list[DecodeGroup]:
         groups: list[DecodeGroup] | None = step.plan.get("decode")
         if groups is None:
-            token_nbytes = keys.shape[2] * keys.shape[3] * keys.element_size()
-            limit = max(1, GROUP_NBYTES // (token_nbytes * step.block_size))
-            spans = [span for span in step.spans if span.length == 1]
-            groups = [_group(part, step) for part in partition(spans, limit)]
-            step.plan["decode"] = groups
+            groups = step.plan["decode"] = _groups(step)
+            if isinstance(keys := step.kv[0][0], Tensor) and keys.device.type == "cpu":
+                kept = self._kept.of([(group.spans, group.length) for group in groups], step.kv)
+                for group, of_group in zip(groups, kept, strict=True):
+                    group.kept = of_group
         return groups
 
 
@@ -108,9 +124,16 @@ def _write(step: Step, pool: Rows, fresh: Tensor) -> None:
     """Put the step's [kv_heads, T, dim] into the pool. One row, as a lone decode has, is cheaper without an index."""
     if isinstance(pool, Tensor) and len(step.spans) == 1 and step.spans[0].length == 1:
         block, offset = divmod(step.spans[0].context - 1, step.block_size)
-        pool[step.spans[0].block_table[block], offset] = fresh[:, 0]
+        pool[step.spans[0].block_table[block], offset] = fresh.squeeze(1)
     else:
         write_rows(pool, step.blocks, step.offsets, fresh.transpose(0, 1))
+
+
+def _groups(step: Step) -> list[DecodeGroup]:
+    keys = step.kv[0][0]
+    token_nbytes = keys.shape[2] * keys.shape[3] * keys.element_size()
+    limit = max(1, GROUP_NBYTES // (token_nbytes * step.block_size))
+    return [_group(part, step) for part in partition([span for span in step.spans if span.length == 1], limit)]
 
 
 def partition(spans: Sequence[Span], limit: int) -> list[list[Span]]:
@@ -140,6 +163,8 @@ def _group(spans: Sequence[Span], step: Step) -> DecodeGroup:
         hidden = torch.arange(length, device=device)[None] >= contexts[:, None]
         padding = hidden.flatten().nonzero().flatten()
     return DecodeGroup(
+        spans=spans,
+        is_whole_step=len(spans) == len(step.spans),
         rows=slice(first, last + 1) if last - first + 1 == len(rows) else torch.tensor(rows, device=device),
         blocks=torch.tensor(tables, device=device).flatten(),
         length=length,
@@ -148,12 +173,20 @@ def _group(spans: Sequence[Span], step: Step) -> DecodeGroup:
     )
 
 
-def _decode(group: DecodeGroup, query: Tensor, keys: Rows, values: Rows, scores: Scores) -> Tensor:
-    """query [heads, B, k_dim] -> [B, heads, v_dim]."""
+def _decode(
+    group: DecodeGroup,
+    layer: int,
+    query: Tensor,
+    pool: tuple[Rows, Rows],
+    fresh: tuple[Tensor, Tensor],
+    scores: Scores,
+) -> Tensor:
+    """query [heads, B, k_dim], `pool` of the layer, its new rows [kv_heads, B, dim] -> [B, heads, v_dim]."""
     heads, batch, dim = query.shape
-    kv_heads = keys.shape[2]
-    q = query.transpose(0, 1).reshape(batch, kv_heads, heads // kv_heads, dim)
-    k, v = _gather_group(group, keys), _gather_group(group, values)
+    kv_heads = pool[0].shape[2]
+    by_row = query if batch == 1 else query.transpose(0, 1)  # a lone row lies the same either way
+    q = by_row.reshape(batch, kv_heads, heads // kv_heads, dim)
+    k, v = _decode_rows(group, layer, pool, fresh)
     mask = _decode_mask(group, scores.window, query.dtype)
     if scores.plain:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale)
@@ -161,6 +194,17 @@ def _decode(group: DecodeGroup, query: Tensor, keys: Rows, values: Rows, scores:
         sinks = None if scores.sinks is None else scores.sinks.view(1, kv_heads, -1, 1)
         out = _weigh(q, k, v, mask, scores, sinks)
     return out.reshape(batch, heads, -1)
+
+
+def _decode_rows(
+    group: DecodeGroup, layer: int, pool: tuple[Rows, Rows], fresh: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """K and V, [B, kv_heads, length, dim] each."""
+    keys, values = pool
+    if group.kept is None or not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+        return _gather_group(group, keys), _gather_group(group, values)
+    k, v = group.kept.rows(layer, (keys, values), fresh, partial(_gather_group, group))
+    return k.narrow(2, 0, group.length), v.narrow(2, 0, group.length)
 
 
 def _gather_group(group: DecodeGroup, pool: Rows) -> Tensor:

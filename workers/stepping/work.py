@@ -55,7 +55,8 @@ def make_work(chunks: Items[Chunk], block_size: int, sampling: Items[Sequence]) 
         sequence, start = chunk.sequence, chunk.sequence.num_computed
         stop = start + chunk.length
         table = sequence.block_table[: -(-stop // block_size)]
-        work.spans.append(Span(len(work.token_ids), chunk.length, stop, table))
+        # The list is another one as soon as the sequence has lost its blocks.
+        work.spans.append(Span(len(work.token_ids), chunk.length, stop, table, holder=sequence.block_table))
         work.token_ids += sequence.token_ids[start:stop]
         if stop > len(sequence.token_ids):
             work.token_ids.append(-1 - places[sequence])
