@@ -1,4 +1,4 @@
-"""Kernels over a quantised pool: they store the very bytes that the CPU stores, and attend over what those stand for."""
+"""Kernels over a quantised pool: they store the bytes that the CPU stores, and attend over what those stand for."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def test_every_head_size_and_dtype_with_the_tiles_that_serve(dim: int, kind: str
     check(case, attend(case, TritonBackend()))
 
 
-@pytest.mark.parametrize(
-    ("heads", "group", "kind"), [(3, 1, "int8"), (1, 5, "fp8_e4m3")], ids=["MHA", "MQA"]
-)
+@pytest.mark.parametrize(("heads", "group", "kind"), [(3, 1, "int8"), (1, 5, "fp8_e4m3")], ids=["MHA", "MQA"])
 def test_groups_of_query_heads(heads: int, group: int, kind: str):
     case = Case([(1, 20), (3, 9)], Shape(heads, group, kv_dtype=kind), with_sinks=True, window=15)
     check(case, attend(case, TritonBackend(SMALL)))

@@ -9,7 +9,6 @@ Importing this module imports triton; `choice` does it only where there is a GPU
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kvstore.quantised import Rows

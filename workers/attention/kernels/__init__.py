@@ -24,7 +24,6 @@ Numbers that change from step to step, and whether a list of members is aligned,
 would be compiled in the middle of somebody's stream.
 
 Names that all kernels share: `*_row`, `*_head`, `*_block`, `*_token` are strides in elements; `*_pad` is the next power
-of two, which tiles must have. Exponents are of base 2: `factor` holds log2(e). `*_scales` is None, or a quantised pool's
-scales [blocks, block_size, kv_heads] bfloat16 and their three strides.
+of two, which tiles must have. Exponents are of base 2: `factor` holds log2(e). `*_scales` is None, or the scales of a
+quantised pool, [blocks, block_size, kv_heads] bfloat16, and their three strides.
 """
-

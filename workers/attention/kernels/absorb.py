@@ -60,10 +60,7 @@ def load_factors(scales, head, table, positions, loaded, block_size: tl.constexp
     else:
         block = tl.load(table + positions // block_size).to(tl.int64)
     places = scales[0] + block * scales[1] + (positions % block_size) * scales[2] + head * scales[3]
-    if masked:
-        found = tl.load(places, mask=loaded, other=0.0)
-    else:
-        found = tl.load(places)
+    found = tl.load(places, mask=loaded, other=0.0) if masked else tl.load(places)
     return found.to(tl.float32)
 
 
@@ -125,8 +122,6 @@ def absorb(
     return highest, total, gathered
 
 
-
-
 @triton.jit
 def take_tile(
     query,
@@ -153,9 +148,7 @@ def take_tile(
     """
     keys, values, head, table = paged
     size: tl.constexpr = sizes[2]
-    key_rows = load_tile(
-        keys[0], table, positions, loaded, keys[1], keys[2], sizes[0], query.shape[1], size, masked
-    )
+    key_rows = load_tile(keys[0], table, positions, loaded, keys[1], keys[2], sizes[0], query.shape[1], size, masked)
     value_rows = load_tile(
         values[0], table, positions, loaded, values[1], values[2], sizes[1], gathered.shape[1], size, masked
     )

@@ -85,7 +85,20 @@ def decode_splits(
             positions = tile + tl.arange(0, keys_tile)
             loaded = (positions >= start) & (positions < stop)
             top, total, gathered = take_tile(
-                asked, paged, positions, loaded, loaded[None, :], top, total, gathered, scoring, sizes, capped, True, precision, widen
+                asked,
+                paged,
+                positions,
+                loaded,
+                loaded[None, :],
+                top,
+                total,
+                gathered,
+                scoring,
+                sizes,
+                capped,
+                True,
+                precision,
+                widen,
             )
         place = ((at * tl.num_programs(1) + kv_head) * width + number - first_split) * group
         spots = partial + place * v_dim + (lanes[:, None] * v_dim + v_lanes[None, :])
@@ -154,5 +167,3 @@ def combine_splits(
     result = gathered / tl.where(total == 0.0, 1.0, total)
     spots = out + row * out_row + head * out_head + v_lanes
     tl.store(spots, result.to(out.dtype.element_ty), mask=v_lanes < v_dim)
-
-

@@ -97,14 +97,40 @@ def prefill_rows(
             loaded = positions >= left
             seen = positions[None, :] > stands - window
             top, total, gathered = take_tile(
-                asked, paged, positions, loaded, seen, top, total, gathered, scoring, sizes, capped, True, precision, widen
+                asked,
+                paged,
+                positions,
+                loaded,
+                seen,
+                top,
+                total,
+                gathered,
+                scoring,
+                sizes,
+                capped,
+                True,
+                precision,
+                widen,
             )
         begin = tl.maximum(begin, cut)
     for tile in range(begin, whole, keys_tile):
         positions = tile + tl.arange(0, keys_tile)
         loaded = positions >= 0
         top, total, gathered = take_tile(
-            asked, paged, positions, loaded, loaded, top, total, gathered, scoring, sizes, capped, False, precision, widen
+            asked,
+            paged,
+            positions,
+            loaded,
+            loaded,
+            top,
+            total,
+            gathered,
+            scoring,
+            sizes,
+            capped,
+            False,
+            precision,
+            widen,
         )
     for tile in range(tl.maximum(begin, whole), stop, keys_tile):
         positions = tile + tl.arange(0, keys_tile)

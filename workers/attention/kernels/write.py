@@ -1,7 +1,7 @@
 """New K and V into their slots of the pool, rounded to codes where the pool is quantised.
 
-Rounding is that of `kvstore.quantised.quantise`, to the bit, and is done by arithmetic on float32: what is then converted
-to a narrower type is exact in it, so no conversion's way of rounding matters.
+Rounding is that of `kvstore.quantised.quantise`, to the bit, and is done by arithmetic on float32: what is then
+converted to a narrower type is exact in it, so no conversion's way of rounding matters.
 """
 
 import triton
