@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from kvstore.blocks import BlockHash, HashScheme, block_hashes
+from kvstore.buffers import aligned
 from kvstore.copier import Bytes
 from kvstore.device import DeviceTier
 from kvstore.host.slab import CudaPinner
@@ -150,6 +151,10 @@ class AtOnceCopier:
     def buffers(self, count: int) -> list[Bytes]:
         """As `Copier.buffers`."""
         return [np.empty(self._pool.block_nbytes, np.uint8) for _ in range(count)]
+
+    def buffer(self) -> memoryview:
+        """As `Copier.buffer`."""
+        return aligned(self._pool.block_nbytes)
 
     def follow_compute(self) -> None:
         """As `Copier.follow_compute`: the pool is written at once."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.acquisition import Acquisition
 from kvstore.device import DeviceTier
 from kvstore.events import RemovalCause, TierName
 from kvstore.store import ReadTiers, TieredStore
@@ -37,6 +38,13 @@ class LateRig(Rig):
         self.store = TieredStore(
             LAYOUT, self.device, self.host, self.shared, **clocks, default_ttl_s=TTL, queue_bytes=self.queue_bytes
         )
+
+    def finish(self, acquisition: Acquisition) -> Acquisition:
+        while not acquisition.done:
+            self.copier.make_all()
+            self.store.wait(0.01)
+            self.store.pump()
+        return acquisition
 
     def settle(self) -> None:
         self.copier.make_all()
@@ -233,11 +241,7 @@ def test_whatever_happens_meanwhile_bytes_are_right_and_nothing_is_left(seed: in
             rig.store.release(acquisition.block_ids)
             waiting.remove((acquisition, wanted))
     for acquisition, wanted in waiting:
-        while not acquisition.done:
-            rig.copier.make_all()
-            rig.store.wait(0.01)
-            rig.store.pump()
-        rig.same_bytes(acquisition, wanted)
+        rig.same_bytes(rig.finish(acquisition), wanted)
         rig.store.release(acquisition.block_ids)
     rig.settle()
     rig.store.check()

@@ -78,7 +78,8 @@ def _store(
         tl.store(places, codes, mask=seen)
         heads = tl.arange(0, heads_pad)
         spots = scales[0] + block * scales[1] + token * scales[2] + heads * scales[3]
-        tl.store(spots, factors.to(tl.bfloat16), mask=heads < kv_heads)
+        halves = (factors.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+        tl.store(spots, halves.to(tl.bfloat16, bitcast=True), mask=heads < kv_heads)
 
 
 @triton.jit
