@@ -331,7 +331,7 @@ def _copy(report: Report, plan: Plan) -> None:
 
 def tile_rows(report: Report, plan: Plan) -> None:
     """Other tiles and splits than those that serve, for who chooses them; what does not fit is named and left out."""
-    serving = tiles_for(plan.heads.dim, plan.heads.dtype)
+    serving = tiles_for(plan.heads.dim, plan.heads.dtype, plan.heads.kv_dtype)
     for tile in (
         Tile(64, 64, 4, 3),
         Tile(128, 64, 4, 3),

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import LayoutError
+from kvstore.layout import UNQUANTISED
 
 LARGEST_CODE = {"fp8_e4m3": 448.0, "int8": 127.0}
 
@@ -74,6 +75,11 @@ def read_blocks(pool: Rows, blocks: Tensor) -> Tensor:
         return pool.index_select(0, blocks).flatten(0, 1)
     codes, scales = (part.index_select(0, blocks).flatten(0, 1) for part in (pool.codes, pool.scales))
     return dequantise(codes, scales, pool.kv_dtype, pool.dtype)
+
+
+def kv_dtype_of(rows: Rows) -> str:
+    """What they are stored as, one of `layout.KV_DTYPES`."""
+    return UNQUANTISED if isinstance(rows, Tensor) else rows.kv_dtype
 
 
 def unquantised(rows: Rows) -> Tensor:

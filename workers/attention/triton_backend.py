@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvstore.quantised import Rows
+from kvstore.quantised import Rows, kv_dtype_of
 from workers.attention.launches import LAUNCHES, Launches, Scoring, for_all, plan, score_with
 from workers.attention.paged_inputs import PagedInputs
 from workers.attention.step import Step
@@ -94,7 +94,7 @@ class TritonBackend:
     ) -> Tensor:
         query, key, value = (_with_dense_lanes(each) for each in (query, key, value))
         _check_pools(query, key_pool, value_pool)
-        tiles = self.tiles or tiles_for(max(query.shape[-1], value.shape[-1]), query.dtype)
+        tiles = self.tiles or tiles_for(max(query.shape[-1], value.shape[-1]), query.dtype, kv_dtype_of(key_pool))
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
         if query.shape[1] != len(launches.inputs.slots):
             raise ValueError(f"{query.shape[1]} rows have {len(launches.inputs.slots)} slots; give each row one, or -1")
