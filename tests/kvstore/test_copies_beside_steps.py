@@ -324,6 +324,23 @@ def test_closing_waits_for_copies_of_what_a_slow_tier_brought():
     assert not rig.copier.running
 
 
+def test_who_waits_for_a_prefetch_gets_its_blocks_when_they_are_copied(rig: LateRig):
+    metas = rig.in_shared(3)
+    rig.shared.reads_open.clear()
+    assert rig.store.prefetch(names(metas), root=metas[0].root) == 3
+    first, second = rig.acquire(metas[:2]), rig.acquire(metas)
+    rig.shared.reads_open.set()
+    while not rig.copier.running:
+        rig.store.wait(0.01)
+        rig.store.pump()
+    assert not first.done
+    rig.settle()
+    assert (first.fates, second.fates) == ([TierName.REDIS] * 2, [TierName.REDIS] * 3)
+    rig.same_bytes(second, metas)
+    for each in (first, second):
+        rig.store.release(each.block_ids)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1 << 30))
 def test_whatever_happens_meanwhile_bytes_are_right_and_nothing_is_left(seed: int):
@@ -345,6 +362,9 @@ def test_whatever_happens_meanwhile_bytes_are_right_and_nothing_is_left(seed: in
             rig.store.clear()
         elif move == 6:
             rig.device.remove(names(metas), RemovalCause.EVICTED)
+            rig.host.remove(names(metas)[draw.randrange(5) :], RemovalCause.EVICTED)
+        elif move == 7:
+            rig.store.prefetch(names(metas), root=metas[0].root)
         rig.store.pump()
         for acquisition, wanted in [each for each in waiting if each[0].done]:
             rig.same_bytes(acquisition, wanted)
