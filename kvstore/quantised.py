@@ -8,8 +8,9 @@ code (127, or 448 of fp8 e4m3), rounded to bfloat16; its codes are its numbers d
 nearest with ties to even. A row's bytes follow from the row alone: neither the batch nor the chunk it came in matters.
 
 What attention sees is `code * scale`, here worked out in float32 and rounded once to the model's dtype; a GPU's kernels
-multiply sums by the scale instead, and so leave out that rounding. On one device everybody must see the same: the step that writes a row attends over what it wrote and not over what it was given. Else a prompt computed whole
-would attend over other numbers than one whose first part is found in a cache, and differ by the quantisation's error.
+multiply sums by the scale instead, and so leave out that rounding. On one device everybody must see the same: the step
+that writes a row attends over what it wrote and not over what it was given. Else a prompt computed whole would attend
+over other numbers than one whose first part is found in a cache, and differ by the quantisation's error.
 
 A row of zeros has scale zero. One with a NaN or an infinity has no codes but zeros, and a scale that is not finite: it
 reads as NaN from end to end, as it would have given NaN unquantised, and touches no other row.

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvstore.device import DeviceTier
 from kvstore.quantised import LARGEST_CODE, quantise
 from tests.triton.cases import SMALL, Case, Shape, attend, attend_unadvised, check, padded_inputs
+from workers.attention.choice import backend_for
 from workers.attention.paged_inputs import PagedInputs
 from workers.attention.torch_backend import TorchBackend
 from workers.attention.triton_backend import TritonBackend
@@ -155,3 +156,18 @@ def test_a_row_that_is_not_finite_shows_in_its_own_sequence(kind: str, broken: f
         found = attend(case, TritonBackend(SMALL))
         assert found[0].isnan().all()
         assert not found[1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "backend"),
+    [
+        ("auto", (8, 0), TritonBackend),
+        ("int8", (8, 0), TritonBackend),
+        ("fp8_e4m3", (8, 0), TorchBackend),
+        ("fp8_e4m3", (8, 9), TritonBackend),
+    ],
+)
+def test_a_gpu_that_knows_no_fp8_says_that_it_goes_without_kernels(kind, capability, backend, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert type(backend_for(torch.device("cuda"), kind)) is backend
+    assert ("set engine.kv_dtype to int8" in caplog.text) is (backend is TorchBackend)
