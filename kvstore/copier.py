@@ -108,7 +108,7 @@ class CudaCopier:
 
     def __init__(self, raw: torch.Tensor) -> None:
         """Over the pool's bytes, [blocks, block_nbytes] uint8."""
-        self._raw, self._nbytes = raw, raw.shape[1]
+        self._raw, self._nbytes, self._device = raw, raw.shape[1], raw.device
         with torch.cuda.device(raw.device):
             self._out, self._in = _cuda.Stream(), _cuda.Stream()
             # What was queued for the pool before, its first filling, comes before all copies.
@@ -138,9 +138,10 @@ class CudaCopier:
 
     def buffer(self) -> memoryview:
         """As `Copier.buffer`."""
-        memory = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-        if memory.ctypes.data % PAGE_NBYTES:  # no allocator of page-locked memory gives such
-            memory = torch.empty(self._nbytes + PAGE_NBYTES, dtype=torch.uint8, pin_memory=True).numpy()
+        with torch.cuda.device(self._device):  # a thread's own is the first one, which another process may have
+            memory = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+            if memory.ctypes.data % PAGE_NBYTES:  # no allocator of page-locked memory gives such
+                memory = torch.empty(self._nbytes + PAGE_NBYTES, dtype=torch.uint8, pin_memory=True).numpy()
         start = -memory.ctypes.data % PAGE_NBYTES
         return memory[start : start + self._nbytes].data
 
