@@ -7,7 +7,9 @@ every weight and all K/V once a decode step at the peak bandwidth, computing a p
 Rows `canonical_*_ratio`: times of the bit-exact mode by those of the plain one, where this version has that mode. A
 part that fails is reported, and the others are measured all the same; the command then ends with 1.
 
-    python -m bench.gpu [--quick] [--json] [--compile] [--only PART ...]
+With `--kv-dtype` K/V is quantised: rows then end in its name and have no bar, and floors count the bytes that are read.
+
+    python -m bench.gpu [--quick] [--json] [--compile] [--kv-dtype int8|fp8_e4m3] [--only PART ...]
     python -m bench.gpu --dry --quick     # every line of it, on a CPU with a tiny model: its figures mean nothing
 """
 
@@ -26,13 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.gpu_floors import Floors
 from bench.gpu_rig import DRY, LLAMA_8B, GpuRig, Scale, make_rig
 from bench.report import Report
 from kvstore.blocks import block_hashes
-from kvstore.quantised import unquantised
+from kvstore.layout import KV_DTYPES, UNQUANTISED
 from kvstore.store import ReadTiers
 from workers.attention.captured import PagedBackend
 from workers.attention.paged_inputs import PagedInputs
@@ -68,6 +69,8 @@ class Bench:
 
     def add(self, name: str, samples: list[float], unit: str, floor: float | None = None) -> None:
         """A row, its bar unless this is a dry run, and its floor as a row of its own."""
+        if self.rig.device.layout.quantised:
+            name = f"{name}_{self.rig.device.layout.kv_dtype}"
         bar = "" if self.dry else BARS.get(name, "")
         told = "" if floor is None or not bar else f" (floor {floor:.4g})"
         self.report.add(name, samples, unit, bar=bar + told)
@@ -225,14 +228,15 @@ def attention(bench: Bench) -> None:
     """
     if not bench.dry and find_spec("bench.gpu_attention") is not None and find_spec("triton") is not None:
         shapes: Any = import_module("bench.gpu_attention")
-        shapes.rows(bench.report, shapes.plan(quick=True, dry=False))
+        stored = bench.rig.device.layout.kv_dtype
+        shapes.rows(bench.report, shapes.plan(quick=True, dry=False, kv_dtype=stored))
         return
     rig, backend = bench.rig, bench.rig.runner.backend
     if not isinstance(backend, PagedBackend):
         raise TypeError(f"{type(backend).__name__} does not read a step as tensors; measure with the Triton backend")
     batch, context = (2, 48) if bench.dry else (64, 1024)
     size, layout = rig.device.layout.block_size, rig.device.layout
-    key_pool, value_pool = map(unquantised, rig.device.kv(0))
+    key_pool, value_pool = rig.device.kv(0)
     blocks = _allocated(rig, batch * -(-context // size))
     table = torch.tensor(blocks, dtype=torch.int32, device=rig.runner.device).view(batch, -1)
     table = table[:, torch.randperm(table.shape[1], device=table.device)].contiguous()
@@ -244,7 +248,11 @@ def attention(bench: Bench) -> None:
         block_tables=table,
         longest=1,
     )
-    new = [_random(count, batch, layout.k_dim, like=key_pool) for count in (heads, layout.kv_heads, layout.kv_heads)]
+    dtype, device = key_pool.dtype, key_pool.device
+    new = [
+        torch.randn(count, batch, layout.k_dim, device=device).to(dtype)
+        for count in (heads, layout.kv_heads, layout.kv_heads)
+    ]
 
     def attend() -> None:
         backend.attend_paged(
@@ -257,10 +265,6 @@ def attention(bench: Bench) -> None:
     bench.add("attention_decode_gb_s", [nbytes / each / 1e9 for each in seconds], "GB/s", bench.floors.peak_gb_s)
     shares = [nbytes / each / 1e9 / bench.floors.peak_gb_s for each in seconds]
     bench.add("attention_decode_bandwidth_ratio", shares, "ratio")
-
-
-def _random(heads: int, rows: int, dim: int, *, like: Tensor) -> Tensor:
-    return torch.randn(heads, rows, dim, device=like.device).to(like.dtype)
 
 
 def _replayed_s(bench: Bench, work: Callable[[], None]) -> list[float]:
@@ -321,7 +325,8 @@ PARTS: dict[str, Callable[[Bench], None]] = {
 def measure(scale: Scale, options: argparse.Namespace, folder: Path) -> Bench:
     """All parts that are asked for."""
     started = time.perf_counter()
-    rig = make_rig(scale, folder, StepOptions(compile=options.compile), captures=not options.eager)
+    steps, kv_dtype = StepOptions(compile=options.compile), options.kv_dtype
+    rig = make_rig(scale, folder, steps, captures=not options.eager, kv_dtype=kv_dtype)
     print(f"model, tiers and graphs: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     repeats = 3 if options.quick else 7
     bench = Bench(rig, Report("gpu"), Floors.of(rig), repeats, options.dry)
@@ -329,7 +334,8 @@ def measure(scale: Scale, options: argparse.Namespace, folder: Path) -> Bench:
     for name, part in PARTS.items():
         if not options.only or name in options.only:
             bench.run(name, part)
-    if (not options.only or "canonical" in options.only) and not options.compile:  # it would find compiled layers
+    # It would find compiled layers, and is not for quantised K/V.
+    if (not options.only or "canonical" in options.only) and not options.compile and kv_dtype == UNQUANTISED:
         bench.run("canonical", lambda each: canonical(each, rig.runner.model, folder / "canonical"))
     bench.rig.close()
     return bench
@@ -343,6 +349,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="on a CPU, with a tiny model; the figures mean nothing")
     parser.add_argument("--compile", action="store_true", help="compile what is captured first; takes minutes")
     parser.add_argument("--eager", action="store_true", help="without graphs")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default=UNQUANTISED, help="what K/V is stored as")
     parser.add_argument("--only", nargs="+", choices=[*PARTS, "canonical"], help="these parts alone")
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():

@@ -1,11 +1,12 @@
 """Attention on a GPU: decode beside the bandwidth of its memory, prefill beside its tensor cores. Llama-3-8B heads.
 
-    python -m bench.gpu_attention [--quick] [--json] [--tiles]
+    python -m bench.gpu_attention [--quick] [--json] [--tiles] [--kv-dtype int8|fp8_e4m3]
     TRITON_INTERPRET=1 PYTHONPATH=.venv-triton:. python -m bench.gpu_attention --dry
 
 Every shape is checked against float32 SDPA before it is timed. Timed is the whole of `attend` (K/V write, splits,
 combination) over several layers in one CUDA graph, as a decode step runs it; layers, so that no K/V are found in the
-cache of the chip. `--tiles` also times other tiles and splits than those that serve. `--dry` computes tiny shapes on a
+cache of the chip. With `--kv-dtype` the pool is quantised: rows end in its name and have no bar, floors count the bytes
+that are read. `--tiles` also times other tiles and splits than those that serve. `--dry` computes tiny shapes on a
 CPU, for whoever changes this file; its times say nothing.
 """
 
@@ -25,9 +26,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.errors import TritonError
 
 from bench.report import Report
+from kvstore.device import DeviceTier
+from kvstore.layout import KV_DTYPES, UNQUANTISED, KVLayout
+from kvstore.quantised import Rows, quantise, read_blocks
 from workers.attention.step import Span, Step
 from workers.attention.tiles import Tile, Tiles, tiles_for
-from workers.attention.triton_backend import INTERPRETED, TritonBackend
+from workers.attention.triton_backend import TritonBackend
+from workers.attention.triton_launching import INTERPRETED
 
 LAYERS = 4
 WARM_UPS = 3
@@ -57,6 +62,18 @@ class Heads:
     dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
+    kv_dtype: str = UNQUANTISED
+
+    @property
+    def layout(self) -> KVLayout:
+        """Of blocks with LAYERS layers."""
+        name = str(self.dtype).removeprefix("torch.")
+        return KVLayout(LAYERS, self.kv_heads, self.dim, self.dim, name, self.block_size, self.kv_dtype)
+
+    @property
+    def suffix(self) -> str:
+        """What names of rows end in."""
+        return "" if self.kv_dtype == UNQUANTISED else f"_{self.kv_dtype}"
 
 
 @dataclass
@@ -72,14 +89,17 @@ class World:
     device: torch.device
     window: int | None = None
     tiles: Tiles | None = None
-    kv: list[tuple[Tensor, Tensor]] = field(init=False)
+    kv: list[tuple[Rows, Rows]] = field(init=False)
 
     def __post_init__(self) -> None:
         heads, size = self.heads, self.heads.block_size
         counts = [math.ceil(context / size) for _, context in self.sequences]
         blocks = sum(counts)
-        pool = torch.empty(blocks, LAYERS, 2, size, heads.kv_heads, heads.dim, dtype=heads.dtype, device=self.device)
-        self.kv = [(layer[:, 0], layer[:, 1]) for layer in pool.normal_().unbind(1)]
+        nbytes = blocks * heads.layout.block_nbytes
+        tier = DeviceTier(heads.layout, nbytes, clock=time.monotonic, device=self.device)
+        self.kv = [tier.kv(layer) for layer in range(LAYERS)]
+        for part in (part for pair in self.kv for part in pair):
+            _fill(part)
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).tolist()
         self.spans: list[Span] = []
         row = 0
@@ -139,7 +159,7 @@ class World:
     def _reference(self, span: Span) -> Tensor:
         """[rows, heads, dim] float32."""
         table = torch.tensor(span.block_table, device=self.device)
-        keys, values = (each.index_select(0, table).flatten(0, 1)[: span.context].float() for each in self.kv[1])
+        keys, values = (read_blocks(each, table)[: span.context].float() for each in self.kv[1])
         stands = torch.arange(span.context - span.length, span.context, device=self.device)[:, None]
         places = torch.arange(span.context, device=self.device)[None]
         seen = places <= stands
@@ -154,6 +174,16 @@ class World:
             scale=self.scale,
         )
         return out[0].transpose(0, 1)
+
+
+def _fill(rows: Rows) -> None:
+    """Random numbers everywhere, a block's at a time."""
+    if isinstance(rows, Tensor):
+        rows.normal_()
+        return
+    for block in range(rows.shape[0]):
+        numbers = torch.randn(rows.shape[1:], device=rows.device)
+        rows.codes[block], rows.scales[block] = quantise(numbers, rows.kv_dtype)
 
 
 def layer_seconds(world: World, rounds: int) -> list[float]:
@@ -207,14 +237,14 @@ class Plan:
     windows: list[int]
 
 
-def plan(*, quick: bool, dry: bool) -> Plan:
+def plan(*, quick: bool, dry: bool, kv_dtype: str = UNQUANTISED) -> Plan:
     """For this machine.
 
     Raises:
         RuntimeError: there is no GPU, and it is no dry run under the interpreter.
     """
     if dry and INTERPRETED:
-        heads = Heads(heads=2, kv_heads=1, dim=64, dtype=torch.float32)
+        heads = Heads(heads=2, kv_heads=1, dim=64, dtype=torch.float32, kv_dtype=kv_dtype)
         return Plan(torch.device("cpu"), UNKNOWN, heads, 1, [(2, 70)], [(20, 50)], [80], [20])
     if dry or INTERPRETED or not torch.cuda.is_available():
         raise RuntimeError("this needs a GPU; without one run it with TRITON_INTERPRET=1 and --dry")
@@ -226,7 +256,9 @@ def plan(*, quick: bool, dry: bool) -> Plan:
         decodes = [(1, 1024), *decodes, (2, 32768), (32, 2048), (128, 1024)]
         prefills = [*prefills, (64, 8192), (512, 8192), (2048, 32768)]
     dims = [128] if quick else [64, 80, 96, 256]
-    return Plan(torch.device("cuda"), chip, Heads(), 10 if quick else 30, decodes, prefills, dims, [128, 1024])
+    return Plan(
+        torch.device("cuda"), chip, Heads(kv_dtype=kv_dtype), 10 if quick else 30, decodes, prefills, dims, [128, 1024]
+    )
 
 
 def rows(report: Report, plan: Plan) -> None:
@@ -234,7 +266,8 @@ def rows(report: Report, plan: Plan) -> None:
     ratios = [_decode(report, plan, batch, context) for batch, context in plan.decodes]
     sizes = [batch * context for batch, context in plan.decodes]
     bound = [ratio for ratio, size in zip(ratios, sizes, strict=True) if size >= ENOUGH_TOKENS]
-    report.add("attention_decode_bandwidth_ratio", bound or ratios, "ratio", bar=">= 0.8")
+    suffix = plan.heads.suffix
+    report.add(f"attention_decode_bandwidth_ratio{suffix}", bound or ratios, "ratio", bar="" if suffix else ">= 0.8")
     if plan.device.type == "cuda":
         _copy(report, plan)
     for count, context in plan.prefills:
@@ -261,8 +294,8 @@ def _decode(
     world.check()
     seconds = layer_seconds(world, plan.rounds)
     seen = context if window is None else min(context, window)
-    nbytes = 2 * batch * seen * plan.heads.kv_heads * plan.heads.dim * plan.heads.dtype.itemsize
-    floor, name = nbytes / plan.chip.bandwidth, f"decode_b{batch}_ctx{context}{suffix}"
+    nbytes = batch * seen * plan.heads.layout.token_nbytes / LAYERS
+    floor, name = nbytes / plan.chip.bandwidth, f"decode_b{batch}_ctx{context}{suffix}{plan.heads.suffix}"
     report.add(f"{name}_us", [each * 1e6 for each in seconds], "us")
     report.add(f"{name}_floor_us", [floor * 1e6], "us")
     shares = [floor / each for each in seconds]
@@ -278,7 +311,7 @@ def _prefill(
     world.check()
     seconds = layer_seconds(world, plan.rounds)
     flops = 4 * plan.heads.heads * plan.heads.dim * (count * context - count * (count - 1) / 2)
-    name = f"prefill_{count}_ctx{context}{suffix}"
+    name = f"prefill_{count}_ctx{context}{suffix}{plan.heads.suffix}"
     report.add(f"{name}_us", [each * 1e6 for each in seconds], "us")
     report.add(f"{name}_floor_us", [flops / plan.chip.flops * 1e6], "us")
     report.add(f"{name}_tflop_s", [flops / each / 1e12 for each in seconds], "TFLOP/s")
@@ -298,7 +331,7 @@ def _copy(report: Report, plan: Plan) -> None:
 
 def tile_rows(report: Report, plan: Plan) -> None:
     """Other tiles and splits than those that serve, for who chooses them; what does not fit is named and left out."""
-    serving = tiles_for(plan.heads.dim, plan.heads.dtype)
+    serving = tiles_for(plan.heads.dim, plan.heads.dtype, plan.heads.kv_dtype)
     for tile in (
         Tile(64, 64, 4, 3),
         Tile(128, 64, 4, 3),
@@ -328,11 +361,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer shapes, coarser figures")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
     parser.add_argument("--tiles", action="store_true", help="also other tiles and splits than those that serve")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default=UNQUANTISED, help="what K/V is stored as")
     parser.add_argument("--dry", action="store_true", help="tiny shapes under triton's interpreter")
     options = parser.parse_args()
     report = Report("gpu_attention")
     try:
-        todo = plan(quick=options.quick, dry=options.dry)
+        todo = plan(quick=options.quick, dry=options.dry, kv_dtype=options.kv_dtype)
     except RuntimeError as error:
         sys.exit(str(error))
     with torch.inference_mode():

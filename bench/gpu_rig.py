@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from kvstore.blocks import BlockHash, HashScheme, block_hashes
+from kvstore.buffers import aligned
 from kvstore.copier import Bytes
 from kvstore.device import DeviceTier
 from kvstore.host.slab import CudaPinner
 from kvstore.host.tier import HostTier
+from kvstore.layout import UNQUANTISED
 from kvstore.store import TieredStore
 from kvstore.tier import BlockMeta
+from workers.attention.choice import backend_for
 from workers.attention.gather_backend import GatherBackend
+from workers.attention.step import AttentionBackend
 from workers.device.cpu import CpuDevice, Done
 from workers.device.cuda import CudaDevice
 from workers.device.interface import Device
@@ -147,6 +152,10 @@ class AtOnceCopier:
         """As `Copier.buffers`."""
         return [np.empty(self._pool.block_nbytes, np.uint8) for _ in range(count)]
 
+    def buffer(self) -> memoryview:
+        """As `Copier.buffer`."""
+        return aligned(self._pool.block_nbytes)
+
     def follow_compute(self) -> None:
         """As `Copier.follow_compute`: the pool is written at once."""
 
@@ -261,17 +270,21 @@ def make_rig(
     captures: bool = True,
     model: Any = None,
     kind: type[ModelRunner] = ModelRunner,
+    kv_dtype: str = UNQUANTISED,
 ) -> GpuRig:
     """An engine of this scale; `folder` is an empty one for a tokenizer. `model`: None: a new one of random weights.
+    `kv_dtype`: what K/V is stored as.
 
     A runner of another kind than the plain one computes its steps as it likes: without graphs, and one by one.
     """
     model = random_model(scale.config, device=scale.device, dtype=scale.dtype) if model is None else model
     make_model_folder(folder, ModelShape(layers=1, hidden=8, heads=1, kv_heads=1, vocab=512))
     plain, dry = kind is ModelRunner, scale.device == "cpu"
-    backend = {"backend": GatherBackend()} if dry and plain else {}
+    backend: dict[str, AttentionBackend] = {}
+    if plain:
+        backend["backend"] = GatherBackend() if dry else backend_for(torch.device(model.device), kv_dtype)
     runner = random_runner(model, open_model_folder(folder), kind=kind, **backend)
-    layout = runner.layout.with_chosen_block_size()
+    layout = replace(runner.layout, kv_dtype=kv_dtype).with_chosen_block_size()
     layout = replace(layout, block_size=16) if dry else layout
     scheme = HashScheme(runner.fingerprint, layout.describe(), layout.block_size)
     copier = AtOnceCopier() if dry else None

@@ -50,7 +50,6 @@ def _graphs(settings: Settings) -> Iterator[Finding]:
     clashes = {
         "workers.device is cpu": settings.workers.device == "cpu",
         "workers.tensor_parallel is more than 1": settings.workers.tensor_parallel > 1,
-        "engine.kv_dtype is not auto": engine.kv_dtype != UNQUANTISED,
         "engine.compile needs engine.cuda_graphs": engine.cuda_graphs == "off",
     }
     if found := [what for what, is_wrong in clashes.items() if is_wrong]:

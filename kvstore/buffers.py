@@ -6,7 +6,8 @@ Page-aligned, as direct I/O wants it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -16,9 +17,9 @@ PAGE_NBYTES = 4096
 class Buffers:
     """Writable buffers of one block each. Thread-safe; keeps at most so many that nobody uses."""
 
-    def __init__(self, nbytes: int, *, keep: int) -> None:
-        """Buffers of `nbytes`; nothing is reserved before it is needed."""
-        self._nbytes = nbytes
+    def __init__(self, nbytes: int, *, keep: int, make: Callable[[], memoryview] | None = None) -> None:
+        """Buffers of `nbytes`; nothing is reserved before it is needed. `make`: one of them; None: plain memory."""
+        self._make = make or partial(aligned, nbytes)
         self._idle: deque[memoryview] = deque(maxlen=keep)  # a full one forgets, and the memory is freed
 
     def take(self, count: int) -> list[memoryview]:
@@ -33,7 +34,7 @@ class Buffers:
         try:
             return self._idle.pop()
         except IndexError:
-            return aligned(self._nbytes)
+            return self._make()
 
 
 def aligned(nbytes: int) -> memoryview:

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore.buffers import PAGE_NBYTES
+
 _cuda: Any = torch.cuda  # parts of it have no types
 
 Bytes = npt.NDArray[np.uint8]
@@ -53,6 +55,10 @@ class Copier(Protocol):
 
     def buffers(self, count: int) -> list[Bytes]:
         """Page-locked rows for blocks that have no place in host."""
+        ...
+
+    def buffer(self) -> memoryview:
+        """Page-locked memory for a block of a slow tier, from the begin of a page on. Any thread may ask."""
         ...
 
     def follow_compute(self) -> None:
@@ -102,7 +108,7 @@ class CudaCopier:
 
     def __init__(self, raw: torch.Tensor) -> None:
         """Over the pool's bytes, [blocks, block_nbytes] uint8."""
-        self._raw = raw
+        self._raw, self._nbytes, self._device = raw, raw.shape[1], raw.device
         with torch.cuda.device(raw.device):
             self._out, self._in = _cuda.Stream(), _cuda.Stream()
             # What was queued for the pool before, its first filling, comes before all copies.
@@ -129,6 +135,15 @@ class CudaCopier:
         """As `Copier.buffers`."""
         memory = torch.empty((count, self._raw.shape[1]), dtype=torch.uint8, pin_memory=True).numpy()
         return list(memory)
+
+    def buffer(self) -> memoryview:
+        """As `Copier.buffer`."""
+        with torch.cuda.device(self._device):  # a thread's own is the first one, which another process may have
+            memory = torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+            if memory.ctypes.data % PAGE_NBYTES:  # no allocator of page-locked memory gives such
+                memory = torch.empty(self._nbytes + PAGE_NBYTES, dtype=torch.uint8, pin_memory=True).numpy()
+        start = -memory.ctypes.data % PAGE_NBYTES
+        return memory[start : start + self._nbytes].data
 
     def follow_compute(self) -> None:
         """As `Copier.follow_compute`."""

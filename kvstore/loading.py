@@ -107,12 +107,13 @@ class Loader:
         clock: Clock,
         wall_clock: Clock = time.time,
         io_threads: int,
+        make_buffer: Callable[[], memoryview] | None = None,
     ) -> None:
-        """Each source has `io_threads` threads of its own, made when they are needed."""
+        """Each source has `io_threads` threads of its own, made when they are needed. `make_buffer`: see `Buffers`."""
         self._host = host
         self._clock = clock
         self._wall_clock = wall_clock
-        self._buffers = Buffers(block_nbytes, keep=IDLE_BUFFERS)
+        self._buffers = Buffers(block_nbytes, keep=IDLE_BUFFERS, make=make_buffer)
         self._loading: dict[BlockHash, Load] = {}
         self._running: dict[Load, Future[None]] = {}  # in the order of their start
         self._finished: deque[Load] = deque()

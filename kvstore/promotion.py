@@ -5,7 +5,7 @@ what is left of a long prefix follows at the next `Promoter.pump`, and others de
 (disk, the shared tier) is read by an I/O thread into memory of its own. `pump` then allocates device blocks for what
 came, and registers them: a question that finds nothing evicts nothing, a load that is given up holds no device block,
 and nobody sees a block before its bytes are whole. Blocks that another acquisition is loading are waited for, not
-loaded twice.
+loaded twice. On a GPU all of them are copied beside the steps, by `landing`.
 
 A prefetch is a load without an owner: it ends in host, and who comes meanwhile waits for it.
 
@@ -88,6 +88,7 @@ class Promoter:
             clock=clock,
             wall_clock=wall_clock,
             io_threads=io_threads,
+            make_buffer=None if device.copier is None else device.copier.buffer,
         )
         self._reads = SlowReads(device, host, slow, self._loader, slack_s=slack_s)
         self._prefetcher = Prefetcher(device, host, self._reads)
@@ -95,8 +96,7 @@ class Promoter:
         self._copies_a_step = max(1, host_step_nbytes // device.block_nbytes)
         self._copies_left = self._copies_a_step
         self._promised = Promised(peers, clock=clock, slack_s=slack_s, on_news=self._loader.arrived.set)
-        copier = device.copier
-        self._landings = None if copier is None or host is None else Landings(host, copier)
+        self._landings = None if device.copier is None else Landings(device.copier)
         self._paused: list[Acquisition] = []  # host holds more of them than one step may copy; longest ago first
 
     def start(self, wish: Wish) -> Acquisition:
@@ -132,7 +132,6 @@ class Promoter:
         self._go_on_copying()
         for load in finished:
             self._settle(load)
-            self._loader.end(load)
         for load in self._loader.find_stuck():
             took_ms = 1e3 * (self._clock() - load.started)
             load.source.gave_up(len(load.metas), took_ms, load.wish.price(load.first, len(load.metas)))
@@ -247,12 +246,14 @@ class Promoter:
 
     def _take_host(self, acquisition: Acquisition) -> bool:
         host, wish, position = self._host, acquisition.wish, acquisition.position
-        if host is None or not wish.reads.host or acquisition.tried.get(host.name) == position:
+        if (
+            self._join_landing(acquisition)
+            or host is None
+            or not wish.reads.host
+            or acquisition.tried.get(host.name) == position
+        ):
             return False
         rest = acquisition.rest
-        if self._landings is not None and rest and wish.reads.device and self._landings.join(rest[0], acquisition):
-            acquisition.is_landing = True
-            return False
         run = until_device(self._device, wish, rest[: host.match(rest)])
         source, count = self.sources[host.name], min(len(run), self._room)
         names = run[: source.affordable(count, wish.price(position, count))]
@@ -267,7 +268,7 @@ class Promoter:
         if block_ids is None:
             return False
         if self._landings is not None:
-            self._start_landing(self._landings, acquisition, metas, block_ids)
+            self._start_landing(self._landings, host, acquisition, metas, block_ids)
             return False
         started, landing = self._clock(), self._device.landing(block_ids)
         count = host.read([meta.hash for meta in metas], landing.buffers).count
@@ -278,41 +279,59 @@ class Promoter:
         self._register(acquisition, block_ids, metas[:count], fates)
         return count > 0
 
+    def _join_landing(self, acquisition: Acquisition) -> bool:
+        """Wait for what comes next where it is being copied already."""
+        rest = acquisition.rest
+        if self._landings is None or not rest or not acquisition.wish.reads.device:
+            return False
+        joined = self._landings.join(rest[0], acquisition)
+        acquisition.is_landing |= joined
+        return joined
+
     def _start_landing(
-        self, landings: Landings, acquisition: Acquisition, metas: list[BlockMeta], block_ids: list[int]
+        self,
+        landings: Landings,
+        host: HostTier,
+        acquisition: Acquisition,
+        metas: list[BlockMeta],
+        block_ids: list[int],
     ) -> None:
         """Copy them beside the steps; `pump` goes on when they are there."""
-        host = TierName.HOST
-        count = landings.start(
-            acquisition, metas, block_ids, lambda name: self._prefetcher.origin(name, host), self._clock()
+        count = landings.start_from_host(
+            host, acquisition, metas, block_ids, lambda name: self._prefetcher.origin(name, host.name), self._clock()
         )
         self._device.release(block_ids[count:])
         acquisition.is_landing = True
 
     def _land_coming(self, coming: Coming) -> None:
-        """Blocks have come from host: name them, hand them over, and go on with who waited for them."""
-        interested = coming.interested
+        """Blocks have been copied: name them, hand them over, and go on with who waited for them."""
+        interested, owner, landed = coming.interested, coming.acquisition, [] if coming.discarded else coming.metas
         for acquisition in interested:
             acquisition.is_landing = False
+        if coming.load is None:
+            self._score_copy(coming)
+        if coming.discarded:
+            self._device.release(coming.block_ids)
+        elif owner is None or owner.cancelled:
+            self._device.commit(coming.block_ids, coming.metas)
+            self._kept_for_waiters += coming.block_ids
+        else:
+            self._register(owner, coming.block_ids, coming.metas, coming.fates)
+        for acquisition in interested:
+            acquisition.is_cut |= coming.discarded
+            if coming.load is not None and acquisition in coming.readers:
+                self._resume(acquisition, coming.load, landed)
+                continue
+            if acquisition is not owner:
+                acquisition.arrived.update(zip((meta.hash for meta in landed), coming.fates, strict=False))
+            self._take_rest(acquisition)
+        self._end_keeping()
+
+    def _score_copy(self, coming: Coming) -> None:
         took_ms = coming.copy.took_ms()
         if took_ms is None:
             took_ms = 1e3 * (self._clock() - coming.started)
-        self.sources[TierName.HOST].observe(len(coming.block_ids), took_ms)
-        if coming.discarded or coming.acquisition.cancelled:
-            if not coming.discarded:
-                self._device.commit(coming.block_ids, coming.metas)
-                self._kept_for_waiters += coming.block_ids
-            else:
-                self._device.release(coming.block_ids)
-        else:
-            self._register(coming.acquisition, coming.block_ids, coming.metas, coming.fates)
-        for acquisition in interested:
-            if acquisition is not coming.acquisition and not coming.discarded:
-                fates = zip(coming.metas, coming.fates, strict=True)
-                acquisition.arrived.update((meta.hash, fate) for meta, fate in fates)
-            acquisition.is_cut |= coming.discarded
-            self._take_rest(acquisition)
-        self._end_keeping()
+        self.sources[coming.tier].observe(len(coming.block_ids), took_ms)
 
     def _await_load(self, acquisition: Acquisition) -> bool:
         """Join or start a load of what comes next; False: there is none to wait for."""
@@ -358,12 +377,36 @@ class Promoter:
     # --- what arrived ---
 
     def _settle(self, load: Load) -> None:
+        """A load has ended: see to what it brought, and give its buffers back once nothing reads them."""
         self._score(load)
         if not load.discarded:
             self._on_read(load.source, load.metas, len(load.arrived), load.is_next_gone)
         interested = load.interested
         if not interested and load.owner is None and not load.discarded:
             self._prefetcher.remember(load)
+        if not self._begin_landing(load, interested):
+            self._hand_over(load, interested)
+            self._loader.end(load)
+        if load.budget and not (load.is_short or load.discarded or load.is_stuck):
+            self._prefetcher.go_on(load)
+
+    def _begin_landing(self, load: Load, interested: Sequence[Acquisition]) -> bool:
+        """Copy what came beside the steps, and go on when it is there; False: nothing came that could be."""
+        # What a load brought to those who left it early is in the device by now: the rest follows the same way.
+        if self._landings is None or not interested or load.discarded or load.landed:
+            return False
+        self._keep_rest(interested[0] if load.owner is None else load.owner)
+        count = min(len(load.arrived), self._room)
+        block_ids = self._device.allocate(count) if count else None
+        if block_ids is None:
+            return False
+        for acquisition in interested:
+            acquisition.is_landing = True
+        self._landings.start_from_load(load, block_ids, lambda: self._loader.end(load), self._clock())
+        return True
+
+    def _hand_over(self, load: Load, interested: Sequence[Acquisition]) -> None:
+        """Put what came into the device at once, and go on with who waited for it."""
         landed = self._land(load, interested) if interested and not load.discarded else []
         for acquisition in interested:
             acquisition.is_cut |= load.discarded
@@ -371,8 +414,6 @@ class Promoter:
         self._end_keeping()
         if load.owner is not None and load.owner.cancelled:
             load.owner.cancel()  # what landed for the others was registered under its name
-        if load.budget and not (load.is_short or load.discarded or load.is_stuck):
-            self._prefetcher.go_on(load)
 
     def _score(self, load: Load) -> None:
         if load.ms is None or load.is_stuck:

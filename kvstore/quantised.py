@@ -7,9 +7,10 @@ A row is the numbers of one token, one K/V head and one layer. Its scale is its 
 code (127, or 448 of fp8 e4m3), rounded to bfloat16; its codes are its numbers divided by that scale, rounded to the
 nearest with ties to even. A row's bytes follow from the row alone: neither the batch nor the chunk it came in matters.
 
-What attention sees is `code * scale`, worked out in float32 and rounded once to the model's dtype. Everybody must see
-that: the step that writes a row attends over what it wrote and not over what it was given. Else a prompt computed whole
-would attend over other numbers than one whose first part is found in a cache, and differ by the quantisation's error.
+What attention sees is `code * scale`, here worked out in float32 and rounded once to the model's dtype; a GPU's kernels
+multiply sums by the scale instead, and so leave out that rounding. On one device everybody must see the same: the step
+that writes a row attends over what it wrote and not over what it was given. Else a prompt computed whole would attend
+over other numbers than one whose first part is found in a cache, and differ by the quantisation's error.
 
 A row of zeros has scale zero. One with a NaN or an infinity has no codes but zeros, and a scale that is not finite: it
 reads as NaN from end to end, as it would have given NaN unquantised, and touches no other row.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import LayoutError
+from kvstore.layout import UNQUANTISED
 
 LARGEST_CODE = {"fp8_e4m3": 448.0, "int8": 127.0}
 
@@ -74,6 +76,11 @@ def read_blocks(pool: Rows, blocks: Tensor) -> Tensor:
         return pool.index_select(0, blocks).flatten(0, 1)
     codes, scales = (part.index_select(0, blocks).flatten(0, 1) for part in (pool.codes, pool.scales))
     return dequantise(codes, scales, pool.kv_dtype, pool.dtype)
+
+
+def kv_dtype_of(rows: Rows) -> str:
+    """What they are stored as, one of `layout.KV_DTYPES`."""
+    return UNQUANTISED if isinstance(rows, Tensor) else rows.kv_dtype
 
 
 def unquantised(rows: Rows) -> Tensor:

@@ -29,8 +29,8 @@ from kvstore.redis.watch import Watching
 from kvstore.store import TieredStore
 from kvstore.tier import Clock
 from workers.agreement import ALONE, Agreement
+from workers.attention.choice import backend_for
 from workers.attention.step import AttentionBackend
-from workers.attention.torch_backend import TorchBackend
 from workers.canonical.runner import CanonicalRunner
 from workers.config import WorkerConfig
 from workers.engine import TorchEngine
@@ -75,7 +75,7 @@ def build_engine(
         config.model_dir,
         device=_device(config.device, rank),
         dtype=config.dtype,
-        backend=_backend(config),
+        backend=_backend(config, rank),
         ranks=group,
     )
     layout = _layout(runner.layout, config)
@@ -187,9 +187,11 @@ def _device(name: str, rank: int) -> str:
     return name if name == "cpu" or rank == 0 else f"cuda:{rank % torch.cuda.device_count()}"
 
 
-def _backend(config: WorkerConfig) -> AttentionBackend | None:
-    """The kernels of a GPU read no codes yet: there torch's own functions do, which are slow and need no graphs."""
-    return None if config.kv_dtype == UNQUANTISED else TorchBackend()
+def _backend(config: WorkerConfig, rank: int) -> AttentionBackend | None:
+    """What attends over quantised K/V; None: what the runner takes by itself."""
+    if config.kv_dtype == UNQUANTISED:
+        return None
+    return backend_for(torch.device(_device(config.device, rank)), config.kv_dtype)
 
 
 def _layout(probed: KVLayout, config: WorkerConfig) -> KVLayout:

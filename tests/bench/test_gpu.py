@@ -18,15 +18,30 @@ NOT_THERE = {"ray", "grpc", "redis", "msgpack", "xxhash", "cryptography", "pydan
 NOT_THERE |= {"prometheus_client", "uvloop"}
 
 
+def _options(**others: object) -> argparse.Namespace:
+    options = {"quick": True, "json": True, "dry": True, "compile": False, "eager": False, "kv_dtype": "auto"}
+    return argparse.Namespace(**(options | {"only": None} | others))
+
+
 def test_a_dry_run_measures_every_row_that_has_a_bar(tmp_path: Path):
-    options = argparse.Namespace(quick=True, json=True, dry=True, compile=False, eager=False, only=None)
-    bench = measure(DRY, options, tmp_path)
+    bench = measure(DRY, _options(), tmp_path)
     assert bench.failed == []
     rows = {row.name: row for row in bench.report.rows}
     assert set(BARS) | {"cold_8k_ms", "spill_beside_decode_gb_s"} <= set(rows)
     assert rows["warm_8k_host_cached_tokens"].value == DRY.prompt - DRY.tail
     assert all(row.value > 0 for name, row in rows.items() if "loss" not in name)
     assert all(row.n >= 2 for name, row in rows.items() if name in BARS)
+
+
+def test_rows_of_quantised_kv_have_its_name_and_no_bar(tmp_path: Path):
+    parts = ["attention", "first_tokens", "copies"]
+    bench = measure(DRY, _options(kv_dtype="int8", only=parts), tmp_path)
+    assert bench.failed == []
+    assert bench.rig.device.layout.quantised
+    rows = {row.name: row for row in bench.report.rows}
+    assert {"attention_decode_bandwidth_ratio_int8", "warm_8k_host_ms_int8", "spill_gb_s_int8"} <= set(rows)
+    assert rows["warm_8k_host_cached_tokens_int8"].value == DRY.prompt - DRY.tail
+    assert not set(BARS) & set(rows)
 
 
 def test_without_a_gpu_it_says_how_to_run_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -53,7 +53,14 @@ def test_what_a_worker_refuses_at_its_start_is_a_failure_here(
         build_engine(_settings(flags | sizes).worker_config("w0", fleet_secret=""))
 
 
-@pytest.mark.parametrize("flags", [{}, {"engine.deterministic": "true", "workers.threads": 2}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"engine.deterministic": "true", "workers.threads": 2},
+        {"engine.kv_dtype": "int8", "engine.cuda_graphs": "on", "engine.compile": "true", "workers.device": "cuda"},
+    ],
+)
 def test_settings_that_go_together_are_said_to_be(flags: dict[str, object]) -> None:
     assert [finding.level for finding in _findings({"workers.device": "cpu", **flags})] == ["ok"]
 

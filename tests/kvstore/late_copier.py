@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvstore.buffers import aligned
 from kvstore.copier import Bytes
 from kvstore.device import DeviceTier
 
@@ -33,6 +34,7 @@ class LateCopier:
         self.device: DeviceTier | None = None
         self.running: deque[LateCopy] = deque()
         self.rows_apart = 0
+        self.locked = 0
 
     def copy_out(self, block_ids: Sequence[int], into: Sequence[Bytes]) -> LateCopy:
         return self._begin([(row, self._block(block)) for block, row in zip(block_ids, into, strict=True)])
@@ -43,6 +45,10 @@ class LateCopier:
     def buffers(self, count: int) -> list[Bytes]:
         self.rows_apart += count
         return [np.full(self.device.block_nbytes, 0xEE, np.uint8) for _ in range(count)]
+
+    def buffer(self) -> memoryview:
+        self.locked += 1
+        return aligned(self.device.block_nbytes)
 
     def follow_compute(self) -> None:
         """The tests' pool is written at once."""

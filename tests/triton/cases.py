@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvstore.device import DeviceTier
+from kvstore.layout import UNQUANTISED, KVLayout
+from kvstore.quantised import Rows, dequantise, quantise, write_rows
 from workers.attention.paged_inputs import PagedInputs, from_spans
 from workers.attention.step import Span, make_step
 from workers.attention.tiles import Tile, Tiles
@@ -31,6 +34,13 @@ class Shape:
     v_dim: int = 12
     block_size: int = 4
     dtype: torch.dtype = torch.float32
+    kv_dtype: str = UNQUANTISED
+
+    @property
+    def layout(self) -> KVLayout:
+        """Of two layers; the cases lie in the second."""
+        name = str(self.dtype).removeprefix("torch.")
+        return KVLayout(2, self.kv_heads, self.k_dim, self.v_dim, name, self.block_size, self.kv_dtype)
 
     @property
     def heads(self) -> int:
@@ -71,18 +81,23 @@ class Case:
     def options(self) -> dict:
         return {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}
 
-    def pool(self, sizes: Sequence[tuple[int, int]] | None = None) -> tuple[Tensor, Tensor]:
-        """Views of layer 1 of two; whatever is not a cached token of a sequence is NaN."""
-        shape = self.shape
-        k_size = shape.block_size * shape.kv_heads * shape.k_dim
-        v_size = shape.block_size * shape.kv_heads * shape.v_dim
-        plane = torch.full((self.blocks, 2, k_size + v_size), math.nan, dtype=shape.dtype)[:, 1]
-        keys = plane[:, :k_size].view(self.blocks, shape.block_size, shape.kv_heads, shape.k_dim)
-        values = plane[:, k_size:].view(self.blocks, shape.block_size, shape.kv_heads, shape.v_dim)
-        for number, (_, cached) in enumerate(sizes or self.sizes):
-            places = self.places(number, 0, cached)
-            keys[places], values[places] = self.keys[number][:cached], self.values[number][:cached]
-        return keys, values
+    def pool(self) -> tuple[Rows, Rows]:
+        """Views of layer 1 of two; whatever is not a cached token of a sequence is NaN, scales and codes too."""
+        return self.tier().kv(1)
+
+    def tier(self) -> DeviceTier:
+        """Whose layer 1 is `pool`."""
+        layout = self.shape.layout
+        tier = DeviceTier(layout, self.blocks * layout.block_nbytes, clock=lambda: 0.0, poison=True)
+        for number, (_, cached) in enumerate(self.sizes):
+            for part, rows in zip(tier.kv(1), (self.keys[number], self.values[number]), strict=True):
+                write_rows(part, *self.places(number, 0, cached), rows[:cached])
+        return tier
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """What is read of rows that were written."""
+        kind = self.shape.kv_dtype
+        return rows if kind == UNQUANTISED else dequantise(*quantise(rows, kind), kind, torch.float32)
 
     def places(self, number: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Blocks and offsets of a sequence's tokens."""
@@ -142,7 +157,7 @@ def oracle(case: Case) -> Tensor:
     """[T, heads, v_dim] written out in float64, one row and head at a time."""
     out = []
     for number, (new, cached) in enumerate(case.sizes):
-        keys, values = case.keys[number].double(), case.values[number].double()
+        keys, values = (case.stored(each[number]).double() for each in (case.keys, case.values))
         for position in range(cached, cached + new):
             first = 0 if case.window is None else max(0, position + 1 - case.window)
             for head in range(case.shape.heads):

@@ -1,6 +1,6 @@
 """Compile attention launches for a GPU that is not there: what the interpreter cannot tell.
 
-    PYTHONPATH=.venv-triton:. .venv/bin/python tests/workers/triton_offline.py
+    PYTHONPATH=.venv-triton:. .venv/bin/python tests/triton/offline.py
 
 prints a line a kernel: shared memory, registers and spilled bytes as ptxas counts them.
 """
@@ -18,7 +18,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from workers.attention import triton_kernels as kernels
+from kvstore.device import DeviceTier
+from kvstore.layout import KV_DTYPES, UNQUANTISED, KVLayout
+from workers.attention.kernels import decode, prefill, write
 from workers.attention.step import Span, make_step
 from workers.attention.triton_backend import TritonBackend
 
@@ -79,36 +81,34 @@ class _Compiling:
 def compiling() -> Iterator[list[Compiled]]:
     """Within it the backend compiles instead of launching; the list is what it compiled."""
     found: list[Compiled] = []
-    names = ("write_rows", "decode_splits", "combine_splits", "prefill_rows")
-    real = {name: getattr(kernels, name) for name in names}
+    names = {"write_rows": write, "decode_splits": decode, "combine_splits": decode, "prefill_rows": prefill}
+    real = {name: getattr(module, name) for name, module in names.items()}
     driver = triton.runtime.driver._active  # to ask for it otherwise would look for a GPU
     triton.runtime.driver.set_active(_AbsentDriver())
     try:
         with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
             triton.knobs.nvidia.dump_ptxas_log = True
             triton.knobs.compilation.always_compile = True
-            for name in names:
-                setattr(kernels, name, _Compiling(real[name], found))
+            for name, module in names.items():
+                setattr(module, name, _Compiling(real[name], found))
             yield found
     finally:
         triton.runtime.driver._active = driver
-        for name in names:
-            setattr(kernels, name, real[name])
+        for name, module in names.items():
+            setattr(module, name, real[name])
 
 
 def compile_step(
-    dim: int, dtype: torch.dtype, *, group: int = 4, v_dim: int | None = None, **scoring
+    dim: int, dtype: torch.dtype, *, group: int = 4, kv_dtype: str = UNQUANTISED, **scoring
 ) -> list[Compiled]:
     """What a mixed step of one decode row and a chunk compiles to."""
-    kv_heads, blocks, v_dim = 8, 80, v_dim or dim
-    pool = torch.zeros(blocks, 2, 16 * kv_heads * (dim + v_dim), dtype=dtype)[:, 1]
-    keys = pool[:, : 16 * kv_heads * dim].view(blocks, 16, kv_heads, dim)
-    values = pool[:, 16 * kv_heads * dim :].view(blocks, 16, kv_heads, v_dim)
+    kv_heads = 8
+    layout = KVLayout(2, kv_heads, dim, dim, str(dtype).removeprefix("torch."), 16, kv_dtype)
+    tier = DeviceTier(layout, 60 * layout.block_nbytes, clock=lambda: 0.0)
     spans = [Span(0, 1, 600, list(range(38))), Span(1, 63, 200, list(range(38, 51)))]
-    step = make_step([(keys, values)], spans, TritonBackend())
+    step = make_step([tier.kv(1)], spans, TritonBackend())
     query, key, value = (
-        torch.zeros(64, heads, size, dtype=dtype).transpose(0, 1)
-        for heads, size in ((kv_heads * group, dim), (kv_heads, dim), (kv_heads, v_dim))
+        torch.zeros(64, heads, dim, dtype=dtype).transpose(0, 1) for heads in (kv_heads * group, kv_heads, kv_heads)
     )
     options = {"scale": 0.1, "window": None, "softcap": None, "sinks": None} | scoring
     with compiling() as found:
@@ -117,13 +117,14 @@ def compile_step(
 
 
 def main() -> None:
-    """Every head size and dtype, plain and with everything on."""
+    """Every head size, dtype and type of K/V, plain and with everything on."""
     everything = {"window": 128, "softcap": 50.0, "sinks": torch.zeros(32, dtype=torch.bfloat16)}
-    for dim, dtype in product((64, 80, 96, 128, 256), (torch.bfloat16, torch.float16, torch.float32)):
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for dim, dtype, kv_dtype in product((64, 80, 96, 128, 256), dtypes, KV_DTYPES):
         for name, scoring in (("plain", {}), ("everything", everything)):
-            for each in compile_step(dim, dtype, **scoring):
+            for each in compile_step(dim, dtype, kv_dtype=kv_dtype, **scoring):
                 fits = "" if each.shared <= SHARED_LIMIT else "  TOO MUCH SHARED MEMORY"
-                print(dim, str(dtype).removeprefix("torch."), name, each, fits, flush=True)
+                print(dim, str(dtype).removeprefix("torch."), kv_dtype, name, each, fits, flush=True)
 
 
 if __name__ == "__main__":

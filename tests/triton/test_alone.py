@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.triton.cases import SMALL, Case, Shape, attend, attend_unadvised, padded_inputs
-from workers.attention import triton_backend
+from workers.attention import triton_launching
 from workers.attention.tiles import Tile
 from workers.attention.triton_backend import TritonBackend
 
@@ -33,7 +33,7 @@ def test_a_sequence_alone_equals_itself_in_a_batch(scoring, dtype):
 def test_the_grid_says_only_who_computes(programs, monkeypatch):
     case = Case(MIX)
     wanted = attend(case, TritonBackend(SMALL))
-    monkeypatch.setattr(triton_backend, "DECODE_PROGRAMS", programs)
+    monkeypatch.setattr(triton_launching, "DECODE_PROGRAMS", programs)
     assert torch.equal(attend(case, TritonBackend(SMALL)), wanted)
 
 

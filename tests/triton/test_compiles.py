@@ -14,10 +14,13 @@ REGISTERS = 65_536  # of a processor
     ("dim", "dtype", "scoring"),
     [
         (128, torch.bfloat16, {}),
+        (128, torch.bfloat16, {"kv_dtype": "int8"}),
+        (128, torch.bfloat16, {"kv_dtype": "fp8_e4m3"}),
         (64, torch.bfloat16, {"window": 128, "sinks": torch.zeros(32, dtype=torch.bfloat16)}),
         (256, torch.float16, {"window": 4096, "softcap": 50.0}),
+        (256, torch.bfloat16, {"window": 4096, "softcap": 50.0, "kv_dtype": "fp8_e4m3"}),
     ],
-    ids=["llama", "gpt-oss", "gemma-2"],
+    ids=["llama", "llama int8", "llama fp8", "gpt-oss", "gemma-2", "gemma-2 fp8"],
 )
 def test_every_kernel_compiles_and_fits(dim, dtype, scoring):
     compiled = compile_step(dim, dtype, **scoring)

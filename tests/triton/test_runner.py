@@ -43,8 +43,9 @@ def _runner(architecture: str, dtype: torch.dtype, options: dict, backend) -> Mo
     return ModelRunner(model.requires_grad_(False), ModelFolder.__new__(ModelFolder), b"", backend)
 
 
-def _mixed_step(runner: ModelRunner) -> torch.Tensor:
-    """Two prompts, then a step of one decode row, a chunk behind a prefix, and a fresh prompt; last rows' logits."""
+def _mixed_step(runner: ModelRunner, past: ModelRunner) -> torch.Tensor:
+    """Two prompts by `past`, which takes no time, then a step of one decode row, a chunk behind a prefix, and a fresh
+    prompt; last rows' logits."""
     layout, generator = runner.layout, torch.Generator().manual_seed(1)
     options = {"dtype": getattr(torch, layout.dtype)}
     kv = [
@@ -53,8 +54,8 @@ def _mixed_step(runner: ModelRunner) -> torch.Tensor:
     ]
     ids = torch.randint(3, runner.vocab_size, (100,), generator=generator).tolist()
     first, second, third = [3, 9, 0, 7, 14, 1], [5, 2, 11, 4], [8]
-    runner.forward(kv, [Span(0, 40, 40, first[:5])], ids[:40], range(40), [])
-    runner.forward(kv, [Span(0, 13, 13, second[:2])], ids[40:53], range(13), [])
+    past.forward(kv, [Span(0, 40, 40, first[:5])], ids[:40], range(40), [])
+    past.forward(kv, [Span(0, 13, 13, second[:2])], ids[40:53], range(13), [])
     spans = [Span(0, 1, 41, first), Span(1, 17, 30, second), Span(18, 5, 5, third)]
     return runner.forward(kv, spans, ids[60:83], [40, *range(13, 30), *range(5)], [0, 5, 17, 18, 22])
 
@@ -66,8 +67,9 @@ def _mixed_step(runner: ModelRunner) -> torch.Tensor:
     ids=["llama", "gemma-2", "gpt-oss"],
 )
 def test_a_mixed_step_gives_the_torch_backends_logits(architecture, options, dtype):
-    wanted = _mixed_step(_runner(architecture, dtype, options, TorchBackend()))
-    found = _mixed_step(_runner(architecture, dtype, options, TritonBackend(TILES)))
+    plain = _runner(architecture, dtype, options, TorchBackend())
+    wanted = _mixed_step(plain, plain)
+    found = _mixed_step(_runner(architecture, dtype, options, TritonBackend(TILES)), plain)
     error = float((found - wanted).norm() / wanted.norm())
     assert error < TOLERANCE[dtype], error
     if dtype == torch.float32:
@@ -78,4 +80,4 @@ def test_a_model_folder_that_is_served_from_here(tmp_path: Path):
     folder = make_model_folder(tmp_path / "m", ModelShape(layers=2, hidden=32, heads=2, kv_heads=1, vocab=512))
     loaded = ModelRunner.load(folder)
     served = ModelRunner(loaded._model, loaded.folder, b"", TritonBackend(TILES))
-    torch.testing.assert_close(_mixed_step(served), _mixed_step(loaded), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(_mixed_step(served, served), _mixed_step(loaded, loaded), atol=1e-4, rtol=1e-3)

@@ -57,6 +57,6 @@ def test_a_cpu_takes_the_torch_backend_and_knows_nothing_of_triton():
 def test_a_gpu_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "workers.attention.triton_backend", raising=False)
-    monkeypatch.delitem(sys.modules, "workers.attention.triton_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "workers.attention.triton_launching", raising=False)
     with pytest.raises(TritonMissing, match=r"pip install 'triton>=3\.6'"):
         backend_for(torch.device("cuda"))

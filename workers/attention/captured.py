@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, library
 
-from kvstore.quantised import unquantised
+from kvstore.quantised import Rows
 from workers.attention.paged_inputs import PagedInputs
 from workers.attention.step import Step
 
@@ -28,8 +28,8 @@ class PagedBackend(Protocol):
     def attend_paged(
         self,
         inputs: PagedInputs,
-        key_pool: Tensor,
-        value_pool: Tensor,
+        key_pool: Rows,
+        value_pool: Rows,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -61,9 +61,8 @@ def attend(
     """As `AttentionBackend.attend` of the step's backend, by its tensors alone where it carries some."""
     inputs: PagedInputs | None = step.plan.get(INPUTS)
     if inputs is not None and isinstance(step.backend, PagedBackend):
-        keys, values = map(unquantised, step.kv[layer])
         return step.backend.attend_paged(
-            inputs, keys, values, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
+            inputs, *step.kv[layer], query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
     return step.backend.attend(step, layer, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvstore.quantised import unquantised
+from kvstore.quantised import Rows, read_blocks, write_rows
 from workers.attention.paged_inputs import PagedInputs, from_spans
 from workers.attention.step import Step
 
@@ -34,7 +34,7 @@ class GatherBackend:
         sinks: Tensor | None,
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
-        keys, values = map(unquantised, step.kv[layer])
+        keys, values = step.kv[layer]
         inputs: PagedInputs | None = step.plan.get(_PLAN)
         if inputs is None:
             inputs = step.plan[_PLAN] = from_spans(step.spans, step.block_size, keys.device)
@@ -45,8 +45,8 @@ class GatherBackend:
     def attend_paged(
         self,
         inputs: PagedInputs,
-        key_pool: Tensor,
-        value_pool: Tensor,
+        key_pool: Rows,
+        value_pool: Rows,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -66,16 +66,16 @@ class GatherBackend:
             if context == 0 or rows.start == rows.stop:
                 continue
             table = inputs.block_tables[number, : -(-context // size)].long()
-            k = key_pool.index_select(0, table).flatten(0, 1)[:context].transpose(0, 1)
-            v = value_pool.index_select(0, table).flatten(0, 1)[:context].transpose(0, 1)
+            k = read_blocks(key_pool, table)[:context].transpose(0, 1)
+            v = read_blocks(value_pool, table)[:context].transpose(0, 1)
             out[rows] = _attend(query[:, rows], k, v, scale, window, softcap, sinks).transpose(0, 1).to(out.dtype)
         return out
 
 
-def _write(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
+def _write(pool: Rows, slots: Tensor, rows: Tensor) -> None:
     real = slots >= 0
     chosen = slots[real]
-    pool[chosen // pool.shape[1], chosen % pool.shape[1]] = rows[real]
+    write_rows(pool, chosen // pool.shape[1], chosen % pool.shape[1], rows[real])
 
 
 def _attend(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstore.layout import UNQUANTISED
+
 # Tokens of a split. 256: 2.56 TB/s at 256 sequences of 1k; 512: 2.71; 1024: 2.80, but one sequence of 8k takes 29 us
 # where splits of 512 take 21, because too few programs share its work.
 SPLIT = 512
@@ -49,13 +51,14 @@ class Tiles:
     split: int = SPLIT
 
 
-def tiles_for(dim: int, dtype: torch.dtype) -> Tiles:
-    """The sizes for the larger of a model's K and V head sizes.
+def tiles_for(dim: int, dtype: torch.dtype, kv_dtype: str = UNQUANTISED) -> Tiles:
+    """The sizes for the larger of a model's K and V head sizes, and what K/V is stored as.
 
     Prefill with 128 x 64, 8 warps and 3 stages: 221 TFLOP/s for 2048 rows over 2048 tokens, 313 over 8192. 64 x 64 is
     better for the first (249), 128 x 128 for the second (362); one that is good for both keeps a row's order of sums
     the same for both. Decode reads 16 KiB of keys a tile, as was measured. Heads of 256 and float32 double the bytes
-    of a row, so they take fewer rows, keys and stages to fit the same memory.
+    of a row, so they take fewer rows, keys and stages to fit the same memory. Codes of heads of 256 become numbers in
+    registers, which have room for half the keys.
     """
     pad = padded(dim)
     if dtype == torch.float32:
@@ -65,7 +68,8 @@ def tiles_for(dim: int, dtype: torch.dtype) -> Tiles:
         return Tiles(Tile(128, 64, 4, 3), Tile(MIN_TILE, 128, 4, 3))
     if pad <= 128:
         return Tiles(Tile(128, 64, 8, 3), Tile(MIN_TILE, 64, 4, 3))
-    return Tiles(Tile(64, 64, 8, 2), Tile(MIN_TILE, 32, 4, 3))
+    keys = 64 if kv_dtype == UNQUANTISED else 32
+    return Tiles(Tile(64, keys, 8, 2), Tile(MIN_TILE, 32, 4, 3))
 
 
 def padded(size: int) -> int:

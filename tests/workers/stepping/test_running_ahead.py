@@ -36,9 +36,18 @@ def test_a_step_is_launched_before_the_one_before_is_known():
     rig.close()
 
 
-@pytest.mark.parametrize(("graphs", "gather"), [(True, True), (False, True), (False, False)])
-def test_answers_are_those_of_the_engine_that_waits(graphs: bool, gather: bool):
-    options = {"max_running": 8, "max_batch_tokens": 96}
+@pytest.mark.parametrize(
+    ("graphs", "gather", "kv_dtype"),
+    [
+        (True, True, "auto"),
+        (False, True, "auto"),
+        (False, False, "auto"),
+        (True, True, "int8"),
+        (False, True, "fp8_e4m3"),
+    ],
+)
+def test_answers_are_those_of_the_engine_that_waits(graphs: bool, gather: bool, kv_dtype: str):
+    options = {"max_running": 8, "max_batch_tokens": 96, "kv_dtype": kv_dtype}
     late, sync = late_rig(graphs=graphs, gather=gather, **options), sync_rig(**options)
 
     def answers(rig: Rig) -> list[Answer]:
