@@ -1,6 +1,6 @@
 """Compile attention launches for a GPU that is not there: what the interpreter cannot tell.
 
-    PYTHONPATH=.venv-triton:. .venv/bin/python tests/workers/triton_offline.py
+    PYTHONPATH=.venv-triton:. .venv/bin/python tests/triton/offline.py
 
 prints a line a kernel: shared memory, registers and spilled bytes as ptxas counts them.
 """
