@@ -247,7 +247,8 @@ class GpuRig:
 
     def fresh_metas(self, count: int) -> list[BlockMeta]:
         """Names of blocks that nobody has, each the first of a chain."""
-        return [BlockMeta(BlockHash(self.rng.randbytes(32)), self.root, self.root, None) for _ in range(count)]
+        root = self.root
+        return [BlockMeta(BlockHash(self.rng.randbytes(32)), root, root, None) for _ in range(count)]
 
     def abandon(self) -> None:
         """End all jobs, so that what is measured next has the engine for itself."""

@@ -78,8 +78,8 @@ def _options(*only: str) -> argparse.Namespace:
 
 
 def test_a_rate_is_of_all_sequences_though_the_first_decode_while_the_last_are_prefilled(tmp_path: Path):
-    """Two prompts fill a step, as with 128 sequences of 1024 tokens and steps of 2048."""
-    scale = replace(DRY, max_running=16, max_batch_tokens=2 * DRY.context, pool_blocks=400)
+    """Few prompts fit a step, as with 128 sequences of 1024 tokens and steps of 2048."""
+    scale = replace(DRY, max_running=16, max_batch_tokens=DRY.context + 16, pool_blocks=400)
     rig = make_rig(scale, tmp_path, StepOptions(), captures=False)
     bench = Bench(rig, Report("gpu"), Floors.of(rig), 3, dry=True)
     assert len(_decode_rates(bench, 16, 3)) == 3
