@@ -4,8 +4,8 @@ A Llama-3-8B shape with random weights, made on the device; everything goes thro
 sampling, block accounting and spilling to host on. Beside each figure stands what the hardware would allow: reading
 every weight and all K/V once a decode step at the peak bandwidth, computing a prefill's products at 80 % of the peak.
 
-Rows `canonical_*_ratio`: times of the bit-exact mode by those of the plain one, where this version has that mode. A
-part that fails is reported, and the others are measured all the same; the command then ends with 1.
+Rows `canonical_*_ratio`: times of the bit-exact mode by those of the plain one. A part that fails is reported, and the
+others are measured all the same; the command then ends with 1.
 
 With `--kv-dtype` K/V is quantised: rows then end in its name and have no bar, and floors count the bytes that are read.
 
@@ -16,32 +16,27 @@ With `--kv-dtype` K/V is quantised: rows then end in its name and have no bar, a
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.gpu_copies import Moved, PromoteAlways, SpillAlways, Watched, chains_in_host, promote, spill, watched
 from bench.gpu_floors import Floors
 from bench.gpu_rig import DRY, LLAMA_8B, GpuRig, Scale, make_rig
 from bench.report import Report
-from kvstore.blocks import block_hashes
 from kvstore.layout import KV_DTYPES, UNQUANTISED
-from kvstore.store import ReadTiers
-from workers.attention.captured import PagedBackend
-from workers.attention.paged_inputs import PagedInputs
-from workers.models import ModelRunner
+from workers.canonical.runner import CanonicalRunner
 from workers.stepping.make import StepOptions
 
 WARM_STEPS = 8
-HOST_ONLY = ReadTiers(device=True, host=True, disk=False, shared=False, peer=False)
 BARS = {
     "prefill_2k_tok_s": ">= 36000",
     "decode_b1_tok_s": ">= 140",
@@ -52,7 +47,10 @@ BARS = {
     "warm_8k_host_ms": "<= 40",
     "spill_gb_s": ">= 45",
     "promote_gb_s": ">= 45",
+    "spill_beside_decode_gb_s": ">= 45",
+    "promote_beside_decode_gb_s": ">= 45",
     "decode_loss_while_spilling_ratio": "<= 0.05",
+    "decode_loss_while_promoting_ratio": "<= 0.05",
 }
 
 
@@ -85,6 +83,7 @@ class Bench:
         except Exception:  # noqa: BLE001 - a machine seen for the first time: one part must not cost the others
             self.failed.append(name)
             print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            self.rig.abandon()
         print(f"{name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
 
 
@@ -114,7 +113,11 @@ def decode(bench: Bench) -> None:
 
 
 def _decode_rates(bench: Bench, batch: int, repeats: int, before_step: Callable[[], None] | None = None) -> list[float]:
-    """Tokens a second, measured over some steps at a time."""
+    """Tokens a second, measured over some steps at a time.
+
+    Raises:
+        RuntimeError: not all of the sequences got a token in every step: it is another batch that was measured.
+    """
     rig, steps, samples = bench.rig, _steps(bench), []
     rig.decoding(batch, WARM_STEPS + steps * repeats + 8)
     for _ in range(WARM_STEPS):
@@ -126,6 +129,8 @@ def _decode_rates(bench: Bench, batch: int, repeats: int, before_step: Callable[
                 before_step()
             made += sum(len(output.token_ids) for output in rig.step())
         samples.append(made / (time.perf_counter() - started))
+        if made != batch * steps:
+            raise RuntimeError(f"{made} tokens in {steps} steps of {batch} sequences; give them more room, or output")
     rig.finish()
     return samples
 
@@ -152,164 +157,77 @@ def first_tokens(bench: Bench) -> None:
         in_host.append(took_ms)
         from_host.append(float(fates.get("host", 0)))
     bench.add("warm_8k_device_ms", in_device[1:], "ms", bench.floors.weights_ms)
-    bench.add("warm_8k_host_ms", in_host[1:], "ms")
+    bench.add("warm_8k_host_ms", in_host[1:], "ms", bench.floors.loaded_ms(scale.prompt - scale.tail))
     bench.add("warm_8k_host_cached_tokens", from_host[1:], "tokens")
 
 
 def copies(bench: Bench) -> None:
-    """Blocks to host and back, with nothing else to do."""
-    rig, scale = bench.rig, bench.rig.scale
-    nbytes = scale.moved * rig.device.block_nbytes
-    down: list[float] = []
-    up: list[float] = []
-    for _ in range(bench.repeats + 1):
-        metas = rig.fresh_metas(scale.moved)
-        block_ids = _allocated(rig, scale.moved)
-        started = time.perf_counter()
-        rig.store.commit(block_ids, metas)
-        rig.store.flush(30.0)
-        down.append(nbytes / (time.perf_counter() - started) / 1e9)
-        rig.store.release(block_ids)
-    bench.add("spill_gb_s", down[1:], "GB/s", bench.floors.bus_gb_s)
-    for _ in range(bench.repeats + 1):
-        chain = rig.prompt(scale.moved * rig.engine.info.scheme.block_size + 1)
-        _promoted(rig, chain, up, nbytes)
-    bench.add("promote_gb_s", up[1:], "GB/s", bench.floors.bus_gb_s)
+    """Blocks to host and back, with nothing else to do: the whole, and the copies alone."""
+    rig = bench.rig
+    _add_moved(bench, "spill", [spill(rig) for _ in range(bench.repeats + 1)][1:])
+    chains = chains_in_host(rig)
+    _add_moved(bench, "promote", [promote(rig, chains) for _ in range(bench.repeats + 1)][1:])
 
 
-def _promoted(rig: GpuRig, chain: list[int], samples: list[float], nbytes: int) -> None:
-    """Spill the blocks of a chain, drop them from the device, and time their way back."""
-    sequence = block_hashes(chain[:-1], rig.root, rig.engine.info.scheme.block_size)
-    rig.submit(chain, 1)
-    rig.finish()
-    rig.device.clear()
-    rig.store.pump()
-    started = time.perf_counter()
-    acquisition = rig.store.acquire(sequence, reads=HOST_ONLY, compute_ms=lambda first, count: 1e9)
-    while not acquisition.done:
-        rig.store.wait(1.0)
-        rig.store.pump()
-    took_s = time.perf_counter() - started
-    samples.append(nbytes * len(acquisition.block_ids) / len(sequence) / took_s / 1e9)
-    rig.store.release(acquisition.block_ids)
+def _add_moved(bench: Bench, name: str, moved: list[Moved]) -> None:
+    bench.add(f"{name}_gb_s", [each.gb_s for each in moved], "GB/s", bench.floors.bus_gb_s)
+    bench.add(f"{name}_host_us", [each.host_us for each in moved], "us/block")
+    if alone := [each.bus_gb_s for each in moved if each.bus_gb_s is not None]:
+        bench.add(f"{name}_bus_gb_s", alone, "GB/s")
 
 
 def decode_beside_copies(bench: Bench) -> None:
-    """Decode with the bus to host kept busy by blocks that leave the device, by decode without: interleaved."""
+    """Decode with the bus kept busy in one direction, by decode without: interleaved."""
+    _beside(bench, "spill", "spilling", SpillAlways(bench.rig))
+    _beside(bench, "promote", "promoting", PromoteAlways(bench.rig))
+
+
+def _beside(bench: Bench, name: str, verb: str, keep_busy: SpillAlways | PromoteAlways) -> None:
     rig, batch = bench.rig, bench.rig.scale.batches[1]
-    moved: list[int] = []
-
-    def spill() -> None:
-        for _ in range(3 - rig.store.copies):
-            count = max(1, rig.scale.moved // 4)
-            block_ids = rig.store.allocate(count)
-            if block_ids is None:
-                return
-            rig.store.commit(block_ids, rig.fresh_metas(count))
-            rig.store.release(block_ids)
-            moved.append(count)
-
     losses, rates = [], []
-    for _ in range(max(2, bench.repeats // 2)):
-        alone = _decode_rates(bench, batch, 2)
-        moved.clear()
-        beside = _decode_rates(bench, batch, 2, spill)
-        seconds = sum(batch * _steps(bench) / rate for rate in beside)
-        rates.append(sum(moved) * rig.device.block_nbytes / seconds / 1e9)
-        losses.append(1 - max(beside) / max(alone))
-    bench.add("decode_loss_while_spilling_ratio", losses, "ratio")
-    bench.add("spill_beside_decode_gb_s", rates, "GB/s", bench.floors.bus_gb_s)
+    for _ in range(2 if bench.dry else max(3, bench.repeats // 2)):
+        alone = _decode_rates(bench, batch, 3)
+        with watched(rig, keep_busy.verb) as seen:
+
+            def before_step(seen: Watched = seen) -> None:
+                keep_busy()
+                seen.mark()
+
+            beside = _decode_rates(bench, batch, 3, before_step)
+            keep_busy.end()
+        rates.append(seen.gb_s())
+        losses.append(1 - statistics.median(beside) / statistics.median(alone))
+    bench.add(f"decode_loss_while_{verb}_ratio", losses, "ratio")
+    bench.add(f"{name}_beside_decode_gb_s", rates, "GB/s", bench.floors.bus_gb_s)
 
 
 def attention(bench: Bench) -> None:
-    """The decode kernels alone: K/V bytes that must be read by the peak bandwidth, for 64k tokens of context and more.
-
-    As `bench.gpu_attention` measures it over several shapes, where that can be had; else one, in the engine's pool.
-    """
-    if not bench.dry and find_spec("bench.gpu_attention") is not None and find_spec("triton") is not None:
-        shapes: Any = import_module("bench.gpu_attention")
-        stored = bench.rig.device.layout.kv_dtype
-        shapes.rows(bench.report, shapes.plan(quick=True, dry=False, kv_dtype=stored))
+    """The decode kernels alone, as `bench.gpu_attention` measures them: K/V bytes that must be read by the peak
+    bandwidth, for 64k tokens of context and more. Not in a dry run, which has no kernels."""
+    if bench.dry:
+        print("attention: run bench.gpu_attention --dry under triton's interpreter", file=sys.stderr, flush=True)
         return
-    rig, backend = bench.rig, bench.rig.runner.backend
-    if not isinstance(backend, PagedBackend):
-        raise TypeError(f"{type(backend).__name__} does not read a step as tensors; measure with the Triton backend")
-    batch, context = (2, 48) if bench.dry else (64, 1024)
-    size, layout = rig.device.layout.block_size, rig.device.layout
-    key_pool, value_pool = rig.device.kv(0)
-    blocks = _allocated(rig, batch * -(-context // size))
-    table = torch.tensor(blocks, dtype=torch.int32, device=rig.runner.device).view(batch, -1)
-    table = table[:, torch.randperm(table.shape[1], device=table.device)].contiguous()
-    heads = int(rig.scale.config["num_attention_heads"])
-    inputs = PagedInputs(
-        slots=torch.full((batch,), -1, dtype=torch.int64, device=table.device),
-        row_starts=torch.arange(batch + 1, dtype=torch.int32, device=table.device),
-        contexts=torch.full((batch,), context, dtype=torch.int32, device=table.device),
-        block_tables=table,
-        longest=1,
-    )
-    dtype, device = key_pool.dtype, key_pool.device
-    new = [
-        torch.randn(count, batch, layout.k_dim, device=device).to(dtype)
-        for count in (heads, layout.kv_heads, layout.kv_heads)
-    ]
+    from bench import gpu_attention  # here: it needs triton
 
-    def attend() -> None:
-        backend.attend_paged(
-            inputs, key_pool, value_pool, *new, scale=layout.k_dim**-0.5, window=None, softcap=None, sinks=None
-        )
-
-    seconds = _replayed_s(bench, attend)
-    nbytes = batch * context * layout.token_nbytes / layout.layers
-    rig.store.release(blocks)
-    bench.add("attention_decode_gb_s", [nbytes / each / 1e9 for each in seconds], "GB/s", bench.floors.peak_gb_s)
-    shares = [nbytes / each / 1e9 / bench.floors.peak_gb_s for each in seconds]
-    bench.add("attention_decode_bandwidth_ratio", shares, "ratio")
-
-
-def _replayed_s(bench: Bench, work: Callable[[], None]) -> list[float]:
-    """Seconds of a graph of that work, each the mean of some replays."""
-    device, replays = bench.rig.step_device, 2 if bench.dry else 50
-    with torch.inference_mode():
-        graph = device.capture(work)
-        samples = []
-
-        def replay_all() -> None:
-            for _ in range(replays):
-                graph.replay()
-
-        for _ in range(bench.repeats + 1):
-            device.synchronise()
-            started = time.perf_counter()
-            device.queue(replay_all).wait()
-            samples.append((time.perf_counter() - started) / replays)
-    return samples[1:]
-
-
-def _allocated(rig: GpuRig, count: int) -> list[int]:
-    block_ids = rig.store.allocate(count)
-    if block_ids is None:
-        raise RuntimeError(f"the pool has no room for {count} blocks; give it more")
-    return block_ids
+    stored = bench.rig.device.layout.kv_dtype
+    gpu_attention.rows(bench.report, gpu_attention.plan(quick=True, dry=False, kv_dtype=stored))
 
 
 def canonical(bench: Bench, model: Any, folder: Path) -> None:
-    """The bit-exact mode by the plain one, on the same weights; without it, no rows."""
-    if find_spec("workers.canonical") is None:
-        print("canonical: this version has no bit-exact mode", file=sys.stderr)
-        return
-    kind: type[ModelRunner] = import_module("workers.canonical.runner").CanonicalRunner
-    plain = {row.name: row.value for row in bench.report.rows}
+    """The bit-exact mode by the plain one, on the same weights."""
+    prefilled, decoded = _rates(bench)
     bench.rig.close()
-    rig = make_rig(bench.rig.scale, folder, StepOptions(), model=model, kind=kind)
-    exact = Bench(rig, Report("gpu"), bench.floors, 2, bench.dry)
-    prefill(exact)
-    batch = rig.scale.batches[1]
-    rates = _decode_rates(exact, batch, 2)
-    prefilled = exact.report.rows[0].value
-    bench.report.add("canonical_prefill_2k_ratio", [plain["prefill_2k_tok_s"] / prefilled], "ratio")
-    bench.report.add("canonical_decode_b32_ratio", [plain["decode_b32_tok_s"] / rate for rate in rates], "ratio")
-    bench.rig = rig
+    bench.rig = make_rig(bench.rig.scale, folder, StepOptions(), model=model, kind=CanonicalRunner)
+    exact_prefilled, exact_decoded = _rates(bench)
+    bench.report.add("canonical_prefill_2k_ratio", [prefilled / exact_prefilled], "ratio")
+    bench.report.add("canonical_decode_b32_ratio", [decoded / exact_decoded], "ratio")
+
+
+def _rates(bench: Bench) -> tuple[float, float]:
+    """Prefill and decode of the rig at hand, tokens/s; told nowhere."""
+    short = Bench(bench.rig, Report("gpu"), bench.floors, 2, bench.dry)
+    prefill(short)
+    return short.report.rows[0].value, statistics.median(_decode_rates(short, bench.rig.scale.batches[1], 2))
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.errors import TritonError
 
+from bench.gpu_chips import UNKNOWN, Chip, chip_of
 from bench.report import Report
 from kvstore.device import DeviceTier
 from kvstore.layout import KV_DTYPES, UNQUANTISED, KVLayout
@@ -39,18 +40,6 @@ WARM_UPS = 3
 ENOUGH_TOKENS = 64 << 10  # B x ctx from which decode should be bound by bandwidth
 CHECKED = 3  # sequences of a step that are compared
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-
-
-@dataclass(frozen=True, slots=True)
-class Chip:
-    """What a GPU can do at best: bytes/s of its memory, dense half-precision FLOP/s."""
-
-    bandwidth: float
-    flops: float
-
-
-CHIPS = {"H200": Chip(4.8e12, 989e12), "H100 PCIe": Chip(2.0e12, 756e12), "H100": Chip(3.35e12, 989e12)}
-UNKNOWN = CHIPS["H100"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +237,7 @@ def plan(*, quick: bool, dry: bool, kv_dtype: str = UNQUANTISED) -> Plan:
         return Plan(torch.device("cpu"), UNKNOWN, heads, 1, [(2, 70)], [(20, 50)], [80], [20])
     if dry or INTERPRETED or not torch.cuda.is_available():
         raise RuntimeError("this needs a GPU; without one run it with TRITON_INTERPRET=1 and --dry")
-    name = torch.cuda.get_device_name()
-    chip = next((chip for part, chip in CHIPS.items() if part in name), UNKNOWN)
+    chip = chip_of(torch.cuda.get_device_name())
     decodes = [(1, 8192), (8, 8192), (64, 1024), (64, 4096), (256, 1024)]
     prefills = [(16, 8192), (256, 8192), (2048, 2048), (2048, 8192)]
     if not quick:
@@ -262,7 +250,7 @@ def plan(*, quick: bool, dry: bool, kv_dtype: str = UNQUANTISED) -> Plan:
 
 
 def rows(report: Report, plan: Plan) -> None:
-    """Add this benchmark's rows; the one with a bar comes first."""
+    """Add this benchmark's rows; the one with a bar follows the shapes that it is the median of."""
     ratios = [_decode(report, plan, batch, context) for batch, context in plan.decodes]
     sizes = [batch * context for batch, context in plan.decodes]
     bound = [ratio for ratio, size in zip(ratios, sizes, strict=True) if size >= ENOUGH_TOKENS]

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.gpu_chips import chip_of
 from bench.gpu_rig import GpuRig
 
-# By a part of the device's name: memory in GB/s, dense half-precision TFLOP/s, as their maker states them.
-PEAKS = {"H200": (4800.0, 989.0), "H100": (3350.0, 989.0), "A100": (2039.0, 312.0)}
 REACHED = 0.8  # share of the peak products that large matrix products reach (798 of 989 TFLOP/s seen on an H100)
 BUS_GB_S = 55.0  # of page-locked copies over PCIe 5 x16 in one direction
 
@@ -36,15 +35,15 @@ class Floors:
     def of(cls, rig: GpuRig) -> Floors:
         """Of a rig's model and its device; peaks of an unknown device are those of an H100."""
         name = torch.cuda.get_device_name() if rig.runner.device.type == "cuda" else ""
-        memory, products = next((peaks for part, peaks in PEAKS.items() if part in name), PEAKS["H100"])
+        chip = chip_of(name)
         config, model = rig.scale.config, rig.runner.model
         embedding = int(config["vocab_size"]) * int(config["hidden_size"])
         parameters = sum(each.numel() for each in model.parameters()) - embedding  # of which a row a token is read
         layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
         itemsize = next(model.parameters()).element_size()
         return cls(
-            peak_gb_s=memory,
-            peak_tflop_s=products,
+            peak_gb_s=chip.bandwidth / 1e9,
+            peak_tflop_s=chip.flops / 1e12,
             bus_gb_s=BUS_GB_S,
             weights_nbytes=parameters * itemsize,
             products=2.0 * (parameters - embedding),  # logits of the last row only
@@ -56,6 +55,10 @@ class Floors:
     def weights_ms(self) -> float:
         """To read every weight once."""
         return self.weights_nbytes / self.peak_gb_s / 1e6
+
+    def loaded_ms(self, tokens: int) -> float:
+        """To bring so many tokens' K/V from host, and then to read every weight once for what follows them."""
+        return tokens * self.token_nbytes / self.bus_gb_s / 1e6 + self.weights_ms
 
     def decode_tok_s(self, batch: int, context: int) -> float:
         """Weights once and all K/V once a step."""

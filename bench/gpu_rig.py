@@ -7,6 +7,7 @@ every line runs there too; its figures mean nothing.
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -93,7 +94,7 @@ LLAMA_8B = Scale(
     batches=(1, 32, 128),
     prompt=8192,
     tail=64,
-    moved=512,
+    moved=2048,
 )
 DRY = replace(
     LLAMA_8B,
@@ -124,11 +125,14 @@ DRY = replace(
 
 
 class AtOnce(Done):
-    """A copy that was made when it was begun."""
+    """A copy that was made when it was begun, at that time."""
+
+    def __init__(self, started: float) -> None:
+        self._took_ms = (time.perf_counter() - started) * 1e3
 
     def took_ms(self) -> float | None:
-        """Nobody measured it."""
-        return None
+        """As `Copy.took_ms`."""
+        return self._took_ms
 
 
 class AtOnceCopier:
@@ -138,15 +142,17 @@ class AtOnceCopier:
 
     def copy_out(self, block_ids: Sequence[int], into: Sequence[Bytes]) -> AtOnce:
         """As `Copier.copy_out`."""
+        started = time.perf_counter()
         for block_id, row in zip(block_ids, into, strict=True):
             np.copyto(row, self._block(block_id))
-        return AtOnce()
+        return AtOnce(started)
 
     def copy_in(self, rows: Sequence[Bytes], block_ids: Sequence[int]) -> AtOnce:
         """As `Copier.copy_in`."""
+        started = time.perf_counter()
         for row, block_id in zip(rows, block_ids, strict=True):
             np.copyto(self._block(block_id), row)
-        return AtOnce()
+        return AtOnce(started)
 
     def buffers(self, count: int) -> list[Bytes]:
         """As `Copier.buffers`."""
@@ -189,6 +195,7 @@ class GpuRig:
     step_device: Device
     rng: random.Random = field(default_factory=lambda: random.Random(1))
     _names: int = 0
+    _closed: bool = False
 
     @property
     def root(self) -> BlockHash:
@@ -236,8 +243,11 @@ class GpuRig:
         return took_ms, outputs[0].fates or {}
 
     def decoding(self, sequences: int, output: int) -> None:
-        """Let so many sequences be prefilled, and all decode, for so many tokens each."""
+        """Let so many sequences be prefilled, and all decode, for so many tokens each, counted from when all do."""
         started: set[object] = set()
+        # The first ones decode while the last ones are prefilled, with what they leave of each step.
+        room = self.scale.max_batch_tokens - sequences
+        output += sequences * self.scale.context // room + 2
         for _ in range(sequences):
             self.submit(self.prompt(self.scale.context), output)
         while len(started) < sequences:
@@ -246,11 +256,24 @@ class GpuRig:
 
     def fresh_metas(self, count: int) -> list[BlockMeta]:
         """Names of blocks that nobody has, each the first of a chain."""
-        return [BlockMeta(BlockHash(self.rng.randbytes(32)), self.root, self.root, None) for _ in range(count)]
+        root = self.root
+        return [BlockMeta(BlockHash(self.rng.randbytes(32)), root, root, None) for _ in range(count)]
+
+    def abandon(self) -> None:
+        """End all jobs, so that what is measured next has the engine for itself."""
+        if self._closed:
+            return
+        for name in range(1, self._names + 1):
+            self.engine.cancel(name)
+        while self.engine.has_work():
+            self.engine.step()
+        self.store.flush(30.0)
 
     def close(self) -> None:
-        """Give everything back."""
-        self.engine.close(flush_s=1.0)
+        """Give everything back, once."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close(flush_s=1.0)
 
 
 def _buckets(scale: Scale, options: StepOptions) -> list[Bucket]:
@@ -301,6 +324,8 @@ def make_rig(
     host = HostTier(layout, scale.host_blocks * layout.block_nbytes, clock=time.monotonic, pinner=pinner)
     if not host.wait_ready(HOST_READY_S):
         raise RuntimeError("host memory was not ready in time; give the benchmark a machine with more of it")
+    if problem := host.stats().problem:
+        print(f"the figures of copies mean little: {problem}", file=sys.stderr, flush=True)
     store = TieredStore(layout, device, host, None, clock=time.monotonic, default_ttl_s=None)
     kv = [device.kv(layer) for layer in range(layout.layers)]
     step_device: Device = CpuDevice() if dry else CudaDevice(runner.device)

@@ -107,7 +107,10 @@ class ModelSettings(_Section):
         default="auto", description="Of the weights in memory: auto (the checkpoint's), float32, bfloat16, float16."
     )
     context_length: int | None = Field(
-        default=None, ge=1, description="Longest sequence in tokens; none: the model's own."
+        default=None,
+        ge=1,
+        description="Longest sequence in tokens; none: the model's own. Models whose positions are of the kind longrope"
+        " (Phi-3 and Phi-4-mini of 128k) need one within their original length, such as 4096.",
     )
 
 

@@ -77,6 +77,7 @@ def build_engine(
         dtype=config.dtype,
         backend=_backend(config, rank),
         ranks=group,
+        context_length=config.context_length,
     )
     layout = _layout(runner.layout, config)
     # Blocks have rank 0's names, which routers know; `scheme` keeps apart what the ranks store under them.

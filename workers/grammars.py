@@ -15,10 +15,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from typing import TYPE_CHECKING
 
 from workers.protocol import Constraint
+
+if TYPE_CHECKING:  # loaded by whoever compiles a grammar: an engine without any does not need it
+    from llguidance import LLMatcher, LLTokenizer
 
 _MOST_CACHED = 64
 _THREADS = 2  # one that takes seconds does not hold up all others
@@ -113,10 +115,14 @@ class Grammars:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _read_tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
         text = self._file.read_text(encoding="utf-8")
         return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._end_tokens or None)
 
     def _compile(self, constraint: Constraint) -> Grammar:
+        from llguidance import LLMatcher, LLParserLimits
+
         if self._tokenizer is None:  # pragma: no cover - compile has just asked for it
             raise ConstraintError("the tokenizer was not read")
         tokenizer = self._tokenizer.result()
@@ -147,16 +153,30 @@ def source_of(constraint: Constraint) -> str:
 
 
 def _schema_source(text: str) -> str:
+    from llguidance import LLMatcher
+
     if not isinstance(json.loads(text), dict):  # the library takes the schema `true` for an object's default
         raise ValueError("the schema is no JSON object")
     return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_WHITESPACE})
 
 
+def _regex_source(text: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_regex(text)
+
+
+def _lark_source(text: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_lark(text)
+
+
 _SOURCES: dict[str, Callable[[str], str]] = {
     "json_schema": _schema_source,
     "json_object": lambda _: _schema_source(_ANY_OBJECT),
-    "regex": LLMatcher.grammar_from_regex,
-    "grammar": LLMatcher.grammar_from_lark,
+    "regex": _regex_source,
+    "grammar": _lark_source,
 }
 
 

@@ -31,11 +31,12 @@ from workers.attention.choice import backend_for
 from workers.attention.step import AttentionBackend, KVViews, Span, Step, make_step
 from workers.model_folder import ModelFolder, ModelFolderError, open_model_folder
 from workers.norms import simplify_norms
+from workers.positions import changing_positions, hold_positions
 from workers.tensor_parallel.shard import ModelGroup, NotDivisible, cut_model, kv_heads_of
 
 ATTENTION, OPAQUE_ATTENTION = "warmkv_paged", "warmkv_opaque"
 PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-REMEDY = "choose a decoder-only model whose layers all keep plain K/V (Llama, Qwen, Mistral, Gemma, Phi, ...)"
+REMEDY = "choose a decoder-only model whose layers all keep plain K/V (Llama 3, Qwen 3, Mistral, Gemma 3, ...)"
 # The model's own attention against ours, relative to the logits' size. Between transformers' own two implementations
 # it is below 1e-5 in float32 and 2e-2 in half precision; a wrong mask or a lost bias gives 1e-1 and more.
 SELF_CHECK_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 5e-2}
@@ -103,11 +104,13 @@ class ModelRunner:
         dtype: str = "auto",
         backend: AttentionBackend | None = None,
         ranks: ModelGroup | None = None,
+        context_length: int | None = None,
     ) -> ModelRunner:
         """Load a Hugging Face model folder.
 
         Args:
             model_dir: the folder. device: a torch device. dtype: `auto` (the checkpoint's) or a key of DTYPE_BYTES.
+            context_length: longest sequence that it will be given, tokens; None: that which it was made for.
             backend: what attends; None: what suits the device.
             ranks: others that load the same model; each keeps a share, and holds the whole in host memory till then.
             None: this one keeps all.
@@ -118,11 +121,12 @@ class ModelRunner:
             TritonMissing: the device is a GPU, and triton is not installed.
         """
         folder = open_model_folder(model_dir)
-        _check_kind(folder)
+        _check_kind(folder, context_length)
         # The two read the same files; together they cost one pass over the disk.
         with ThreadPoolExecutor(1, thread_name_prefix="fingerprint") as pool:
             fingerprint = pool.submit(folder.fingerprint)
             model = _load_model(folder, dtype).eval().requires_grad_(False)
+            hold_positions(model)
             whole = None if ranks is None else _cut(model, ranks)
             model = model.to(device)
             if cls.forward is ModelRunner.forward:  # the canonical check knows stock operations only
@@ -271,7 +275,7 @@ def _cut(model: Any, ranks: ModelGroup) -> Tensor:
     return whole
 
 
-def _check_kind(folder: ModelFolder) -> None:
+def _check_kind(folder: ModelFolder, context_length: int | None) -> None:
     """Refuse by configuration and class, before any weight is read."""
     try:
         config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
@@ -290,6 +294,8 @@ def _check_kind(folder: ModelFolder) -> None:
         _refuse(text.model_type, f"layers of type {', '.join(sorted(others))} keep state that is not paged K/V")
     if getattr(text, "quantization_config", None) is not None:
         _refuse(text.model_type, "its weights are quantised, which is not supported yet")
+    if why := changing_positions(text, context_length):
+        raise ModelNotSupported(why)
 
 
 def _load_model(folder: ModelFolder, dtype: str) -> Any:

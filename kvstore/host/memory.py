@@ -11,21 +11,35 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import psutil
-
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
 
 logger = logging.getLogger(__name__)
 
 
-def available_bytes(cgroups: Path = CGROUP_ROOT, own: Path = OWN_CGROUPS) -> int:
+def available_bytes(cgroups: Path = CGROUP_ROOT, own: Path = OWN_CGROUPS, meminfo: Path = MEMINFO) -> int:
     """Bytes that can be taken before the system swaps, or ends a process for lack of memory.
 
     Args:
         cgroups: where control groups are mounted. own: names those of this process, as `/proc/self/cgroup`.
+        meminfo: what the machine has, as `/proc/meminfo`.
     """
-    return max(0, min([psutil.virtual_memory().available, *cgroup_rooms(cgroups, own)]))
+    return max(0, min([_machine_room(meminfo), *cgroup_rooms(cgroups, own)]))
+
+
+def _machine_room(meminfo: Path) -> int:
+    """Bytes that the kernel says new processes may take; where none says so, what psutil makes of it."""
+    try:
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            name, _, told = line.partition(":")
+            if name == "MemAvailable":
+                return int(told.split()[0]) << 10
+    except (OSError, ValueError, IndexError) as error:
+        logger.debug("the machine's memory was not read", extra={"file": str(meminfo), "reason": str(error)})
+    import psutil  # here: on Linux nothing else is needed
+
+    return int(psutil.virtual_memory().available)
 
 
 def cgroup_rooms(cgroups: Path, own: Path) -> list[int]:

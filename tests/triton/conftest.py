@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:
 elif os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore = ["test_compiles.py"]
 else:
-    collect_ignore = ["test_alone.py", "test_attention.py", "test_runner.py"]
+    collect_ignore = ["test_alone.py", "test_attention.py", "test_bench.py", "test_runner.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

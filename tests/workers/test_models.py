@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.workers.engine_rig import SHAPE, model_folder, runner
 from workers.attention.step import Span
 from workers.model_folder import ModelFolderError, open_model_folder
 from workers.models import ATTENTION, ModelNotSupported, ModelRunner
+from workers.positions import changing_positions
 
 TINY = {
     "num_hidden_layers": 2,
@@ -96,6 +98,74 @@ def test_models_that_would_run_and_lie_are_refused(tmp_path: Path, architecture:
         ModelRunner.load(_save(tmp_path, architecture, **options))
     assert architecture in str(refused.value)
     assert "choose" in str(refused.value)
+
+
+LONGROPE = {
+    "pad_token_id": 0,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [8.0] * 8,
+        "original_max_position_embeddings": 64,
+    },
+}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
+
+
+def _stored(model: ModelRunner, short: int, companion: int) -> torch.Tensor:
+    """K of a short prompt that is computed beside another one; 0: alone."""
+    shape = model.layout
+    kv = [
+        (torch.zeros(40, 16, shape.kv_heads, shape.k_dim), torch.zeros(40, 16, shape.kv_heads, shape.v_dim))
+        for _ in range(shape.layers)
+    ]
+    spans, positions = [Span(0, short, short, [1, 2, 3])], [*range(short)]
+    if companion:
+        spans.append(Span(short, companion, companion, list(range(10, 30))))
+        positions += range(companion)
+    model.forward(kv, spans, [5 + n % 7 for n in range(short + companion)], positions, [short - 1])
+    return kv[1][0][[1, 2, 3]].clone()
+
+
+def test_positions_that_are_scaled_by_a_steps_longest_sequence_are_refused_beyond_their_bound(tmp_path: Path):
+    folder = _save(tmp_path, "phi3", **LONGROPE)
+    for asked in (None, 65, 256):
+        with pytest.raises(ModelNotSupported, match=r"set model\.context_length to at most 64") as refused:
+            ModelRunner.load(folder, context_length=asked)
+        assert "longrope" in str(refused.value)
+        assert "Phi" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "length"),
+    [("phi3", LONGROPE, 64), ("llama", DYNAMIC, 256), ("gemma3_text", {"head_dim": 32}, 256)],
+)
+def test_what_is_stored_does_not_depend_on_companions_up_to_the_length_that_is_served(
+    tmp_path: Path, architecture: str, options: dict, length: int
+):
+    served = ModelRunner.load(_save(tmp_path, architecture, **options), context_length=length)
+    alone = _stored(served, 40, 0)
+    assert torch.allclose(alone, _stored(served, 40, length), atol=1e-5)
+    assert torch.allclose(alone, _stored(served, 40, 0), atol=1e-5)
+
+
+def test_the_frequencies_of_a_model_that_is_served_never_change(tmp_path: Path):
+    """Asking the positions would make the host wait for the device, and no graph could be captured of it."""
+    served = ModelRunner.load(_save(tmp_path, "phi3", **LONGROPE), context_length=64)
+    assert {module.rope_type for module in served.model.modules() if hasattr(module, "rope_type")} == {"default"}
+    beyond = _stored(served, 40, 200)
+    assert torch.allclose(beyond, _stored(served, 40, 0), atol=1e-5)
+
+
+def test_positions_of_one_kind_of_layer_are_looked_at_too():
+    layers = {"full_attention": dict(LONGROPE["rope_parameters"]), "sliding_attention": {"rope_type": "default"}}
+    config = SimpleNamespace(model_type="odd", max_position_embeddings=256, rope_parameters=layers)
+    assert changing_positions(config, 64) is None
+    assert "at most 64" in str(changing_positions(config, 65))
+    del layers["full_attention"]["original_max_position_embeddings"]
+    assert "does not say" in str(changing_positions(config, 16))
 
 
 def test_a_type_that_transformers_does_not_know_is_refused(tmp_path: Path):

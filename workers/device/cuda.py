@@ -37,6 +37,7 @@ class CudaDevice:
         """Of the GPU that the model lies on."""
         self.torch_device = torch_device
         self._stream = torch.cuda.current_stream(torch_device)
+        self._aside: Any = None  # of warm-ups; PyTorch keeps a workspace for every stream that multiplied matrices
         self._pool: Any = None
 
     def queue(self, work: Work) -> Event:
@@ -48,19 +49,24 @@ class CudaDevice:
     def capture(self, work: Work) -> Graph:
         """As `Device.capture`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.torch_device):
-            aside = _cuda.Stream()
-            aside.wait_stream(self._stream)
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UPS):
-                    work()
-            self._stream.wait_stream(aside)
-            self.synchronise()
+        # A capture that fails leaves its own stream as the current one: the outer block puts the right one back.
+        with torch.cuda.device(self.torch_device), torch.cuda.stream(self._stream):
+            self._warm_up(work)
             # Other threads page-lock host memory meanwhile, which a capture in the default mode would not survive.
             with _cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
             self._pool = graph.pool()
         return graph
+
+    def _warm_up(self, work: Work) -> None:
+        if self._aside is None:
+            self._aside = _cuda.Stream()
+        self._aside.wait_stream(self._stream)
+        with torch.cuda.stream(self._aside):
+            for _ in range(WARM_UPS):
+                work()
+        self._stream.wait_stream(self._aside)
+        self.synchronise()
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """As `Device.pinned`."""

@@ -59,7 +59,11 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Work) -> Graph:
-        """Run `work` to warm it up, then capture it. All memory that it reads from outside must stay where it is."""
+        """Run `work` to warm it up, then capture it. All memory that it reads from outside must stay where it is.
+
+        Raises:
+            RuntimeError: it cannot be captured, or failed; the device can still be used, unless it says otherwise.
+        """
         ...
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

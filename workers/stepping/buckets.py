@@ -12,7 +12,8 @@ from dataclasses import dataclass
 SMALL_DECODES = (1, 2, 4)
 DECODE_STRIDE = 8
 TAIL_ROWS = (16, 64, 256)
-TAIL_SEQUENCES = 64  # empty ones cost a little each; more decodes beside a tail go without a graph
+# Empty ones cost a little each, so the larger is for tails beside many decodes; beside still more, without a graph.
+TAIL_SEQUENCES = (64, 128)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -36,9 +37,9 @@ def decode_buckets(max_running: int) -> list[Bucket]:
 
 
 def tail_buckets(max_running: int, max_batch_tokens: int) -> list[Bucket]:
-    """16, 64 and 256 rows, as far as a step may have them."""
+    """16, 64 and 256 rows, as far as a step may have them; the largest also for more sequences."""
     sizes = [rows for rows in TAIL_ROWS if rows <= max_batch_tokens]
-    return [Bucket(rows, min(rows, max_running, TAIL_SEQUENCES), rows) for rows in sizes]
+    return sorted({Bucket(rows, min(rows, max_running, most), rows) for rows in sizes for most in TAIL_SEQUENCES})
 
 
 def choose(buckets: Sequence[Bucket], rows: int, sequences: int, longest: int) -> Bucket | None:

@@ -1,8 +1,8 @@
 """Launching a step and taking in what came of it: the two halves that a step has once it may run behind the host.
 
-`DirectLauncher` computes at once, by plain calls; it is what a CPU does. `BufferedLauncher` puts a step's numbers into
-static buffers, replays a graph where one fits, samples on the device and leaves the tokens there, so that the next step
-can be launched before the host has seen them.
+`DirectLauncher` computes by plain calls, one step at a time; it is what a CPU does. `BufferedLauncher` puts a step's
+numbers into static buffers, replays a graph where one fits, samples on the device and leaves the tokens there, so that
+the next step can be launched before the host has seen them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from workers.attention.captured import PagedBackend
 from workers.attention.step import KVViews, Step, make_step
+from workers.device.choice import device_of
 from workers.device.cpu import Done
 from workers.device.interface import Device, Event
 from workers.models import ModelRunner
@@ -87,25 +88,37 @@ class Launcher(Protocol):
 
 
 class DirectLauncher:
-    """Computes a step when it is launched."""
+    """Computes a step by the model's own `forward`, whatever kind of runner it is.
+
+    On a GPU the calls return before the device has computed anything: the step has ended when its event says so, and
+    only then are its blocks anyone else's business.
+    """
 
     runs_ahead = False
 
-    def __init__(self, runner: ModelRunner, kv: KVViews) -> None:
-        """Of this model over these views of the pool."""
+    def __init__(self, runner: ModelRunner, kv: KVViews, device: Device | None = None) -> None:
+        """Of this model over these views of the pool; `device`: None: the one that the model lies on."""
         self._runner, self._kv = runner, kv
+        self._device = device or device_of(runner.device)
 
     def launch(self, work: StepWork) -> Flight:
-        """As `Launcher.launch`; it is done on return."""
-        logits = self._runner.forward(self._kv, work.spans, work.token_ids, work.positions, work.rows)
-        return Flight(work, Done(), logits=[logits])
+        """As `Launcher.launch`."""
+        flight = Flight(work, Done())
+        flight.event = self._device.queue(lambda: self._compute(flight))
+        return flight
 
     def settle(self) -> None:
-        """As `Launcher.settle`: nothing is left to do."""
+        """As `Launcher.settle`."""
+        self._device.synchronise()
 
     def close(self) -> None:
         """As `Launcher.close`."""
         self._kv = ()
+
+    def _compute(self, flight: Flight) -> None:
+        work = flight.work
+        logits = self._runner.forward(self._kv, work.spans, work.token_ids, work.positions, work.rows)
+        flight.logits.append(logits)
 
 
 class BufferedLauncher:

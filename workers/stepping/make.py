@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,8 +15,10 @@ from workers.device.interface import Device
 from workers.models import ModelRunner
 from workers.stepping.buckets import TAIL_ROWS, Bucket, decode_buckets, tail_buckets
 from workers.stepping.buffers import Capacity
-from workers.stepping.graphs import capture
+from workers.stepping.graphs import StepGraphs, capture
 from workers.stepping.launch import BufferedLauncher, Launcher
+
+log = logging.getLogger(__name__)
 
 
 class Capturing(StrEnum):
@@ -77,7 +80,12 @@ def buffered(
     buckets: Sequence[Bucket],
     clock: Clock,
 ) -> BufferedLauncher:
-    """One that runs ahead; a graph of each of these sizes is made now."""
+    """One that runs ahead; a graph of each of these sizes is made now, or none where the model cannot be captured.
+
+    Raises:
+        ValueError: it cannot, and graphs or compiled code were asked for.
+        RuntimeError: trying it has broken the device.
+    """
     size = kv[0][0].shape[1]
     width = min(limits.num_blocks, -(-limits.context_length // size))
     rows = max(limits.max_batch_tokens, limits.max_running, *TAIL_ROWS)
@@ -85,5 +93,31 @@ def buffered(
     if buckets:
         if options.compile:
             runner.compile(len(buckets))
-        launcher.use(capture(device, runner, kv, launcher.buffers, buckets, clock=clock))
+        launcher.use(_captured(runner, kv, device, options, launcher, buckets, clock))
     return launcher
+
+
+def _captured(
+    runner: ModelRunner,
+    kv: KVViews,
+    device: Device,
+    options: StepOptions,
+    launcher: BufferedLauncher,
+    buckets: Sequence[Bucket],
+    clock: Clock,
+) -> StepGraphs:
+    """The graphs; none where a forward asks the device something, or needs memory that is not there."""
+    try:
+        return capture(device, runner, kv, launcher.buffers, buckets, clock=clock)
+    except RuntimeError as error:
+        why = f"{runner.folder.path}: its steps cannot be captured ({str(error).partition(chr(10))[0]})"
+        if options.graphs is Capturing.ON or options.compile:
+            raise ValueError(f"{why}; set engine.cuda_graphs to auto and engine.compile to false") from error
+        log.warning(
+            "%s: they are launched kernel by kernel, which takes several times as long where few sequences decode;"
+            " set engine.cuda_graphs to off to start without trying, or serve a model that can be captured",
+            why,
+            exc_info=error,
+        )
+    device.synchronise()  # a device that is broken says so now
+    return StepGraphs({})

@@ -54,8 +54,13 @@ def test_without_control_groups_the_machine_decides(tmp_path: Path, own: Path, m
     assert cgroup_rooms(tmp_path, own) == []
     own.write_text("0::/\n")
     assert cgroup_rooms(tmp_path, own) == []
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       32768 kB\nMemFree:   100 kB\nMemAvailable:   3 kB\n")
+    assert available_bytes(tmp_path, own, meminfo) == 3 << 10
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 123}))
-    assert available_bytes(tmp_path, own) == 123
+    assert available_bytes(tmp_path, own, tmp_path / "not there") == 123
+    meminfo.write_text("MemTotal:       32768 kB\n")  # a kernel before 3.14 does not say
+    assert available_bytes(tmp_path, own, meminfo) == 123
 
 
 def test_a_group_over_its_limit_has_no_room(tmp_path: Path, own: Path) -> None:

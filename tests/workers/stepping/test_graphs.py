@@ -34,6 +34,14 @@ def test_decodes_are_padded_to_1_2_4_and_multiples_of_8():
     assert [bucket.rows for bucket in tail_buckets(8, 100)] == [16, 64]
 
 
+def test_a_warm_tail_beside_more_than_64_decodes_takes_a_graph_and_a_small_one_beside_few():
+    buckets = tail_buckets(200, 2048)
+    assert [(bucket.rows, bucket.sequences) for bucket in buckets] == [(16, 16), (64, 64), (256, 64), (256, 128)]
+    assert choose(buckets, 40 + 100, 101, 40) == Bucket(256, 128, 256)
+    assert choose(buckets, 200 + 20, 21, 200) == Bucket(256, 64, 256)
+    assert choose(buckets, 40 + 128, 129, 40) is None
+
+
 def test_the_largest_is_captured_first():
     assert [b.rows for b in largest_first(BUCKETS)] == [256, 64, 20, 16, 16, 8, 4, 2, 1]
 
