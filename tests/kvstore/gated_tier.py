@@ -1,4 +1,4 @@
-"""A shared tier in memory whose reads each wait until a test lets them go on."""
+"""A shared tier in memory whose reads each wait until a test lets them go on, and an estimate that learns nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvstore.blocks import BlockHash
+from kvstore.estimate import TransferEstimate
 from kvstore.tier import Clock, Delivery
 from tests.kvstore.fake_tier import FakeSharedTier
 
@@ -53,6 +54,17 @@ class GatedTier(FakeSharedTier):
     def close(self) -> None:
         self.open()
         super().close()
+
+
+class FixedPace(TransferEstimate):
+    """Reads take so long a block, whatever was measured by a clock that stands still."""
+
+    def __init__(self, block_nbytes: int, block_ms: float) -> None:
+        super().__init__()
+        super().observe(100 * block_nbytes, 100 * block_ms)
+
+    def observe(self, nbytes: int, ms: float) -> None:
+        """Nothing is learnt."""
 
 
 def until(condition: Callable[[], bool]) -> None:

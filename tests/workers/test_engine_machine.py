@@ -27,8 +27,10 @@ from kvstore.host.tier import HostTier
 from kvstore.lifetime import Lifetime
 from kvstore.peer.promises import Progress, PromiseBoard, PromiseState
 from kvstore.store import TieredStore
+from kvstore.tier import Clock
 from tests.kvstore.blocks_for_tests import ManualClock
 from tests.kvstore.fake_tier import FakeSharedTier
+from tests.kvstore.gated_tier import FixedPace
 from tests.kvstore.late_copier import LateCopier
 from tests.workers.arithmetic import FIRST_TOKEN, LAYOUT, VOCAB, ArithmeticRunner, answer, info_fields
 from tests.workers.engine_rig import Answer
@@ -51,17 +53,6 @@ CAUSED = {"MODEL_OUTPUT_NOT_FINITE", "ENGINE_FAILURE", "PROMPT_TOO_LONG"}
 BLOCK_MS = 50.0
 
 
-class AlwaysSlow(TransferEstimate):
-    """Reads take as long as computing, whatever was measured by a clock that stands still."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        super().observe(100 * LAYOUT.block_nbytes, 100 * BLOCK_MS)
-
-    def observe(self, nbytes: int, ms: float) -> None:
-        """Nothing is learnt."""
-
-
 class GpuLike(LateDevice):
     """Where `fails_at_once`, a step that was computed by the time it is launched fails there, as kernels do for want of
     memory; else all are heard of when they are waited for."""
@@ -81,9 +72,15 @@ class Rig:
     `ahead`: steps run ahead of a device that computes late, and blocks are copied late and beside them.
     """
 
-    def __init__(self, compute_ms: float = math.inf, *, ahead: bool = False) -> None:
+    def __init__(
+        self,
+        compute_ms: float = math.inf,
+        *,
+        ahead: bool = False,
+        make_shared: Callable[[Clock], FakeSharedTier] = FakeSharedTier,
+    ) -> None:
         self.clock = ManualClock()
-        self.shared = FakeSharedTier(self.clock)
+        self.shared = make_shared(self.clock)
         clocks = {"clock": self.clock, "wall_clock": self.clock}
         nbytes = LAYOUT.block_nbytes
         self.copier = LateCopier() if ahead else None
@@ -115,9 +112,19 @@ class Rig:
     def meet(self, meets: bool) -> None:
         """Whether what is in the shared tier comes from its back from now on."""
         source = self.store._promoter.sources[TierName.REDIS]
-        source.estimate = AlwaysSlow() if meets else TransferEstimate()
+        source.estimate = FixedPace(LAYOUT.block_nbytes, BLOCK_MS) if meets else TransferEstimate()
         price = BLOCK_MS if meets else math.inf
         self.engine._scheduler._compute_ms = lambda first, count: price * count
+
+    def leave_below(self) -> None:
+        """What is near goes to the shared tier, and is gone here."""
+        if self.copier is not None:
+            self.copier.make_all()
+            self.store.pump()
+        self.store.flush(30)
+        self.store.pump()
+        self.device.clear()
+        self.store.host.clear()
 
     def _late_launcher(self) -> BufferedLauncher:
         self.gpu = GpuLike()
@@ -150,6 +157,10 @@ class Rig:
     @property
     def open(self) -> list[Hashable]:
         return [name for name in self.jobs if self.answers[name].finish is None]
+
+    @property
+    def last(self) -> Answer:
+        return self.answers[len(self.jobs) - 1]
 
     def finish(self) -> None:
         self.shared.reads_open.set()
@@ -268,9 +279,7 @@ class EngineMachine(RuleBasedStateMachine):
     def another_worker_made_everything(self):
         """What is near goes to the shared tier, and is gone here."""
         if self.rig.shared.reads_open.is_set() and self.rig.shared.raises is None:
-            self.rig.store.flush(5)
-            self.rig.device.clear()
-            self.rig.store.host.clear()
+            self.rig.leave_below()
 
     @rule(how=st.sampled_from(["raises", "cuts", "breaker", "well"]))
     def the_shared_tier_fails(self, how):
@@ -348,7 +357,11 @@ def test_the_arithmetic_of_a_cached_prefix_is_that_of_a_cold_one() -> None:
 
 def meets(rig: Rig) -> None:
     """Its back is on its way from a tier that does not answer, and it computes its front."""
-    loads(rig)
+    rig.submit(PROMPT, max_tokens=1)
+    while rig.open:
+        rig.step()
+    rig.leave_below()
+    rig.shared.reads_open.clear()
     rig.meet(True)
 
 
