@@ -93,7 +93,7 @@ class Tail:
         return len(self._held) + max(0, self._edge - self.floor - self._front_blocks(self.floor))
 
     def take(self, place: int) -> tuple[list[int], list[TierName]]:
-        """The blocks that are there from `place` on, up to the first hole: the caller's from now on, and their tiers."""
+        """The blocks that are there from `place` on, without a hole: the caller's from now on, and their tiers."""
         block_ids = []
         while place + len(block_ids) in self._held:
             block_ids.append(self._held.pop(place + len(block_ids)))

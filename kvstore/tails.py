@@ -5,8 +5,8 @@ Each piece is read like any load: into memory of its own, copied to host by the 
 of it the tail ends. Nobody else waits for these reads, and whoever wants the same blocks reads them, too; what is there
 twice is put into the device once.
 
-A tail's read teaches its tier's estimate once, when it has ended, as one load does. It is no load in the score of loads
-against computing: no request waited for it.
+A tail teaches its tier's estimate once, when it has ended: what one of its pieces took, in the mean, for each of them is
+a read. It is no load in the score of loads against computing: no request waited for it.
 
 Covers: starting, landing, ending. Does not cover: what its owner sees (`tail`), the choice (`meeting`). For the
 engine's thread, but for what the threads run.
@@ -15,6 +15,7 @@ engine's thread, but for what the threads run.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ from kvstore.source import Source
 from kvstore.tail import Pace, Tail
 from kvstore.tier import BlockMeta, Clock
 
-PIECES = 32  # a read is cut into so many at least: what both ends do twice where they meet is a part of one
+PIECES = 32  # it is cut into so many: what both ends do twice where they meet is a part of one ...
+LATENCIES = 8  # ... unless a piece were read in less than so many times the latency of a read
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +149,10 @@ class Tails:
         if count == 0 or wish.price(first, count) is None:
             return None
         nbytes, fit = self._device.block_nbytes, source.estimate
-        piece = min(self._most, max(1, count // PIECES))
-        pace = Pace(piece, fit.ms_per(nbytes) + fit.latency_ms / piece, fit.ms_per(source.pending_blocks * nbytes))
+        block_ms = fit.ms_per(nbytes)
+        least = math.ceil(LATENCIES * fit.latency_ms / block_ms) if block_ms else 1
+        piece = max(1, min(self._most, count, max(least, count // PIECES)))
+        pace = Pace(piece, block_ms + fit.latency_ms / piece, source.pending_blocks * block_ms)
 
         def compute_ms(blocks: int) -> float:
             return (wish.price(first, blocks) or 0.0) if blocks else 0.0
@@ -214,7 +218,7 @@ class Tails:
         self._runs.remove(run)
         source.pending_blocks -= run.pending
         source.stuck -= run.is_stuck
-        took = [load.ms for load in run.loads if load.ms is not None]
-        if took and not run.is_stuck:
-            source.observe(sum(len(load.arrived) for load in run.loads), sum(took))
-
+        read = [(len(load.arrived), load.ms) for load in run.loads if load.ms is not None]
+        if read and not run.is_stuck:
+            blocks, ms = sum(count for count, _ in read), sum(took for _, took in read)
+            source.observe(round(blocks / len(read)), ms / len(read))

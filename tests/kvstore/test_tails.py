@@ -283,8 +283,20 @@ def test_the_estimate_learns_once_and_the_score_nothing(rig: Rig) -> None:
     tail.cancel()
     rig.shared.let_go()
     rig.ends()
-    assert [count for count, _ in seen] == [6 * PIECE]
+    assert [count for count, _ in seen] == [PIECE]
     assert rig.source.score.loads == 0
+
+
+def test_reads_that_begin_slowly_are_made_larger(rig: Rig) -> None:
+    nbytes = LAYOUT.block_nbytes
+    rig.source.estimate = type(rig.source.estimate)()
+    for count in (1, 40, 1, 40):
+        rig.source.estimate.observe(count * nbytes, 20.0 + 8.0 * count)
+    tail = rig.tail()
+    rig.come(1)
+    assert len(tail.block_ids) == 20
+    assert tail._pace.piece == 20
+    assert tail._pace.block_ms == pytest.approx(9.0)
 
 
 def test_the_room_that_the_front_needs_is_not_taken() -> None:
@@ -433,8 +445,10 @@ class TailMachine(RuleBasedStateMachine):
         shared = self.rig.shared
         tails = self.rig.store._promoter._tails
         until(
-            lambda: all(run.future.done() for run in tails._runs)
-            or (shared.begun > shared.ended and (shared._permits == 0 and not shared.is_open))
+            lambda: (
+                all(run.future.done() for run in tails._runs)
+                or (shared.begun > shared.ended and (shared._permits == 0 and not shared.is_open))
+            )
         )
 
     @rule()
@@ -489,4 +503,3 @@ class TailMachine(RuleBasedStateMachine):
 
 TailMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestTailMachine = TailMachine.TestCase
-

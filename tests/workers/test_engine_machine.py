@@ -1,10 +1,10 @@
 """The whole engine over real tiers, driven at random, against a model that can be worked out by hand.
 
 Arrivals, jobs that go on with an earlier answer, jobs that end with their prompt, stop tokens, deadlines, cancels,
-priorities, preemptions, prompts whose back comes while their front is computed, a shared tier that hangs, fails, forgets and cuts short, steps without memory, logits that are
-no numbers, clears, time. Whatever happens: every job ends once, an answer is the model's or ends in one of the errors
-that were caused, no block leaks and none is free and in use. The same once more with steps that run ahead of a late
-device, whose blocks are copied beside them.
+priorities, preemptions, prompts whose back comes while their front is computed, a shared tier that hangs, fails,
+forgets and cuts short, steps without memory, logits that are no numbers, clears, time. Whatever happens: every job ends
+once, an answer is the model's or ends in one of the errors that were caused, no block leaks and none is free and in
+use. The same once more with steps that run ahead of a late device, whose blocks are copied beside them.
 """
 
 from __future__ import annotations

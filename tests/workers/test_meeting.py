@@ -1,4 +1,4 @@
-"""Long prompts whose back comes from a slow tier while their front is computed: nothing is made twice, nothing waits."""
+"""Long prompts whose back comes from a slow tier while their front is computed: nothing is made twice and nothing waits."""
 
 from __future__ import annotations
 
@@ -198,8 +198,7 @@ def meets(rig: ExactRig, prompt: list[int], max_tokens: int, monkeypatch: pytest
             gate.let_go(2)
             until(
                 lambda before=ended: (
-                    gate.ended >= before + 2
-                    or all(run.future.done() for run in rig.store._promoter._tails._runs)
+                    gate.ended >= before + 2 or all(run.future.done() for run in rig.store._promoter._tails._runs)
                 )
             )
     gate.let_go(1000)
