@@ -1,4 +1,4 @@
-"""Long prompts whose back comes from a slow tier while their front is computed: nothing is made twice and nothing waits."""
+"""Prompts whose back comes from a slow tier while their front is computed: nothing is made twice, nothing waits."""
 
 from __future__ import annotations
 
