@@ -94,7 +94,7 @@ class Tail:
 
     def take(self, place: int) -> tuple[list[int], list[TierName]]:
         """The blocks that are there from `place` on, without a hole: the caller's from now on, and their tiers."""
-        block_ids = []
+        block_ids: list[int] = []
         while place + len(block_ids) in self._held:
             block_ids.append(self._held.pop(place + len(block_ids)))
         if block_ids:

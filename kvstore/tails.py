@@ -5,8 +5,8 @@ Each piece is read like any load: into memory of its own, copied to host by the 
 of it the tail ends. Nobody else waits for these reads, and whoever wants the same blocks reads them, too; what is there
 twice is put into the device once.
 
-A tail teaches its tier's estimate once, when it has ended: what one of its pieces took, in the mean, as each of them is a
-read. It is no load in the score of loads against computing: no request waited for it.
+A tail teaches its tier's estimate once, when it has ended: what one of its pieces took, in the mean, as each of them is
+a read. It is no load in the score of loads against computing: no request waited for it.
 
 Covers: starting, landing, ending. Does not cover: what its owner sees (`tail`), the choice (`meeting`). For the
 engine's thread, but for what the threads run.
