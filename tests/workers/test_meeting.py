@@ -235,3 +235,22 @@ def test_answers_are_those_of_plain_transformers(tmp_path: Path, monkeypatch: py
     assert answer.fates is not None
     assert min(answer.fates["disk"], answer.fates["computed"]) >= 5 * BLOCK_SIZE
     assert near_ties([answer], [expected]) == 0
+
+
+def test_what_was_taken_over_is_never_committed_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been cleared meanwhile, or been found to be wrong."""
+    committed: list[int] = []
+    commit = rig.store.commit
+    monkeypatch.setattr(rig.store, "commit", lambda blocks, metas: committed.extend(blocks) or commit(blocks, metas))
+    rig.submit(PROMPT, max_tokens=6)
+    rig.step()
+    come(rig, 5)
+    rig.step()
+    (sequence,) = rig.engine._scheduler
+    assert sequence.tail is not None
+    held = sequence.tail.block_ids
+    while rig.open:
+        rig.step()
+    assert held
+    assert not set(held) & set(committed)
+    assert len(committed) == len(set(committed))
