@@ -58,7 +58,7 @@ release-protos:  ## keep the wire contract of a release: make release-protos REL
 	cd proto && $(BUF) build --exclude-source-info -o released/$(RELEASED).binpb
 
 bench: setup  ## the benchmarks, quickly (python -m bench.NAME for one of them in full)
-	for name in reuse overhead e2e store faults eviction policies router handover \
+	for name in reuse overhead e2e meet store faults eviction policies router handover \
 		engine disagg kv_quality tensor_parallel; do $(PY) -m bench.$$name --quick || exit 1; done
 
 bench-peers: setup  ## other routers beside ours; installs their wheels into ~/.cache/warmkv (ARGS="--quick")

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvstore.blocks import BlockHash
 from kvstore.events import TierName
 from kvstore.lifetime import FOR_EVER, Lifetime
+
+if TYPE_CHECKING:
+    from kvstore.tail import Tail
 
 ComputeMs = Callable[[int, int], float]  # (first block, number of blocks) -> predicted milliseconds to compute them
 
@@ -51,6 +55,7 @@ class Wish:
         hashes: the prefix, from its first block. reads: the tiers that may be read.
         compute_ms: what computing would cost instead. A result that is not positive and finite says: not measured.
         root: of the chain; None: the caller does not know. lifetime: what blocks that are read get at least.
+        from_both_ends: whether what is not near may come from its back while the caller computes its front.
     """
 
     hashes: Sequence[BlockHash]
@@ -58,6 +63,7 @@ class Wish:
     compute_ms: ComputeMs
     root: BlockHash | None = None
     lifetime: Lifetime = FOR_EVER
+    from_both_ends: bool = False
 
     def price(self, first: int, count: int) -> float | None:
         """Milliseconds to compute `count` blocks from block `first` on; None: nothing has been measured yet."""
@@ -114,7 +120,7 @@ class Acquisition:
 
     Until `done`, the sequence waits while others run. Then `block_ids` and `fates` hold the contiguous prefix that
     arrived whole: one device block, referenced for the caller, and the tier it came from, for each block. A load that
-    failed only makes it shorter.
+    failed only makes it shorter. `tail`: what follows comes from its back meanwhile; None: it does not.
     """
 
     def __init__(self, wish: Wish, give_back: Callable[[Sequence[int]], None]) -> None:
@@ -136,11 +142,14 @@ class Acquisition:
         self.tried: dict[TierName, int] = {}  # position at which a tier came up short
         self.arrived: dict[BlockHash, TierName] = {}  # loaded by somebody else that this one waited for
         self.promised_from: int | None = None  # blocks of peers from here on were made for this request alone
+        self.tail: Tail | None = None
         self._give_back = give_back
 
     def cancel(self) -> None:
         """Give all blocks back; bytes still on their way are thrown away when they arrive. Again: nothing happens."""
         self.cancelled = self.done = True
+        if self.tail is not None:
+            self.tail.cancel()
         self._give_back(self.block_ids)
         self.block_ids, self.fates = [], []
 

@@ -110,17 +110,18 @@ def select(metas: Sequence[Chained], root: BlockHash | None, prefix: BlockHash |
     """What `Tier.clear(root=..., prefix=...)` drops of the blocks that a tier holds. O(n).
 
     A follower of `prefix` counts when every block between the two is held (suffixes are evicted first, so they are).
+    Blocks may be told several times, as by tiers that hold the same ones.
     """
     rooted = [meta for meta in metas if root is None or meta.root == root]
     if prefix is None:
         return [meta.hash for meta in rooted]
-    children: dict[BlockHash, list[BlockHash]] = defaultdict(list)
+    children: dict[BlockHash, dict[BlockHash, None]] = defaultdict(dict)  # each once: else a walk doubles at each block
     for meta in rooted:
-        children[meta.parent].append(meta.hash)
-    chosen = [meta.hash for meta in rooted if meta.hash == prefix]
+        children[meta.parent][meta.hash] = None
+    chosen = [prefix] if any(meta.hash == prefix for meta in rooted) else []
     stack = [prefix]
     while stack:
-        following = children.get(stack.pop(), [])
+        following = children.get(stack.pop(), {})
         chosen.extend(following)
         stack.extend(following)
     return chosen

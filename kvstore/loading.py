@@ -227,7 +227,7 @@ class Loader:
     def _run(self, load: Load, find: FindMeta) -> None:
         """In an I/O thread: fetch, copy to host, report."""
         try:
-            self._fetch(load, find)
+            self.fetch(load, find)
         except Exception:
             # Tiers promise not to raise; if one does, the request must not wait for ever.
             logger.exception("load failed", extra={"tier": load.source.name})
@@ -235,8 +235,8 @@ class Loader:
             self._finished.append(load)
             self.arrived.set()
 
-    def _fetch(self, load: Load, find: FindMeta) -> None:
-        """Read piece by piece, until one comes short or late."""
+    def fetch(self, load: Load, find: FindMeta) -> None:
+        """In an I/O thread: read piece by piece, until one comes short or late, and copy what came to host."""
         started, first = self._clock(), 0
         load.buffers = self._buffers.take(len(load.metas))
         for limit in load.limits:

@@ -85,6 +85,10 @@ class Promised:
         if promise is not None and acquisition.started < promise.learnt_at + promise.longest_s:
             self._waits[acquisition] = _Wait(acquisition, promise, max(promise.learnt_at, acquisition.started))
 
+    def knows(self, acquisition: Acquisition) -> bool:
+        """Whether blocks of it are promised."""
+        return acquisition in self._waits
+
     def holds(self, acquisition: Acquisition) -> bool:
         """Whether it is to wait though nothing of it is on its way now."""
         wait = self._waits.get(acquisition)

@@ -7,10 +7,11 @@ came, and registers them: a question that finds nothing evicts nothing, a load t
 and nobody sees a block before its bytes are whole. Blocks that another acquisition is loading are waited for, not
 loaded twice. On a GPU all of them are copied beside the steps, by `landing`.
 
-A prefetch is a load without an owner: it ends in host, and who comes meanwhile waits for it.
+A prefetch is a load without an owner: it ends in host, and who comes meanwhile waits for it. Who can compute the front
+of a prefix while its back is loaded does not wait: its acquisition ends with what is near, and has a tail.
 
 Covers: acquisitions, and what becomes of blocks that arrive. Does not cover: which slow tier to read (`slow_reads`),
-the reads (`loading`), prefetches (`prefetching`), plans (`planning`).
+the reads (`loading`), prefetches (`prefetching`), tails (`tails`), plans (`planning`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kvstore.prefetching import Prefetcher
 from kvstore.promised import Promised
 from kvstore.slow_reads import SlowReads, until_device
 from kvstore.source import Source
+from kvstore.tails import Tails
 from kvstore.tier import BlockMeta, Clock, HintedTier
 
 RESERVE_SHARE = 64  # of the device's blocks one in so many is left by loads, for sequences that run
@@ -92,6 +94,16 @@ class Promoter:
         )
         self._reads = SlowReads(device, host, slow, self._loader, slack_s=slack_s)
         self._prefetcher = Prefetcher(device, host, self._reads)
+        self._tails = Tails(
+            device,
+            self._reads,
+            self._loader,
+            [source for source, _ in slow],
+            clock=clock,
+            reserve=self._reserve,
+            on_read=on_read,
+            on_landed=self._prefetcher.used,
+        )
         self._kept_for_waiters: list[int] = []  # device blocks, referenced until those who wait have taken them
         self._copies_a_step = max(1, host_step_nbytes // device.block_nbytes)
         self._copies_left = self._copies_a_step
@@ -141,6 +153,7 @@ class Promoter:
             self._end_keeping()
         for acquisition in self._promised.due():
             self._advance(acquisition)
+        self._tails.pump()
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something arrived, or the timeout. Any thread may wait."""
@@ -157,13 +170,15 @@ class Promoter:
 
     def metas(self) -> list[BlockMeta]:
         """Blocks that are being loaded."""
-        return self._loader.metas() + ([] if self._landings is None else self._landings.metas())
+        coming = [] if self._landings is None else self._landings.metas()
+        return self._loader.metas() + self._tails.metas() + coming
 
     def discard(self, names: set[BlockHash]) -> None:
         """As `Loader.discard`; what is being copied from host is registered nowhere either, and nothing that others
         make is waited for any more.
         """
         self._loader.discard(names)
+        self._tails.discard(names)
         self._promised.cut()
         if self._landings is not None:
             self._landings.discard(names)
@@ -171,6 +186,7 @@ class Promoter:
     def close(self) -> None:
         """Take in the loads that end soon, and give the others up. Nothing is loaded any more."""
         self._reads.closed = True
+        self._tails.close(CLOSE_WAIT_S)
         hanging = self._loader.close(CLOSE_WAIT_S)
         self.pump()
         for load in hanging:
@@ -188,9 +204,10 @@ class Promoter:
         """Audit the loads.
 
         Raises:
-            InvariantError: see `Loader.check`.
+            InvariantError: see `Loader.check` and `Tails.check`.
         """
         self._loader.check()
+        self._tails.check()
 
     # --- acquiring ---
 
@@ -342,6 +359,10 @@ class Promoter:
         if running is not None and self._may_join(acquisition, running):
             running.waiters.append(acquisition)
             return True
+        if wish.from_both_ends and not self._promised.knows(acquisition):
+            acquisition.tail = self._tails.start(acquisition)
+            if acquisition.tail is not None:
+                return False
         names = self._reads.unheld(wish, rest)[: min(self._room, self._reads.most)]
         source, count = self._reads.cheapest(wish, position, names, acquisition.tried)
         if source is None:

@@ -111,6 +111,10 @@ class SlowReads:
         """Hand it to the I/O threads."""
         self._loader.start(load, self._find[load.source.name])
 
+    def find(self, tier: TierName) -> FindMeta:
+        """What tells under which metadata a block is stored in a tier."""
+        return self._find[tier]
+
     def _root_of(self, wish: Wish, acquisition: Acquisition | None) -> BlockHash:
         """The chain's root: as given, or as the blocks before it have it, or empty for one that nobody told us."""
         if wish.root is not None:

@@ -185,9 +185,24 @@ class TieredStore:
         them, and every block lives that long at least. None: the store's default, for blocks without a fixed end.
         Without a root they count as any root's in `clear`.
         """
-        acquisition = self._promoter.start(self._wish(hashes, reads, compute_ms, root, lifetime))
-        self._used(hashes[: len(acquisition.block_ids)])
-        return acquisition
+        return self._acquire(self._wish(hashes, reads, compute_ms, root, lifetime))
+
+    def acquire_from_both_ends(
+        self,
+        hashes: Sequence[BlockHash],
+        *,
+        reads: ReadTiers,
+        compute_ms: ComputeMs,
+        root: BlockHash | None = None,
+        lifetime: Lifetime | None = None,
+    ) -> Acquisition:
+        """As `acquire`, for who can compute the front of a prefix while its back is loaded.
+
+        Where that is sooner than to load all or to compute all, the acquisition ends with what is near, and its `tail`
+        brings blocks of the rest from the last one on; see `meeting` and `tail`. The caller owns both.
+        """
+        wish = self._wish(hashes, reads, compute_ms, root, lifetime)
+        return self._acquire(replace(wish, from_both_ends=True))
 
     def prefetch(
         self,
@@ -509,6 +524,11 @@ class TieredStore:
             if id(rule) not in asked:
                 asked[id(rule)] = [rule.moment is Moment.USE and rule.admits(name) for name in names]
         return {tier: asked[id(rule)] for tier, rule in self._rules.items()}
+
+    def _acquire(self, wish: Wish) -> Acquisition:
+        acquisition = self._promoter.start(wish)
+        self._used(wish.hashes[: len(acquisition.block_ids)])
+        return acquisition
 
     def _wish(
         self,

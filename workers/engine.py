@@ -332,8 +332,8 @@ class TorchEngine:
                 continue
             block_ids += sequence.block_table[start:stop]
             metas += sequence.metas(start, stop, self._block_size, self._lifetime(sequence))
-            sequence.num_committed = stop
-            self._scheduler.made(sequence, start, stop)
+            sequence.committed(stop)
+            self._scheduler.made(sequence, start, sequence.num_committed)
         if metas:
             self.store.commit(block_ids, metas)
 

@@ -28,7 +28,7 @@ def load_of(
     return Load(
         running=len(scheduler.running),
         waiting=len(scheduler.waiting) + len(before),
-        pending_prefill_tokens=sum(_pending(sequence) for sequence in (*scheduler, *before)),
+        pending_prefill_tokens=sum(_pending(sequence, block_size) for sequence in (*scheduler, *before)),
         decoding=len(decoding),
         prefill_fixed_ms=prefill.fixed_ms,
         prefill_token_ms=prefill.token_ms,
@@ -62,8 +62,9 @@ def _one_block(latency_ms: float, block_ms: float) -> tuple[float, float]:
     return latency_ms, latency_ms + block_ms
 
 
-def _pending(sequence: Sequence) -> int:
+def _pending(sequence: Sequence, block_size: int) -> int:
     """Prompt tokens still to be computed; zero while it decodes."""
     if sequence.block_table or sequence.num_computed:
-        return sequence.remaining if sequence.remaining > 1 else 0
+        expected = 0 if sequence.tail is None else sequence.tail.expected * block_size
+        return max(1, sequence.remaining - expected) if sequence.remaining > 1 else 0
     return max(1, sequence.remaining - sequence.expected_cached)

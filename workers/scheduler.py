@@ -26,6 +26,7 @@ from kvstore.events import TierName
 from kvstore.lifetime import Lifetime
 from kvstore.store import ComputeMs, ReadTiers
 from workers.sequence import Acquisition, Rank, Sequence
+from workers.tails import Tails
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,18 @@ class BlockStore(Protocol):
         lifetime: Lifetime | None = None,
     ) -> Acquisition:
         """Start to bring a cached prefix to the device."""
+        ...
+
+    def acquire_from_both_ends(
+        self,
+        hashes: Items[BlockHash],
+        *,
+        reads: ReadTiers,
+        compute_ms: ComputeMs,
+        root: BlockHash | None = None,
+        lifetime: Lifetime | None = None,
+    ) -> Acquisition:
+        """The same, for who can compute its front while its back comes."""
         ...
 
     def prefetch(
@@ -117,6 +130,7 @@ class Scheduler:
         self._loading: list[Sequence] = []
         self._running: list[Sequence] = []
         self._in_the_making: dict[BlockHash, Sequence] = {}
+        self._tails = Tails(block_size, store.release, self.made)
         self._short_of_blocks = False  # since a preemption, until a sequence ended
         self.reads = ReadTiers()
         self.preemptions = 0
@@ -170,13 +184,15 @@ class Scheduler:
         """The work of the next step, decodes first; empty when all sequences wait. Every chunk has its blocks."""
         self.is_starved = False
         self._admit()
+        self._tails.meet(self._running)
         lengths: dict[Sequence, int] = {}
         decoding = [sequence for sequence in self._running if sequence.remaining == 1]
         prefilling = [sequence for sequence in self._running if sequence.remaining > 1]
         for sequence in (*decoding, *prefilling):
-            length = min(sequence.remaining, self.max_batch_tokens - sum(lengths.values()))
+            length = min(self._tails.reach(sequence), self.max_batch_tokens - sum(lengths.values()))
             if length > 0 and sequence in self._running and self._grow(sequence, length, lengths):
                 lengths[sequence] = length
+                self._tails.going(sequence, length)
         return [Chunk(sequence, length) for sequence, length in lengths.items()]
 
     def _admit(self) -> None:
@@ -215,7 +231,9 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         names = sequence.readable(self._block_size)
-        sequence.acquisition = self._store.acquire(
+        # A front that is not kept has no names by which what follows it could be told apart from another one's.
+        acquire = self._store.acquire if sequence.job.no_store else self._store.acquire_from_both_ends
+        sequence.acquisition = acquire(
             names,
             reads=self.reads,
             compute_ms=self._compute_ms,
@@ -250,6 +268,8 @@ class Scheduler:
         if count <= 0:
             return True
         while (blocks := self._store.allocate(count)) is None:
+            if self._tails.give_up_one(self._running, sequence.rank):
+                continue
             if self.is_ahead:
                 self.is_starved = True
                 return False
@@ -278,6 +298,8 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         if sequence.acquisition is not None:
             sequence.acquisition.cancel()
+        if sequence.tail is not None:
+            sequence.tail.cancel()
         self._store.release(sequence.block_table)
         self.made(sequence, 0, len(sequence.hashes))
         sequence.reset()

@@ -49,8 +49,53 @@ class Acquisition(Protocol):
         """How long it took."""
         ...
 
+    @property
+    def tail(self) -> Tail | None:
+        """What comes from the back of the rest meanwhile; None: nothing."""
+        ...
+
     def cancel(self) -> None:
-        """Give all blocks back."""
+        """Give all blocks back, the tail's too."""
+        ...
+
+
+class Tail(Protocol):
+    """The back of a cached prefix on its way to the device; see `kvstore.tail.Tail`."""
+
+    @property
+    def stop(self) -> int:
+        """The place behind its last block."""
+        ...
+
+    @property
+    def block_ids(self) -> list[int]:
+        """Device blocks that it references now."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to take, and nothing will come."""
+        ...
+
+    @property
+    def expected(self) -> int:
+        """Blocks that need not be computed, as it looks now."""
+        ...
+
+    def take(self, place: int) -> tuple[list[int], list[TierName]]:
+        """The blocks that are there from `place` on, the caller's from now on, and their tiers."""
+        ...
+
+    def reach(self, place: int) -> int | None:
+        """How many blocks to compute from `place` on before looking again; None: any number."""
+        ...
+
+    def passed(self, place: int) -> None:
+        """What lies before this place need not come."""
+        ...
+
+    def cancel(self) -> None:
+        """Give all blocks back; nothing comes any more."""
         ...
 
 
@@ -63,11 +108,15 @@ class Sequence:
         token_ids: the prompt and what was generated. hashes: names of its leading full blocks, as far as known.
         text: its answer's text. turn: what it is in its conversation; None: nobody looked.
         acquisition: its cached prefix on the way; None before it was asked for and after it was taken over.
+        tail: what comes from the back of its cached prefix while it computes the front; None: nothing.
+        joined: places of blocks that were taken over behind others which are not committed yet; None: there are none.
+        counts_tail: whether what the tail brings changes the fates: not when it came back from a preemption.
         awaited: a block that another sequence is making and that it waits for.
         ahead: tokens that it will have when the step in flight has ended, where it may go on before that.
         block_table: device blocks that it holds a reference of, in order.
         num_computed: leading tokens whose K/V lie in those blocks. num_committed: leading blocks that need no commit.
-        num_cached_tokens: found at first admission. fates: of the prompt, set at first admission, then never changed.
+        num_cached_tokens: found at first admission. fates: of the prompt, set at first admission; what its
+        tail brings then counts as found, and nothing changes them after the first token.
         resumed_fates: likewise of all tokens that a resumed job came with; None for others.
         first_outside: the first block that came from outside of this process; None: none did.
         num_proven: leading blocks over which finite logits were computed for it.
@@ -86,6 +135,9 @@ class Sequence:
     text: TextStream
     turn: Turn | None = None
     acquisition: Acquisition | None = None
+    tail: Tail | None = None
+    joined: tuple[int, int] | None = None
+    counts_tail: bool = False
     awaited: BlockHash | None = None
     ahead: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -168,7 +220,7 @@ class Sequence:
 
     def take(self, acquired: Acquisition, block_size: int) -> None:
         """Take over the blocks that arrived. The first time this settles the fate of every prompt token."""
-        self.acquisition = None
+        self.acquisition, self.tail, self.counts_tail = None, acquired.tail, self.fates is None
         self.block_table = list(acquired.block_ids)
         self.num_committed = len(self.block_table)
         self.num_computed = self.num_committed * block_size
@@ -183,9 +235,31 @@ class Sequence:
             if self.job.resumed:
                 self.resumed_fates = _as_computed(_fates(acquired.fates, len(self.job.token_ids), block_size), made)
 
+    def join(self, block_ids: Items[int], tiers: Items[TierName], block_size: int) -> None:
+        """Take over blocks of its tail, which follow what is computed; its table ends there."""
+        start = self.num_computed // block_size
+        stop = start + len(block_ids)
+        self.block_table += block_ids
+        self.num_computed = stop * block_size
+        if self.num_committed == start:
+            self.num_committed = stop
+        else:
+            self.joined = start, stop
+        if self.first_outside is None:
+            self.first_outside = next((start + at for at, tier in enumerate(tiers) if tier in _OUTSIDE), None)
+        if self.counts_tail:
+            _found_later(self.fates, tiers, start, self.num_prompt, block_size)
+            _found_later(self.resumed_fates, tiers, start, len(self.job.token_ids), block_size)
+
+    def committed(self, stop: int) -> None:
+        """Its blocks up to `stop` are committed, and those that were taken over behind them."""
+        self.num_committed = stop
+        if self.joined is not None and self.joined[0] == stop:
+            self.num_committed, self.joined = self.joined[1], None
+
     def reset(self) -> None:
         """Forget blocks and progress; the caller has given the blocks back."""
-        self.acquisition = None
+        self.acquisition = self.tail = self.joined = None
         self.block_table = []
         self.num_computed = self.num_committed = self.num_proven = self.ahead = 0
 
@@ -200,6 +274,15 @@ def _fates(tiers: list[TierName], tokens: int, block_size: int) -> dict[str, int
         left -= found
     fates[COMPUTED] = left
     return fates
+
+
+def _found_later(fates: dict[str, int] | None, tiers: Items[TierName], start: int, tokens: int, size: int) -> None:
+    """Of so many leading tokens, blocks from block `start` on were not computed but came from these tiers."""
+    for place, tier in enumerate(tiers, start):
+        found = min(size, tokens - place * size)
+        if fates is not None and found > 0:
+            fates[tier.value] = fates.get(tier.value, 0) + found
+            fates[COMPUTED] -= found
 
 
 def _as_computed(fates: dict[str, int], made: int) -> dict[str, int]:

@@ -52,7 +52,8 @@ PathFinder.find_spec = lambda name, path=None, target=None: (
 )
 import bench.gpu
 from bench.gpu_rig import DRY
-options = argparse.Namespace(quick=True, json=True, dry=True, compile=False, eager=False, kv_dtype="auto", only=["copies"])
+told = dict(quick=True, json=True, dry=True, compile=False, eager=False, kv_dtype="auto", only=["copies"])
+options = argparse.Namespace(**told)
 done = bench.gpu.measure(DRY, options, Path(sys.argv[1]))
 done.report.print(as_json=True)
 sys.exit("; ".join(done.failed) or hidden & set(sys.modules) and str(hidden & set(sys.modules)) or 0)

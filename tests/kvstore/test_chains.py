@@ -41,3 +41,8 @@ def test_a_root_selects_its_blocks_and_a_prefix_its_followers() -> None:
 def test_followers_of_a_block_that_is_not_held_itself_are_selected() -> None:
     metas = chain(4)
     assert set(select(metas[2:], None, metas[1].hash)) == set(names(metas[2:]))
+
+
+def test_what_follows_a_block_is_found_in_time_though_several_tiers_hold_it():
+    metas = chain(200)
+    assert select(metas * 3, None, metas[50].hash) == [meta.hash for meta in metas[50:]]

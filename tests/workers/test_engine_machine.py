@@ -1,10 +1,10 @@
 """The whole engine over real tiers, driven at random, against a model that can be worked out by hand.
 
 Arrivals, jobs that go on with an earlier answer, jobs that end with their prompt, stop tokens, deadlines, cancels,
-priorities, preemptions, a shared tier that hangs, fails, forgets and cuts short, steps without memory, logits that are
-no numbers, clears, time. Whatever happens: every job ends once, an answer is the model's or ends in one of the errors
-that were caused, no block leaks and none is free and in use. The same once more with steps that run ahead of a late
-device, whose blocks are copied beside them.
+priorities, preemptions, prompts whose back comes while their front is computed, a shared tier that hangs, fails,
+forgets and cuts short, steps without memory, logits that are no numbers, clears, time. Whatever happens: every job ends
+once, an answer is the model's or ends in one of the errors that were caused, no block leaks and none is free and in
+use. The same once more with steps that run ahead of a late device, whose blocks are copied beside them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvstore.blocks import HashScheme, block_hashes
 from kvstore.device import DeviceTier
+from kvstore.estimate import TransferEstimate
+from kvstore.events import TierName
 from kvstore.host.tier import HostTier
 from kvstore.lifetime import Lifetime
 from kvstore.peer.promises import Progress, PromiseBoard, PromiseState
 from kvstore.store import TieredStore
+from kvstore.tier import Clock
 from tests.kvstore.blocks_for_tests import ManualClock
 from tests.kvstore.fake_tier import FakeSharedTier
+from tests.kvstore.gated_tier import FixedPace
 from tests.kvstore.late_copier import LateCopier
 from tests.workers.arithmetic import FIRST_TOKEN, LAYOUT, VOCAB, ArithmeticRunner, answer, info_fields
 from tests.workers.engine_rig import Answer
@@ -44,6 +48,9 @@ SCHEME = HashScheme(b"f" * 32, LAYOUT.describe(), LAYOUT.block_size)
 ROOT = SCHEME.root(b"")
 PROMPT = list(range(500, 530))
 CAUSED = {"MODEL_OUTPUT_NOT_FINITE", "OUT_OF_MEMORY", "PROMPT_TOO_LONG"}
+
+
+BLOCK_MS = 50.0
 
 
 class GpuLike(LateDevice):
@@ -65,9 +72,15 @@ class Rig:
     `ahead`: steps run ahead of a device that computes late, and blocks are copied late and beside them.
     """
 
-    def __init__(self, compute_ms: float = math.inf, *, ahead: bool = False) -> None:
+    def __init__(
+        self,
+        compute_ms: float = math.inf,
+        *,
+        ahead: bool = False,
+        make_shared: Callable[[Clock], FakeSharedTier] = FakeSharedTier,
+    ) -> None:
         self.clock = ManualClock()
-        self.shared = FakeSharedTier(self.clock)
+        self.shared = make_shared(self.clock)
         clocks = {"clock": self.clock, "wall_clock": self.clock}
         nbytes = LAYOUT.block_nbytes
         self.copier = LateCopier() if ahead else None
@@ -95,6 +108,23 @@ class Rig:
         self.jobs: dict[Hashable, Job] = {}
         self.answers: dict[Hashable, Answer] = {}
         self.cancelled: set[Hashable] = set()
+
+    def meet(self, meets: bool) -> None:
+        """Whether what is in the shared tier comes from its back from now on."""
+        source = self.store._promoter.sources[TierName.REDIS]
+        source.estimate = FixedPace(LAYOUT.block_nbytes, BLOCK_MS) if meets else TransferEstimate()
+        price = BLOCK_MS if meets else math.inf
+        self.engine._scheduler._compute_ms = lambda first, count: price * count
+
+    def leave_below(self) -> None:
+        """What is near goes to the shared tier, and is gone here."""
+        if self.copier is not None:
+            self.copier.make_all()
+            self.store.pump()
+        self.store.flush(30)
+        self.store.pump()
+        self.device.clear()
+        self.store.host.clear()
 
     def _late_launcher(self) -> BufferedLauncher:
         self.gpu = GpuLike()
@@ -127,6 +157,10 @@ class Rig:
     @property
     def open(self) -> list[Hashable]:
         return [name for name in self.jobs if self.answers[name].finish is None]
+
+    @property
+    def last(self) -> Answer:
+        return self.answers[len(self.jobs) - 1]
 
     def finish(self) -> None:
         self.shared.reads_open.set()
@@ -237,6 +271,16 @@ class EngineMachine(RuleBasedStateMachine):
     def the_shared_tier_hangs(self, hangs):
         (self.rig.shared.reads_open.clear if hangs else self.rig.shared.reads_open.set)()
 
+    @rule(meets=st.booleans())
+    def the_shared_tier_is_as_slow_as_computing(self, meets):
+        self.rig.meet(meets)
+
+    @rule()
+    def another_worker_made_everything(self):
+        """What is near goes to the shared tier, and is gone here."""
+        if self.rig.shared.reads_open.is_set() and self.rig.shared.raises is None:
+            self.rig.leave_below()
+
     @rule(how=st.sampled_from(["raises", "cuts", "breaker", "well"]))
     def the_shared_tier_fails(self, how):
         shared = self.rig.shared
@@ -270,6 +314,8 @@ class EngineMachine(RuleBasedStateMachine):
     def the_books_are_right(self):
         self.rig.store.check()
         held = [block for sequence in self.rig.engine._scheduler for block in sequence.block_table]
+        tails = [each.tail for each in self.rig.engine._scheduler if each.tail is not None]
+        held += [block for tail in tails for block in tail.block_ids]
         assert all(self.rig.device.refs(block) for block in held), "a block is free and in use"
         # What will be written belongs to one sequence.
         for sequence in self.rig.engine._scheduler:
@@ -309,6 +355,22 @@ def test_the_arithmetic_of_a_cached_prefix_is_that_of_a_cold_one() -> None:
     rig.finish()
 
 
+def meets(rig: Rig) -> None:
+    """Its back is on its way from a tier that does not answer, and it computes its front."""
+    rig.submit(PROMPT, max_tokens=1)
+    while rig.open:
+        rig.step()
+    rig.leave_below()
+    rig.shared.reads_open.clear()
+    rig.meet(True)
+
+
+def has_met(rig: Rig) -> None:
+    """Its back comes at once."""
+    meets(rig)
+    rig.shared.reads_open.set()
+
+
 def waits(rig: Rig) -> None:
     """Behind others that take all slots."""
     for seed in range(5):
@@ -340,7 +402,7 @@ def is_preempted(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
-@pytest.mark.parametrize("state", [None, waits, loads, awaits_another, is_preempted])
+@pytest.mark.parametrize("state", [None, waits, loads, meets, has_met, awaits_another, is_preempted])
 def test_a_job_cancelled_in_any_state_ends_at_once_and_holds_nothing(
     state: Callable[[Rig], None] | None, steps: int
 ) -> None:
@@ -356,6 +418,7 @@ def test_a_job_cancelled_in_any_state_ends_at_once_and_holds_nothing(
     rig.engine.cancel(name)
     held = [block for sequence in rig.engine._scheduler for block in sequence.block_table]
     assert all(rig.device.refs(block) == held.count(block) for block in range(DEVICE_BLOCKS) if block not in held)
+    assert name not in [each.job.job_id for each in rig.engine._scheduler]
     rig.step()
     assert rig.answers[name].finish is FinishReason.CANCELLED
     assert rig.answers[name].token_ids == before

@@ -30,6 +30,7 @@ class FakeAcquisition:
         self.block_ids: list[int] = []
         self.fates: list[TierName] = []
         self.load_ms, self.done, self.made_elsewhere = 0.0, False, 0
+        self.tail: FakeTail | None = None
         if not slow:
             self.arrive()
 
@@ -47,6 +48,68 @@ class FakeAcquisition:
     def cancel(self) -> None:
         self._store.release(self.block_ids)
         self.block_ids, self.done = [], True
+        if self.tail is not None:
+            self.tail.cancel()
+
+
+class FakeTail:
+    """Places `first` to `stop` of a prompt; blocks come when a test says so, and nobody knows how fast."""
+
+    def __init__(self, store: FakeStore, names: Items[BlockHash], first: int) -> None:
+        self._store, self._names, self.first, self.stop = store, names, first, len(names)
+        self.held: dict[int, int] = {}
+        self.floor, self.edge = first, self.stop
+        self.ended = self.cancelled = False
+
+    @property
+    def block_ids(self) -> list[int]:
+        return list(self.held.values())
+
+    @property
+    def is_over(self) -> bool:
+        return not self.held and (self.ended or self.cancelled or self.floor >= self.edge)
+
+    @property
+    def expected(self) -> int:
+        return len(self.held)
+
+    def come(self, count: int) -> None:
+        """The next piece from the back, if there is room for it."""
+        first = max(self.floor, self.edge - count)
+        if self.cancelled or self.ended or first >= self.edge:
+            return
+        fresh = [place for place in range(first, self.edge) if self._names[place] not in self._store.names]
+        blocks = self._store.allocate(len(fresh))
+        if blocks is None:
+            self.ended = True
+            return
+        self._store.commit(blocks, [self._names[place] for place in fresh])
+        for place in range(first, self.edge):
+            self.held[place] = self._store.names[self._names[place]]
+        for place in set(range(first, self.edge)) - set(fresh):
+            self._store.refs[self.held[place]] += 1
+        self.edge = first
+
+    def take(self, place: int) -> tuple[list[int], list[TierName]]:
+        blocks = []
+        while place + len(blocks) in self.held:
+            blocks.append(self.held.pop(place + len(blocks)))
+        return blocks, [TierName.REDIS] * len(blocks)
+
+    def reach(self, place: int) -> int | None:
+        there = min((each for each in self.held if each >= place), default=None)
+        if there is not None:
+            return there - place
+        return None if self.is_over else max(1, (self.edge - place) // 2)
+
+    def passed(self, place: int) -> None:
+        assert not any(each < place for each in self.held), "the front went past what is there"
+        self.floor = max(self.floor, place)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self._store.release(self.block_ids)
+        self.held = {}
 
 
 class FakeStore:
@@ -56,7 +119,8 @@ class FakeStore:
         self.refs = [0] * num_blocks
         self.names: dict[BlockHash, int] = {}
         self.on_the_way: list[FakeAcquisition] = []
-        self.slow = False
+        self.slow = self.meets = False
+        self.tails: list[FakeTail] = []
         self.prefetched: list[list[BlockHash]] = []
 
     def match(self, hashes: Items[BlockHash], reads: ReadTiers | None = None) -> list[TierName]:
@@ -71,6 +135,15 @@ class FakeStore:
         acquisition = FakeAcquisition(self, hashes, slow=self.slow)
         if self.slow:
             self.on_the_way.append(acquisition)
+        return acquisition
+
+    def acquire_from_both_ends(self, hashes: Items[BlockHash], **_: object) -> FakeAcquisition:
+        """Where `meets`, what is not here lies in a slower tier, all of it."""
+        acquisition = self.acquire(hashes)
+        first = len(acquisition.block_ids)
+        if self.meets and acquisition.done and first < len(hashes) and hashes[first] not in self.names:
+            acquisition.tail = FakeTail(self, hashes, first)
+            self.tails.append(acquisition.tail)
         return acquisition
 
     def allocate(self, count: int) -> list[int] | None:
@@ -139,8 +212,8 @@ class Fixture:
         start, stop = sequence.num_committed, sequence.num_computed // BLOCK_SIZE
         if not sequence.job.no_store and stop > start:
             self.store.commit(sequence.block_table[start:stop], sequence.names(stop, BLOCK_SIZE)[start:])
-            sequence.num_committed = stop
-            self.scheduler.made(sequence, start, stop)
+            sequence.committed(stop)
+            self.scheduler.made(sequence, start, sequence.num_committed)
         if sequence.remaining == 0:
             sequence.token_ids.append(1000 + sequence.arrival)
             if sequence.num_generated >= sequence.job.sampling.max_tokens or len(sequence.token_ids) >= self.capacity:
@@ -168,6 +241,7 @@ class Fixture:
         held = [0] * len(self.store.refs)
         for sequence in self.scheduler:
             coming = [] if sequence.acquisition is None else sequence.acquisition.block_ids
+            coming = coming + ([] if sequence.tail is None else sequence.tail.block_ids)
             for block in (*sequence.block_table, *coming):
                 held[block] += 1
         assert held == self.store.refs
@@ -253,6 +327,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.fixture.store.on_the_way.remove(acquisition)
         if not acquisition.done:
             acquisition.arrive(most)
+
+    @rule(meets=st.booleans())
+    def backs_come_while_fronts_are_computed(self, meets):
+        self.fixture.store.meets = meets
+
+    @rule(number=st.integers(0, 5), count=st.integers(1, 3))
+    def a_piece_comes(self, number, count):
+        tails = self.fixture.store.tails
+        if tails:
+            tails[number % len(tails)].come(count)
+
+    @rule(number=st.integers(0, 5))
+    def a_tail_ends_early(self, number):
+        tails = self.fixture.store.tails
+        if tails:
+            tails[number % len(tails)].ended = True
+
+    @rule()
+    def what_comes_is_cleared(self):
+        for tail in self.fixture.store.tails:
+            tail.cancel()
 
     @precondition(lambda self: len(self.fixture.scheduler))
     @rule(data=st.data())
@@ -406,6 +501,109 @@ def test_whoever_loads_and_holds_no_block_is_not_preempted():
         rig.step()
     assert rig.scheduler.preemptions == 1  # the one that holds blocks
     assert loading.acquisition is not None
+    rig.finish()
+
+
+def meeting_rig(**options: int) -> Fixture:
+    rig = Fixture(**{"num_blocks": 40, "max_batch_tokens": 8, **options})
+    rig.store.meets = True
+    return rig
+
+
+def test_a_sequence_runs_at_once_and_goes_on_behind_the_blocks_that_it_meets():
+    rig = meeting_rig()
+    sequence = rig.add([1] * 41, max_tokens=1)
+    rig.step()
+    (tail,) = rig.store.tails
+    assert sequence.num_computed == 8
+    tail.come(5)
+    rig.step()
+    rig.step()
+    assert sequence.num_computed == 20
+    assert [chunk.length for chunk in rig.step()] == [1]
+    assert rig.computed[sequence] == 21
+    assert sequence.fates == {"computed": 21, "redis": 20}
+    assert sequence.tail is None
+    assert (sequence.num_cached_tokens, sequence.first_outside) == (0, 5)
+    rig.finish()
+
+
+def test_a_chunk_ends_where_blocks_are_though_its_front_ended_within_a_block():
+    rig = meeting_rig(max_batch_tokens=7)
+    sequence = rig.add([1] * 33, max_tokens=1)
+    rig.step()
+    (tail,) = rig.store.tails
+    tail.come(4)
+    assert [rig.step()[0].length for _ in range(3)] == [7, 2, 1]
+    assert sequence.fates == {"computed": 17, "redis": 16}
+    rig.finish()
+
+
+def test_nothing_waits_for_a_tail_that_brings_nothing():
+    rig = meeting_rig()
+    rig.add([1] * 41, max_tokens=1)
+    steps = 0
+    while len(rig.scheduler):
+        rig.step()
+        steps += 1
+    assert steps <= 9
+    assert rig.ended[0].fates == {"computed": 41}
+    rig.finish()
+
+
+def test_a_tail_is_given_up_before_anybody_is_preempted():
+    rig = meeting_rig(num_blocks=12, max_batch_tokens=64)
+    rig.store.meets = False
+    first = rig.add([1] * 16, max_tokens=20)
+    rig.step()
+    rig.store.meets = True
+    second = rig.add([2] * 33, max_tokens=1)
+    rig.scheduler.max_batch_tokens = 4
+    rig.step()
+    (tail,) = rig.store.tails
+    tail.come(6)
+    held = list(tail.block_ids)
+    while not tail.cancelled:
+        rig.step()
+    assert len(held) == 6
+    assert second.num_computed < 3 * BLOCK_SIZE
+    assert first in rig.scheduler.running
+    assert second in rig.scheduler.running
+    assert rig.scheduler.preemptions == 0
+    rig.scheduler.max_batch_tokens = 64
+    rig.finish()
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 9])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_who_is_removed_while_its_tail_comes_leaves_nothing(pieces: int, steps: int):
+    rig = meeting_rig()
+    sequence = rig.add([1] * 41)
+    for _ in range(steps):
+        rig.step()
+        rig.store.tails[0].come(pieces)
+    rig.scheduler.remove(sequence)
+    assert rig.store.refs == [0] * 40
+
+
+def test_what_a_tail_brings_after_a_preemption_changes_no_fate():
+    rig = meeting_rig()
+    sequence = rig.add([1] * 41, max_tokens=2)
+    rig.step()
+    rig.scheduler._preempt(sequence)
+    rig.store.names = {}
+    rig.step()
+    rig.store.tails[1].come(5)
+    rig.finish()
+    assert sequence.fates == {"computed": 41}
+    assert rig.computed[sequence] < 8 + 41
+
+
+def test_what_is_not_kept_is_not_met():
+    rig = meeting_rig()
+    rig.add([1] * 41, no_store=True)
+    rig.step()
+    assert rig.store.tails == []
     rig.finish()
 
 

@@ -45,12 +45,15 @@ def test_a_job_that_reads_nothing_has_nothing_readable():
 def test_fates_count_what_arrived_and_stay_when_it_resumes():
     sequence = _sequence()
     sequence.take(
-        SimpleNamespace(block_ids=[4, 2], fates=[TierName.DEVICE, TierName.REDIS], load_ms=7.0, made_elsewhere=0), 4
+        SimpleNamespace(
+            block_ids=[4, 2], fates=[TierName.DEVICE, TierName.REDIS], load_ms=7.0, made_elsewhere=0, tail=None
+        ),
+        4,
     )
     assert sequence.fates == {"computed": 2, "device": 4, "redis": 4}
     assert (sequence.num_computed, sequence.num_committed, sequence.remaining) == (8, 2, 2)
     sequence.reset()
-    sequence.take(SimpleNamespace(block_ids=[], fates=[], load_ms=99.0, made_elsewhere=0), 4)
+    sequence.take(SimpleNamespace(block_ids=[], fates=[], load_ms=99.0, made_elsewhere=0, tail=None), 4)
     assert sequence.fates == {"computed": 2, "device": 4, "redis": 4}
     assert (sequence.load_ms, sequence.num_cached_tokens, sequence.num_computed) == (7.0, 8, 0)
 
@@ -59,3 +62,21 @@ def test_rank_is_priority_then_arrival():
     order = [_sequence(arrival=3, priority=2), _sequence(arrival=1), _sequence(arrival=2), _sequence(priority=-1)]
     shuffled = [order[place] for place in (2, 0, 3, 1)]
     assert sorted(shuffled, key=lambda sequence: sequence.rank) == order
+
+
+def test_what_comes_from_its_back_counts_as_found_until_the_first_token_only():
+    sequence = _sequence()
+    tail = SimpleNamespace()
+    sequence.take(SimpleNamespace(block_ids=[], fates=[], load_ms=0.0, made_elsewhere=0, tail=tail), 4)
+    sequence.block_table, sequence.num_computed = [3], 4
+    sequence.join([5], [TierName.REDIS], 4)
+    assert (sequence.block_table, sequence.num_computed, sequence.num_committed) == ([3, 5], 8, 0)
+    assert sequence.fates == {"computed": 6, "redis": 4}
+    assert sequence.first_outside == 1
+    sequence.committed(1)
+    assert sequence.num_committed == 2
+    sequence.reset()
+    sequence.take(SimpleNamespace(block_ids=[], fates=[], load_ms=0.0, made_elsewhere=0, tail=tail), 4)
+    sequence.join([5], [TierName.REDIS], 4)
+    assert sequence.num_committed == 1
+    assert sequence.fates == {"computed": 6, "redis": 4}

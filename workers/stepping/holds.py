@@ -52,6 +52,20 @@ class Holds:
         """As `TieredStore.acquire`."""
         return self._store.acquire(hashes, reads=reads, compute_ms=compute_ms, root=root, lifetime=lifetime)
 
+    def acquire_from_both_ends(
+        self,
+        hashes: Items[BlockHash],
+        *,
+        reads: ReadTiers,
+        compute_ms: ComputeMs,
+        root: BlockHash | None = None,
+        lifetime: Lifetime | None = None,
+    ) -> Acquisition:
+        """As `TieredStore.acquire_from_both_ends`."""
+        return self._store.acquire_from_both_ends(
+            hashes, reads=reads, compute_ms=compute_ms, root=root, lifetime=lifetime
+        )
+
     def prefetch(
         self,
         hashes: Items[BlockHash],

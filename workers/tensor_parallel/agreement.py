@@ -65,6 +65,11 @@ class AgreedAcquisition:
         return self._own.load_ms
 
     @property
+    def tail(self) -> None:
+        """None: how far each rank's would be is not agreed on."""
+        return None
+
+    @property
     def made_elsewhere(self) -> int:
         """As the store says."""
         return self._own.made_elsewhere
@@ -119,6 +124,18 @@ class AgreedStore:
         agreed.agree(*self._group.least(agreed.state()))
         self._sure = 0  # it has taken some
         return agreed
+
+    def acquire_from_both_ends(
+        self,
+        hashes: Items[BlockHash],
+        *,
+        reads: ReadTiers,
+        compute_ms: ComputeMs,
+        root: BlockHash | None = None,
+        lifetime: Lifetime | None = None,
+    ) -> Acquisition:
+        """As `acquire`, from the front alone: the ranks would have to agree on each piece that comes."""
+        return self.acquire(hashes, reads=reads, compute_ms=compute_ms, root=root, lifetime=lifetime)
 
     def prefetch(
         self,
