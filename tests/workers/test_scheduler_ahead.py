@@ -34,7 +34,7 @@ class HoldingStore(FakeStore):
 
 @dataclass
 class Flown:
-    """A step in flight: how far it brings each sequence, who gets a token, its blocks, what was given back meanwhile."""
+    """A step in flight: how far it brings each sequence, who gets a token, its blocks, what was given back since."""
 
     stops: dict[Sequence, int]
     ready: list[Sequence]
