@@ -36,6 +36,7 @@ def _exactness(settings: Settings) -> Iterator[Finding]:
         "engine.kv_dtype to auto": settings.engine.kv_dtype != UNQUANTISED,
         "workers.tensor_parallel to 1": settings.workers.tensor_parallel > 1,
         "engine.compile to false": settings.engine.compile,
+        "engine.cuda_graphs to auto": settings.engine.cuda_graphs == "on",
         f"workers.threads to {MOST_EXACT_THREADS} at most": settings.workers.device == "cpu"
         and (settings.workers.threads or 0) > MOST_EXACT_THREADS,
     }

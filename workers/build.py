@@ -171,6 +171,11 @@ def _check(config: WorkerConfig) -> None:
             "deterministic mode is proven for one rank over K/V as the model computes it, without compiling; set"
             " engine.kv_dtype to auto, workers.tensor_parallel to 1 and engine.compile to false"
         )
+    if config.deterministic and config.cuda_graphs == Capturing.ON:
+        raise ValueError(
+            "deterministic mode cuts and pads steps in its own way, which no graph holds; set engine.cuda_graphs to"
+            " auto or off, or engine.deterministic to false"
+        )
     if config.deterministic and config.threads > MOST_EXACT_THREADS and _device(config.device, 0) == "cpu":
         raise ValueError(
             f"deterministic mode and {config.threads} threads: PyTorch may then cut a row in two, and round "

@@ -208,8 +208,8 @@ class EngineThread:
             self._mailbox.orders.append(order)
             self._mailbox.changed.notify()
 
-    def stop(self, *, flush_s: float, within_s: float | None = None) -> None:
-        """End after the step that runs, close the engine, and return. Idempotent; any thread but its own.
+    def stop(self, *, flush_s: float, within_s: float | None = None) -> bool:
+        """End after the step that runs, close the engine; whether that is done. Idempotent; any thread but its own.
 
         `within_s`: return after so long even if the thread has not ended, as one that is stuck never will.
         """
@@ -218,6 +218,7 @@ class EngineThread:
             self._mailbox.changed.notify()
         if self._thread.ident is not None:
             self._thread.join(within_s)
+        return not self._thread.is_alive()
 
     @property
     def ident(self) -> int | None:
@@ -230,9 +231,12 @@ class EngineThread:
         return self._thread.ident is not None and not self._thread.is_alive() and self._mailbox.flush_s is None
 
     def turn_takes_s(self) -> float:
-        """For how long the turn under way has run; zero between two. Any thread."""
+        """For how long the turn under way has run; zero between two. Any thread.
+
+        Closing the engine is the last turn, and may take the time to flush besides.
+        """
         began = self._turn_began
-        return 0.0 if began is None else self._clock() - began
+        return 0.0 if began is None else max(0.0, self._clock() - began)
 
     def _run(self) -> None:
         try:
@@ -244,8 +248,9 @@ class EngineThread:
             logger.exception("engine failed")
             self._publish(Failed(error))
         finally:
-            self._turn_began = None
+            self._turn_began = self._clock() + (self._mailbox.flush_s or 0.0)
             self._close()
+            self._turn_began = None
 
     def _turn(self) -> None:
         if self._idle():

@@ -2,7 +2,8 @@
 
 A step has a budget of tokens. Sequences that decode come first, one token each, so that a long prompt delays nobody's
 next token by more than one step; prefills share the rest in chunks (Sarathi, Agrawal et al. 2023; paged K/V with
-preemption by recomputation: vLLM, Kwon et al. 2023).
+preemption by recomputation: vLLM, Kwon et al. 2023). Of the budget one token is kept for the first in rank: where as
+many decode as it has tokens, they would else compute for ever while it waits.
 
 Rank is priority, then arrival, and one rule keeps it live: a sequence may take blocks from any that ranks below it and
 waits for all others. The first in rank can therefore always go on, so all end; what was preempted finds its committed
@@ -188,12 +189,19 @@ class Scheduler:
         lengths: dict[Sequence, int] = {}
         decoding = [sequence for sequence in self._running if sequence.remaining == 1]
         prefilling = [sequence for sequence in self._running if sequence.remaining > 1]
+        kept = self._kept_for_first()
         for sequence in (*decoding, *prefilling):
-            length = min(self._tails.reach(sequence), self.max_batch_tokens - sum(lengths.values()))
+            left = self.max_batch_tokens - sum(lengths.values())
+            length = min(self._tails.reach(sequence), left - kept if sequence.remaining == 1 else left)
             if length > 0 and sequence in self._running and self._grow(sequence, length, lengths):
                 lengths[sequence] = length
                 self._tails.going(sequence, length)
         return [Chunk(sequence, length) for sequence, length in lengths.items()]
+
+    def _kept_for_first(self) -> int:
+        """Tokens that decodes may not use up: one if the first in rank of those with work has a prompt to compute."""
+        first = next((sequence for sequence in self._running if sequence.remaining > 0), None)
+        return int(first is not None and first.remaining > 1)
 
     def _admit(self) -> None:
         """Start loads while there is room, and let those run whose blocks have come."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -36,8 +37,12 @@ logger = logging.getLogger(__name__)
 
 # How long ending streams may take to send what is in their outboxes.
 END_GRACE_S = 1.0
-# How long an engine's thread that was found stuck may take to end after all.
+# How long an engine's thread that was found stuck may take to end after all, and one that failed to close its engine.
 STUCK_GRACE_S = 1.0
+FAILED_GRACE_S = 5.0
+# After a failure the process ends within this though it can do nothing of its own any more.
+LAST_RESORT_S = 30.0
+LOOK_S = 0.1
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Jobs carry up to a million token ids and their hashes; snapshots and steps stay far below this.
@@ -95,7 +100,12 @@ class WorkerServer:
         self._inbox: deque[Published] = deque()
         self._delivery_is_scheduled = False
         self._engine_thread = EngineThread(engine, self._publish, clock=clock, name=config.name)
-        self._owns_process = owns_process
+        self._watchdog = Watchdog(
+            self._engine_thread,
+            config.watchdog_s,
+            lambda stuck: self._publish(Failed(stuck)),
+            last_resort=owns_process,
+        )
 
     def start(self) -> str:
         """Listen and run; the address that routers dial, `host:port`.
@@ -146,6 +156,8 @@ class WorkerServer:
             self._streams.deliver(item)
             if isinstance(item, Failed):
                 self.failure = self.failure or item.error
+                self._watching.cancel()
+                self._watchdog.arm(LAST_RESORT_S)
                 self._closing.set()
 
     def _run(self) -> None:
@@ -160,6 +172,7 @@ class WorkerServer:
             self._closed.set()
         if self.failure is not None and self._on_fatal is not None:
             self._on_fatal(self.failure)
+        self._watchdog.disarm()
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -182,33 +195,33 @@ class WorkerServer:
         self._engine_thread.start()
         self._address.set_result(authority(advertised_host(self._config), port))
         logger.info("worker serves", extra={"worker": self._config.name, "port": port})
-        watching = self._watch()
+        self._watching = asyncio.create_task(self._watch(), name="watchdog")
         try:
             await self._closing.wait()
         finally:
-            if watching is not None:
-                watching.cancel()
             await self._end(server)
+            self._watching.cancel()
 
-    def _watch(self) -> asyncio.Task[None] | None:
-        limit_s = self._config.watchdog_s
-        if not limit_s:
-            return None
-        watchdog = Watchdog(
-            self._engine_thread,
-            limit_s,
-            lambda stuck: self._publish(Failed(stuck)),
-            last_resort=self._owns_process,
-        )
-        return asyncio.create_task(watchdog.watch(), name="watchdog")
+    async def _watch(self) -> None:
+        if self._config.watchdog_s:
+            await self._watchdog.watch()
 
     async def _end(self, server: grpc.aio.Server) -> None:
         self._streams.close(Status(grpc.StatusCode.UNAVAILABLE, "the worker was stopped; use another"))
         await server.stop(END_GRACE_S)
-        # A thread that is stuck is left behind: nothing can end it but the end of the process.
-        within_s = STUCK_GRACE_S if isinstance(self.failure, EngineStuckError) else None
-        await asyncio.to_thread(self._engine_thread.stop, flush_s=self._flush_s, within_s=within_s)
+        await self._end_engine()
         logger.info("worker ended", extra={"worker": self._config.name})
+
+    async def _end_engine(self) -> None:
+        """Until it is closed. After a failure it is left behind before long: nothing but the process's end ends it."""
+        give_up = math.inf
+        while not await asyncio.to_thread(self._engine_thread.stop, flush_s=self._flush_s, within_s=LOOK_S):
+            if time.monotonic() > give_up:
+                logger.error("the engine does not close, and is left behind", extra={"worker": self._config.name})
+                return
+            if self.failure is not None and give_up == math.inf:
+                grace_s = STUCK_GRACE_S if isinstance(self.failure, EngineStuckError) else FAILED_GRACE_S
+                give_up = time.monotonic() + grace_s
 
 
 def _check(config: WorkerConfig) -> None:

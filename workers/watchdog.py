@@ -4,7 +4,7 @@ A thread that raises is heard of (`engine_thread`). One that never comes back fr
 one that could not even say that it failed: the server's loop goes on beating for it, and routers wait for tokens that
 do not come. So the loop looks how long the turn under way has taken, and whether there is a thread at all. Where the
 loop cannot run either (a call that keeps the interpreter's lock), faulthandler's timer, which needs no lock, prints all
-stacks and ends the process.
+stacks and ends the process. That timer runs until `disarm`: the end of a worker can be stuck as well as a turn.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Watched(Protocol):
 
 
 class Watchdog:
-    """Of one engine's thread. `watch` runs on the server's loop.
+    """Of one engine's thread. `watch` runs on the server's loop, till the engine is closed.
 
     Args:
         limit_s: the longest turn. bite: told once what is stuck.
@@ -64,22 +64,24 @@ class Watchdog:
         self._engine, self._limit_s, self._bite, self._last_resort = engine, limit_s, bite, last_resort
 
     async def watch(self) -> None:
-        """Until a turn takes too long, or the thread is gone; cancel it to end."""
-        try:
-            while (turn_s := self._engine.turn_takes_s()) <= self._limit_s and not self._engine.has_died:
-                self._rearm()
-                await asyncio.sleep(self._limit_s / LOOKS)
-        finally:
-            if self._last_resort:
-                faulthandler.cancel_dump_traceback_later()
+        """Until a turn takes too long, or the thread is gone; cancel it to end. The last resort stays armed."""
+        while (turn_s := self._engine.turn_takes_s()) <= self._limit_s and not self._engine.has_died:
+            self.arm(LAST_RESORT * self._limit_s)
+            await asyncio.sleep(self._limit_s / LOOKS)
         if turn_s <= self._limit_s:
             self._bite(EngineGoneError("the engine's thread has ended, and its error was lost; the log may have it"))
             return
         self._bite(EngineStuckError(_words(turn_s, self._limit_s, self._engine.ident)))
 
-    def _rearm(self) -> None:
+    def arm(self, within_s: float) -> None:
+        """The process ends after so long, unless this or `disarm` is called before."""
         if self._last_resort:
-            faulthandler.dump_traceback_later(LAST_RESORT * self._limit_s, exit=True, file=STDERR)
+            faulthandler.dump_traceback_later(within_s, exit=True, file=STDERR)
+
+    def disarm(self) -> None:
+        """The process need not end any more."""
+        if self._last_resort:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _words(turn_s: float, limit_s: float, ident: int | None) -> str:

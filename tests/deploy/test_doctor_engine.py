@@ -36,6 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"engine.deterministic": "true", "workers.tensor_parallel": 2}, "workers.tensor_parallel"),
         ({"engine.deterministic": "true", "engine.compile": "true", "workers.device": "auto"}, "engine.compile"),
         ({"engine.deterministic": "true", "workers.threads": 3}, "workers.threads"),
+        ({"engine.deterministic": "true", "engine.cuda_graphs": "on", "workers.device": "auto"}, "engine.cuda_graphs"),
         ({"engine.cuda_graphs": "on"}, "workers.device is cpu"),
         ({"engine.compile": "true"}, "workers.device is cpu"),
         ({"engine.cuda_graphs": "on", "workers.tensor_parallel": 2}, "workers.tensor_parallel"),

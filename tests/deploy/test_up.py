@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -253,6 +254,28 @@ def test_a_killed_own_ray_is_cleaned_up_by_down(new_warmkv: Callable[[], Warmkv]
     assert warmkv.run("down").returncode == 0
     assert [p.name() for p in ours if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     assert read_record(warmkv.state_dir) is None
+
+
+def test_an_engine_that_raises_or_is_stuck_comes_back_in_a_new_process_with_a_new_incarnation(
+    foreign: dict[str, Any],
+) -> None:
+    root = HERE.parents[1]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": f"{root}{os.pathsep}{root / 'proto'}"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "failing_workers.py"), foreign["address"]],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each["name"] for each in said] == ["raises", "stuck"]
+    for each in said:
+        first, second = each["incarnations"]
+        assert first < second
+        assert len(set(each["pids"])) == 2
 
 
 def test_on_a_joined_ray_of_two_nodes_one_is_killed_and_requests_go_on(

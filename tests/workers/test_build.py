@@ -176,6 +176,7 @@ def test_a_redis_url_gives_a_shared_tier():
         ({"kv_dtype": "int3"}, "kv_dtype.*auto, fp8_e4m3, int8"),
         ({"device": "tpu"}, "device"),
         ({"deterministic": True, "threads": 3}, "at most 2"),
+        ({"deterministic": True, "cuda_graphs": "on"}, "engine.cuda_graphs to auto"),
         ({"context_length": 4096}, "context_length"),
         ({"context_length": 1}, "context_length"),
         ({"max_running": 0}, "max_running"),

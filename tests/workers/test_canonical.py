@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from tests.workers.exact_rig import canonical_runner, default_runner, exact_folder, exact_rig
-from workers.attention.exact_backend import ExactBackend
-from workers.attention.step import Span
+from kvstore.layout import KVLayout
+from tests.workers.exact_rig import canonical_runner, default_runner, exact_folder, exact_rig, reference
+from workers.attention import exact_backend
+from workers.attention.exact_backend import ROWS, ExactBackend
+from workers.attention.step import Span, make_step
 from workers.build import build_engine
-from workers.canonical import products
+from workers.canonical import attention, products
+from workers.canonical.attention import rows_agree
 from workers.canonical.audit import Audit
 from workers.canonical.check import NotDeterministic, find_sizes, refuse_mixed_rows
 from workers.canonical.rows import CPU_ANCHOR, CPU_SIZES, CUDA_SIZES, padded, parts, spans_of
@@ -123,3 +126,92 @@ def test_workers_share_blocks_only_with_those_of_the_same_mode_and_the_same_bits
     assert engines[0].info.scheme.differences(engines[1].info.scheme) == ["model_fingerprint", "canonical"]
     for engine in engines:
         engine.close(flush_s=0)
+
+
+LAYOUTS = [
+    KVLayout(1, 2, k_dim, v_dim, dtype, 16)
+    for k_dim, v_dim in ((32, 32), (128, 128), (48, 32))
+    for dtype in ("float32", "bfloat16", "float16")
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.k_dim}-{layout.v_dim}-{layout.dtype}")
+def test_attention_has_the_same_bits_for_any_number_of_rows_even_where_sums_vanish(layout):
+    backend = ExactBackend()
+    assert rows_agree(backend, layout, CPU)
+    query, key, value = (each.to(getattr(torch, layout.dtype)) for each in attention._vanishing(layout))
+    out = attention._attend(backend, layout, [query, key, value], 32, None)
+    assert float(out.abs().max()) < 0.01, "each sum is zero but for rounding"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [32, 64, 96])
+def test_where_few_rows_of_attention_round_differently_they_are_filled_up(monkeypatch, rows, dtype):
+    runner = canonical_runner("llama", dtype)
+    kept = runner.sizes, runner._backend
+    attend = exact_backend.scaled_dot_product_attention
+
+    def from_behind(q, k, v, attn_mask, scale):
+        if q.shape[2] == rows:
+            k, v, attn_mask = k.flip(2), v.flip(2), attn_mask.flip(1)
+        return attend(q, k, v, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(exact_backend, "scaled_dot_product_attention", from_behind)
+    backend = ExactBackend()
+    assert not rows_agree(backend, runner.layout, CPU)
+    monkeypatch.setattr(runner, "_backend", backend)
+    find_sizes(runner, backend, CPU_ANCHOR, CPU_SIZES, set())
+    assert backend.block == ROWS
+    assert rows_agree(backend, runner.layout, CPU)
+    runner.sizes = kept[0]
+
+
+def test_two_threads_give_the_bits_of_any_cut():
+    torch.set_num_threads(2)
+    try:
+        runner = CanonicalRunner.load(exact_folder("llama", "float32"))
+        tokens = [(7919 * n + 13) % 1000 + 5 for n in range(600)]
+        whole = reference(runner, tokens)
+        for cuts in ([1], [511], [513], [599], list(range(37, 600, 37))):
+            cut = reference(runner, tokens, cuts)
+            assert torch.equal(cut.logits, whole.logits), cuts
+            assert cut.blocks == whole.blocks, cuts
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "k_dim", "v_dim", "options"),
+    [
+        (4, 2, 32, 32, {"sinks": True}),
+        (8, 1, 64, 64, {"sinks": True, "window": 100, "softcap": 5.0}),
+        (4, 4, 48, 32, {}),
+        (6, 2, 64, 64, {"window": 100}),
+    ],
+)
+def test_cuts_change_no_bit_of_attention_with_sinks_or_keys_wider_than_values(
+    heads, kv_heads, k_dim, v_dim, options, dtype
+):
+    torch.manual_seed(1)
+    query, key, value = (torch.randn(n, 600, dim).to(dtype) for n, dim in _dims(heads, kv_heads, k_dim, v_dim))
+    sinks = torch.randn(heads).to(dtype) if options.get("sinks") else None
+    scores = {"window": None, "softcap": None, **options, "scale": k_dim**-0.5, "sinks": sinks}
+
+    def attended(cuts):
+        pool = tuple(torch.full((38, 16, kv_heads, dim), float("nan"), dtype=dtype) for dim in (k_dim, v_dim))
+        backend, out = ExactBackend(), []
+        for start, stop in zip((0, *cuts), (*cuts, 600), strict=True):
+            step = make_step([pool], [Span(0, stop - start, stop, list(range(-(-stop // 16))))], backend)
+            rows = slice(start, stop)
+            out.append(backend.attend(step, 0, query[:, rows], key[:, rows], value[:, rows], **scores))
+        return torch.cat(out)
+
+    whole = attended([])
+    assert bool(whole.isfinite().all())
+    for cuts in ([1], [511], [513], [599], [3, 5, 100, 612 - 50, 590], list(range(37, 600, 37))):
+        assert torch.equal(attended(cuts), whole), cuts
+
+
+def _dims(heads, kv_heads, k_dim, v_dim):
+    return (heads, k_dim), (kv_heads, k_dim), (kv_heads, v_dim)

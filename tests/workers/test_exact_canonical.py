@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from deploy.redis_server import PrivateRedis, find_redis_server
@@ -16,12 +16,14 @@ from tests.workers.exact_rig import (
     ARCHITECTURES,
     DTYPES,
     TIERS,
+    ExactRig,
     assert_exact,
     canonical_runner,
     default_runner,
     exact_rig,
     reference,
 )
+from workers.step_budget import StepBudget
 
 MODELS = [(architecture, dtype) for architecture in ARCHITECTURES for dtype in DTYPES]
 
@@ -61,6 +63,10 @@ plans = st.builds(
 )
 
 
+# The second turn's steps are larger than the first's; its prompt lies in host; all five beside it cannot have blocks.
+CROWDED = Plan(400, 20, 60, (33, 512), (120,) * 5, "host", 48, 1)
+
+
 @pytest.fixture(scope="module")
 def redis_url():
     if find_redis_server() is None:
@@ -73,7 +79,7 @@ def redis_url():
 def test_any_history_gives_the_bits_of_one_cold_forward(architecture, dtype, redis_url, tmp_path_factory):
     # Not shrunk: an example takes a second, and says what went wrong as it is.
     runner = canonical_runner(architecture, dtype)
-    seen = {"preempted": 0, "cached": 0, "blocks": 0}
+    seen = {"preempted": 0, "cached": 0, "blocks": 0, "larger": 0}
 
     @settings(
         max_examples=6,
@@ -81,6 +87,7 @@ def test_any_history_gives_the_bits_of_one_cold_forward(architecture, dtype, red
         phases=[Phase.explicit, Phase.reuse, Phase.generate],
     )
     @given(plans)
+    @example(CROWDED)
     def holds(plan: Plan):
         folder = tmp_path_factory.mktemp("disk")
         options = {"folder": folder, "redis_url": redis_url, "device_blocks": plan.device_blocks}
@@ -90,7 +97,7 @@ def test_any_history_gives_the_bits_of_one_cold_forward(architecture, dtype, red
             (said,) = rig.run(first)
             seen["blocks"] += assert_exact(rig, runner, first, said)
             rig.keep_only_below()
-            rig.engine._scheduler._max_batch_tokens = plan.budgets[1]
+            launched = _with_steps_of(rig, plan.budgets[1])
             prompt = [*first.token_ids, *said.token_ids, *_tokens(draw, plan.more)]
             jobs = [rig.job("second", prompt, max_tokens=plan.answer, ignore_eos=True)]
             for number, length in enumerate(plan.companions):
@@ -103,10 +110,11 @@ def test_any_history_gives_the_bits_of_one_cold_forward(architecture, dtype, red
                 if job.job_id == "second":
                     seen["cached"] += answer.fates.get(plan.tier, 0)
             seen["preempted"] += rig.engine.load().preemptions
+            assert max(launched) <= plan.budgets[1]
+            seen["larger"] += max(launched) > plan.budgets[0]
 
     holds()
-    assert seen["cached"] > 0
-    assert seen["blocks"] > 0
+    assert min(seen.values()) > 0, seen
 
 
 def test_preempted_sequences_come_back_to_the_same_bits():
@@ -146,6 +154,20 @@ def test_what_is_said_is_what_the_default_mode_says_but_for_rounding():
         exact = reference(canonical_runner(architecture, "float32"), tokens)
         default = reference(default_runner(architecture, "float32"), tokens)
         assert float((exact.logits - default.logits).abs().max()) < 1e-4 * float(default.logits.abs().max())
+
+
+def _with_steps_of(rig: ExactRig, tokens: int) -> list[int]:
+    """From now on, steps of so many tokens at most; the list grows by the size of each that is launched."""
+    rig.engine._budget = StepBudget(tokens)
+    rig.engine._scheduler.max_batch_tokens = tokens
+    launch, launched = rig.engine._pipeline.launch, list[int]()
+
+    def watched(chunks, *others):
+        launched.append(sum(chunk.length for chunk in chunks))
+        return launch(chunks, *others)
+
+    rig.engine._pipeline.launch = watched
+    return launched
 
 
 def _tokens(draw: random.Random, count: int) -> list[int]:

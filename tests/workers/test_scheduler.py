@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstore.blocks import BlockHash, block_hashes
 from kvstore.events import TierName
@@ -273,10 +273,14 @@ class Fixture:
             if len(self.scheduler) == 0:
                 break
             self.step()
+        self.settle()
         self.arrive()  # what was given up comes late
         assert len(self.scheduler) == 0, "a sequence starved"
         assert self.store.refs == [0] * len(self.store.refs), "a block leaked"
         assert not self.scheduler._in_the_making
+
+    def settle(self) -> None:
+        """Take in what is in flight: here nothing is."""
 
     def arrive(self) -> None:
         self.store.slow = False
@@ -287,16 +291,23 @@ class Fixture:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
+    make = Fixture
+
     def __init__(self) -> None:
         super().__init__()
-        self.fixture = Fixture()
+        self.fixture = self.make()
+
+    # As few tokens as sequences decode, and fewer: who prefills must have a turn all the same.
+    @initialize(max_batch_tokens=st.sampled_from([1, 2, 3, 10]), max_running=st.sampled_from([1, 2, 4]))
+    def begin(self, max_batch_tokens, max_running):
+        self.fixture = self.make(max_batch_tokens=max_batch_tokens, max_running=max_running)
 
     @rule(
         stem=st.integers(0, 2),
-        shared=st.integers(0, 20),
-        own=st.integers(1, 27),
+        shared=st.sampled_from([0, 0, 3, 12, 20]),
+        own=st.sampled_from([1, 2, 5, 14, 27]),
         priority=st.sampled_from([0, 0, 1]),
-        max_tokens=st.integers(1, 12),
+        max_tokens=st.integers(1, 20),
         no_store=st.booleans(),
         no_read=st.booleans(),
     )
@@ -305,9 +316,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         options = {"priority": priority, "no_store": no_store, "no_read": no_read}
         self.fixture.add(prompt, max_tokens=max_tokens, **options)
 
-    @rule()
-    def step(self):
-        self.fixture.step()
+    @rule(count=st.sampled_from([1, 2, 4, 12]))
+    def step(self, count):
+        for _ in range(count):
+            self.fixture.step()
 
     @rule(slow=st.booleans())
     def loads_take_their_time(self, slow):
@@ -368,7 +380,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.fixture.finish()
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestSchedulerMachine = SchedulerMachine.TestCase
 
 
@@ -378,6 +390,23 @@ def test_decodes_go_before_prefills_and_share_one_budget():
     rig.step()
     rig.add([2] * 20)
     assert [(chunk.sequence.arrival, chunk.length) for chunk in rig.step()] == [(1, 1), (2, 5)]
+    rig.finish()
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 2, 3])
+def test_the_first_in_rank_computes_though_others_decode_without_end(max_batch_tokens):
+    rig = Fixture(num_blocks=60, max_batch_tokens=max_batch_tokens)
+    rig.add([7] * 16 + [1], max_tokens=1)
+    rig.finish()  # what follows finds its prompt in the cache, and decodes at once
+    first = rig.add([1] * 40, priority=1, max_tokens=1)
+    for number in range(45):
+        while len(rig.scheduler) < 4:
+            rig.add([7] * 16 + [100 + number], max_tokens=30)
+        chunks = rig.step()
+        assert len(chunks) == min(4, max_batch_tokens), "what the first leaves is used"
+        if first in rig.ended:
+            break
+    assert first in rig.ended
     rig.finish()
 
 

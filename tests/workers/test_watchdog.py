@@ -16,6 +16,7 @@ import pytest
 from tests.workers.serving import INFO, Gate, config, routers, simulated
 from tests.workers.stream_client import PATIENCE_S, job
 from warmkv.v1 import common_pb2
+from workers.protocol import StepReport
 from workers.server import WorkerServer
 from workers.watchdog import EngineGoneError, EngineStuckError, Watchdog
 
@@ -139,12 +140,106 @@ def test_a_call_that_keeps_the_interpreters_lock_ends_the_process_with_all_stack
 
 
 @pytest.mark.asyncio
-async def test_cancelling_the_watch_disarms_the_last_resort() -> None:
+async def test_disarming_takes_the_last_resort_away() -> None:
     bites: list[BaseException] = []
     dog = Watchdog(Turns(*[0.0] * 1000), 0.1, bites.append, last_resort=True)
     watching = asyncio.create_task(dog.watch())
     await asyncio.sleep(0.05)
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
+    dog.disarm()
     await asyncio.sleep(0.4)  # this process would have ended by now
     assert bites == []
+
+
+class HangsInClose:
+    """An engine that cannot be closed. `close` is what it does instead; `raises`: its first step fails."""
+
+    def __init__(self, *, raises: BaseException | None = None) -> None:
+        self._engine, self._raises = simulated(), raises
+        self.info = self._engine.info
+        self.closing, self.may_close = threading.Event(), threading.Event()
+
+    def has_work(self) -> bool:
+        return self._raises is not None or self._engine.has_work()
+
+    def step(self) -> StepReport:
+        if self._raises is not None:
+            raise self._raises
+        return self._engine.step()
+
+    def close(self, *, flush_s: float) -> None:
+        self.closing.set()
+        assert self.may_close.wait(PATIENCE_S), "nobody let it close"
+        self._engine.close(flush_s=flush_s)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+
+@pytest.mark.parametrize("watchdog_s", [0.0, 300.0])
+def test_an_engine_that_raises_and_then_hangs_in_close_does_not_keep_its_worker_alive(
+    monkeypatch: pytest.MonkeyPatch, watchdog_s: float
+) -> None:
+    monkeypatch.setattr("workers.server.FAILED_GRACE_S", 0.3)
+    broken, died = RuntimeError("CUDA error: an illegal memory access"), []
+    engine = HangsInClose(raises=broken)
+    server = WorkerServer(config(watchdog_s=watchdog_s), engine, on_fatal=died.append)  # type: ignore[arg-type]
+    server.start()
+    assert server.wait_closed(PATIENCE_S / 2), "its end waits for ever"
+    server.close()
+    assert engine.closing.is_set()
+    assert died == [broken]
+    engine.may_close.set()
+
+
+def test_an_engine_that_hangs_in_close_at_a_good_end_is_stuck_too() -> None:
+    engine, died = HangsInClose(), []
+    server = WorkerServer(config(watchdog_s=0.3), engine, on_fatal=died.append)  # type: ignore[arg-type]
+    server.start()
+    server.close(flush_s=0.5)
+    (failure,) = died
+    assert isinstance(failure, EngineStuckError)
+    assert "in close" in str(failure)
+    engine.may_close.set()
+
+
+def test_flushing_is_no_hanging() -> None:
+    engine = HangsInClose()
+    server = WorkerServer(config(watchdog_s=0.3), engine)  # type: ignore[arg-type]
+    server.start()
+    closing = threading.Thread(target=server.close, kwargs={"flush_s": 30.0})
+    closing.start()
+    assert engine.closing.wait(PATIENCE_S)
+    time.sleep(0.8)
+    engine.may_close.set()
+    closing.join()
+    assert server.failure is None
+
+
+def test_a_close_that_keeps_the_interpreters_lock_after_a_failure_ends_the_process() -> None:
+    script = textwrap.dedent(
+        """
+        import ctypes, time
+        import workers.server
+        from tests.workers.serving import config
+        from tests.workers.test_watchdog import HangsInClose
+
+        workers.server.LAST_RESORT_S = 1.0
+
+        class HoldsTheLock(HangsInClose):
+            def close(self, *, flush_s):
+                time.sleep(0.3)
+                ctypes.PyDLL(None).sleep(60)  # PyDLL: the lock is kept
+
+        engine = HoldsTheLock(raises=RuntimeError("CUDA error"))
+        server = workers.server.WorkerServer(config(), engine, on_fatal=print, owns_process=True)
+        server.start()
+        server.wait_closed()
+        """
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, env=dict(os.environ), check=False
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "in close" in ended.stderr

@@ -33,12 +33,13 @@ class ExactBackend:
     """See the module.
 
     Attributes:
+        block: rows of a call are filled up to a multiple of it; ROWS where calls of fewer give other bits.
         small_block: whether few rows come in a block of SMALL_BLOCK; set once it is known to give the same bits.
     """
 
     def __init__(self) -> None:
         """Start with blocks of one size."""
-        self.small_block = False
+        self.block, self.small_block = BLOCK, False
 
     def attend(
         self,
@@ -88,7 +89,7 @@ class ExactBackend:
     def _block_rows(self, packed: int) -> int:
         if self.small_block and packed <= SMALL_BLOCK:
             return SMALL_BLOCK
-        return -(-packed // BLOCK) * BLOCK
+        return -(-packed // self.block) * self.block
 
 
 def _tiles(span: Span, group: int) -> Iterator[tuple[int, int]]:

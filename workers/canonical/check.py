@@ -5,7 +5,8 @@ size, and with the cuts moved, so that rows lie at other places of a forward and
 logits or K/V differ in one bit is not used; if the place of a row in a forward makes a difference, the mode is refused.
 
 This sees which kernels the libraries choose, since that follows from the sizes, which are those that are used later.
-What half precision would hide of it is seen by `products`; what kinds of operations there are, by `audit`.
+What half precision would hide of it is seen by `products` and `attention`; what kinds of operations there are, by
+`audit`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from kvstore.layout import KVLayout
-from workers.attention.exact_backend import KEYS, ExactBackend
+from workers.attention.exact_backend import KEYS, ROWS, ExactBackend
 from workers.attention.step import KVViews, Span
+from workers.canonical.attention import rows_agree
 from workers.canonical.audit import Audit
 from workers.canonical.products import Shape, agree
 
@@ -77,13 +79,16 @@ def find_sizes(
     """The sizes at which rows have the bits that they have at the anchor, and SHA-256 of these bits.
 
     Args:
-        runner: the model. backend: its attention, whose small block is switched on where it agrees.
+        runner: the model. backend: its attention, whose blocks are set as they agree.
         anchor: the size to compare with. candidates: sizes to try, ascending, the anchor among them.
         shapes: of the model's products.
 
     Raises:
         NotDeterministic: rows differ by where they lie in a forward even at the anchor.
     """
+    if not rows_agree(backend, runner.layout, runner.device):
+        backend.block = ROWS
+        log.warning("deterministic mode: attention of few rows rounds differently on this machine, and is filled up")
     trial = Trial(runner, max(candidates[-1], anchor, KEYS) + FEW)
     runner.sizes = (anchor,)
     trial.compute_reference(anchor)
