@@ -24,6 +24,7 @@ from pydantic_settings import NoDecode
 from deploy.quantities import Duration, OptionalDuration, Size, format_size
 from kvstore.eviction.tail import DEFAULT_THRESHOLD_S
 from kvstore.patience import DEFAULT_SLACK_S
+from router.config import DEFAULT_CONSTRAINT_BYTES
 from router.index import DEFAULT_BYTES
 from workers.roles import parse_roles
 
@@ -273,6 +274,13 @@ class RouterSettings(_Section):
     )
     shared_tier_reads: bool = Field(default=True, description="Whether workers read blocks from the shared tier.")
     max_prompt_bytes: Size = Field(default=16 << 20, ge=1, description="Larger prompts are refused.")
+    max_constraint_bytes: Size = Field(
+        default=DEFAULT_CONSTRAINT_BYTES,
+        ge=1,
+        le=1 << 20,
+        description="Larger JSON schemas, regular expressions and grammars are refused: compiling one takes a core of "
+        "its worker up to 10 ms for each KiB.",
+    )
     index_bytes: Size = Field(
         default=DEFAULT_BYTES,
         description="Memory of the prefix index; when it ends, the blocks of the least recently placed run are "

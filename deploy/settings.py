@@ -141,6 +141,7 @@ class Settings(BaseSettings):
             weights=dict(router.weights),
             shared_tier_reads=router.shared_tier_reads,
             max_prompt_bytes=router.max_prompt_bytes,
+            max_constraint_bytes=router.max_constraint_bytes,
             index_bytes=router.index_bytes,
             max_in_flight=router.max_in_flight,
             max_in_flight_per_tenant=router.max_in_flight_per_tenant,

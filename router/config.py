@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from router.index import DEFAULT_BYTES
 
+# Up to 10 ms for each KiB is what compiling one takes a worker; larger schemas of real tools are rare.
+DEFAULT_CONSTRAINT_BYTES = 16 << 10
+
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
@@ -68,6 +71,7 @@ class RouterConfig:
         fleet_secret: presented to workers; tenant salts are derived from it, so all routers of a fleet share it.
         policy, weights: in force until the fleet record says otherwise. shared_tier_reads: likewise.
         max_prompt_bytes: larger prompts are refused before they are encoded.
+        max_constraint_bytes: larger constraints on answers are refused, as compiling them slows their worker.
         index_bytes: memory of the index; when it ends, the least recently placed run of blocks is forgotten.
         max_in_flight: requests at once; more are refused. max_in_flight_per_tenant: likewise for one tenant.
         overload: who waits, who is refused, and whose turn it is when workers cannot keep up.
@@ -99,6 +103,7 @@ class RouterConfig:
     weights: dict[str, float] = field(default_factory=dict)
     shared_tier_reads: bool = True
     max_prompt_bytes: int = 16 << 20
+    max_constraint_bytes: int = DEFAULT_CONSTRAINT_BYTES
     index_bytes: int = DEFAULT_BYTES
     max_in_flight: int = 1024
     max_in_flight_per_tenant: int = 512

@@ -3,6 +3,9 @@
 Covers: its size, what it must not go with, and its syntax by the library that workers compile it with. Does not cover:
 whether it fits the model's tokens, which its worker finds out. Most take a millisecond or two; as large ones take a
 hundred, they are looked at in a thread, and those that were right lately are not looked at again.
+
+Why there is a bound: to compile one takes up to 10 ms of a core for each KiB on its worker, and half as much here, and
+on a worker whose model computes on the CPU steps last up to twice as long meanwhile (measured, see docs/sampling.md).
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ from collections import OrderedDict
 
 from llguidance import LLMatcher
 
+from router.config import DEFAULT_CONSTRAINT_BYTES
 from router.errors import InvalidRequest
 from warmkv.v1 import common_pb2
 
-MAX_BYTES = 64 << 10
 _MOST_REMEMBERED = 256
 _NAMES = {"json_schema": "a JSON Schema", "regex": "a regular expression", "grammar": "a grammar in Lark syntax"}
 
@@ -24,7 +27,9 @@ _NAMES = {"json_schema": "a JSON Schema", "regex": "a regular expression", "gram
 class ConstraintChecks:
     """Checks, and remembers what was right. Owned by one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_bytes: int = DEFAULT_CONSTRAINT_BYTES) -> None:
+        """`max_bytes`: of the text of one, in UTF-8."""
+        self._max_bytes = max_bytes
         self._right: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     async def check(self, sampling: common_pb2.SamplingParams) -> None:
@@ -43,8 +48,14 @@ class ConstraintChecks:
         await self._check_text(kind, getattr(sampling.constraint, kind))
 
     async def _check_text(self, kind: str, text: str) -> None:
-        if not 1 <= len(text.encode()) <= MAX_BYTES:
-            raise _wrong(f".{kind} has {len(text.encode()):,} bytes; send 1 to {MAX_BYTES:,}.")
+        size = len(text.encode())
+        if not size:
+            raise _wrong(f".{kind} is empty; send {_NAMES[kind]}, or leave the constraint out.")
+        if size > self._max_bytes:
+            raise _wrong(
+                f".{kind} has {size:,} bytes and this router takes {self._max_bytes:,}; leave out descriptions and"
+                " what repeats, or have the operator raise router.max_constraint_bytes."
+            )
         if (kind, text) not in self._right:
             problem = await asyncio.to_thread(_problem, kind, text)
             if problem:

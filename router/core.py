@@ -108,7 +108,7 @@ class Router:
             version=_package_version(),
             tenants=named_tenants(config.overload),
         )
-        self._constraints = ConstraintChecks()
+        self._constraints = ConstraintChecks(max_bytes=config.max_constraint_bytes)
         self._admission = Admission(config.max_in_flight, config.max_in_flight_per_tenant)
         self._index = PrefixIndex(clock, limit_bytes=config.index_bytes, settle=settle)
         self._beliefs = Beliefs(self._index, clock, ttl_s=config.belief_ttl_s)

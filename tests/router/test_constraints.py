@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from router import constraints
-from router.constraints import MAX_BYTES, ConstraintChecks
-from router.errors import InvalidRequest
+from router.config import DEFAULT_CONSTRAINT_BYTES
+from router.constraints import ConstraintChecks
+from router.errors import InvalidRequest, NotSupported
+from tests.router.rig import all_ready, generate, request, rig, tokens
 from warmkv.v1 import common_pb2
 
 
@@ -38,8 +40,8 @@ async def test_good_ones_pass(kind: dict[str, Any]) -> None:
     [
         ({}, "is empty; set one of"),
         ({"json_object": False}, "json_object is false; set it to true"),
-        ({"regex": ""}, r"\.regex has 0 bytes; send 1 to 65,536"),
-        ({"regex": "a" * (MAX_BYTES + 1)}, "65,537 bytes"),
+        ({"regex": ""}, r"\.regex is empty; send a regular expression"),
+        ({"regex": "a" * (DEFAULT_CONSTRAINT_BYTES + 1)}, "16,385 bytes and this router takes 16,384; .* router.max_constraint_bytes"),
         ({"regex": "("}, "unclosed group"),
         ({"regex": "a(?!b)"}, "look-around"),
         ({"grammar": "start: nothing"}, "unknown name"),
@@ -48,7 +50,7 @@ async def test_good_ones_pass(kind: dict[str, Any]) -> None:
         ({"json_schema": "[]"}, "no JSON object"),
         ({"json_schema": '{"type": "nonsense"}'}, "nonsense"),
         ({"json_schema": '{"type": "array", "uniqueItems": true}'}, "uniqueItems"),
-        ({"json_schema": "[" * 30000}, "json_schema cannot be used"),
+        ({"json_schema": "[" * 15000}, "json_schema cannot be used"),
     ],
 )
 async def test_bad_ones_are_refused_with_what_is_wrong(kind: dict[str, Any], words: str) -> None:
@@ -77,3 +79,26 @@ async def test_one_that_was_right_is_not_looked_at_again_and_a_wrong_one_is(monk
     for number in range(300):
         await checks.check(sampling(json_schema=json.dumps({"const": number})))
     assert len(checks._right) == 256
+
+
+@pytest.mark.asyncio
+async def test_the_bound_is_a_setting_and_counts_bytes() -> None:
+    checks = ConstraintChecks(max_bytes=10)
+    await checks.check(sampling(regex="é" * 5))
+    with pytest.raises(InvalidRequest, match="11 bytes and this router takes 10"):
+        await checks.check(sampling(regex="é" * 5 + "a"))
+
+
+@pytest.mark.asyncio
+async def test_a_router_refuses_by_its_setting_before_any_worker_is_asked() -> None:
+    async with rig(1) as fleet:
+        router = await fleet.start_router(max_constraint_bytes=20)
+        await all_ready(router, 1)
+        body = request(tokens(1, 20), 4)
+        body.sampling.ignore_eos = False
+        body.sampling.constraint.regex = "a{1,3}" * 4
+        with pytest.raises(InvalidRequest, match="24 bytes and this router takes 20"):
+            await generate(router, body)
+        body.sampling.constraint.regex = "a{1,3}"
+        with pytest.raises(NotSupported, match="simulated"):
+            await generate(router, body)

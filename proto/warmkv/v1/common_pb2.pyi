@@ -286,7 +286,8 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 @_typing.final
 class Constraint(_message.Message):
     """A form that the answer's text is held to: tokens that would leave it are never sampled, and the answer may end when
-    the text is complete, and only then, unless max_tokens, a stop string or a stop token cuts it short. At most 64 KiB.
+    the text is complete, and only then, unless max_tokens, a stop string or a stop token cuts it short. At most
+    16 KiB, unless the operator says otherwise (router.max_constraint_bytes).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
