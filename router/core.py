@@ -159,6 +159,7 @@ class Router:
         """Leave the fleet; requests that still run end with an error."""
         self.drain()
         self._attempts.close()
+        self._constraints.close()
         if self._auditing is not None:
             self._auditing.cancel()
         await self.fleet.close()

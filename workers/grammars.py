@@ -18,10 +18,15 @@ from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from kvstore.deep_threads import deep_threads
 from workers.protocol import Constraint
 
 _MOST_CACHED = 64
 _THREADS = 2  # one that takes seconds does not hold up all others
+# Routers refuse larger ones. The library recurses over rules that name rules: so much of them, nested as deeply as it
+# allows, takes nearly 60 MiB of its thread's stack; masks take none of it.
+_MOST_BYTES = 64 << 10
+_STACK_BYTES = 256 << 20
 # A run of blanks is a form of JSON that weak models never leave: one space, or a line break with its indentation.
 _JSON_WHITESPACE = r"( |\n[ \t]{0,40})"
 _ANY_OBJECT = '{"type": "object"}'
@@ -88,21 +93,21 @@ class Grammars:
 
     def __init__(self, tokenizer_file: Path, *, vocab_size: int, end_tokens: Sequence[int]) -> None:
         self._file, self._vocab_size, self._end_tokens = tokenizer_file, vocab_size, list(end_tokens)
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
+        self._pool: ThreadPoolExecutor | None = None
         self._tokenizer: Future[LLTokenizer] | None = None
         self._compiled: OrderedDict[Constraint, Future[Grammar]] = OrderedDict()
 
     def prepare(self) -> None:
         """Begin to read the tokenizer, which takes a second for a large vocabulary: else the first constraint does."""
         if self._tokenizer is None:
-            self._tokenizer = self._pool.submit(self._read_tokenizer)
+            self._tokenizer = self._threads().submit(self._read_tokenizer)
 
     def compile(self, constraint: Constraint) -> Future[Grammar]:
         """The compiled constraint, of the cache if it was asked for lately; the future's error is a ConstraintError."""
         known = self._compiled.get(constraint)
         if known is None:
             self.prepare()
-            known = self._compiled[constraint] = self._pool.submit(self._compile, constraint)
+            known = self._compiled[constraint] = self._threads().submit(self._compile, constraint)
             while len(self._compiled) > _MOST_CACHED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(constraint)
@@ -110,7 +115,13 @@ class Grammars:
 
     def close(self) -> None:
         """Compile nothing more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = deep_threads(_THREADS, stack_bytes=_STACK_BYTES, name="grammar")
+        return self._pool
 
     def _read_tokenizer(self) -> LLTokenizer:
         text = self._file.read_text(encoding="utf-8")
@@ -135,14 +146,16 @@ def source_of(constraint: Constraint) -> str:
     """The library's form of a constraint.
 
     Raises:
-        ConstraintError: it is no JSON, or of an unknown kind.
+        ConstraintError: it is no JSON, or of an unknown kind, or too large.
     """
+    if len(constraint.text.encode()) > _MOST_BYTES:
+        raise ConstraintError(f"a worker takes {_MOST_BYTES:,} bytes of a constraint at most")
     make = _SOURCES.get(constraint.kind)
     if make is None:
         raise ConstraintError(f"there is no constraint of the kind {constraint.kind!r}")
     try:
         return make(constraint.text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConstraintError(str(error)) from error
 
 
