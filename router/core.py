@@ -256,9 +256,9 @@ class Router:
         """Every worker known, sorted by name."""
         return self._board.workers()
 
-    def drain_worker(self, worker: str) -> int:
-        """Send it nothing new, on all routers; requests that still run there. Raises WorkerNotFound."""
-        return self._operators.drain_worker(worker)
+    def drain_worker(self, worker: str, *, hand_over_after_s: float | None = None) -> int:
+        """Send it nothing new, on all routers; requests that still run there. See `RouterApi`."""
+        return self._operators.drain_worker(worker, hand_over_after_s=hand_over_after_s)
 
     def undrain_worker(self, worker: str) -> None:
         """Send to it again. Raises WorkerNotFound."""

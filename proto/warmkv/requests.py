@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypedDict, cast
 
+from warmkv.errors import InvalidOption
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 
 
@@ -260,6 +261,20 @@ def pin_request(options: PromptOptions, *, seconds: int | None, workers: Sequenc
     return admin_pb2.PinRequest(
         tenant=options.get("tenant", ""), prompt=prompt_of(options), seconds=seconds, workers=workers
     )
+
+
+def drain_request(worker: str, hand_over_after_s: float | None) -> admin_pb2.DrainWorkerRequest:
+    """The request of `drain`.
+
+    Raises:
+        InvalidOption: a negative time.
+    """
+    request = admin_pb2.DrainWorkerRequest(worker=worker)
+    if hand_over_after_s is not None:
+        if not 0 <= hand_over_after_s < 1e9:
+            raise InvalidOption(f"hand_over_after_s is {hand_over_after_s!r}; give seconds from 0")
+        request.hand_over_after_ms = round(hand_over_after_s * 1000)
+    return request
 
 
 def unpin_request(options: PromptOptions, *, workers: Sequence[str]) -> admin_pb2.UnpinRequest:

@@ -345,6 +345,14 @@ def test_a_drained_worker_is_shown_as_such_and_gets_nothing(fleet: Fleet) -> Non
     assert re.search(r"^w0 +ready", fleet.run("status").stdout, re.M)
 
 
+def test_drain_with_a_handover_says_when_what_runs_goes_on_elsewhere(fleet: Fleet) -> None:
+    for options, said in ([], "other workers now"), (["--after", "1m30s"], "other workers after 1m30s"):
+        assert said in fleet.run("drain", "w0", "--hand-over", *options).stdout
+    for options in ["--after", "5s"], ["--hand-over", "--after", "soon"]:
+        assert fleet.run("drain", "w0", *options).returncode == 2
+    assert fleet.run("undrain", "w0").returncode == 0
+
+
 def test_status_shows_workers_tiers_policy_and_hit_rate(fleet: Fleet) -> None:
     fleet.run("generate", PROMPT, "--max-tokens", "1")
     done = fleet.run("status")
