@@ -67,15 +67,15 @@ class Operators:
         unable = handover.unable(links)
         if link.name in unable:
             raise NotSupported(
-                f"Worker {link.name} is not connected, or runs an older warmkv that hands nothing over; drain it without"
-                " a handover.",
+                f"Worker {link.name} is not connected, or runs an older warmkv that hands nothing over; drain it"
+                " without a handover.",
                 worker=link.name,
             )
         able = [each for each in links if each is not link and each.role != PREFILL and each.name not in unable]
         if not any(self._fleet.takes_requests(each) for each in able):
             raise NoWorkerAvailable(
-                f"No other worker can go on with what runs on {link.name}, which was not drained; start one, or drain it"
-                " without a handover.",
+                f"No other worker can go on with what runs on {link.name}, which was not drained; start one, or drain"
+                " it without a handover.",
                 retry_after_s=1.0,
             )
 

@@ -29,9 +29,9 @@ from warmkv.v1 import worker_pb2
 LOST = "LOST"
 
 
-async def upgraded_around(fleet: Rig, name: str) -> OldWire:
+async def upgraded_around(fleet: Rig, name: str, **options: object) -> OldWire:
     """Start a worker that is of the last release for whoever connects."""
-    server = worker_server(name)
+    server = worker_server(name, **options)  # type: ignore[arg-type]
     fleet.workers[name] = server
     wire = OldWire(server.start())
     fleet.addresses[name] = await wire.start()
@@ -95,13 +95,15 @@ async def test_a_fleet_in_the_middle_of_its_upgrade_serves_from_both_sides() -> 
 @pytest.mark.asyncio
 async def test_closing_a_request_reaches_a_worker_of_the_last_release() -> None:
     async with rig(0) as fleet:
-        wire = await upgraded_around(fleet, "w0")
+        wire = await upgraded_around(fleet, "w0", timing=SLOW)
         router = await fleet.start_router()
         await all_ready(router, 1)
         answer = router.generate(request(tokens(1, 40), 4000), caller=ALICE, context=context("id-1"))
         async for _ in answer:
             break
+        await eventually(lambda: [worker.running for worker in router.list_workers()] == [1])
         await answer.aclose()
+        # To its end the answer would take 80 s.
         await eventually(lambda: not any(worker.running or worker.waiting for worker in router.list_workers()))
         await router.close()
         await wire.stop()
