@@ -157,7 +157,7 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def node_versions(timeout_s: float) -> dict[str, str]:
-    """By node, `Python 3.11.2, ray 2.60.0, torch 2.13.0, warmkv 0.1.0`, or what is wrong with it."""
+    """By node, `Python 3.11.2, ray 2.60.0, torch 2.13.0, warmkv 0.2.0`, or what is wrong with it."""
 
     def versions() -> str:  # sent by value: a node without our package must be able to say so
         import importlib.metadata

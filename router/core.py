@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import grpc
@@ -57,6 +56,7 @@ from router.validation import check_cache, check_model, check_priority, filled_c
 from router.waiting_room import WaitingRoom
 from router.watching import Watchers
 from router.worker_stream import LinkSettings
+from warmkv import versions
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 
 _WAIT_FOR_WORKER_S = 3.0
@@ -105,7 +105,7 @@ class Router:
         self.metrics = Metrics(
             router=config.name,
             model=config.model_name,
-            version=_package_version(),
+            version=versions.VERSION,
             tenants=named_tenants(config.overload),
         )
         self._constraints = ConstraintChecks(max_bytes=config.max_constraint_bytes)
@@ -382,7 +382,7 @@ class Router:
             discovery,
             self._index,
             self.metrics,
-            LinkSettings(config.name, _package_version(), config.fleet_secret, credentials),
+            LinkSettings(config.name, versions.VERSION, config.fleet_secret, credentials),
             Expected(config.model_name, encoder.tokenizer_sha256),
             record,
             clock=self._clock,
@@ -416,10 +416,3 @@ def _code_of_leaving(context: RequestContext) -> grpc.StatusCode:
 
 def _kept_nowhere(_record: FleetRecord) -> None:
     return
-
-
-def _package_version() -> str:
-    try:
-        return version("warmkv")
-    except PackageNotFoundError:
-        return "unknown"

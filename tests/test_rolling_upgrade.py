@@ -8,7 +8,7 @@ import pytest
 
 from router.core import Router
 from router.errors import NoWorkerAvailable
-from tests.released_contract import PROTOCOL_VERSION, OldWire, released
+from tests.released_contract import PROTOCOL_VERSION, RELEASED, OldWire, released
 from tests.router.rig import (
     ALICE,
     Rig,
@@ -48,6 +48,13 @@ def test_the_last_release_is_one_version_back() -> None:
     hello = worker_pb2.RouterHello(protocol_version=versions.OLDEST, newest_protocol_version=versions.NEWEST)
     old = released("RouterHello").FromString(hello.SerializeToString())
     assert old.protocol_version == PROTOCOL_VERSION  # type: ignore[attr-defined]
+
+
+def test_the_package_is_one_minor_version_ahead_of_the_last_release() -> None:
+    """So that what ends say of themselves tells them apart."""
+    (last,) = RELEASED.parent.glob("*.binpb")
+    major, minor = (int(part) for part in last.stem.split("."))
+    assert versions.VERSION.startswith(f"{major}.{minor + 1}.")
 
 
 @pytest.mark.asyncio

@@ -23,6 +23,7 @@ from deploy.settings import Settings
 from router.cache_orders import ANSWER_TIMEOUT_S
 from router.fleet_clears import CLEAR_TIMEOUT_S
 from router.warming import COMPUTE_TIMEOUT_S
+from warmkv import versions
 
 if TYPE_CHECKING:
     from conftest import Fleet, Warmkv
@@ -77,7 +78,7 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
 
 def test_the_version_is_printed() -> None:
     done = CliRunner().invoke(app, ["--version"])
-    assert (done.exit_code, done.output) == (0, "warmkv 0.1.0\n")
+    assert (done.exit_code, done.output) == (0, f"warmkv {versions.VERSION}\n")
 
 
 def test_the_command_line_starts_without_torch_ray_or_grpc() -> None:
