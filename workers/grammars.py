@@ -32,6 +32,14 @@ _JSON_WHITESPACE = r"( |\n[ \t]{0,40})"
 _ANY_OBJECT = '{"type": "object"}'
 # Bounds of one grammar's memory (1 to 2 kB a state) and of the time of one mask; errors go to callers, so no internals.
 _MOST_STATES = 50_000
+# Steps of building a lexer: 0.1 s for one that needs more, where the library's own bound allows 1 s, and a tenth of
+# it for the mask that finds that it cannot go on. Schemas and expressions of 16 KiB need far fewer.
+_MOST_FUEL = 200_000
+_WORDS = {
+    "NoExtensionBias": "no answer can begin under it, as its rules or references lead back to themselves without an end",
+    "too many expressions constructed": "it stands for too many alternatives; use smaller repetitions, or fewer within one"
+    " another",
+}
 
 
 class ConstraintError(ValueError):
@@ -132,9 +140,8 @@ class Grammars:
             raise ConstraintError("the tokenizer was not read")
         tokenizer = self._tokenizer.result()
         source = source_of(constraint)
-        matcher = LLMatcher(
-            tokenizer, source, log_level=0, limits=LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
-        )
+        limits = LLParserLimits(initial_lexer_fuel=_MOST_FUEL, max_lexer_states=_MOST_STATES, verbose_errors=False)
+        matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # builds the lexer's first states, which all that begin from it share, here
         if matcher.is_error():
@@ -174,4 +181,6 @@ _SOURCES: dict[str, Callable[[str], str]] = {
 
 
 def _in_one_line(message: str) -> str:
-    return " ".join(message.split("\n<state>")[0].split())[:500]
+    """Of the library's message what helps its caller."""
+    text = " ".join(message.split("\n<state>")[0].replace("<non-verbose/>", "").split())
+    return next((words for internal, words in _WORDS.items() if internal in text), text)[:500]

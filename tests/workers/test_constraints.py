@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 from tokenizers import Tokenizer
 
 from tests.deep_constraints import NAMES
@@ -368,3 +369,37 @@ def test_what_nests_as_deeply_as_its_size_allows_ends_no_worker() -> None:
 def test_a_worker_bounds_what_it_compiles_whatever_its_router_let_pass() -> None:
     with pytest.raises(ConstraintError, match="65,536 bytes"):
         source_of(Constraint("regex", "a" * 65_537))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_schema", '{"$ref": "#"}'),
+        ("json_schema", '{"anyOf": [{"$ref": "#"}]}'),
+        ("grammar", "start: a\na: b\nb: a"),
+        ("regex", "a{1000}{1000}"),
+    ],
+)
+def test_what_cannot_be_followed_is_told_in_words(rig: Rig, kind: str, text: str) -> None:
+    (answer,) = _held_to(rig, kind, text, count=1)
+    assert answer.error is not None
+    told = answer.error.message
+    assert re.search("lead back to themselves without an end|too many alternatives; use smaller repetitions", told)
+    assert "<" not in told
+    assert "Bias" not in told
+
+
+def test_what_is_too_complex_is_given_up_after_a_bounded_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+
+    def limits(**bounds: object) -> LLParserLimits:
+        made = LLParserLimits(**bounds)  # type: ignore[arg-type]
+        given.append(made.initial_lexer_fuel)
+        return made
+
+    monkeypatch.setattr("workers.grammars.LLParserLimits", limits)
+    grammars = Grammars(model_folder() / "tokenizer.json", vocab_size=1024, end_tokens=[0])
+    words = "|".join(f"word{number}" for number in range(1500))
+    assert grammars.compile(Constraint("regex", f"({words})( ({words}))*")).result().begin().mask()
+    assert given == [200_000]
+    grammars.close()
