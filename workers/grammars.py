@@ -36,9 +36,9 @@ _MOST_STATES = 50_000
 # it for the mask that finds that it cannot go on. Schemas and expressions of 16 KiB need far fewer.
 _MOST_FUEL = 200_000
 _WORDS = {
-    "NoExtensionBias": "no answer can begin under it, as its rules or references lead back to themselves without an end",
-    "too many expressions constructed": "it stands for too many alternatives; use smaller repetitions, or fewer within one"
-    " another",
+    "NoExtensionBias": "no answer can begin under it: its rules or references lead back to themselves without an end",
+    "too many expressions constructed": "it stands for too many alternatives; use smaller repetitions, or none within"
+    " others",
 }
 
 
