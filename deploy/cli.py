@@ -59,9 +59,9 @@ RedisUrl = Annotated[
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from warmkv.versions import VERSION
 
-        typer.echo(f"warmkv {version('warmkv')}")
+        typer.echo(f"warmkv {VERSION}")
         raise typer.Exit
 
 

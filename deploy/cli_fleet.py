@@ -73,12 +73,20 @@ def scale(
 def drain(
     worker: WorkerName,
     *,
+    hand_over: Annotated[
+        bool, typer.Option("--hand-over", help="What runs there goes on at other workers, without a token lost.")
+    ] = False,
+    after: Annotated[
+        str, typer.Option("--after", metavar="DURATION", help="With --hand-over: so long it may still finish there.")
+    ] = "0s",
     connection: Connection,
 ) -> None:
     """Send a worker nothing new, on all routers; what runs there goes on. `undrain` takes it back."""
+    after_s = _after(after, hand_over=hand_over)
     with connection.client() as client:
-        running = client.drain(worker)
-    typer.echo(f"{worker} is drained; {running} requests still run there")
+        running = client.drain(worker, hand_over_after_s=after_s)
+    then = "" if after_s is None else f" and go on at other workers {f'after {after}' if after_s else 'now'}"
+    typer.echo(f"{worker} is drained; {running} requests still run there{then}")
 
 
 @reports_failures
@@ -207,6 +215,18 @@ def _set_shadow(connection: Connection, name: str, weights: dict[str, float], sh
     with connection.client() as client:
         client.set_shadow_policy(name, weights)
     typer.echo(f"{name} scores the live requests; `warmkv policy shadow` shows what it would have done")
+
+
+def _after(text: str, *, hand_over: bool) -> float | None:
+    from deploy.quantities import parse_duration
+
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise Failure(f"--after {text}: {error}", USAGE) from None
+    if seconds and not hand_over:
+        raise Failure("--after is for --hand-over; add that, or leave it out", USAGE)
+    return seconds if hand_over else None
 
 
 def _weight(text: str) -> tuple[str, float]:

@@ -21,7 +21,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from workers.actor import WorkerActor, WorkerDescription
+from workers.actor import Farewell, RayWorkerActor, WorkerDescription
 from workers.config import WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class Placement:
     def scale(self, count: int, *, drain_s: float, flush_s: float) -> tuple[list[str], list[str]]:
         """Place the missing ones of w0 to w(count - 1), end all others; names placed, names ended.
 
+        `drain_s` and `flush_s` hold for those that end, and for those that are placed should they get SIGTERM.
+
         Placing returns at once: a worker that finds no room waits for it.
         """
         with self._changing:
@@ -89,7 +91,7 @@ class Placement:
             if missing:
                 blueprint = self.blueprint()
                 for name in missing:
-                    _place(name, blueprint)
+                    _place(name, blueprint, Farewell(drain_s, flush_s))
             _end(surplus, drain_s=drain_s, flush_s=flush_s)
         return missing, surplus
 
@@ -155,7 +157,7 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def node_versions(timeout_s: float) -> dict[str, str]:
-    """By node, `Python 3.11.2, ray 2.60.0, torch 2.13.0, warmkv 0.1.0`, or what is wrong with it."""
+    """By node, `Python 3.11.2, ray 2.60.0, torch 2.13.0, warmkv 0.2.0`, or what is wrong with it."""
 
     def versions() -> str:  # sent by value: a node without our package must be able to say so
         import importlib.metadata
@@ -251,7 +253,7 @@ def _blueprint_of(name: str) -> Blueprint | None:
     return Blueprint(config, dict(placement_group_table(group)["bundles"][0]))
 
 
-def _place(name: str, blueprint: Blueprint) -> None:
+def _place(name: str, blueprint: Blueprint, farewell: Farewell) -> None:
     _remove_group(name)  # of an earlier worker of that name whose end was cut short
     bundle = {resource: amount for resource, amount in blueprint.bundle.items() if amount}
     group = placement_group(
@@ -266,7 +268,8 @@ def _place(name: str, blueprint: Blueprint) -> None:
         "num_gpus": bundle.get("GPU", 0.0),
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=False),
     }
-    ray.remote(WorkerActor).options(**options).remote(replace(blueprint.config, name=name))
+    config = replace(blueprint.config, name=name)
+    ray.remote(RayWorkerActor).options(**options).remote(config, farewell=farewell)
     log.info("worker placed", extra={"worker": name, "bundle": bundle})
 
 

@@ -50,6 +50,8 @@ Logprobs = Annotated[
     typer.Option("--logprobs", min=0, max=20, help="With --json: log-probabilities, with so many alternatives."),
 ]
 
+Adapter = Annotated[str | None, typer.Option("--adapter", help="A LoRA adapter; none are served yet.")]
+
 
 def asks_shape(command: Callable[..., R]) -> Callable[..., R]:
     """Gives a command these options in the place of its argument `shape`, which gets a `Shape`."""
@@ -69,6 +71,7 @@ def shape_options(
     grammar: Grammar = None,
     n: Count = None,
     logprobs: Logprobs = None,
+    adapter: Adapter = None,
 ) -> Shape:
     """What the client takes.
 
@@ -83,6 +86,7 @@ def shape_options(
         "frequency_penalty": frequency_penalty,
         "n": n,
         "logprobs": logprobs,
+        "adapter": adapter,
         "regex": regex,
         "json_object": json_object or None,
         "json_schema": None if json_schema is None else _content("--json-schema", json_schema),

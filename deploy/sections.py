@@ -24,7 +24,7 @@ from pydantic_settings import NoDecode
 from deploy.quantities import Duration, OptionalDuration, Size, format_size
 from kvstore.eviction.tail import DEFAULT_THRESHOLD_S
 from kvstore.patience import DEFAULT_SLACK_S
-from router.config import DEFAULT_CONSTRAINT_BYTES
+from router.config import DEFAULT_CONSTRAINT_BYTES, MOST_CONSTRAINT_BYTES
 from router.index import DEFAULT_BYTES
 from workers.roles import parse_roles
 
@@ -280,7 +280,7 @@ class RouterSettings(_Section):
     max_constraint_bytes: Size = Field(
         default=DEFAULT_CONSTRAINT_BYTES,
         ge=1,
-        le=1 << 20,
+        le=MOST_CONSTRAINT_BYTES,
         description="Larger JSON schemas, regular expressions and grammars are refused: compiling one takes a core of "
         "its worker up to 10 ms for each KiB.",
     )

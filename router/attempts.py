@@ -35,6 +35,10 @@ from router.waiting_room import WaitingRoom
 from warmkv.v1 import common_pb2, worker_pb2
 
 _MAX_LOST = 2
+# What kills workers does so as they begin with it: one that made so many tokens clears it of the losses before. What
+# nevertheless goes on losing workers ends too.
+_CLEARED_AFTER = 64
+_MAX_LOST_IN_ALL = 6
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +252,7 @@ class Attempts:
         sent.peers.extend(worker_pb2.PeerHint(address=peer.address, blocks=peer.blocks) for peer in choice.peers)
         if choice.pair is not None:
             sent.promise.CopyFrom(promise(choice.pair))
-        work.incarnation = link.incarnation
+        work.incarnation, work.generated_before = link.incarnation, work.generated
         work.flight = link.submit(sent, on_tokens, on_end)
 
     def _note(self, work: Request, choice: Choice, prompt_tokens: int) -> None:
@@ -279,9 +283,11 @@ class Attempts:
 
     def _count_loss(self, work: Request, why: str, reason: str = "lost") -> None:
         """Raises unless the request may be sent once more."""
+        if work.outlived(_CLEARED_AFTER):
+            work.excused = len(work.lost)
         work.lost.append(work.flight.worker if work.flight else "")
         self._check_handover(work, why)
-        if len(work.lost) >= _MAX_LOST:
+        if len(work.lost) - work.excused >= _MAX_LOST or len(work.lost) >= _MAX_LOST_IN_ALL:
             raise endings.poisonous(work)
         self._leave_worker(work, why, reason)
 

@@ -8,6 +8,8 @@ from router.index import DEFAULT_BYTES
 
 # Up to 10 ms for each KiB is what compiling one takes a worker; larger schemas of real tools are rare.
 DEFAULT_CONSTRAINT_BYTES = 16 << 10
+# The library that parses them recurses over rules that name rules, and its threads' stacks hold this much.
+MOST_CONSTRAINT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ class RouterConfig:
         fleet_secret: presented to workers; tenant salts are derived from it, so all routers of a fleet share it.
         policy, weights: in force until the fleet record says otherwise. shared_tier_reads: likewise.
         max_prompt_bytes: larger prompts are refused before they are encoded.
-        max_constraint_bytes: larger constraints on answers are refused, as compiling them slows their worker.
+        max_constraint_bytes: larger constraints on answers are refused, as compiling them slows their worker;
+        at most `MOST_CONSTRAINT_BYTES`.
         index_bytes: memory of the index; when it ends, the least recently placed run of blocks is forgotten.
         max_in_flight: requests at once; more are refused. max_in_flight_per_tenant: likewise for one tenant.
         overload: who waits, who is refused, and whose turn it is when workers cannot keep up.

@@ -14,15 +14,20 @@ import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 
 from llguidance import LLMatcher
 
-from router.config import DEFAULT_CONSTRAINT_BYTES
+from kvstore.deep_threads import deep_threads
+from router.config import DEFAULT_CONSTRAINT_BYTES, MOST_CONSTRAINT_BYTES
 from router.errors import InvalidRequest
 from warmkv.v1 import common_pb2
 
 _MOST_REMEMBERED = 256
+_THREADS = 2  # one that takes long does not hold up all others
+# The library recurses over rules that name rules: 64 KiB of them, nested as deeply as it allows, take nearly 60 MiB.
+_STACK_BYTES = 256 << 20
 _NAMES = {"json_schema": "a JSON Schema", "regex": "a regular expression", "grammar": "a grammar in Lark syntax"}
 
 
@@ -43,9 +48,16 @@ class ConstraintChecks:
         *,
         max_bytes: int = DEFAULT_CONSTRAINT_BYTES,
     ) -> None:
-        """`count` is told of each constraint of a known kind. `max_bytes`: of the text of one, in UTF-8."""
+        """`count` is told of each constraint of a known kind. `max_bytes`: of the text of one, in UTF-8.
+
+        Raises:
+            ValueError: more than `MOST_CONSTRAINT_BYTES`.
+        """
+        if max_bytes > MOST_CONSTRAINT_BYTES:
+            raise ValueError(f"max_constraint_bytes is {max_bytes:,}; set at most {MOST_CONSTRAINT_BYTES:,}")
         self._count, self._max_bytes = count, max_bytes
         self._right: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._pool: ThreadPoolExecutor | None = None
 
     async def check(self, sampling: common_pb2.SamplingParams) -> None:
         """Raises InvalidRequest unless its constraint, if it has one, can be used."""
@@ -76,7 +88,7 @@ class ConstraintChecks:
                 " what repeats, or have the operator raise router.max_constraint_bytes."
             )
         if (kind, text) not in self._right:
-            problem = await asyncio.to_thread(_problem, kind, text)
+            problem = await asyncio.get_running_loop().run_in_executor(self._threads(), _problem, kind, text)
             if problem:
                 self._count(kind, Verdict.WRONG)
                 raise _wrong(f".{kind} cannot be used: {problem}. Send {_NAMES[kind]} that the library takes.")
@@ -84,6 +96,16 @@ class ConstraintChecks:
         self._right.move_to_end((kind, text))
         if len(self._right) > _MOST_REMEMBERED:
             self._right.popitem(last=False)
+
+    def close(self) -> None:
+        """Look at nothing more."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = deep_threads(_THREADS, stack_bytes=_STACK_BYTES, name="constraints")
+        return self._pool
 
 
 def _problem(kind: str, text: str) -> str:

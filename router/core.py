@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import grpc
@@ -57,6 +56,7 @@ from router.validation import check_cache, check_model, check_priority, filled_c
 from router.waiting_room import WaitingRoom
 from router.watching import Watchers
 from router.worker_stream import LinkSettings
+from warmkv import versions
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
 
 _WAIT_FOR_WORKER_S = 3.0
@@ -105,7 +105,7 @@ class Router:
         self.metrics = Metrics(
             router=config.name,
             model=config.model_name,
-            version=_package_version(),
+            version=versions.VERSION,
             tenants=named_tenants(config.overload),
         )
         self._constraints = ConstraintChecks(
@@ -162,6 +162,7 @@ class Router:
         """Leave the fleet; requests that still run end with an error."""
         self.drain()
         self._attempts.close()
+        self._constraints.close()
         if self._auditing is not None:
             self._auditing.cancel()
         await self.fleet.close()
@@ -258,9 +259,9 @@ class Router:
         """Every worker known, sorted by name."""
         return self._board.workers()
 
-    def drain_worker(self, worker: str) -> int:
-        """Send it nothing new, on all routers; requests that still run there. Raises WorkerNotFound."""
-        return self._operators.drain_worker(worker)
+    def drain_worker(self, worker: str, *, hand_over_after_s: float | None = None) -> int:
+        """Send it nothing new, on all routers; requests that still run there. See `RouterApi`."""
+        return self._operators.drain_worker(worker, hand_over_after_s=hand_over_after_s)
 
     def undrain_worker(self, worker: str) -> None:
         """Send to it again. Raises WorkerNotFound."""
@@ -384,7 +385,7 @@ class Router:
             discovery,
             self._index,
             self.metrics,
-            LinkSettings(config.name, _package_version(), config.fleet_secret, credentials),
+            LinkSettings(config.name, versions.VERSION, config.fleet_secret, credentials),
             Expected(config.model_name, encoder.tokenizer_sha256),
             record,
             clock=self._clock,
@@ -418,10 +419,3 @@ def _code_of_leaving(context: RequestContext) -> grpc.StatusCode:
 
 def _kept_nowhere(_record: FleetRecord) -> None:
     return
-
-
-def _package_version() -> str:
-    try:
-        return version("warmkv")
-    except PackageNotFoundError:
-        return "unknown"

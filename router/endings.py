@@ -15,8 +15,8 @@ from warmkv.v1 import common_pb2, worker_pb2
 def poisonous(work: Request) -> PoisonRequest:
     """For one that has lost as many workers as it may."""
     return PoisonRequest(
-        f"Workers {' and '.join(work.lost)} were lost while they ran this request, so it is not sent to a"
-        f" third; look for the cause in their logs under the id {work.context.request_id}.",
+        f"Workers {' and '.join(work.lost)} were lost while they ran this request, so it is not sent to"
+        f" another; look for the cause in their logs under the id {work.context.request_id}.",
         workers=",".join(work.lost),
     )
 

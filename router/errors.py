@@ -126,7 +126,7 @@ class QuotaExceeded(Overloaded):
 
 
 class PoisonRequest(RouterError):
-    """Two workers were lost while they ran this request; it is not sent to a third."""
+    """Two workers were lost while they ran this request; it is not sent to another."""
 
     reason = "POISON_REQUEST"
     code = grpc.StatusCode.FAILED_PRECONDITION

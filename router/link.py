@@ -232,6 +232,10 @@ class WorkerLink:
         if self.connected:
             self._send(worker_pb2.ConnectRequest(promise_broken=broken))
 
+    def hand_over(self, after_s: float) -> None:
+        """Tell the drained worker to hand back what still runs there after so long."""
+        self._send(worker_pb2.ConnectRequest(hand_over=worker_pb2.HandOver(after_ms=round(after_s * 1000))))
+
     def send_record(self, record: worker_pb2.FleetRecord) -> None:
         """Tell the worker, and through it the other routers, the record in force."""
         if self.connected:

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kvstore.blocks import block_hashes
+from router import handover
 from router.audit import audited
 from router.board import Board
-from router.errors import InvalidRequest
+from router.errors import InvalidRequest, NotSupported, NoWorkerAvailable
 from router.fleet import Fleet
+from router.link import WorkerLink
+from router.pairing import PREFILL
 from router.policy_history import Order, PolicySetting, rollback_target
 from router.prepare import Preparer
 from router.protocol import Caller
@@ -41,12 +44,40 @@ class Operators:
         self._board = board
         self._preparer = preparer
 
-    def drain_worker(self, worker: str) -> int:
-        """Send it nothing new, on all routers; requests that still run there. Raises WorkerNotFound."""
+    def drain_worker(self, worker: str, *, hand_over_after_s: float | None = None) -> int:
+        """Send it nothing new, on all routers; requests that still run there.
+
+        Those go on elsewhere after `hand_over_after_s`; None: they finish there.
+
+        Raises:
+            WorkerNotFound: there is none of that name. NoWorkerAvailable: no other one can go on with them.
+            NotSupported: it runs a warmkv that hands nothing over.
+        """
         link = self._fleet.link(worker)
+        if hand_over_after_s is not None:
+            self._check_handover(link)
         if worker not in self._fleet.record.drained:
             self._fleet.change(self._fleet.record.with_drained(self._author, worker))
+        if hand_over_after_s is not None:
+            link.hand_over(hand_over_after_s)
         return max(link.jobs, link.report.load.running if link.report else 0)
+
+    def _check_handover(self, link: WorkerLink) -> None:
+        links = self._fleet.links()
+        unable = handover.unable(links)
+        if link.name in unable:
+            raise NotSupported(
+                f"Worker {link.name} is not connected, or runs an older warmkv that hands nothing over; drain it"
+                " without a handover.",
+                worker=link.name,
+            )
+        able = [each for each in links if each is not link and each.role != PREFILL and each.name not in unable]
+        if not any(self._fleet.takes_requests(each) for each in able):
+            raise NoWorkerAvailable(
+                f"No other worker can go on with what runs on {link.name}, which was not drained; start one, or drain"
+                " it without a handover.",
+                retry_after_s=1.0,
+            )
 
     def undrain_worker(self, worker: str) -> None:
         """Send to it again. Raises WorkerNotFound."""

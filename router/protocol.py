@@ -202,8 +202,15 @@ class RouterApi(Protocol):
         """Every worker known, sorted by name."""
         ...
 
-    def drain_worker(self, worker: str) -> int:
-        """Send it nothing new, on all routers; requests that still run there. Raises WorkerNotFound."""
+    def drain_worker(self, worker: str, *, hand_over_after_s: float | None = None) -> int:
+        """Send it nothing new, on all routers; requests that still run there.
+
+        Those go on elsewhere after `hand_over_after_s`; None: they finish there.
+
+        Raises:
+            WorkerNotFound: there is none of that name. NoWorkerAvailable: no other one can go on with them.
+            NotSupported: it runs a warmkv that hands nothing over.
+        """
         ...
 
     def undrain_worker(self, worker: str) -> None:

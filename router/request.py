@@ -79,6 +79,7 @@ class Request:
     beside: list[tuple[Request, worker_pb2.Job]] = field(default_factory=list)  # samples that go where it goes
     prefill: PrefillJob | None = None  # another worker's part of it
     lost: list[str] = field(default_factory=list)
+    excused: int = 0  # of the lost ones, that it is no longer suspected for
     gaps: list[str] = field(default_factory=list)  # workers whose stream lost something of it
     avoid: dict[str, int] = field(default_factory=dict)  # workers that have refused it, and their incarnation
     incarnation: int = 0  # of the worker that it was sent to last
@@ -91,6 +92,7 @@ class Request:
     code: str = ""
     fates: dict[str, int] = field(default_factory=dict)
     generated: int = 0
+    generated_before: int = 0  # at the worker that it was sent to last: by those before it
     generated_by: Counter[str] = field(default_factory=Counter)  # worker
     finish_reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_UNSPECIFIED
     _last_token_at: float = 0.0
@@ -122,6 +124,10 @@ class Request:
         self._last_token_at, self._is_paused = now, False
         self.generated += tokens
         self.generated_by[self.choice.worker if self.choice else ""] += tokens
+
+    def outlived(self, tokens: int) -> bool:
+        """Whether the worker that it was sent to last made so many tokens of it."""
+        return self.generated - self.generated_before >= tokens
 
     def leaves_worker(self) -> bool:
         """Its worker does not go on with it, and it is to be sent to another one; whether that begins a handover.

@@ -62,7 +62,9 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.DrainWorkerRequest, context: Context
     ) -> admin_pb2.DrainWorkerResponse:
         _admin()
-        return admin_pb2.DrainWorkerResponse(running=self._router.drain_worker(request.worker))
+        after_s = request.hand_over_after_ms / 1000.0 if request.HasField("hand_over_after_ms") else None
+        running = self._router.drain_worker(request.worker, hand_over_after_s=after_s)
+        return admin_pb2.DrainWorkerResponse(running=running)
 
     async def UndrainWorker(
         self, request: admin_pb2.UndrainWorkerRequest, context: Context

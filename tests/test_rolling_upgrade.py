@@ -8,7 +8,7 @@ import pytest
 
 from router.core import Router
 from router.errors import NoWorkerAvailable
-from tests.released_contract import PROTOCOL_VERSION, OldWire, released
+from tests.released_contract import PROTOCOL_VERSION, RELEASED, OldWire, released
 from tests.router.rig import (
     ALICE,
     Rig,
@@ -29,9 +29,9 @@ from warmkv.v1 import worker_pb2
 LOST = "LOST"
 
 
-async def upgraded_around(fleet: Rig, name: str) -> OldWire:
+async def upgraded_around(fleet: Rig, name: str, **options: object) -> OldWire:
     """Start a worker that is of the last release for whoever connects."""
-    server = worker_server(name)
+    server = worker_server(name, **options)  # type: ignore[arg-type]
     fleet.workers[name] = server
     wire = OldWire(server.start())
     fleet.addresses[name] = await wire.start()
@@ -48,6 +48,13 @@ def test_the_last_release_is_one_version_back() -> None:
     hello = worker_pb2.RouterHello(protocol_version=versions.OLDEST, newest_protocol_version=versions.NEWEST)
     old = released("RouterHello").FromString(hello.SerializeToString())
     assert old.protocol_version == PROTOCOL_VERSION  # type: ignore[attr-defined]
+
+
+def test_the_package_is_one_minor_version_ahead_of_the_last_release() -> None:
+    """So that what ends say of themselves tells them apart."""
+    (last,) = RELEASED.parent.glob("*.binpb")
+    major, minor = (int(part) for part in last.stem.split("."))
+    assert versions.VERSION.startswith(f"{major}.{minor + 1}.")
 
 
 @pytest.mark.asyncio
@@ -95,13 +102,15 @@ async def test_a_fleet_in_the_middle_of_its_upgrade_serves_from_both_sides() -> 
 @pytest.mark.asyncio
 async def test_closing_a_request_reaches_a_worker_of_the_last_release() -> None:
     async with rig(0) as fleet:
-        wire = await upgraded_around(fleet, "w0")
+        wire = await upgraded_around(fleet, "w0", timing=SLOW)
         router = await fleet.start_router()
         await all_ready(router, 1)
         answer = router.generate(request(tokens(1, 40), 4000), caller=ALICE, context=context("id-1"))
         async for _ in answer:
             break
+        await eventually(lambda: [worker.running for worker in router.list_workers()] == [1])
         await answer.aclose()
+        # To its end the answer would take 80 s.
         await eventually(lambda: not any(worker.running or worker.waiting for worker in router.list_workers()))
         await router.close()
         await wire.stop()

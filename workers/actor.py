@@ -1,8 +1,8 @@
 """WorkerActor: the Ray actor around an engine and its server. A thin shell.
 
 Covers: building both in the background, so that the actor answers while torch is imported; telling what it is; ending
-in good order; dying where only a new process helps, so that Ray starts one. Does not cover: where actors are placed
-(`deploy.placement`), what is said on streams (`server`).
+in good order, also upon SIGTERM; dying where only a new process helps, so that Ray starts one. Does not cover: where
+actors are placed (`deploy.placement`), what is said on streams (`server`).
 
 The class is plain and free of Ray: `deploy.placement` turns it into an actor. A start that fails is a state, with the
 reason, and not a crash: the same settings would fail again, and Ray would start it for ever.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
+from typing import Self
 
 from workers.config import WorkerConfig
 from workers.protocol import Engine
@@ -36,7 +39,16 @@ CARD_FILES = (
     "config.json",
     "generation_config.json",
 )
+EXIT_ASKED = 0
 EXIT_FATAL = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Farewell:
+    """How a worker ends upon SIGTERM: jobs may finish for `drain_s`, then blocks be written for `flush_s`."""
+
+    drain_s: float = 30.0
+    flush_s: float = 5.0
 
 
 class WorkerPhase(StrEnum):
@@ -77,6 +89,7 @@ class WorkerActor:
     Args:
         config: as the user wants it; `node` is advertised where it names no address and listens on all of them.
         node: None: `ray.util.get_node_ip_address()`.
+        farewell: how it ends upon `sigterm`, whereupon Ray starts it anew.
         build_engine, exit_process: for tests; None: by the settings, and `os._exit`.
     """
 
@@ -85,6 +98,7 @@ class WorkerActor:
         config: WorkerConfig,
         *,
         node: str | None = None,
+        farewell: Farewell = Farewell(),
         build_engine: BuildEngine | None = None,
         exit_process: Exit | None = None,
     ) -> None:
@@ -98,6 +112,8 @@ class WorkerActor:
         self._exit_process = exit_process or os._exit
         self._server: WorkerServer | None = None
         self._serves = threading.Event()
+        self._farewell = farewell
+        self._ending = threading.Lock()
         self._started = threading.Thread(target=self._start, name=f"{config.name}-start", daemon=True)
         self._started.start()
 
@@ -136,6 +152,23 @@ class WorkerActor:
             await asyncio.to_thread(self._server.close, flush_s=flush_s)
         self._phase = WorkerPhase.STOPPED
 
+    def sigterm(self) -> None:
+        """Its process is asked to end: returns at once. What cannot finish in time is handed over. Idempotent."""
+        if self._ending.acquire(blocking=False):
+            threading.Thread(target=self._end, name=f"{self._config.name}-end", daemon=True).start()
+
+    def _end(self) -> None:
+        logger.info("worker was told to end", extra={"worker": self._config.name})
+        try:
+            if self._server is not None and self._serves.is_set():
+                self._phase = WorkerPhase.DRAINING
+                self._server.drain(self._farewell.drain_s)
+                self._server.close(flush_s=self._farewell.flush_s)
+        except Exception:
+            logger.exception("worker could not end in good order")
+        sys.stderr.flush()
+        self._exit_process(EXIT_ASKED)
+
     def _start(self) -> None:
         config = self._config
         if config.advertise_host is None and config.bind_host in ("0.0.0.0", "::"):
@@ -172,6 +205,28 @@ class WorkerActor:
         logger.critical("worker ends because its engine failed", extra={"worker": self._config.name}, exc_info=error)
         sys.stderr.flush()
         self._exit_process(EXIT_FATAL)
+
+
+class RayWorkerActor(WorkerActor):
+    """What Ray makes an actor of: SIGTERM to its process is an order to end, and no death that its jobs are blamed for.
+
+    Ray's own handler ends the process at once. A handler can be set in the main thread alone, and of an actor with
+    coroutines only `__new__` runs there; it runs after Ray has set its own.
+    """
+
+    def __new__(cls, *_args: object, **_options: object) -> Self:
+        """Take the signal; until the start has begun it ends the process at once."""
+        actor = super().__new__(cls)
+        if hasattr(cls, "remote"):  # it is Ray's own class around this one, in the process that places workers
+            return actor
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if not hasattr(actor, "_started"):
+                os._exit(EXIT_ASKED)
+            actor.sigterm()
+
+        signal.signal(signal.SIGTERM, on_signal)
+        return actor
 
 
 def _give_back(engine: Engine) -> None:

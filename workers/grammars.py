@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvstore.deep_threads import deep_threads
 from workers.protocol import Constraint
 
 if TYPE_CHECKING:  # loaded by whoever compiles a grammar: an engine without any does not need it
@@ -24,11 +25,23 @@ if TYPE_CHECKING:  # loaded by whoever compiles a grammar: an engine without any
 
 _MOST_CACHED = 64
 _THREADS = 2  # one that takes seconds does not hold up all others
+# Routers refuse larger ones. The library recurses over rules that name rules: so much of them, nested as deeply as it
+# allows, takes nearly 60 MiB of its thread's stack; masks take none of it.
+_MOST_BYTES = 64 << 10
+_STACK_BYTES = 256 << 20
 # A run of blanks is a form of JSON that weak models never leave: one space, or a line break with its indentation.
 _JSON_WHITESPACE = r"( |\n[ \t]{0,40})"
 _ANY_OBJECT = '{"type": "object"}'
 # Bounds of one grammar's memory (1 to 2 kB a state) and of the time of one mask; errors go to callers, so no internals.
 _MOST_STATES = 50_000
+# Steps of building a lexer: 0.1 s for one that needs more, where the library's own bound allows 1 s, and a tenth of
+# it for the mask that finds that it cannot go on. Schemas and expressions of 16 KiB need far fewer.
+_MOST_FUEL = 200_000
+_WORDS = {
+    "NoExtensionBias": "no answer can begin under it: its rules or references lead back to themselves without an end",
+    "too many expressions constructed": "it stands for too many alternatives; use smaller repetitions, or none within"
+    " others",
+}
 
 
 class ConstraintError(ValueError):
@@ -90,21 +103,21 @@ class Grammars:
 
     def __init__(self, tokenizer_file: Path, *, vocab_size: int, end_tokens: Sequence[int]) -> None:
         self._file, self._vocab_size, self._end_tokens = tokenizer_file, vocab_size, list(end_tokens)
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
+        self._pool: ThreadPoolExecutor | None = None
         self._tokenizer: Future[LLTokenizer] | None = None
         self._compiled: OrderedDict[Constraint, Future[Grammar]] = OrderedDict()
 
     def prepare(self) -> None:
         """Begin to read the tokenizer, which takes a second for a large vocabulary: else the first constraint does."""
         if self._tokenizer is None:
-            self._tokenizer = self._pool.submit(self._read_tokenizer)
+            self._tokenizer = self._threads().submit(self._read_tokenizer)
 
     def compile(self, constraint: Constraint) -> Future[Grammar]:
         """The compiled constraint, of the cache if it was asked for lately; the future's error is a ConstraintError."""
         known = self._compiled.get(constraint)
         if known is None:
             self.prepare()
-            known = self._compiled[constraint] = self._pool.submit(self._compile, constraint)
+            known = self._compiled[constraint] = self._threads().submit(self._compile, constraint)
             while len(self._compiled) > _MOST_CACHED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(constraint)
@@ -112,7 +125,13 @@ class Grammars:
 
     def close(self) -> None:
         """Compile nothing more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = deep_threads(_THREADS, stack_bytes=_STACK_BYTES, name="grammar")
+        return self._pool
 
     def _read_tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer
@@ -127,9 +146,8 @@ class Grammars:
             raise ConstraintError("the tokenizer was not read")
         tokenizer = self._tokenizer.result()
         source = source_of(constraint)
-        matcher = LLMatcher(
-            tokenizer, source, log_level=0, limits=LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
-        )
+        limits = LLParserLimits(initial_lexer_fuel=_MOST_FUEL, max_lexer_states=_MOST_STATES, verbose_errors=False)
+        matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # builds the lexer's first states, which all that begin from it share, here
         if matcher.is_error():
@@ -141,14 +159,16 @@ def source_of(constraint: Constraint) -> str:
     """The library's form of a constraint.
 
     Raises:
-        ConstraintError: it is no JSON, or of an unknown kind.
+        ConstraintError: it is no JSON, or of an unknown kind, or too large.
     """
+    if len(constraint.text.encode()) > _MOST_BYTES:
+        raise ConstraintError(f"a worker takes {_MOST_BYTES:,} bytes of a constraint at most")
     make = _SOURCES.get(constraint.kind)
     if make is None:
         raise ConstraintError(f"there is no constraint of the kind {constraint.kind!r}")
     try:
         return make(constraint.text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConstraintError(str(error)) from error
 
 
@@ -181,4 +201,6 @@ _SOURCES: dict[str, Callable[[str], str]] = {
 
 
 def _in_one_line(message: str) -> str:
-    return " ".join(message.split("\n<state>")[0].split())[:500]
+    """Of the library's message what helps its caller."""
+    text = " ".join(message.split("\n<state>")[0].replace("<non-verbose/>", "").split())
+    return next((words for internal, words in _WORDS.items() if internal in text), text)[:500]

@@ -15,7 +15,6 @@ import grpc
 from warmkv import versions
 from warmkv.v1 import worker_pb2
 from workers.router_stream import Context
-from workers.wire import package_version
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class Door:
     def _version_mismatch(self, hello: worker_pb2.RouterHello) -> str:
         theirs = max(hello.protocol_version, hello.newest_protocol_version)
         return (
-            f"protocol_version: worker {self._worker} (warmkv {package_version()}) speaks {versions.span()}, "
+            f"protocol_version: worker {self._worker} (warmkv {versions.VERSION}) speaks {versions.span()}, "
             f"router {hello.router} (warmkv {hello.package_version}) speaks {hello.protocol_version} to {theirs}; "
             "install warmkv of the same or the next minor version on routers and workers"
         )

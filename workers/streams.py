@@ -83,6 +83,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         self._last_taken_in = 0
         self._fleet: worker_pb2.FleetRecord | None = None
         self._draining = False
+        self._handovers: set[asyncio.Task[None]] = set()  # held, or they would be collected as they run
         self._closed: Status | None = None
         self._quiet = asyncio.Event()  # set while no job runs
         self._quiet.set()
@@ -158,6 +159,15 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         await leaving.see_off(self._engine, until)
         return True
 
+    async def _hand_over(self, after_s: float) -> None:
+        """Hand back what still runs after so long, unless this worker takes requests again by then."""
+        try:
+            async with asyncio.timeout(after_s):
+                await self._quiet.wait()
+        except TimeoutError:
+            if self._fleet is not None and self._worker in self._fleet.drained:
+                await leaving.hand_back(self._engine, self._give_up_jobs)
+
     def _give_up_jobs(self, error: JobError) -> int:
         """End every job here with this error, which is not the engine's; how many there were."""
         count = 0
@@ -231,6 +241,10 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 self._cache.promise_broken(request.promise_broken)
             case "fleet":
                 self._offer_fleet(stream, request.fleet)
+            case "hand_over":
+                task = asyncio.create_task(self._hand_over(request.hand_over.after_ms / 1000.0), name="handover")
+                self._handovers.add(task)
+                task.add_done_callback(self._handovers.discard)
             case "resync":
                 stream.outbox.resync()
                 stream.outbox.others.again(self._running.of_others(stream.number))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 
 from google.protobuf.message import Message
 
 from kvstore.blocks import SHORT_HASH_BYTES
 from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent, RemovalCause, TierName
 from kvstore.tier import TierStats
+from warmkv import versions
 from warmkv.v1 import common_pb2, kv_events_pb2, worker_pb2
 from workers.protocol import (
     EngineInfo,
@@ -58,11 +58,6 @@ _ROLES = {
 }
 
 
-def package_version() -> str:
-    """Of the installed warmkv."""
-    return version("warmkv")
-
-
 def hello_to_wire(
     info: EngineInfo,
     *,
@@ -79,7 +74,7 @@ def hello_to_wire(
     scheme = info.scheme
     return worker_pb2.WorkerHello(
         protocol_version=protocol_version,
-        package_version=package_version(),
+        package_version=versions.VERSION,
         worker=worker,
         incarnation=incarnation,
         scheme=worker_pb2.HashScheme(

@@ -19,6 +19,7 @@ from warmkv.requests import (
     InputOptions,
     PromptOptions,
     WarmOptions,
+    drain_request,
     explain_request,
     generate_request,
     list_blocks_request,
@@ -78,9 +79,13 @@ class AsyncClient:
         """The workers, sorted by name."""
         return list((await self._ask(self._admin.ListWorkers, admin_pb2.ListWorkersRequest())).workers)
 
-    async def drain(self, worker: str) -> int:
-        """Send a worker nothing new; the requests that still run there."""
-        return int((await self._ask(self._admin.DrainWorker, admin_pb2.DrainWorkerRequest(worker=worker))).running)
+    async def drain(self, worker: str, *, hand_over_after_s: float | None = None) -> int:
+        """Send a worker nothing new; the requests that still run there.
+
+        `hand_over_after_s`: so long they may still take, then they go on at other workers; None: they finish there.
+        """
+        request = drain_request(worker, hand_over_after_s)
+        return int((await self._ask(self._admin.DrainWorker, request)).running)
 
     async def undrain(self, worker: str) -> None:
         """Send to a worker again."""

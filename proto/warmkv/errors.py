@@ -2,6 +2,7 @@
 
 WarmkvError
 ├── InvalidRequest      the request can never succeed as it is
+│   └── InvalidOption   found before it was sent; a ValueError too
 ├── Unauthenticated     no API key, or an unknown one
 ├── PermissionDenied    the key's role does not allow this
 ├── NotFound            no such model or worker
@@ -55,6 +56,13 @@ class WarmkvError(Exception):
 
 class InvalidRequest(WarmkvError):
     """The request can never succeed as it is."""
+
+
+class InvalidOption(InvalidRequest, ValueError):
+    """The same, found before anything was sent."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=grpc.StatusCode.INVALID_ARGUMENT, reason="INVALID_REQUEST")
 
 
 class Unauthenticated(WarmkvError):

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypedDict, cast
 
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from warmkv.errors import InvalidOption
 from warmkv.v1 import admin_pb2, common_pb2, inference_pb2
 
 
@@ -147,6 +151,7 @@ _SAMPLING = (
     "frequency_penalty",
     "logit_bias",
 )
+_MOST_SHOWN = 60  # characters of a value in a message
 _CONSTRAINTS = ("json_schema", "regex", "grammar", "json_object")
 
 
@@ -155,10 +160,11 @@ def generate_request(text: str | None, options: GenerateOptions) -> inference_pb
 
     Raises:
         TypeError: an option has no such name or type, or not exactly one prompt was given.
-        ValueError: a number does not fit its field.
+        InvalidOption: a number does not fit its field.
     """
     _check_names(options, GenerateOptions)
     given: Mapping[str, Any] = options
+    _check_numbers(given)
     sampling = common_pb2.SamplingParams(**{name: given[name] for name in _SAMPLING if name in given})
     stop = options.get("stop", ())
     sampling.stop.extend([stop] if isinstance(stop, str) else stop)
@@ -193,14 +199,18 @@ def input_of(text: str | None, options: InputOptions) -> inference_pb2.Input:
     """The prompt: exactly one of a text, messages and token ids.
 
     Raises:
-        TypeError: none or several were given.
+        TypeError: none or several were given. InvalidOption: an id that is none.
     """
     if (text is not None) + ("messages" in options) + ("token_ids" in options) != 1:
         raise TypeError("give exactly one prompt: a text, messages=[...] or token_ids=[...].")
     if text is not None:
         return inference_pb2.Input(text=text)
     if "token_ids" in options:
-        return inference_pb2.Input(token_ids=inference_pb2.TokenIds(ids=options["token_ids"]))
+        ids = options["token_ids"]
+        try:
+            return inference_pb2.Input(token_ids=inference_pb2.TokenIds(ids=ids))
+        except ValueError:
+            raise _unfit("token_ids", ids, inference_pb2.TokenIds.DESCRIPTOR.fields_by_name["ids"]) from None
     chat = inference_pb2.Chat(
         messages=[_message(message) for message in options["messages"]],
         add_generation_prompt=options.get("add_generation_prompt"),
@@ -260,6 +270,58 @@ def pin_request(options: PromptOptions, *, seconds: int | None, workers: Sequenc
     return admin_pb2.PinRequest(
         tenant=options.get("tenant", ""), prompt=prompt_of(options), seconds=seconds, workers=workers
     )
+
+
+def _check_numbers(given: Mapping[str, Any]) -> None:
+    """The messages refuse what does not fit without a word of where."""
+    for name in _SAMPLING:
+        _check_fits(common_pb2.SamplingParams, name, given, name)
+    for name in ("n", "priority"):
+        _check_fits(inference_pb2.GenerateRequest, name, given, name)
+    _check_fits(common_pb2.CacheDirectives, "ttl_seconds", given, "ttl")
+    _check_fits(common_pb2.CacheDirectives, "keep_priority", given, "keep_priority")
+    timeout = given.get("timeout")
+    if timeout is not None and not timeout > 0:
+        raise InvalidOption(f"timeout is {timeout!r}; give seconds above 0, or leave it out for no limit.")
+
+
+def _check_fits(kind: type[Message], field: str, given: Mapping[str, Any], name: str) -> None:
+    if name not in given:
+        return
+    try:
+        kind(**{field: given[name]})
+    except ValueError:
+        raise _unfit(name, given[name], kind.DESCRIPTOR.fields_by_name[field]) from None
+
+
+def _unfit(name: str, value: object, field: FieldDescriptor) -> InvalidOption:
+    text = repr(value)
+    shown = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    return InvalidOption(f"{name} is {shown}; give {_span(field)}.")
+
+
+def _span(field: FieldDescriptor) -> str:
+    """What fits it, in words."""
+    if field.message_type is not None:  # a map: values are floating-point numbers, so its keys do not fit
+        return f"token ids as keys, {_span(field.message_type.fields_by_name['key'])}"
+    bits = 64 if field.cpp_type in (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64) else 32
+    if field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64):
+        return f"whole numbers from {-(1 << bits - 1):,} to {(1 << bits - 1) - 1:,}"
+    return f"whole numbers from 0 to {(1 << bits) - 1:,}"
+
+
+def drain_request(worker: str, hand_over_after_s: float | None) -> admin_pb2.DrainWorkerRequest:
+    """The request of `drain`.
+
+    Raises:
+        InvalidOption: a negative time.
+    """
+    request = admin_pb2.DrainWorkerRequest(worker=worker)
+    if hand_over_after_s is not None:
+        if not 0 <= hand_over_after_s < 1e9:
+            raise InvalidOption(f"hand_over_after_s is {hand_over_after_s!r}; give seconds from 0")
+        request.hand_over_after_ms = round(hand_over_after_s * 1000)
+    return request
 
 
 def unpin_request(options: PromptOptions, *, workers: Sequence[str]) -> admin_pb2.UnpinRequest:

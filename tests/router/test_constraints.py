@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from router import constraints
-from router.config import DEFAULT_CONSTRAINT_BYTES
+from router.config import DEFAULT_CONSTRAINT_BYTES, MOST_CONSTRAINT_BYTES
 from router.constraints import ConstraintChecks
 from router.errors import InvalidRequest, NotSupported
+from tests.deep_constraints import NAMES
 from tests.router.rig import all_ready, generate, request, rig, tokens
 from warmkv.v1 import common_pb2
 
@@ -43,7 +46,7 @@ async def test_good_ones_pass(kind: dict[str, Any]) -> None:
         ({"regex": ""}, r"\.regex is empty; send a regular expression"),
         (
             {"regex": "a" * (DEFAULT_CONSTRAINT_BYTES + 1)},
-            "16,385 bytes and this router takes 16,384; .* router.max_constraint_bytes",
+            "16,385 .* this router takes 16,384; .*router.max_constraint",
         ),
         ({"regex": "("}, "unclosed group"),
         ({"regex": "a(?!b)"}, "look-around"),
@@ -110,3 +113,39 @@ async def test_a_router_refuses_by_its_setting_before_any_worker_is_asked() -> N
         with pytest.raises(NotSupported, match="simulated"):
             await generate(router, body)
         assert router.metrics.constraints.labels("regex", "right")._value.get() == 1
+
+
+_LOOK_AT_ALL = """
+import asyncio
+from router.config import MOST_CONSTRAINT_BYTES
+from router.constraints import ConstraintChecks
+from router.errors import InvalidRequest
+from tests.deep_constraints import NAMES, deep
+from warmkv.v1 import common_pb2
+
+async def look() -> None:
+    checks = ConstraintChecks(max_bytes=MOST_CONSTRAINT_BYTES)
+    for name in NAMES:
+        print(name, flush=True)
+        kind, text = deep(name, MOST_CONSTRAINT_BYTES)
+        try:
+            await checks.check(common_pb2.SamplingParams(constraint=common_pb2.Constraint(**{kind: text})))
+        except InvalidRequest as error:
+            print("refused:", error, flush=True)
+    checks.close()
+
+asyncio.run(look())
+"""
+
+
+def test_what_nests_as_deeply_as_its_size_allows_ends_no_router() -> None:
+    done = subprocess.run([sys.executable, "-c", _LOOK_AT_ALL], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} {done.stderr[-2000:]}"
+    looked = done.stdout.splitlines()
+    assert [line for line in looked if not line.startswith("refused:")] == [*NAMES]
+    assert sum(line.startswith("refused:") for line in looked) < len(NAMES) // 2  # most were parsed to their depths
+
+
+def test_no_bound_beyond_what_stacks_hold() -> None:
+    with pytest.raises(ValueError, match="65,537; set at most 65,536"):
+        ConstraintChecks(max_bytes=MOST_CONSTRAINT_BYTES + 1)

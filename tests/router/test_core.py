@@ -234,7 +234,7 @@ async def test_a_request_that_has_lost_two_workers_is_never_sent_to_a_third() ->
     dying = [FakeWorker(f"w{n}", breaks) for n in range(3)]
     async with fakes(*dying) as (_, router):
         await all_ready(router, 3)
-        with pytest.raises(errors.PoisonRequest, match="not sent to a third"):
+        with pytest.raises(errors.PoisonRequest, match="not sent to another"):
             await generate(router, request(tokens(1, 20)))
         assert sum(worker.kinds().count("submit") for worker in dying) == 2
         assert dict((await settled(router, 1)).requests) == {"FAILED_PRECONDITION": 1}

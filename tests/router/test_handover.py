@@ -199,11 +199,36 @@ async def test_a_request_that_lost_two_workers_is_not_sent_to_a_third_whatever_w
             async for part in router.generate(request(PROMPT, 20), caller=ALICE, context=context()):
                 told.extend(part.token_ids)
 
-        with pytest.raises(errors.PoisonRequest, match="not sent to a third"):
+        with pytest.raises(errors.PoisonRequest, match="not sent to another"):
             await listen()
         assert told == [token(place) for place in range(8)]
         assert dict((await settled(router, 1)).requests) == {"FAILED_PRECONDITION": 1}
         assert router._traffic.check()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("made", "is_poison"), [(63, True), (64, False)])
+async def test_a_worker_that_made_much_of_it_clears_it_of_the_loss_before(made: int, is_poison: bool) -> None:
+    turns = in_turn(begins(4), begins(made), finishes)
+    async with fakes(*(FakeWorker(f"w{n}", turns) for n in range(3))) as (_, router):
+        await all_ready(router, 3)
+        if is_poison:
+            with pytest.raises(errors.PoisonRequest):
+                await generate(router, request(PROMPT, 100))
+            return
+        answer = await generate(router, request(PROMPT, 100))
+        check_whole(answer, 100)
+        assert answer.route.handovers == 2
+
+
+@pytest.mark.asyncio
+async def test_what_goes_on_losing_workers_ends_however_much_they_made() -> None:
+    workers = [FakeWorker(f"w{n}", begins(70)) for n in range(7)]
+    async with fakes(*workers) as (_, router):
+        await all_ready(router, 7)
+        with pytest.raises(errors.PoisonRequest):
+            await generate(router, request(PROMPT, 1000))
+        assert sum(len(jobs(worker)) for worker in workers) == 6
 
 
 @pytest.mark.asyncio

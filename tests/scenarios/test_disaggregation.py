@@ -21,6 +21,7 @@ from router.discovery import StaticDiscovery
 from router.protocol import WorkerAddress
 from tests.router.rig import ADMIN, ALICE, SECRET, CharEncoder, all_ready, eventually, generate, request, tokens
 from tests.scenarios.test_peers import CONFIG, fates
+from tests.workers.engine_rig import oracle
 from warmkv.v1 import admin_pb2, inference_pb2
 from workers import peers
 from workers.build import build_engine
@@ -89,11 +90,19 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.decide.best_pair", cheap)
 
 
+def wanted(ids: list[int], max_tokens: int) -> list[int]:
+    """What the model says when nobody splits the work: by another implementation."""
+    (expected,) = oracle().generate([ids], max_tokens)
+    assert len(expected.token_ids) == max_tokens
+    return expected.token_ids
+
+
 def test_one_prefills_and_the_other_one_answers_with_the_same_tokens(always: None) -> None:
     async def story() -> None:
         async with fleet_of("w0", "w1") as fleet:
             answer = await generate(fleet.router, request(IDS, max_tokens=6))
             assert (answer.route.worker, answer.route.prefill_worker) == ("w1", "w0")
+            assert list(answer.token_ids) == wanted(IDS, 6)
             assert fates(answer.usage) == {"computed": 330}, "computed for this request, by two workers"
             await eventually(fleet.quiet)
             stats = fleet.engines["w1"].store.stats()
@@ -159,12 +168,13 @@ def test_a_prefill_worker_that_is_killed_costs_no_request(always: None, tmp_path
             async with fleet_of("w1", others={"w0": ready["address"]}) as fleet:
                 before = await generate(fleet.router, request(IDS, max_tokens=6))
                 assert before.route.prefill_worker == "w0"
+                assert list(before.token_ids) == wanted(IDS, 6)
                 ids = tokens(3, 1000)
                 asked = asyncio.create_task(generate(fleet.router, request(ids, max_tokens=6)))
                 await eventually(lambda: len(fleet.engines["w1"].store._promoter._promised) > 0)
                 process.send_signal(signal.SIGKILL)
                 answer = await asked
-                assert (answer.route.worker, len(answer.token_ids)) == ("w1", 6)
+                assert (answer.route.worker, list(answer.token_ids)) == ("w1", wanted(ids, 6))
                 assert fates(answer.usage) == {"computed": 1000}
                 alone = await generate(fleet.router, request(ids, max_tokens=6))
                 assert list(alone.token_ids) == list(answer.token_ids)

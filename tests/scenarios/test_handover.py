@@ -14,7 +14,9 @@ import pytest
 from bench.handover_rig import SECRET, Asked, Fleet, Stream, fleet_of, questions, told
 from deploy.redis_server import PrivateRedis, find_redis_server
 from router.errors import PoisonRequest
+from router.protocol import Caller, RequestContext, Role
 from tests.workers.engine_rig import SHAPE, model_folder
+from warmkv.v1 import common_pb2
 from workers.config import WorkerConfig
 
 STREAMS = 16
@@ -127,3 +129,46 @@ async def test_after_two_deaths_an_answer_ends_and_what_came_is_right() -> None:
         for stream, whole in zip(streams, wholes, strict=True):
             assert stream.token_ids == whole.token_ids[: len(stream.token_ids)]
         check(*zip(*[pair for pair in zip(streams, wholes, strict=True) if pair[0].error is None], strict=True))
+
+
+async def samples(
+    fleet: Fleet, tenant: str, stop: str = "", *, kill_at: int = 0
+) -> tuple[list[list[int]], list[str], list[int], int]:
+    """Two answers under a constraint, penalties and a bias: tokens, texts, how they ended, and their handovers.
+
+    `kill_at`: their worker is killed when each has so many tokens; zero: never.
+    """
+    body = questions(1, prompt=90, tokens=70, vocab=SHAPE.vocab, seed=4)[0].body
+    body.n, body.sampling.temperature, body.sampling.seed = 2, 0.9, 11
+    body.sampling.ignore_eos = False
+    body.sampling.constraint.regex = "([a-z]{1,6} ){150}"
+    body.sampling.repetition_penalty, body.sampling.frequency_penalty, body.sampling.presence_penalty = 1.2, 0.6, 0.3
+    body.sampling.logit_bias[7] = -3.0
+    if stop:
+        body.sampling.stop.append(stop)
+    ids: list[list[int]] = [[], []]
+    texts, ends, handovers = ["", ""], [0, 0], 0
+    context = RequestContext(tenant, "", None)
+    async for part in fleet.router.generate(body, caller=Caller(tenant, Role.USER, tenant), context=context):
+        ids[part.index] += part.token_ids
+        texts[part.index] += part.text
+        ends[part.index] = ends[part.index] or part.finish_reason
+        handovers = max(handovers, part.route.handovers)
+        if kill_at and min(map(len, ids)) >= kill_at:
+            kill_at = 0
+            await fleet.kill(fleet.busiest())
+    return ids, texts, ends, handovers
+
+
+@pytest.mark.asyncio
+async def test_samples_under_a_constraint_penalties_and_a_stop_text_survive_a_kill() -> None:
+    async with fleet_of(2, template()) as fleet:
+        _, free, _, _ = await samples(fleet, "free")
+        assert free[0] != free[1]
+        stop = free[0][-12:-4]  # late in one of them, and cut anywhere by its tokens
+        whole = await samples(fleet, "whole", stop)
+        assert whole[1][0] == free[0][: free[0].index(stop)]
+        assert common_pb2.FINISH_REASON_STOP in whole[2]
+        cut = await samples(fleet, "cut", stop, kill_at=25)
+        assert cut[:3] == whole[:3]
+        assert (whole[3], cut[3]) == (0, 2), "each of them"

@@ -589,3 +589,34 @@ async def _first(count: int, stream: Any) -> AsyncIterator[Any]:
     for _ in range(count):
         yield await anext(stream)
     await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"n": -1}, "n is -1; give whole numbers from 0 to 4,294,967,295"),
+        ({"seed": -1}, "seed is -1; give whole numbers from 0 to 18,446,744,073,709,551,615"),
+        ({"seed": 1 << 64}, "seed is 18446744073709551616; give"),
+        ({"top_k": -1}, "top_k is -1; give"),
+        ({"logprobs": -1}, "logprobs is -1; give"),
+        ({"max_tokens": -1}, "max_tokens is -1; give"),
+        ({"logit_bias": {-1: 1.0}}, r"logit_bias is \{-1: 1.0\}; give token ids as keys, whole numbers from 0"),
+        ({"stop_token_ids": [-1]}, r"stop_token_ids is \[-1\]; give"),
+        ({"priority": 1 << 40}, "priority is 1099511627776; give whole numbers from -2,147,483,648 to 2,147,483,647"),
+        ({"ttl": -1}, "ttl is -1; give"),
+        ({"timeout": 0}, "timeout is 0; give seconds above 0"),
+        ({"timeout": -2.0}, "timeout is -2.0; give"),
+    ],
+)
+def test_a_number_that_does_not_fit_is_named_with_what_does(options: GenerateOptions, told: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match=told) as caught:
+        generate_request("hi", options)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.reason == "INVALID_REQUEST"
+
+
+def test_a_long_value_that_does_not_fit_is_not_repeated_whole() -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        generate_request(None, {"token_ids": [-1] * 5000})
+    assert "token_ids is [-1, -1" in str(caught.value)
+    assert len(str(caught.value)) < 200

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -184,3 +186,28 @@ async def test_draining_refuses_new_work_and_returns_when_idle() -> None:
 
 def _refuse(config: WorkerConfig) -> Engine:
     raise ValueError("not wanted in this test")
+
+
+_SIGNALLED = """
+import asyncio, os, signal
+from tests.workers.test_actor import _config, _until
+from workers.actor import Farewell, RayWorkerActor, WorkerPhase
+
+made = RayWorkerActor.__new__(RayWorkerActor)  # as Ray does: in the main thread, and the rest in another
+
+async def serve() -> None:
+    made.__init__(_config(), node="127.0.0.1", farewell=Farewell(0.1, 0.0))
+    await _until(made, WorkerPhase.READY)
+    drained = made._server.drain
+    made._server.drain = lambda timeout_s: (print("drains", timeout_s, flush=True), drained(timeout_s))[1]
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(30)
+
+asyncio.run(serve())
+"""
+
+
+def test_sigterm_drains_once_and_ends_with_0() -> None:
+    done = subprocess.run([sys.executable, "-c", _SIGNALLED], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "drains 0.1\n"), done.stderr[-2000:]

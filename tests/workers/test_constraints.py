@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 
 import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 from tokenizers import Tokenizer
 
+from tests.deep_constraints import NAMES
 from tests.workers.engine_rig import Rig, make_rig, model_folder, prompts, runner
 from workers.anteroom import Anteroom
-from workers.grammars import Grammars
+from workers.grammars import ConstraintError, Grammars, source_of
 from workers.logits import _unpacked_here, _unpacked_there
 from workers.protocol import Constraint, FinishReason, SamplingParams
 from workers.row_state import RowState, row_state
@@ -345,3 +349,75 @@ def test_only_sequences_with_a_constraint_wait(rig: Rig):
     with pytest.raises(ValueError, match="scheduler"):
         room.add(rig.engine._sequences["plain"])
     rig.collect()
+
+
+_COMPILE_ALL = """
+import sys
+from pathlib import Path
+from tests.deep_constraints import NAMES, deep
+from workers.grammars import ConstraintError, Grammars
+from workers.protocol import Constraint
+
+grammars = Grammars(Path(sys.argv[1]), vocab_size=1024, end_tokens=[0])
+for name in NAMES:
+    print(name, flush=True)
+    try:
+        progress = grammars.compile(Constraint(*deep(name, 64 << 10))).result().begin()
+        for _ in range(8):
+            mask = int.from_bytes(progress.mask(), "little")
+            if progress.complete or not mask:
+                break
+            progress.append(mask.bit_length() - 1)
+    except ConstraintError as error:
+        print("refused:", error, flush=True)
+grammars.close()
+"""
+
+
+def test_what_nests_as_deeply_as_its_size_allows_ends_no_worker() -> None:
+    """Compiled in the pool's threads, and followed by one with a usual stack, as the engine's is."""
+    command = [sys.executable, "-c", _COMPILE_ALL, str(model_folder() / "tokenizer.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} {done.stderr[-2000:]}"
+    looked = done.stdout.splitlines()
+    assert [line for line in looked if not line.startswith("refused:")] == [*NAMES]
+    assert sum(line.startswith("refused:") for line in looked) < len(NAMES) * 2 // 3
+
+
+def test_a_worker_bounds_what_it_compiles_whatever_its_router_let_pass() -> None:
+    with pytest.raises(ConstraintError, match="65,536 bytes"):
+        source_of(Constraint("regex", "a" * 65_537))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_schema", '{"$ref": "#"}'),
+        ("json_schema", '{"anyOf": [{"$ref": "#"}]}'),
+        ("grammar", "start: a\na: b\nb: a"),
+        ("regex", "a{1000}{1000}"),
+    ],
+)
+def test_what_cannot_be_followed_is_told_in_words(rig: Rig, kind: str, text: str) -> None:
+    (answer,) = _held_to(rig, kind, text, count=1)
+    assert answer.error is not None
+    told = answer.error.message
+    assert re.search("lead back to themselves without an end|too many alternatives; use smaller repetitions", told)
+    assert "<" not in told
+    assert "Bias" not in told
+
+
+def test_what_is_too_complex_is_given_up_after_a_bounded_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+
+    def limits(**bounds: object) -> LLParserLimits:
+        made = LLParserLimits(**bounds)  # type: ignore[arg-type]
+        given.append(made.initial_lexer_fuel)
+        return made
+
+    monkeypatch.setattr("workers.grammars.LLParserLimits", limits)
+    grammars = Grammars(model_folder() / "tokenizer.json", vocab_size=1024, end_tokens=[0])
+    words = "|".join(f"word{number}" for number in range(1500))
+    assert grammars.compile(Constraint("regex", f"({words})( ({words}))*")).result().begin().mask()
+    assert given == [200_000]
+    grammars.close()

@@ -294,18 +294,24 @@ class DrainWorkerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_FIELD_NUMBER: _builtins.int
+    HAND_OVER_AFTER_MS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Its name."""
+    hand_over_after_ms: _builtins.int
+    """What still runs there after so long goes on at other workers; not set: it may finish."""
     def __init__(
         self,
         *,
         worker: _builtins.str = ...,
+        hand_over_after_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_hand_over_after_ms", b"_hand_over_after_ms", "hand_over_after_ms", b"hand_over_after_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hand_over_after_ms", b"_hand_over_after_ms", "hand_over_after_ms", b"hand_over_after_ms", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__hand_over_after_ms: _TypeAlias = _typing.Literal["hand_over_after_ms"]  # noqa: Y015
+    _WhichOneofArgType__hand_over_after_ms: _TypeAlias = _typing.Literal["_hand_over_after_ms", b"_hand_over_after_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hand_over_after_ms) -> _WhichOneofReturnType__hand_over_after_ms | None: ...
 
 Global___DrainWorkerRequest: _TypeAlias = DrainWorkerRequest  # noqa: Y015
 

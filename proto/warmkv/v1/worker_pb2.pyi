@@ -93,6 +93,7 @@ class ConnectRequest(_message.Message):
     PEERS_RELEASED_FIELD_NUMBER: _builtins.int
     PROBE_FIELD_NUMBER: _builtins.int
     PROMISE_BROKEN_FIELD_NUMBER: _builtins.int
+    HAND_OVER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """The first message."""
@@ -133,6 +134,10 @@ class ConnectRequest(_message.Message):
     def promise_broken(self) -> Global___PromiseBroken:
         """What a job was promised will not be made."""
 
+    @_builtins.property
+    def hand_over(self) -> Global___HandOver:
+        """Hand back what runs, to be gone on with elsewhere; from an operator who has drained the worker."""
+
     def __init__(
         self,
         *,
@@ -146,12 +151,13 @@ class ConnectRequest(_message.Message):
         peers_released: Global___PeersReleased | None = ...,
         probe: Global___Probe | None = ...,
         promise_broken: Global___PromiseBroken | None = ...,
+        hand_over: Global___HandOver | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "probe", b"probe", "promise_broken", b"promise_broken", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hand_over", b"hand_over", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "probe", b"probe", "promise_broken", b"promise_broken", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "probe", b"probe", "promise_broken", b"promise_broken", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "cancel", b"cancel", "clear", b"clear", "fleet", b"fleet", "hand_over", b"hand_over", "hello", b"hello", "kind", b"kind", "peers_released", b"peers_released", "probe", b"probe", "promise_broken", b"promise_broken", "resync", b"resync", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "clear", "fleet", "resync", "cache", "peers_released", "probe", "promise_broken"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "clear", "fleet", "resync", "cache", "peers_released", "probe", "promise_broken", "hand_over"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -701,6 +707,28 @@ class PeersReleased(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeersReleased: _TypeAlias = PeersReleased  # noqa: Y015
+
+@_typing.final
+class HandOver(_message.Message):
+    """A drained worker shall not be waited for any longer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_MS_FIELD_NUMBER: _builtins.int
+    after_ms: _builtins.int
+    """How long running jobs may still take. Ignored where the worker is no longer drained by then."""
+    def __init__(
+        self,
+        *,
+        after_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_ms", b"after_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandOver: _TypeAlias = HandOver  # noqa: Y015
 
 @_typing.final
 class ClearDone(_message.Message):
