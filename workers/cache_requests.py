@@ -21,6 +21,20 @@ class CacheRequests:
     def __init__(self, engine: EngineThread) -> None:
         self._engine = engine
 
+    def handle(self, stream: RouterStream, request: worker_pb2.ConnectRequest) -> None:
+        """Whatever of a router's messages is about the cache; all others are none of this."""
+        match request.WhichOneof("kind"):
+            case "clear":
+                self.clear(stream, request.clear)
+            case "cache":
+                self.order(stream, request.cache)
+            case "probe":
+                self.probe(stream, request.probe)
+            case "peers_released":
+                self.release_peers(stream, request.peers_released)
+            case "promise_broken":
+                self.promise_broken(request.promise_broken)
+
     def clear(self, stream: RouterStream, message: worker_pb2.Clear) -> None:
         """Have it carried out; a name of a wrong length is answered at once."""
         for field in ("chain_root", "prefix_hash"):

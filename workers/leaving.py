@@ -38,7 +38,7 @@ async def hand_back(engine: EngineThread, give_up: Callable[[JobError], int]) ->
     Takes `SHARE_S + LINGER_S` at most. Belongs to the server's event loop.
     """
     shared = await _shared(engine)
-    message = "the worker is about to stop; the answer goes on at another one"
+    message = "the worker takes no more requests; the answer goes on at another one"
     jobs = give_up(JobError(Refusal.WORKER_DRAINING.value, message))
     logger.info("jobs were handed back", extra={"jobs": jobs, "blocks_shared": shared})
     if jobs:

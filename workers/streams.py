@@ -229,16 +229,8 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
                 self._submit(stream, request.submit)
             case "cancel":
                 self._cancel(stream, request.cancel.job_id)
-            case "clear":
-                self._cache.clear(stream, request.clear)
-            case "cache":
-                self._cache.order(stream, request.cache)
-            case "probe":
-                self._cache.probe(stream, request.probe)
-            case "peers_released":
-                self._cache.release_peers(stream, request.peers_released)
-            case "promise_broken":
-                self._cache.promise_broken(request.promise_broken)
+            case "clear" | "cache" | "probe" | "peers_released" | "promise_broken":
+                self._cache.handle(stream, request)
             case "fleet":
                 self._offer_fleet(stream, request.fleet)
             case "hand_over":

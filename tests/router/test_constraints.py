@@ -46,7 +46,7 @@ async def test_good_ones_pass(kind: dict[str, Any]) -> None:
         ({"regex": ""}, r"\.regex is empty; send a regular expression"),
         (
             {"regex": "a" * (DEFAULT_CONSTRAINT_BYTES + 1)},
-            "16,385 .* this router takes 16,384; .*router.max_constraint",
+            "16,385 bytes and this router takes 16,384; .* router.max_constraint_bytes",
         ),
         ({"regex": "("}, "unclosed group"),
         ({"regex": "a(?!b)"}, "look-around"),
