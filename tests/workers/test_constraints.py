@@ -415,7 +415,7 @@ def test_what_is_too_complex_is_given_up_after_a_bounded_number_of_steps(monkeyp
         given.append(made.initial_lexer_fuel)
         return made
 
-    monkeypatch.setattr("workers.grammars.LLParserLimits", limits)
+    monkeypatch.setattr("llguidance.LLParserLimits", limits)
     grammars = Grammars(model_folder() / "tokenizer.json", vocab_size=1024, end_tokens=[0])
     words = "|".join(f"word{number}" for number in range(1500))
     assert grammars.compile(Constraint("regex", f"({words})( ({words}))*")).result().begin().mask()
