@@ -127,7 +127,7 @@ class DeviceTier(BlockPool):
         """
         if self._host_view is not None:
             return [memoryview(self._host_view[block_id]) for block_id in block_ids]
-        index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+        index = self._index(block_ids)
         staging = torch.empty((len(block_ids), self.block_nbytes), dtype=torch.uint8, pin_memory=True)
         staging.copy_(self._raw.index_select(0, index))
         return [memoryview(row) for row in staging.numpy()]
@@ -153,8 +153,8 @@ class DeviceTier(BlockPool):
         """Take in the first `count` buffers of a landing. Does not wait for the GPU."""
         if landing._staging is None or count == 0:
             return
-        index = torch.tensor(landing.block_ids[:count], dtype=torch.int64, device=self.device)
-        # The caching host allocator keeps the pinned bytes until the stream has read them.
+        index = self._index(landing.block_ids[:count])
+        # The caching host allocator keeps pinned bytes until the stream has read them.
         self._raw.index_copy_(0, index, landing._staging[:count].to(self.device, non_blocking=True))
         if self.copier is not None:
             self.copier.follow_compute()
@@ -194,6 +194,10 @@ class DeviceTier(BlockPool):
         self.copier = None
         self._pool = self._raw = torch.empty(0)
         self._host_view = None
+
+    def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """For a GPU: from pageable memory it would be copied only when the step in flight has ended."""
+        return torch.tensor(block_ids, dtype=torch.int64, pin_memory=True).to(self.device, non_blocking=True)
 
     def _freed(self, block_ids: Sequence[int]) -> None:
         if self._poison and len(block_ids) > 0:

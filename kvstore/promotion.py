@@ -32,6 +32,7 @@ from kvstore.prefetching import Prefetcher
 from kvstore.promised import Promised
 from kvstore.slow_reads import SlowReads, until_device
 from kvstore.source import Source
+from kvstore.tail_landing import TailLandings
 from kvstore.tails import Tails
 from kvstore.tier import BlockMeta, Clock, HintedTier
 
@@ -158,10 +159,10 @@ class Promoter:
     def wait(self, timeout_s: float) -> None:
         """Sleep until something arrived, or the timeout. Any thread may wait."""
         until = time.monotonic() + timeout_s
-        while self._landings and not self._landings.any_landed() and time.monotonic() < until:
-            if self._loader.arrived.wait(POLL_S):
+        while (running := self._running_copies) and time.monotonic() < until:
+            if any(copies.any_landed() for copies in running) or self._loader.arrived.wait(POLL_S):
                 return
-        if not self._landings:
+        if not running:
             self._loader.wait(min(timeout_s, LOOK_AGAIN_S) if self._promised else timeout_s)
 
     def used(self, names: Iterable[BlockHash]) -> None:
@@ -174,7 +175,7 @@ class Promoter:
         return self._loader.metas() + self._tails.metas() + coming
 
     def discard(self, names: set[BlockHash]) -> None:
-        """As `Loader.discard`; what is being copied from host is registered nowhere either, and nothing that others
+        """As `Loader.discard`; what is being copied is registered nowhere either, and nothing that others
         make is waited for any more.
         """
         self._loader.discard(names)
@@ -503,8 +504,12 @@ class Promoter:
 
     @property
     def copies(self) -> int:
-        """Batches that are being copied from host beside the steps."""
-        return 0 if self._landings is None else len(self._landings)
+        """Batches that are being copied to the device beside the steps."""
+        return sum(len(copies) for copies in self._running_copies)
+
+    @property
+    def _running_copies(self) -> list[Landings | TailLandings]:
+        return [copies for copies in (self._landings, self._tails.landings) if copies]
 
     @property
     def _room(self) -> int:

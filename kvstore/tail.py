@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstore.acquisition import Wish
@@ -72,25 +72,27 @@ class Tail:
         self._lock = threading.Lock()
         self._asked = self._edge = self.stop  # where the piece ends that is read next; where those end that have come
         self._held: dict[int, int] = {}  # device blocks, by place
+        self._copied: set[int] = set()  # places whose bytes have come and are on their way into the device
 
     # --- for the owner ---
 
     @property
     def block_ids(self) -> list[int]:
-        """Device blocks that it references now."""
-        return list(self._held.values())
+        """Device blocks that it references now, in the order of the prompt."""
+        return [block_id for _, block_id in sorted(self._held.items())]
 
     @property
     def is_over(self) -> bool:
         """Whether there is nothing to take, and nothing will come."""
-        return not self._held and not self._is_coming
+        return not (self._held or self._copied_ahead or self._is_coming)
 
     @property
     def expected(self) -> int:
         """Blocks that need not be computed, as it looks now."""
+        there = len(self._held) + self._copied_ahead
         if not self._is_coming:
-            return len(self._held)
-        return len(self._held) + max(0, self._edge - self.floor - self._front_blocks(self.floor))
+            return there
+        return there + max(0, self._edge - self.floor - self._front_blocks(self.floor))
 
     def take(self, place: int) -> tuple[list[int], list[TierName]]:
         """The blocks that are there from `place` on, without a hole: the caller's from now on, and their tiers."""
@@ -105,11 +107,12 @@ class Tail:
         """How many blocks the front should compute from `place` on before it looks again; None: as many as it likes.
 
         Up to what is there; before that, to where it will meet what comes, but not less than it computes while one
-        piece comes: sooner nothing will have changed.
+        piece comes: sooner nothing will have changed. What is being copied is there by the next look, as a rule: who
+        has come up to it computes one block more, since nobody waits.
         """
-        held = min((each for each in self._held if each >= place), default=None)
         if not self._is_coming or self._edge <= place:
-            return None if held is None else held - place
+            near = min((each for each in (*self._held, *self._copied) if each >= place), default=None)
+            return None if near is None else max(near - place, int(near in self._copied))
         ahead = self._edge - place
         return max(1, min(ahead, max(self._front_blocks(place), self._blocks_a_piece(place, ahead))))
 
@@ -122,6 +125,7 @@ class Tail:
         self.cancelled = True
         self._give_back(self.block_ids)
         self._held.clear()
+        self._copied.clear()
 
     # --- for who reads ---
 
@@ -148,9 +152,17 @@ class Tail:
         self._edge = load.first
         return max(0, self.floor - load.first)
 
-    def hold(self, place: int, block_ids: Sequence[int]) -> None:
-        """These are there, referenced for it."""
-        self._held.update(enumerate(block_ids, place))
+    def copied_from_now(self, places: Iterable[int]) -> None:
+        """The blocks of these places are being copied to the device."""
+        self._copied.update(places)
+
+    def copied(self, places: Iterable[int]) -> None:
+        """They have been."""
+        self._copied.difference_update(places)
+
+    def hold(self, block_ids: Mapping[int, int]) -> None:
+        """These are there, by place, referenced for it."""
+        self._held.update(block_ids)
 
     def discard(self) -> None:
         """What it reads was cleared: it is used nowhere, and written to no other tier any more."""
@@ -173,6 +185,11 @@ class Tail:
     @property
     def _is_coming(self) -> bool:
         return not (self.has_ended or self.cancelled) and self.floor < self._edge
+
+    @property
+    def _copied_ahead(self) -> int:
+        """Blocks that are being copied and that the front has not passed."""
+        return sum(place >= self.floor for place in self._copied)
 
     def _front_blocks(self, place: int) -> int:
         """Blocks from `place` on that are computed until the others are there."""

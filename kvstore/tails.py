@@ -1,22 +1,22 @@
 """Reads of the backs of prefixes, one thread for each slow tier, and what becomes of the blocks that come.
 
 Each piece is read like any load: into memory of its own, copied to host by the thread, and put into device blocks by
-`pump`, which names and references them for the tail. It takes no room that the front before it needs: with too little
-of it the tail ends. Nobody else waits for these reads, and whoever wants the same blocks reads them, too; what is there
-twice is put into the device once.
+`pump`, which names and references them for the tail, on a GPU when they have been copied beside the steps. It takes no
+room that the front before it needs: with too little of it the tail ends. Nobody else waits for these reads, and whoever
+wants the same blocks reads them, too; what is there twice is put into the device once.
 
 A tail teaches its tier's estimate once, when it has ended: what one of its pieces took, in the mean, as each of them is
 a read. It is no load in the score of loads against computing: no request waited for it.
 
-Covers: starting, landing, ending. Does not cover: what its owner sees (`tail`), the choice (`meeting`). For the
-engine's thread, but for what the threads run.
+Covers: starting, reading, ending. Does not cover: what its owner sees (`tail`), putting blocks into the device
+(`tail_landing`), the choice (`meeting`). For the engine's thread, but for what the threads run.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -31,6 +31,7 @@ from kvstore.patience import PIECE_NBYTES
 from kvstore.slow_reads import SlowReads
 from kvstore.source import Source
 from kvstore.tail import Pace, Tail
+from kvstore.tail_landing import OnLanded, TailLandings
 from kvstore.tier import BlockMeta, Clock
 
 PIECES = 32  # it is cut into so many: what both ends do twice where they meet is a part of one ...
@@ -39,7 +40,6 @@ LATENCIES = 8  # ... unless a piece were read in less than so many times the lat
 logger = logging.getLogger(__name__)
 
 OnRead = Callable[[Source, list[BlockMeta], int, bool], None]
-OnLanded = Callable[[Iterable[BlockHash]], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +54,11 @@ class _Run:
 
 
 class Tails:
-    """The tails of a store."""
+    """The tails of a store.
+
+    Attributes:
+        landings: their pieces that are being copied.
+    """
 
     def __init__(
         self,
@@ -71,7 +75,8 @@ class Tails:
         """`reserve`: device blocks that are left free. `on_read`: see `Promoter`. `on_landed`: hears what came."""
         self._device, self._reads, self._loader, self._clock = device, reads, loader, clock
         self._sources, self._reserve = sources, reserve
-        self._on_read, self._on_landed = on_read, on_landed
+        self._on_read = on_read
+        self.landings = TailLandings(device, end=loader.end, on_landed=on_landed)
         self._threads = {source.name: DaemonPool(1, f"kvstore-{source.name}-tail") for source in sources}
         self._most = max(1, PIECE_NBYTES // device.block_nbytes)
         self._runs: list[_Run] = []
@@ -98,6 +103,7 @@ class Tails:
 
     def pump(self) -> None:
         """Put what has come into the device, and end what has ended."""
+        self.landings.pump()
         for run in list(self._runs):
             has_ended = run.future is None or run.future.done()
             while run.tail.finished:
@@ -109,35 +115,41 @@ class Tails:
 
     def metas(self) -> list[BlockMeta]:
         """Blocks that are, or will be, on their way."""
-        return [meta for run in self._runs for meta in run.tail.metas]
+        return [meta for tail in self._bringing() for meta in tail.metas]
 
     def discard(self, names: set[BlockHash]) -> None:
         """A tail that brings one of these brings nothing any more. On return none is written to host."""
-        for run in self._runs:
-            if run.tail.brings(names):
-                run.tail.discard()
+        for tail in self._bringing():
+            if tail.brings(names):
+                tail.discard()
 
     def close(self, timeout_s: float) -> None:
-        """End all of them, and wait for reads that run."""
-        for run in self._runs:
-            run.tail.discard()
+        """End all of them, and wait for reads and copies that run."""
+        for tail in self._bringing():
+            tail.discard()
         for threads in self._threads.values():
             threads.close()
         wait([run.future for run in self._runs if run.future is not None and not run.is_stuck], timeout_s)
         self.pump()
+        self.landings.finish()
 
     def check(self) -> None:
         """Audit what tails hold.
 
         Raises:
-            InvariantError: a block of one is free, or one that nobody wants holds some.
+            InvariantError: a block of one is free, or one that nobody wants holds some, or see `TailLandings.check`.
         """
-        for run in self._runs:
-            held = run.tail.block_ids
+        self.landings.check()
+        for tail in self._bringing():
+            held = tail.block_ids
             if any(self._device.refs(block) == 0 for block in held):
                 raise InvariantError("a tail holds a block that is free")
-            if run.tail.cancelled and held:
+            if tail.cancelled and held:
                 raise InvariantError("a tail that was given up holds blocks")
+
+    def _bringing(self) -> list[Tail]:
+        """Those that are being read or copied, each once."""
+        return list(dict.fromkeys([*(run.tail for run in self._runs), *self.landings.tails]))
 
     def _plan(
         self, source: Source, wish: Wish, first: int, names: Sequence[BlockHash]
@@ -179,30 +191,15 @@ class Tails:
         tail = run.tail
         if not load.discarded:
             self._on_read(load.source, load.metas, len(load.arrived), load.is_next_gone)
-        passed = tail.has_come(load)
-        if not (load.discarded or tail.cancelled) and passed < len(load.arrived):
-            self._land(tail, load, passed)
         run.loads.append(load)
-        self._loader.end(load)
-
-    def _land(self, tail: Tail, load: Load, passed: int) -> None:
-        """Put those blocks of a piece into the device that the front has not passed."""
-        metas, place = load.arrived[passed:], load.first + passed
-        if len(metas) + place - tail.floor > self._device.available - self._reserve:
+        passed = tail.has_come(load)
+        if load.discarded or tail.cancelled or passed >= len(load.arrived):
+            self._loader.end(load)
+        elif load.first + len(load.arrived) - tail.floor > self._device.available - self._reserve:
             tail.has_ended = True  # what the front needs before it comes there goes first
-            return
-        names = [meta.hash for meta in metas]
-        held = {name: self._device.reference(name) for name in names if self._device.holds(name)}
-        self._device.prolong(list(held), tail.wish.lifetime)
-        fresh = [at for at, name in enumerate(names) if name not in held]
-        block_ids = self._device.allocate(len(fresh))
-        if block_ids is None:
-            raise InvariantError("the device has fewer blocks than it said a moment ago")
-        self._device.inject(block_ids, [load.buffers[passed + at] for at in fresh])
-        self._device.commit(block_ids, [metas[at] for at in fresh])
-        held.update(zip((names[at] for at in fresh), block_ids, strict=True))
-        tail.hold(place, [held[name] for name in names])
-        self._on_landed(names)
+            self._loader.end(load)
+        else:
+            self.landings.start(tail, load, passed)
 
     def _expect_no_more(self, run: _Run) -> None:
         """The tier does not keep the limit: nothing else is asked of it before it answers."""

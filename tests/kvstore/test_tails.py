@@ -18,6 +18,7 @@ from kvstore.tail import PATIENCE, Tail
 from kvstore.tier import BlockMeta
 from tests.kvstore.blocks_for_tests import LAYOUT, ManualClock, chain, names, payload, payloads
 from tests.kvstore.gated_tier import GatedTier, until
+from tests.kvstore.late_copier import LateCopier
 
 COUNT = 64
 PIECE = 2  # of so many blocks
@@ -28,11 +29,21 @@ COMPUTE_MS = LOAD_MS = 10.0  # a block
 class Rig:
     """A store over a shared tier that holds a chain, and a naive account of who holds which device block."""
 
-    def __init__(self, *, device_blocks: int = 200, host_blocks: int = 100, load_ms: float = LOAD_MS) -> None:
+    def __init__(
+        self,
+        *,
+        device_blocks: int = 200,
+        host_blocks: int = 100,
+        load_ms: float = LOAD_MS,
+        copier: LateCopier | None = None,
+    ) -> None:
         self.clock = ManualClock(0.0)
+        self.copier = copier
         nbytes = LAYOUT.block_nbytes
         self.shared = GatedTier(self.clock)
-        self.device = DeviceTier(LAYOUT, device_blocks * nbytes, clock=self.clock, poison=True)
+        self.device = DeviceTier(LAYOUT, device_blocks * nbytes, clock=self.clock, poison=True, copier=copier)
+        if copier is not None:
+            copier.device = self.device
         self.host = HostTier(LAYOUT, host_blocks * nbytes, clock=self.clock) if host_blocks else None
         self.store = TieredStore(LAYOUT, self.device, self.host, self.shared, clock=self.clock, default_ttl_s=None)
         self.shared.write(METAS, payloads(METAS))
@@ -53,6 +64,20 @@ class Rig:
         self.front = list(acquisition.block_ids)
         self.tails.append(acquisition.tail)
         return acquisition.tail
+
+    def copy(self) -> None:
+        """What is being copied is there, and is taken in."""
+        if self.copier is not None:
+            self.copier.make_all()
+            self.store.pump()
+
+    def copied(self) -> list[int]:
+        """Blocks that a copy holds: on their way up for a tail, or down to host."""
+        coming = [
+            block for piece, _ in self.store._promoter._tails.landings._coming for block in piece.block_ids.values()
+        ]
+        spilling = self.store._spilling
+        return coming + ([] if spilling is None else [block for spill in spilling._spills for block in spill.block_ids])
 
     def come(self, pieces: int) -> None:
         """So many pieces end, and are taken in."""
@@ -98,6 +123,7 @@ class Rig:
             tail.cancel()
         self.shared.open()
         self.ends()
+        self.copy()
         self.store.check()
         assert [block for block in range(self.device.num_blocks) if self.device.refs(block)] == []
         assert self.source.pending_blocks == 0
@@ -385,12 +411,137 @@ def test_a_prefix_that_is_near_is_not_even_asked_about(rig: Rig, where: str, mon
     monkeypatch.undo()
 
 
+@pytest.fixture
+def late() -> Iterator[Rig]:
+    """Pieces are copied beside the steps, when a test says so."""
+    rig = Rig(copier=LateCopier())
+    yield rig
+    rig.finish()
+
+
+def found(rig: Rig) -> int:
+    """How many of the chain's blocks the device gives to whoever asks."""
+    return sum(rig.device.holds(meta.hash) for meta in METAS)
+
+
+def test_a_piece_is_there_when_it_has_been_copied_and_not_before(late: Rig) -> None:
+    tail, room = late.tail(), late.device.available
+    late.come(2)
+    assert (tail.block_ids, found(late)) == ([], 0)
+    assert late.device.available == room - 2 * PIECE
+    assert late.copier.locked >= 2 * PIECE  # read into memory that the device copies from
+    assert tail.reach(0) == (COUNT - 2 * PIECE) // 2, "what is being copied will be there"
+    late.copier.make_one()
+    assert tail.block_ids == []
+    late.store.pump()
+    assert (len(tail.block_ids), found(late)) == (PIECE, PIECE)
+    late.copy()
+    late.compute(COUNT - 2 * PIECE)
+    assert late.take(tail) == 2 * PIECE
+
+
+def test_a_front_that_comes_up_to_a_copy_goes_on_by_a_block(late: Rig) -> None:
+    tail = late.tail()
+    late.come(2)
+    late.compute(COUNT - 2 * PIECE)
+    tail.passed(len(late.front))
+    late.shared.open()
+    late.ends()
+    assert not tail.is_over
+    assert (tail.reach(len(late.front) - 3), tail.reach(len(late.front))) == (3, 1)
+    assert late.take(tail) == 0
+    late.compute(1)
+    tail.passed(len(late.front))
+    late.copy()
+    assert len(tail.block_ids) == 2 * PIECE - 1, "what the front has passed is given back"
+    assert late.take(tail) == 2 * PIECE - 1
+    assert late.device.stats().blocks == COUNT
+
+
+def test_a_front_that_passes_a_copy_needs_nothing_of_it(late: Rig) -> None:
+    tail = late.tail()
+    late.come(1)
+    late.compute(COUNT)
+    tail.passed(COUNT)
+    assert tail.is_over
+    assert tail.reach(COUNT) is None
+    late.shared.open()
+    late.ends()
+    late.copy()
+    assert tail.block_ids == []
+    assert late.device.stats().blocks == COUNT
+
+
+def test_memory_that_is_being_copied_is_not_read_into_again(late: Rig) -> None:
+    tail = late.tail()
+    late.come(12)
+    assert late.copier.locked >= 12 * PIECE
+    late.copy()
+    late.compute(COUNT - 12 * PIECE)
+    assert late.take(tail) == 12 * PIECE
+    late.assert_right()
+
+
+@pytest.mark.parametrize("how", ["given up", "cleared", "computed by the front", "closed"])
+def test_blocks_of_a_tail_that_is_over_are_the_copys_until_it_ends(late: Rig, how: str) -> None:
+    tail, room = late.tail(), late.device.available
+    late.come(2)
+    if how == "given up":
+        tail.cancel()
+    elif how == "cleared":
+        late.shared.raises = RuntimeError("nothing comes any more")
+        late.shared.open()
+        late.ends()  # whoever is read no more, but copied, is found too
+        late.store.clear()
+    elif how == "closed":
+        late.store._promoter.close()
+    else:
+        tail.passed(COUNT)
+    late.store.check()
+    if how == "closed":
+        assert not late.copier.running, "closing waits for copies"
+    else:
+        assert late.device.available == room - 2 * PIECE
+        assert late.store.allocate(room - 2 * PIECE + 1) is None
+    late.copy()
+    assert tail.is_over
+    assert late.device.available == room
+    assert found(late) == 0
+
+
+def test_a_block_that_came_by_other_means_while_it_was_copied_is_shared(late: Rig) -> None:
+    tail, last = late.tail(), METAS[-1:]
+    late.come(1)
+    (block,) = late.store.allocate(1) or [-1]
+    late.device.inject([block], payloads(last))
+    late.store.commit([block], last)
+    late.copy()
+    assert tail.block_ids[-1] == block
+    assert late.device.refs(block) == 2
+    assert late.device.stats().blocks == PIECE
+    late.store.release([block])
+
+
+def test_waiting_ends_when_a_piece_was_copied(late: Rig) -> None:
+    tail = late.tail()
+    late.come(1)
+    late.store.wait(0.0)
+    assert late.store.copies == 1
+    late.copier.make_all()
+    late.store.wait(30.0)
+    late.store.pump()
+    assert len(tail.block_ids) == PIECE
+    assert late.store.copies == 0
+
+
 class TailMachine(RuleBasedStateMachine):
     """Fronts that compute, tails that come, fail, and are given up, in a device that is too small for all of them."""
 
+    copies_late = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.rig = Rig(device_blocks=2 * COUNT, host_blocks=30)
+        self.rig = Rig(device_blocks=2 * COUNT, host_blocks=30, copier=LateCopier() if self.copies_late else None)
         self.fronts: list[tuple[list[int], Tail | None]] = []
 
     @rule()
@@ -488,8 +639,11 @@ class TailMachine(RuleBasedStateMachine):
             assert got == [bytes(payload(meta.hash)) for meta in METAS[: len(got)]]
             for block in (*front, *(() if tail is None else tail.block_ids)):
                 held[block] += 1
+            assert tail is None or tail.reach(len(front)) != 0 or len(front) in tail._held, "somebody waits"
             for place, block in () if tail is None else tail._held.items():
                 assert bytes(self.rig.device.payloads([block])[0]) == bytes(payload(METAS[place].hash))
+        for block in self.rig.copied():
+            held[block] += 1
         assert held == [self.rig.device.refs(block) for block in range(self.rig.device.num_blocks)]
 
     def teardown(self) -> None:
@@ -501,5 +655,18 @@ class TailMachine(RuleBasedStateMachine):
         self.rig.finish()
 
 
+class LateCopiesMachine(TailMachine):
+    """The same where what comes is copied beside the steps, and the copies end when chance says so."""
+
+    copies_late = True
+
+    @rule(count=st.integers(1, 4))
+    def copies_end(self, count: int) -> None:
+        for _ in range(min(count, len(self.rig.copier.running))):
+            self.rig.copier.make_one()
+
+
 TailMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestTailMachine = TailMachine.TestCase
+LateCopiesMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLateCopiesMachine = LateCopiesMachine.TestCase
