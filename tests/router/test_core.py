@@ -354,10 +354,12 @@ async def test_without_a_worker_a_request_waits_a_moment_and_is_then_told_what_t
         assert not router.ready()
         with pytest.raises(errors.NoWorkerAvailable, match="knows no worker; start one"):
             await generate(router, request(tokens(1, 20)))
-        waiting = asyncio.ensure_future(generate(router, request(tokens(1, 20))))
+        patient = await fleet.start_router("r1", wait_for_worker_s=60.0)
+        waiting = asyncio.ensure_future(generate(patient, request(tokens(1, 20))))
         await asyncio.sleep(0.1)
         fleet.start_worker("w0")
         assert (await waiting).route.worker == "w0"
+        await all_ready(router, 1)
         router.drain_worker("w0")
         with pytest.raises(errors.NoWorkerAvailable, match="w0 is drained"):
             await generate(router, request(tokens(1, 20)))
@@ -530,7 +532,7 @@ async def test_an_answer_sent_back_as_text_is_a_miss_called_retokenized_and_as_i
         body.sampling.max_tokens = 40
         body.sampling.temperature = 0
         answer = await generate(router, body)
-        await asyncio.sleep(0.1)
+        await eventually(lambda: router.list_workers()[0].tiers[0].blocks >= 6)  # 60 + 40 tokens
         ids = list(answer.token_ids)
         as_text = chat(("user", question, []), ("assistant", answer.text, []), ("user", "and now?", []))
         as_ids = chat(("user", question, []), ("assistant", answer.text, ids), ("user", "and now?", []))
@@ -635,7 +637,7 @@ async def test_prompts_are_not_shown_or_kept_unless_the_settings_say_so() -> Non
 @pytest.mark.asyncio
 async def test_a_request_that_comes_while_no_worker_is_up_is_not_cut() -> None:
     worker = FakeWorker("w0")
-    async with fakes(worker) as (_, router):
+    async with fakes(worker, wait_for_worker_s=60.0) as (_, router):
         await all_ready(router, 1)
         port = worker.port
         await worker.stop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -33,6 +33,16 @@ async def fakes(*workers: FakeWorker, **settings: object) -> AsyncIterator[tuple
 async def explain(router: Router, ids: list[int]) -> inference_pb2.ExplainResponse:
     body = inference_pb2.ExplainRequest(input=inference_pb2.Input(token_ids=inference_pb2.TokenIds(ids=ids)))
     return await router.explain(body, caller=ALICE)
+
+
+async def explain_when(
+    router: Router, ids: list[int], holds: Callable[[inference_pb2.ExplainResponse], object]
+) -> inference_pb2.ExplainResponse:
+    """The first explanation of which it holds: nothing announces that what a worker said has been taken in."""
+    async with asyncio.timeout(10.0):
+        while not holds(explained := await explain(router, ids)):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return explained
 
 
 def device_tokens(explained: inference_pb2.ExplainResponse) -> dict[str, int]:
@@ -104,8 +114,7 @@ async def test_explain_says_of_whom_only_a_lower_bound_is_known(monkeypatch: pyt
         hashes = (await router.tokenize(body, caller=ALICE)).block_hashes
         one.holds(*hashes)
         other.holds(hashes[0])
-        await asyncio.sleep(0.1)
-        exact = await explain(router, tokens(1, 80))
+        exact = await explain_when(router, tokens(1, 80), lambda e: device_tokens(e) == {"w0": 79, "w1": 16})
         assert {c.worker: c.suspect for c in exact.candidates} == {"w0": "", "w1": ""}
         monkeypatch.setattr(router._index, "_max_probes", 1)
         cut = await explain(router, tokens(1, 80))
@@ -123,8 +132,7 @@ async def test_a_gap_in_the_stream_asks_for_a_snapshot_and_halves_the_credit_unt
         body = inference_pb2.TokenizeRequest(input=request(tokens(1, 48)).input)
         hashes = (await router.tokenize(body, caller=ALICE)).block_hashes
         worker.holds(*hashes)
-        await asyncio.sleep(0.1)
-        assert device_tokens(await explain(router, tokens(1, 48))) == {"w0": 47}
+        await explain_when(router, tokens(1, 48), lambda e: device_tokens(e) == {"w0": 47})
         worker.skip()
         await eventually(lambda: "resync" in worker.kinds())
         doubted = await explain(router, tokens(1, 48))
@@ -133,12 +141,10 @@ async def test_a_gap_in_the_stream_asks_for_a_snapshot_and_halves_the_credit_unt
         assert states(router)["w0"] == "READY"
         assert "messages were missed" in router.list_workers()[0].index.suspect
         worker.holds(*hashes[:2], last=False)
-        await asyncio.sleep(0.1)
-        assert device_tokens(await explain(router, tokens(1, 48))) == {"w0": 0}  # what it names may not be all
+        # What it names may not be all.
+        await explain_when(router, tokens(1, 48), lambda e: device_tokens(e) == {"w0": 0})
         worker.holds(first=False)
-        await asyncio.sleep(0.1)
-        trusted = await explain(router, tokens(1, 48))
-        assert device_tokens(trusted) == {"w0": 32}
+        trusted = await explain_when(router, tokens(1, 48), lambda e: device_tokens(e) == {"w0": 32})
         assert trusted.candidates[0].suspect == ""
         assert router.metrics.registry.get_sample_value("warmkv_index_resyncs_total", {"worker": "w0"}) == 1
 
