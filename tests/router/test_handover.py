@@ -339,8 +339,14 @@ async def test_a_caller_that_leaves_in_the_pause_leaves_nothing_behind(is_sent: 
     workers = [FakeWorker(f"w{n}", turns) for n in range(2 if is_sent else 1)]
     async with fakes(*workers) as (_, router):
         await all_ready(router, len(workers))
-        running = asyncio.ensure_future(generate(router, request(PROMPT, 20)))
-        await eventually(lambda: sum(len(jobs(worker)) for worker in workers) == len(workers))
+        told: list[int] = []
+
+        async def listen() -> None:
+            async for part in router.generate(request(PROMPT, 20), caller=ALICE, context=context()):
+                told.extend(part.token_ids)
+
+        running = asyncio.ensure_future(listen())
+        await eventually(lambda: sum(len(jobs(worker)) for worker in workers) == len(workers) and len(told) == 4)
         await asyncio.sleep(0.05)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
