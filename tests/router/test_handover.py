@@ -441,7 +441,7 @@ async def test_a_death_before_the_last_token_costs_that_token_once() -> None:
 @pytest.mark.asyncio
 async def test_a_router_that_ends_waits_for_no_other_worker() -> None:
     worker = FakeWorker("w0", begins(4, lambda worker, job: None))
-    async with fakes(worker) as (_, router):
+    async with fakes(worker, wait_for_worker_s=60.0) as (_, router):
         await all_ready(router, 1)
         stream = router.generate(request(PROMPT, 20), caller=ALICE, context=context())
         assert len((await anext(stream)).token_ids) == 4
@@ -449,7 +449,7 @@ async def test_a_router_that_ends_waits_for_no_other_worker() -> None:
         await router.close()
         with pytest.raises(errors.WorkerLost, match="this router is ending"):
             await anext(stream)
-        assert asyncio.get_running_loop().time() - started < 2.0
+        assert asyncio.get_running_loop().time() - started < 30.0
 
 
 @pytest.mark.asyncio
