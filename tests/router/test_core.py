@@ -109,7 +109,7 @@ async def test_one_request_at_a_time_still_spreads_distinct_prompts_over_all_wor
     async with rig(4) as fleet:
         router = await fleet.start_router()
         await all_ready(router, 4)
-        used = [(await generate(router, request(tokens(seed, 64)))).route.worker for seed in range(16)]
+        used = [await warmed(router, tokens(seed, 64)) for seed in range(16)]
         assert {used.count(f"w{n}") for n in range(4)} == {4}
 
 

@@ -262,7 +262,7 @@ def test_writes_of_a_tier_with_an_old_map_go_astray_once(cluster: Cluster, tier:
 def test_a_stalled_node_costs_one_deadline_and_then_nothing(breakable: Cluster) -> None:
     metas = chain(LENGTH)
     tier = make(breakable.url, write_timeout_s=1.0)
-    tier.write(metas, payloads(metas))
+    until(lambda: tier.write(metas, payloads(metas)) == LENGTH, "all is written")
     victim = breakable.node_of(key(metas[0].hash))
     assert victim.process is not None
     victim.process.send_signal(signal.SIGSTOP)
