@@ -35,7 +35,13 @@ class Rig:
     """A worker that reads, with a shared tier besides; and another one that serves."""
 
     def __init__(
-        self, other: Worker, *, host_slots: int = 16, timeout_s: float = PATIENT_S, clock: Clock = time.monotonic
+        self,
+        other: Worker,
+        *,
+        host_slots: int = 16,
+        timeout_s: float = PATIENT_S,
+        clock: Clock = time.monotonic,
+        load_slack_s: float = 10.0,
     ) -> None:
         self.other = other
         self.clock = clock
@@ -45,7 +51,14 @@ class Rig:
         self.shared = FakeSharedTier(self.clock)
         self.peers = PeersTier(codec=CODEC, secret=FLEET, timeout_s=timeout_s, clock=self.clock)
         self.store = TieredStore(
-            LAYOUT, self.device, self.host, self.shared, peers=self.peers, clock=self.clock, default_ttl_s=100.0
+            LAYOUT,
+            self.device,
+            self.host,
+            self.shared,
+            peers=self.peers,
+            clock=self.clock,
+            default_ttl_s=100.0,
+            load_slack_s=load_slack_s,
         )
 
     def hint(self, blocks: int = len(CHAIN), address: str = "") -> None:

@@ -34,7 +34,7 @@ def maker() -> Iterator[Worker]:
 
 @pytest.fixture
 def rig(maker: Worker) -> Iterator[Rig]:
-    with running(Rig(maker)) as made:
+    with running(Rig(maker, load_slack_s=1.0)) as made:
         yield made
 
 
@@ -153,7 +153,7 @@ def test_a_maker_that_lost_what_it_made_is_a_miss(rig: Rig, maker: Worker) -> No
 def test_one_that_never_begins_is_waited_for_as_long_as_computing_takes(rig: Rig) -> None:
     promised(rig, ready_ms=30.0)
     started = time.monotonic()
-    assert rig.get(compute_ms=price(20.0)) == []  # 120 ms, and 50 ms of slack
+    assert rig.get(compute_ms=price(20.0)) == []  # 120 ms, and the slack
     assert time.monotonic() - started > 0.12
 
 
@@ -165,7 +165,7 @@ def test_one_that_stalls_half_way_is_left_and_what_came_is_kept(maker: Worker) -
         maker.server.promises.begin(TICKET)
         make(maker, 0, 4)
         pump_until(rig, lambda: acquisition.position == 4)
-        ahead_s += 100.0  # the two that are missing would take 200 s here
+        ahead_s += 100.0  # the two that are missing would take 200 s here, and the slack is 10 s
         rig.store.pump()
         assert not acquisition.done
         ahead_s += 200.0
