@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,19 @@ def send(target: str, prompts: list[list[int]]) -> None:
         client.generate(SECRETS[0] + " in Rome, with lunch. " * 9, max_tokens=1).result()
 
 
+def wait_until(holds: Callable[[], object]) -> None:
+    give_up = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < give_up, "what was waited for did not come"
+        time.sleep(0.1)
+
+
+def send_once_recorded(file: Path, target: str, prompts: list[list[int]]) -> None:
+    """The file of a recording is made when all routers have answered: from then on nothing is missed."""
+    wait_until(file.exists)
+    send(target, prompts)
+
+
 def ids(trace: Trace) -> list[list[int]]:
     return [[n for first, count in one.runs for n in range(first, first + count)] for one in trace.requests]
 
@@ -50,7 +64,7 @@ def test_a_recording_has_the_prefixes_that_were_sent_and_nothing_else_of_them(fl
     trunk = [n % 300 for n in range(64)]
     prompts = [[*trunk, *[tail] * 40] for tail in (1, 2, 1, 3)] + [[9] * 100]
     target = fleet.warmkv.environment["WARMKV_ROUTER"]
-    sender = threading.Timer(2.0, send, (target, prompts))
+    sender = threading.Thread(target=send_once_recorded, args=(file, target, prompts))
     sender.start()
     done = fleet.run("record", str(file), "--requests", str(len(prompts) + 1), "--for", "60s")
     sender.join()
@@ -87,9 +101,7 @@ def started(fleet: Fleet, *arguments: str) -> tuple[Foreground, Path]:
     """A recording in a process of its own, that has begun."""
     process = fleet.warmkv.start("record", *arguments)
     file = Path(arguments[0])
-    give_up = time.monotonic() + 60
-    while not file.exists() and time.monotonic() < give_up:
-        time.sleep(0.1)
+    wait_until(file.exists)
     return process, file
 
 
@@ -98,12 +110,8 @@ def test_a_signal_ends_a_recording_with_a_whole_file_and_a_summary(
     fleet: Fleet, tmp_path: Path, number: signal.Signals
 ) -> None:
     process, file = started(fleet, str(tmp_path / "live.jsonl.gz"), "--json")
-    time.sleep(0.5)
     send(fleet.warmkv.environment["WARMKV_ROUTER"], [[1] * 50, [1] * 90])
-    give_up = time.monotonic() + 20
-    while not file.stat().st_size and time.monotonic() < give_up:
-        time.sleep(0.1)
-    time.sleep(0.5)
+    wait_until(lambda: zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(file.read_bytes()).count(b"\n") == 3)
     process.process.send_signal(number)
     rest, _ = process.process.communicate(timeout=30)
     assert process.process.returncode == 0, process.log.read_text()[-2000:]
@@ -116,12 +124,13 @@ def test_a_signal_ends_a_recording_with_a_whole_file_and_a_summary(
 def test_several_routers_are_recorded_with_one_numbering(fleet: Fleet, tmp_path: Path) -> None:
     """The same router twice stands for two: what it tells both times has equal numbers."""
     target = fleet.warmkv.environment["WARMKV_ROUTER"]
-    sender = threading.Timer(2.0, send, (target, [[7] * 60]))
+    file = tmp_path / "two.jsonl"
+    sender = threading.Thread(target=send_once_recorded, args=(file, target, [[7] * 60]))
     sender.start()
-    done = fleet.run("record", str(tmp_path / "two.jsonl"), "--also", target, "--requests", "4", "--for", "60s")
+    done = fleet.run("record", str(file), "--also", target, "--requests", "4", "--for", "60s")
     sender.join()
     assert done.returncode == 0, done.stderr
-    one, other, *_ = ids(load(tmp_path / "two.jsonl"))
+    one, other, *_ = ids(load(file))
     assert one == other == [0, 1, 2]
 
 

@@ -45,11 +45,11 @@ def asked(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def discovery_of(tmp_path: Path, asked: Path) -> Callable[[str], RayDiscovery]:
-    def make(script: str) -> RayDiscovery:
+    def make(script: str, start_timeout_s: float = 60.0) -> RayDiscovery:
         path = tmp_path / "child.py"
         path.write_text(CHILD + textwrap.dedent(script))
         command = [sys.executable, str(path), str(asked)]
-        return RayDiscovery("h:1", os.environ, start_timeout_s=5.0, command=command)
+        return RayDiscovery("h:1", os.environ, start_timeout_s=start_timeout_s, command=command)
 
     return make
 
@@ -125,9 +125,9 @@ async def test_scaling_that_fails_says_why_in_the_routers_own_terms(
     ],
 )
 async def test_a_ray_that_cannot_be_joined_is_a_problem_at_once(
-    discovery_of: Callable[[str], RayDiscovery], script: str, said: str
+    discovery_of: Callable[..., RayDiscovery], script: str, said: str
 ) -> None:
-    discovery = discovery_of(script)
+    discovery = discovery_of(script, 2.0 if "sleep" in script else 60.0)
     with pytest.raises(ClusterProblem, match=said):
         await discovery.start()
 

@@ -16,7 +16,7 @@ from kvstore.peer.hints import Holder
 from kvstore.peer.peers import PeersTier
 from kvstore.peer.server import PeerServer
 from kvstore.store import Acquisition, ReadTiers, TieredStore
-from kvstore.tier import BlockMeta
+from kvstore.tier import BlockMeta, Clock
 from tests.kvstore.blocks_for_tests import LAYOUT, OTHER_ROOT, ROOT, chain, names, payload, payloads
 from tests.kvstore.fake_tier import FakeSharedTier
 from tests.kvstore.peer.peers_for_tests import CODEC, FLEET, PATIENT_S, Worker, reader, stranger, worker
@@ -34,16 +34,31 @@ def slow_compute(first: int, count: int) -> float:
 class Rig:
     """A worker that reads, with a shared tier besides; and another one that serves."""
 
-    def __init__(self, other: Worker, *, host_slots: int = 16, timeout_s: float = PATIENT_S) -> None:
+    def __init__(
+        self,
+        other: Worker,
+        *,
+        host_slots: int = 16,
+        timeout_s: float = PATIENT_S,
+        clock: Clock = time.monotonic,
+        load_slack_s: float = 10.0,
+    ) -> None:
         self.other = other
-        self.clock = time.monotonic
+        self.clock = clock
         nbytes = LAYOUT.block_nbytes
         self.device = DeviceTier(LAYOUT, 32 * nbytes, clock=self.clock, poison=True)
         self.host = HostTier(LAYOUT, host_slots * nbytes, clock=self.clock) if host_slots else None
         self.shared = FakeSharedTier(self.clock)
         self.peers = PeersTier(codec=CODEC, secret=FLEET, timeout_s=timeout_s, clock=self.clock)
         self.store = TieredStore(
-            LAYOUT, self.device, self.host, self.shared, peers=self.peers, clock=self.clock, default_ttl_s=100.0
+            LAYOUT,
+            self.device,
+            self.host,
+            self.shared,
+            peers=self.peers,
+            clock=self.clock,
+            default_ttl_s=100.0,
+            load_slack_s=load_slack_s,
         )
 
     def hint(self, blocks: int = len(CHAIN), address: str = "") -> None:

@@ -19,7 +19,8 @@ class WordRouter:
 
     Attributes:
         failures: raised by the next calls of `generate`, one each, before anything is sent.
-        fail_after: raise this after so many pieces. delay_s: between pieces. pad: appended to every piece.
+        fail_after: raise this after so many pieces. delay_s: between pieces. gate: opened before the
+            first one. pad: appended to every piece.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,8 @@ class WordRouter:
         self.failures: list[Exception] = []
         self.fail_after: tuple[int, Exception] | None = None
         self.delay_s = 0.0
+        self.gate = asyncio.Event()
+        self.gate.set()
         self.pad = ""
         self.is_ready = True
         self.sent = 0
@@ -46,6 +49,9 @@ class WordRouter:
             if self.failures:
                 raise self.failures.pop(0)
             count = request.sampling.max_tokens or 3
+            if not self.gate.is_set():
+                self.started.set()
+                await self.gate.wait()
             for i in range(count):
                 if self.fail_after is not None and i == self.fail_after[0]:
                     raise self.fail_after[1]

@@ -80,11 +80,12 @@ def worker_server(
     context_length: int = 8192,
     kv_events: str = "on",
     snapshot_takes_s: float = 0.0,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> WorkerServer:
     info = simulated_info(
         fingerprint=fingerprint, layout=LAYOUT, model="sim", vocab_size=1000, context_length=context_length
     )
-    engine = SimulatedEngine(info, device_blocks=device_blocks, host_blocks=host_blocks, timing=timing)
+    engine = SimulatedEngine(info, device_blocks=device_blocks, host_blocks=host_blocks, timing=timing, sleep=sleep)
     if snapshot_takes_s:
         whole = engine.snapshot
 
@@ -124,11 +125,11 @@ class Rig:
     def listed(self) -> list[WorkerAddress]:
         return [WorkerAddress(name, address) for name, address in self.addresses.items()]
 
-    async def start_router(self, name: str = "r0", **settings: object) -> Router:
+    async def start_router(self, name: str = "r0", *, wait_for_worker_s: float = 1.0, **settings: object) -> Router:
         config = RouterConfig(name=name, model_dir="", model_name="sim", fleet_secret=SECRET)
         config = replace(config, **settings)  # type: ignore[arg-type]
         discovery = StaticDiscovery(self.listed())
-        router = Router(config, CharEncoder(), discovery, wait_for_worker_s=1.0)
+        router = Router(config, CharEncoder(), discovery, wait_for_worker_s=wait_for_worker_s)
         self.discoveries.append(discovery)
         self.routers.append(router)
         await router.start()

@@ -453,6 +453,7 @@ async def test_a_worker_that_does_not_answer_is_given_up(monkeypatch: pytest.Mon
         await all_ready(router, 1)
         with pytest.raises(WorkerLost, match=r"w0: no answer within 0\.2 s"):
             await router.cache.check(admin_pb2.CheckStoreRequest(), caller=ADMIN)
+        await eventually(lambda: "cache" in mute.kinds())
         (order,) = [each.cache for each in mute.heard if each.HasField("cache")]
         mute.say(cache_done=worker_pb2.CacheDone(command_id=order.command_id))  # too late, and harmless
         await eventually(lambda: not router.fleet.link("w0")._asked._orders)

@@ -256,7 +256,7 @@ async def test_without_a_default_nobody_gets_a_deadline() -> None:
 @pytest.mark.asyncio
 async def test_drain_refuses_new_work_by_name_and_lets_the_old_finish() -> None:
     router = WordRouter()
-    router.delay_s = 0.2
+    router.gate.clear()
     async with serving(router) as server, channel_to(server) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         running = asyncio.create_task(_collect(stub.Generate(asks(max_tokens=5))))
@@ -267,6 +267,7 @@ async def test_drain_refuses_new_work_by_name_and_lets_the_old_finish() -> None:
         assert raised.code() is grpc.StatusCode.UNAVAILABLE
         assert details_of(raised)["ErrorInfo"].reason == "DRAINING"  # type: ignore[attr-defined]
         assert not draining.done()
+        router.gate.set()
         assert await running == 5
         assert await draining is True
 

@@ -12,9 +12,9 @@ from router.core import Router
 from router.pairing import DECODE, PREFILL
 from tests.router.fake_worker import FakeWorker, Submitted, refuses, stays_quiet
 from tests.router.rig import ADMIN, ALICE, BLOCK, all_ready, eventually, generate, request, tokens
-from tests.router.test_fleet import fakes
+from tests.router.test_fleet import explain_when, fakes
 from tests.router.test_handover import begins, check_whole, finishes, jobs
-from warmkv.v1 import admin_pb2, common_pb2, inference_pb2, worker_pb2
+from warmkv.v1 import admin_pb2, common_pb2, worker_pb2
 
 PROMPT = tokens(1, 40)
 SHADOW = "warmkv_shadow_predicted_ttft_seconds_total"
@@ -39,9 +39,7 @@ class Loaded(FakeWorker):
 async def paired(router: Router, *, by: str = "p0") -> None:
     """The decision is a pair."""
     await eventually(lambda: all(link.report for link in router.fleet.links()))
-    await asyncio.sleep(0.1)
-    body = inference_pb2.ExplainRequest(input=request(PROMPT).input)
-    assert (await router.explain(body, caller=ALICE)).prefill_worker == by
+    await explain_when(router, PROMPT, lambda explained: explained.prefill_worker == by)
 
 
 @pytest.mark.asyncio

@@ -23,6 +23,7 @@ from router.policy_history import Order, PolicySetting, rollback_target
 from router.record_file import keeper, restored
 from router.service import AdminService
 from tests.router.rig import ADMIN, all_ready, eventually, generate, request, rig, tokens
+from tests.router.test_fleet import SOON_S
 from warmkv.v1 import admin_pb2
 
 
@@ -40,7 +41,7 @@ async def test_a_shadow_scores_every_decision_and_changes_none() -> None:
         await generate(router, request(tokens(1, 200)))
         assert not router.get_policy().HasField("shadow")
         router.set_shadow_policy(admin_pb2.SetShadowPolicyRequest(policy=policy("round_robin")), caller=ADMIN)
-        await eventually(lambda: other.get_policy().shadow.policy.name == "round_robin", timeout_s=1.0)
+        await eventually(lambda: other.get_policy().shadow.policy.name == "round_robin", timeout_s=SOON_S)
         assert router.get_policy().shadow.decisions == 0
         answers = [await generate(router, request(tokens(1, 200))) for _ in range(6)]
         assert {(a.route.policy, a.route.worker) for a in answers} == {("sticky", answers[0].route.worker)}
@@ -104,10 +105,10 @@ async def test_a_rollback_holds_on_all_routers_and_is_told_with_who_and_when(cap
             first.rollback_policy(admin_pb2.RollbackPolicyRequest(), caller=ADMIN)
         first.set_policy(admin_pb2.SetPolicyRequest(policy=policy("cache_aware", load=2.0)), caller=ADMIN)
         first.set_policy(admin_pb2.SetPolicyRequest(policy=policy("round_robin")), caller=ADMIN)
-        await eventually(lambda: second.get_policy().version == 2, timeout_s=1.0)
+        await eventually(lambda: second.get_policy().version == 2, timeout_s=SOON_S)
         done = second.rollback_policy(admin_pb2.RollbackPolicyRequest(), caller=ADMIN)
         assert (done.policy.name, done.policy.weights["load"], done.version) == ("cache_aware", 2.0, 3)
-        await eventually(lambda: first.get_policy().policy.weights["load"] == 2.0, timeout_s=1.0)
+        await eventually(lambda: first.get_policy().policy.weights["load"] == 2.0, timeout_s=SOON_S)
         newest, *_, oldest = first.get_policy().changes
         assert (newest.order, newest.by, newest.router, newest.to.name) == ("rollback", "ops", "r1", "cache_aware")
         assert getattr(newest, "from").name == "round_robin"
@@ -132,10 +133,12 @@ async def test_a_slow_disk_holds_up_nothing_and_the_last_policy_is_on_it_at_the_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, disk_goes_on, written = tmp_path / "policy.json", threading.Event(), list[str]()
+    begun = threading.Event()
     whole = record_file._write_whole
 
     def slowly(path: Path, text: str) -> None:
-        assert disk_goes_on.wait(timeout=20)
+        begun.set()
+        assert disk_goes_on.wait(timeout=40)
         whole(path, text)
         written.append(json.loads(text)["record"]["policy"])
 
@@ -143,11 +146,11 @@ async def test_a_slow_disk_holds_up_nothing_and_the_last_policy_is_on_it_at_the_
         router = await fleet.start_router(record_file=str(file))
         await all_ready(router, 1)
         monkeypatch.setattr(record_file, "_write_whole", slowly)
-        rescue = threading.Timer(5.0, disk_goes_on.set)  # where the disk does hold up the event loop
+        rescue = threading.Timer(15.0, disk_goes_on.set)  # where the disk does hold up the event loop
         rescue.start()
         for name in ("sticky", "round_robin", "lowest_ttft"):
             router.set_policy(admin_pb2.SetPolicyRequest(policy=policy(name)), caller=ADMIN)
-            await asyncio.sleep(0.05)
+            await eventually(begun.is_set)
         assert (await generate(router, request(tokens(1, 40)))).route.policy == "lowest_ttft"
         assert not disk_goes_on.is_set()
         closing = asyncio.ensure_future(router.close())
@@ -323,8 +326,8 @@ async def test_two_operators_in_the_same_moment_both_stand_in_the_history_of_all
         await all_ready(second, 1)
         first.set_policy(admin_pb2.SetPolicyRequest(policy=policy("sticky")), caller=ADMIN)
         second.set_policy(admin_pb2.SetPolicyRequest(policy=policy("round_robin")), caller=ADMIN)
-        await eventually(lambda: len(first.get_policy().changes) == 2, timeout_s=2.0)
-        await eventually(lambda: first.get_policy() == second.get_policy(), timeout_s=2.0)
+        await eventually(lambda: len(first.get_policy().changes) == 2, timeout_s=SOON_S)
+        await eventually(lambda: first.get_policy() == second.get_policy(), timeout_s=SOON_S)
         answer = first.get_policy()
         assert (answer.policy.name, answer.version) == ("round_robin", 1)
         assert [(c.version, c.router, c.to.name) for c in answer.changes] == [
@@ -345,5 +348,5 @@ async def test_the_policy_outlives_all_workers_and_routers(tmp_path: Path) -> No
         second = await fleet.start_router("r1")
         await all_ready(router, 1)
         assert (router.get_policy().policy.name, router.get_policy().version) == ("sticky", 1)
-        await eventually(lambda: second.get_policy().policy.name == "sticky", timeout_s=2.0)
+        await eventually(lambda: second.get_policy().policy.name == "sticky", timeout_s=SOON_S)
         assert [c.order for c in second.get_policy().changes] == ["set"]

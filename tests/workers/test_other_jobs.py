@@ -161,7 +161,7 @@ def test_a_router_that_comes_later_hears_of_what_runs_and_of_the_work_that_was()
         late = StreamClient(address, name="late")
         late.wait_for(lambda: len(others(late)) == 2)
         hello = late.messages[0].hello
-        assert 90.0 < hello.recent_work_ms <= 100.0
+        assert 50.0 < hello.recent_work_ms <= 100.0  # it fades
         assert [(told.work_ms, told.work_is_known) for told in others(late)] == [(50.0, True)] * 2
         one.drop()  # takes its jobs with it
         late.wait_for(lambda: [told.state for told in others(late)].count(ENDED) == 2)

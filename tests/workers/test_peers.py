@@ -37,6 +37,7 @@ CONFIG = WorkerConfig(
     block_size=16,
     fleet_secret=SECRET,
     peers=True,
+    load_slack_s=10.0,  # a read is not given up because this machine was busy
 )
 PROMPT = prompts(1, lengths=(100,))[0]  # six full blocks
 KEYS = "k1:" + base64.b64encode(bytes(range(32))).decode()

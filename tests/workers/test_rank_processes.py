@@ -97,7 +97,7 @@ def test_a_killed_rank_ends_the_engine_at_once_and_is_named() -> None:
     with pytest.raises(RankLost):
         engine.step()
     engine.close(flush_s=5)
-    assert _gone(pid, 0.1)
+    assert _gone(pid, SOON_S)
     assert not folder.exists()
 
 

@@ -21,6 +21,7 @@ with start_slot(slots=1, folder=Path(sys.argv[1])):
 
 def test_only_so_many_start_at_once(tmp_path: Path) -> None:
     inside, most, lock, go = 0, 0, threading.Lock(), threading.Barrier(6)
+    two = threading.Barrier(2, timeout=30)
 
     def start() -> None:
         nonlocal inside, most
@@ -29,6 +30,7 @@ def test_only_so_many_start_at_once(tmp_path: Path) -> None:
             with lock:
                 inside += 1
                 most = max(most, inside)
+            two.wait()
             threading.Event().wait(0.05)
             with lock:
                 inside -= 1

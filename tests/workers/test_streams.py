@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import replace
+from itertools import count
 
 import grpc
 import pytest
@@ -227,10 +228,12 @@ def test_a_router_that_is_lost_takes_its_jobs_with_it(end: str) -> None:
 
 
 def test_a_router_that_says_goodbye_without_reading_loses_its_jobs_at_once() -> None:
-    with serving(simulated(host_blocks=0)) as (_, address), routers(address, 2) as (lost, other):
+    steps = count()  # the first ones are fast and fill what the router does not read; the rest takes minutes
+    engine = simulated(host_blocks=0, sleep=lambda _: time.sleep(0.002) if next(steps) > 3000 else None)
+    with serving(engine) as (_, address), routers(address, 2) as (lost, other):
         lost.reading.clear()
         for number in range(4):
-            lost.send(submit=job(SCHEME, number, prompt(3, seed=number), max_tokens=15_000))
+            lost.send(submit=job(SCHEME, number, prompt(3, seed=number), max_tokens=90_000))
         other.wait_for(lambda: other.loads()[-1].running > 0)
         lost.leave()
         other.wait_for(lambda: other.loads()[-1].running == 0)

@@ -21,6 +21,7 @@ from workers.server import WorkerServer
 from workers.watchdog import EngineGoneError, EngineStuckError, Watchdog
 
 PROMPT = list(range(40))
+LIMIT_S = 600.0  # of the watchdog, where only an injected clock passes it
 
 
 class Turns:
@@ -44,13 +45,30 @@ async def test_it_bites_once_at_the_first_turn_that_takes_too_long() -> None:
     assert turns.takes == [9.0]
 
 
+class Clock:
+    """The machine's, and as far ahead as the test says: what is descheduled for some seconds is not stuck."""
+
+    ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
+@pytest.fixture
+def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.watchdog.LOOKS", LIMIT_S / 0.02)
+
+
+@pytest.mark.usefixtures("_looks_often")
 def test_a_stuck_engine_ends_its_streams_and_its_server_and_says_where_it_is() -> None:
     gate, failures = Gate(), []
-    server = WorkerServer(config(watchdog_s=0.4), simulated(sleep=gate), on_fatal=failures.append)
+    clock = Clock()
+    server = WorkerServer(config(watchdog_s=LIMIT_S), simulated(sleep=gate), on_fatal=failures.append, clock=clock)
     address = server.start()
     with routers(address) as (client,):
         client.send(submit=job(INFO.scheme, 1, PROMPT, max_tokens=1000))
         gate.wait_arrived()
+        clock.ahead_s = 2 * LIMIT_S
         error = client.wait_ended()
         assert error is not None
         assert error.code() == grpc.StatusCode.UNAVAILABLE
@@ -86,14 +104,29 @@ def _mute(*_: object) -> None:
     raise RuntimeError("nothing can be said")
 
 
-def test_long_steps_within_the_limit_and_an_idle_engine_are_left_alone() -> None:
-    server = WorkerServer(config(watchdog_s=1.0), simulated(sleep=lambda seconds: time.sleep(0.02)))
+@pytest.mark.usefixtures("_looks_often")
+def test_long_steps_within_the_limit_and_an_idle_engine_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.engine_thread.IDLE_STEP_S", 0.05)
+    clock, turned = Clock(), threading.Event()
+
+    def long_step(seconds: float) -> None:
+        clock.ahead_s += 0.4 * LIMIT_S
+        time.sleep(0.05)  # it is looked at meanwhile
+
+    engine = simulated(sleep=long_step)
+    step = engine.step
+    engine.step = lambda: (turned.set(), step())[1]
+    server = WorkerServer(config(watchdog_s=LIMIT_S), engine, clock=clock)
     address = server.start()
     with routers(address) as (client,):
         for number in range(3):
             client.send(submit=job(INFO.scheme, number, PROMPT, max_tokens=20))
             client.wait_finished(number)
-        time.sleep(1.3)  # idle for longer than a turn may take
+        client.wait_for(lambda: client.loads()[-1].running == 0)
+        for _ in range(5):  # idle for longer than a turn may take, in turns that are shorter
+            turned.clear()
+            clock.ahead_s += 0.4 * LIMIT_S
+            assert turned.wait(PATIENCE_S)
         client.send(submit=job(INFO.scheme, 9, PROMPT, max_tokens=2))
         client.wait_finished(9)
     server.close()
@@ -139,16 +172,34 @@ def test_a_call_that_keeps_the_interpreters_lock_ends_the_process_with_all_stack
     assert "holds_the_lock" in ended.stderr
 
 
+class LastResort:
+    """In place of faulthandler, which would end this process if the test was late."""
+
+    def __init__(self) -> None:
+        self.armed_s: float | None = None  # None: it is not armed
+        self.armed = asyncio.Event()
+
+    def dump_traceback_later(self, timeout: float, *, exit: bool, file: int) -> None:
+        assert exit
+        self.armed_s = timeout
+        self.armed.set()
+
+    def cancel_dump_traceback_later(self) -> None:
+        self.armed_s = None
+
+
 @pytest.mark.asyncio
-async def test_disarming_takes_the_last_resort_away() -> None:
+async def test_disarming_takes_the_last_resort_away(monkeypatch: pytest.MonkeyPatch) -> None:
     bites: list[BaseException] = []
+    monkeypatch.setattr("workers.watchdog.faulthandler", last_resort := LastResort())
     dog = Watchdog(Turns(*[0.0] * 1000), 0.1, bites.append, last_resort=True)
     watching = asyncio.create_task(dog.watch())
-    await asyncio.sleep(0.05)
+    await last_resort.armed.wait()
+    assert last_resort.armed_s == 0.2
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     dog.disarm()
-    await asyncio.sleep(0.4)  # this process would have ended by now
+    assert last_resort.armed_s is None
     assert bites == []
 
 
@@ -193,27 +244,34 @@ def test_an_engine_that_raises_and_then_hangs_in_close_does_not_keep_its_worker_
     engine.may_close.set()
 
 
+@pytest.mark.usefixtures("_looks_often")
 def test_an_engine_that_hangs_in_close_at_a_good_end_is_stuck_too() -> None:
-    engine, died = HangsInClose(), []
-    server = WorkerServer(config(watchdog_s=0.3), engine, on_fatal=died.append)  # type: ignore[arg-type]
+    engine, died, clock = HangsInClose(), [], Clock()
+    server = WorkerServer(config(watchdog_s=LIMIT_S), engine, on_fatal=died.append, clock=clock)  # type: ignore[arg-type]
     server.start()
-    server.close(flush_s=0.5)
+    closing = threading.Thread(target=server.close, kwargs={"flush_s": 0.5})
+    closing.start()
+    assert engine.closing.wait(PATIENCE_S)
+    clock.ahead_s += 2 * LIMIT_S
+    closing.join(PATIENCE_S)
     (failure,) = died
     assert isinstance(failure, EngineStuckError)
     assert "in close" in str(failure)
     engine.may_close.set()
 
 
+@pytest.mark.usefixtures("_looks_often")
 def test_flushing_is_no_hanging() -> None:
-    engine = HangsInClose()
-    server = WorkerServer(config(watchdog_s=0.3), engine)  # type: ignore[arg-type]
+    engine, clock = HangsInClose(), Clock()
+    server = WorkerServer(config(watchdog_s=LIMIT_S), engine, clock=clock)  # type: ignore[arg-type]
     server.start()
-    closing = threading.Thread(target=server.close, kwargs={"flush_s": 30.0})
+    closing = threading.Thread(target=server.close, kwargs={"flush_s": LIMIT_S})
     closing.start()
     assert engine.closing.wait(PATIENCE_S)
-    time.sleep(0.8)
+    clock.ahead_s += 1.5 * LIMIT_S
+    time.sleep(0.3)  # it is looked at meanwhile
     engine.may_close.set()
-    closing.join()
+    closing.join(PATIENCE_S)
     assert server.failure is None
 
 

@@ -24,6 +24,7 @@ from kvstore.tier import BlockMeta
 from tests.kvstore import blocks_for_tests
 from tests.kvstore.blocks_for_tests import ManualClock, chain, names, read_verified
 from tests.kvstore.redis import redis_for_tests
+from tests.kvstore.redis.redis_fleets_for_tests import until
 from tests.kvstore.redis.redis_for_tests import NAMESPACE, SERVERS, ScriptedServer, binary, client_of, fields_of, key
 from tests.kvstore.redis.redis_for_tests import WIDE as LAYOUT
 
@@ -179,7 +180,7 @@ def test_a_stalled_server_costs_three_deadlines_and_then_the_breaker_answers(
     server.resume()
     assert read_back(tier, metas) == 0
     recover(tier, clock)
-    assert read_back(tier, metas) == 3
+    until(lambda: read_back(tier, metas) == 3, "it is asked again")
     assert (tier.stats().healthy, tier.stats().problem) == (True, "")
     tier.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, tls: Tls) -> Iterator[Proce
     alone = Process(system_redis(), tmp_path_factory.mktemp("tls") / "alone", free_ports(1)[0], lines, tls=tls)
     with running([alone]):
         yield alone
+
+
+@pytest.fixture(autouse=True)
+def _patient_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (RedisTier, RedisClusterTier):
+        monkeypatch.setattr(f"kvstore.redis.open.{kind.__name__}", partial(kind, write_timeout_s=PATIENT_S))
 
 
 def open_tier(url: str, watching: Watching = Watching.OFF) -> RedisTier | RedisClusterTier:
