@@ -474,7 +474,8 @@ def test_a_front_that_passes_a_copy_needs_nothing_of_it(late: Rig) -> None:
 
 def test_memory_that_is_being_copied_is_not_read_into_again(late: Rig) -> None:
     tail = late.tail()
-    late.come(12)
+    for _ in range(12):
+        late.come(1)
     assert late.copier.locked >= 12 * PIECE
     late.copy()
     late.compute(COUNT - 12 * PIECE)
@@ -590,6 +591,12 @@ class TailMachine(RuleBasedStateMachine):
     def pieces_come(self, count: int) -> None:
         self.rig.shared.let_go(count)
         self.settle()
+
+    @rule(count=st.integers(2, 6))
+    def pieces_come_step_by_step(self, count: int) -> None:
+        for _ in range(count):
+            self.pieces_come(1)
+            self.rig.store.pump()
 
     def settle(self) -> None:
         """Whatever a thread can do without a permit has been done, so that a run can be repeated."""
