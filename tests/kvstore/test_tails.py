@@ -72,10 +72,11 @@ class Rig:
             self.store.pump()
 
     def copied(self) -> list[int]:
-        """Blocks that a copy holds: on their way up for a tail, or down to host."""
-        coming = [
-            block for piece, _ in self.store._promoter._tails.landings._coming for block in piece.block_ids.values()
-        ]
+        """Blocks that a copy holds: on their way up for a tail or an acquisition, or down to host."""
+        promoter = self.store._promoter
+        coming = [block for piece, _ in promoter._tails.landings._coming for block in piece.block_ids.values()]
+        if promoter._landings is not None:
+            coming += [block for each in promoter._landings._coming for block in each.block_ids]
         spilling = self.store._spilling
         return coming + ([] if spilling is None else [block for spill in spilling._spills for block in spill.block_ids])
 
