@@ -72,10 +72,11 @@ class Rig:
             self.store.pump()
 
     def copied(self) -> list[int]:
-        """Blocks that a copy holds: on their way up for a tail, or down to host."""
-        coming = [
-            block for piece, _ in self.store._promoter._tails.landings._coming for block in piece.block_ids.values()
-        ]
+        """Blocks that a copy holds: on their way up for a tail or an acquisition, or down to host."""
+        promoter = self.store._promoter
+        coming = [block for piece, _ in promoter._tails.landings._coming for block in piece.block_ids.values()]
+        if promoter._landings is not None:
+            coming += [block for each in promoter._landings._coming for block in each.block_ids]
         spilling = self.store._spilling
         return coming + ([] if spilling is None else [block for spill in spilling._spills for block in spill.block_ids])
 
@@ -474,7 +475,8 @@ def test_a_front_that_passes_a_copy_needs_nothing_of_it(late: Rig) -> None:
 
 def test_memory_that_is_being_copied_is_not_read_into_again(late: Rig) -> None:
     tail = late.tail()
-    late.come(12)
+    for _ in range(12):
+        late.come(1)
     assert late.copier.locked >= 12 * PIECE
     late.copy()
     late.compute(COUNT - 12 * PIECE)
@@ -590,6 +592,12 @@ class TailMachine(RuleBasedStateMachine):
     def pieces_come(self, count: int) -> None:
         self.rig.shared.let_go(count)
         self.settle()
+
+    @rule(count=st.integers(2, 6))
+    def pieces_come_step_by_step(self, count: int) -> None:
+        for _ in range(count):
+            self.pieces_come(1)
+            self.rig.store.pump()
 
     def settle(self) -> None:
         """Whatever a thread can do without a permit has been done, so that a run can be repeated."""

@@ -32,18 +32,20 @@ def runs(rig: Rig) -> list[bool]:
 
 
 def come(rig: Rig, pieces: int) -> None:
-    """So many reads end, and the next one has begun if there is any."""
+    """So many reads end, what they brought is copied by the next step, and the next one has begun if there is any."""
     shared = rig.shared
     ended = shared.ended
     shared.let_go(pieces)
     until(lambda: shared.ended == ended + pieces or not any(runs(rig)))
     until(lambda: shared.begun > shared.ended or not any(runs(rig)))
+    if rig.copier is not None:
+        rig.store.pump()
+        rig.copier.make_all()
 
 
-@pytest.fixture(params=["at once", "ahead"])
-def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+def a_rig(*, ahead: bool) -> Rig:
     """The prompt lies in a tier that reads as fast as the model computes, and nowhere else."""
-    rig = Rig(ahead=request.param == "ahead", make_shared=GatedTier)
+    rig = Rig(ahead=ahead, make_shared=GatedTier)
     rig.shared.is_open = True
     while len(rig.shared.held()) < BLOCKS:  # its queue is shorter than what a step makes
         rig.submit(PROMPT, max_tokens=1)
@@ -57,6 +59,12 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     rig.shared.is_open = False
     rig.meet(True)
     rig.runner.steps.clear()
+    return rig
+
+
+@pytest.fixture(params=["at once", "ahead"])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    rig = a_rig(ahead=request.param == "ahead")
     yield rig
     rig.shared.open()
     rig.finish()
@@ -75,6 +83,22 @@ def test_front_and_back_meet_and_neither_is_made_twice(rig: Rig) -> None:
     assert sum(rig.runner.steps) == 33
     assert rig.shared.begun <= 8
     assert rig.engine._scheduler.preemptions == 0
+
+
+def test_a_front_does_not_wait_for_what_is_being_copied_where_it_has_come_to() -> None:
+    rig = a_rig(ahead=True)
+    rig.submit(PROMPT, max_tokens=1)
+    rig.step()
+    ended = rig.shared.ended
+    rig.shared.let_go(2)
+    until(lambda: rig.shared.ended == ended + 2)
+    for _ in range(3 * BLOCKS):
+        rig.step()
+    assert rig.copier is not None
+    assert rig.copier.running
+    assert rig.last.fates == {"computed": len(PROMPT)}
+    rig.shared.open()
+    rig.finish()
 
 
 def test_a_tier_that_turns_out_slow_moves_the_place_back(rig: Rig) -> None:
