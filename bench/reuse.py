@@ -79,8 +79,14 @@ def time_to_first_token(engine: TorchEngine, token_ids: list[int], root: BlockHa
         engine.wait(0.05)
 
 
-def measure(engine: TorchEngine, length: int, rng: random.Random) -> dict[str, float]:
-    """Seconds to first token of one fresh prompt: cold, then warm from device, host and Redis."""
+def measure(engine: TorchEngine, length: int, rng: random.Random, *, settled: bool = True) -> dict[str, float]:
+    """Seconds to first token of one fresh prompt: cold, then warm from device, host and Redis.
+
+    `settled`: the engine knows how long it computes and reads, so all comes from the tier that is measured.
+
+    Raises:
+        RuntimeError: it did not, or a tier took no blocks.
+    """
     root = engine.info.scheme.root(b"bench")
     token_ids = [rng.randrange(16, SHAPE.vocab) for _ in range(length)]
     seconds = {}
@@ -91,7 +97,7 @@ def measure(engine: TorchEngine, length: int, rng: random.Random) -> dict[str, f
             engine.store.host.clear()
         seconds[tier], fates = time_to_first_token(engine, token_ids, root)
         expected = "computed" if tier == "cold" else tier
-        if fates.get(expected, 0) < length * 0.9:
+        if settled and fates.get(expected, 0) < length * 0.9:
             raise RuntimeError(f"{tier}: the prompt's tokens had the fates {fates}")
         if not engine.store.flush(FLUSH_S):
             raise RuntimeError(f"Redis did not take the blocks within {FLUSH_S:g} s")
@@ -122,7 +128,7 @@ def main() -> None:
     rounds = 3 if options.quick else 7
     rng, report = random.Random(1), Report("reuse")
     with engines() as (warm, full, bare):
-        measure(warm, 512, rng)  # first calls warm up allocators and estimates
+        measure(warm, 512, rng, settled=False)  # first calls warm up allocators and estimates
         for length in lengths:
             samples = [measure(warm, length, rng) for _ in range(rounds)]
             for tier in ("cold", "device", "host", "redis"):

@@ -35,10 +35,13 @@ def meeting(count: int, *, compute_ms: Ms, load_ms: Ms) -> int:
     return low
 
 
-def is_worthwhile(count: int, meets: int, *, compute_ms: Ms, load_ms: Ms) -> bool:
-    """Whether to compute `meets` of `count` blocks while the others are loaded, rather than all or none."""
-    loaded, computed = load_ms(count), compute_ms(count)
-    both, alone = max(compute_ms(meets), load_ms(count - meets)), min(loaded, computed)
-    if loaded < LEAST_LOAD_SHARE * computed:
+def is_worthwhile(count: int, meets: int, *, compute_ms: Ms, load_ms: Ms, all_ms: float) -> bool:
+    """Whether to compute `meets` of `count` blocks while the others are loaded, rather than all or none.
+
+    `load_ms`: in the pieces that meeting half-way takes. `all_ms`: of all blocks at once.
+    """
+    computed = compute_ms(count)
+    both, alone = max(compute_ms(meets), load_ms(count - meets)), min(all_ms, computed)
+    if all_ms < LEAST_LOAD_SHARE * computed:
         return False
     return alone - both >= max(LEAST_GAIN_MS, LEAST_GAIN_SHARE * alone)

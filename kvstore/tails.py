@@ -162,15 +162,17 @@ class Tails:
             return None
         nbytes, fit = self._device.block_nbytes, source.estimate
         block_ms = fit.ms_per(nbytes)
-        least = math.ceil(LATENCIES * fit.latency_ms / block_ms) if block_ms else 1
+        least = math.ceil(LATENCIES * fit.latency_ms / block_ms) if block_ms else count
         piece = max(1, min(self._most, count, max(least, count // PIECES)))
-        pace = Pace(piece, block_ms + fit.latency_ms / piece, source.pending_blocks * block_ms)
+        queued_ms = source.pending_blocks * block_ms
+        pace = Pace(piece, block_ms + fit.latency_ms / piece, queued_ms)
 
         def compute_ms(blocks: int) -> float:
             return (wish.price(first, blocks) or 0.0) if blocks else 0.0
 
         meets = meeting(count, compute_ms=compute_ms, load_ms=pace.load_ms)
-        if not is_worthwhile(count, meets, compute_ms=compute_ms, load_ms=pace.load_ms):
+        all_ms = queued_ms + fit.latency_ms + count * block_ms
+        if not is_worthwhile(count, meets, compute_ms=compute_ms, load_ms=pace.load_ms, all_ms=all_ms):
             return None
         return max(compute_ms(meets), pace.load_ms(count - meets)), source, count, meets, pace
 

@@ -45,10 +45,16 @@ def test_no_other_place_is_sooner(count: int, compute: list[int], load: list[int
 )
 def test_it_is_done_where_neither_is_far_better(block_load_ms: float, meets: bool) -> None:
     times = {"compute_ms": lambda blocks: 10.0 * blocks, "load_ms": lambda blocks: block_load_ms * blocks}
-    assert is_worthwhile(100, meeting(100, **times), **times) == meets
+    assert is_worthwhile(100, meeting(100, **times), **times, all_ms=100 * block_load_ms) == meets
 
 
 def test_it_is_not_done_for_a_few_milliseconds() -> None:
     times = {"compute_ms": lambda blocks: 1.0 * blocks, "load_ms": lambda blocks: 1.0 * blocks}
-    assert not is_worthwhile(30, 15, **times)
-    assert is_worthwhile(60, 30, **times)
+    assert not is_worthwhile(30, 15, **times, all_ms=30.0)
+    assert is_worthwhile(60, 30, **times, all_ms=60.0)
+
+
+def test_a_tier_that_takes_long_only_by_the_piece_is_read_at_once() -> None:
+    """All of it takes one latency; in pieces, one each."""
+    times = {"compute_ms": lambda blocks: 10.0 * blocks, "load_ms": lambda blocks: 12.0 * blocks}
+    assert not is_worthwhile(30, meeting(30, **times), **times, all_ms=12.0)
