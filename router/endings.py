@@ -28,7 +28,7 @@ def broken_twice(work: Request, worker: str, why: str) -> RouterError:
 
 
 def none_left(work: Request, error: NoWorkerAvailable) -> RouterError:
-    """For a request that has lost a worker another error, since a client that sends it again would take it to a third:
+    """For a request that has lost a worker another error, since a client that sends it again would take it to another:
     here its losses would be counted from zero.
     """
     if work.generated:

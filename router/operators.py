@@ -65,7 +65,7 @@ class Operators:
     def _check_handover(self, link: WorkerLink) -> None:
         links = self._fleet.links()
         unable = handover.unable(links)
-        if link.name in unable:
+        if not link.connected or link.name in unable:
             raise NotSupported(
                 f"Worker {link.name} is not connected, or runs an older warmkv that hands nothing over; drain it"
                 " without a handover.",

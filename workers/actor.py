@@ -139,7 +139,7 @@ class WorkerActor:
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new jobs and wait for the running ones; whether all ended in time. The others are handed back."""
-        if self._server is None or self._phase is not WorkerPhase.READY:
+        if self._server is None or self._phase not in (WorkerPhase.READY, WorkerPhase.DRAINING):
             return True
         self._phase = WorkerPhase.DRAINING
         return await asyncio.to_thread(self._server.drain, timeout_s)

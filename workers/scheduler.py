@@ -240,7 +240,8 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         names = sequence.readable(self._block_size)
         # A front that is not kept has no names by which what follows it could be told apart from another one's.
-        acquire = self._store.acquire if sequence.job.no_store else self._store.acquire_from_both_ends
+        from_front = sequence.job.no_store or sequence.job.prefill_only
+        acquire = self._store.acquire if from_front else self._store.acquire_from_both_ends
         sequence.acquisition = acquire(
             names,
             reads=self.reads,

@@ -251,6 +251,18 @@ class Sequence:
             _found_later(self.fates, tiers, start, self.num_prompt, block_size)
             _found_later(self.resumed_fates, tiers, start, len(self.job.token_ids), block_size)
 
+    def unjoin(self, block_size: int) -> list[int]:
+        """What is computed ends before blocks that were taken over: those from there on are the caller's to give back.
+
+        They were found all the same, and count as such.
+        """
+        if self.joined is None or self.joined[0] * block_size <= self.num_computed:
+            return []
+        start = self.joined[0]
+        self.block_table, lost = self.block_table[:start], self.block_table[start:]
+        self.joined = None
+        return lost
+
     def committed(self, stop: int) -> None:
         """Its blocks up to `stop` are committed, and those that were taken over behind them."""
         self.num_committed = stop

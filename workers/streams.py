@@ -84,6 +84,7 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         self._fleet: worker_pb2.FleetRecord | None = None
         self._draining = False
         self._handovers: set[asyncio.Task[None]] = set()  # held, or they would be collected as they run
+        self._handing_back: asyncio.Task[None] | None = None
         self._closed: Status | None = None
         self._quiet = asyncio.Event()  # set while no job runs
         self._quiet.set()
@@ -154,8 +155,10 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
             async with asyncio.timeout(timeout_s):
                 await self._quiet.wait()
         except TimeoutError:
-            await leaving.hand_back(self._engine, self._give_up_jobs)
+            await self._hand_back()
             return False
+        if self._handing_back is not None:  # that was asked for before, and others read what it has shared
+            await asyncio.shield(self._handing_back)
         await leaving.see_off(self._engine, until)
         return True
 
@@ -165,8 +168,17 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
             async with asyncio.timeout(after_s):
                 await self._quiet.wait()
         except TimeoutError:
-            if self._fleet is not None and self._worker in self._fleet.drained:
-                await leaving.hand_back(self._engine, self._give_up_jobs)
+            if self._is_drained(self._fleet):
+                await self._hand_back()
+
+    async def _hand_back(self) -> None:
+        """As `leaving.hand_back`; once, however many ask meanwhile."""
+        if self._handing_back is None or self._handing_back.done():
+            self._handing_back = asyncio.create_task(leaving.hand_back(self._engine, self._give_up_jobs), name="back")
+        await asyncio.shield(self._handing_back)
+
+    def _is_drained(self, fleet: worker_pb2.FleetRecord | None) -> bool:
+        return fleet is not None and self._worker in fleet.drained
 
     def _give_up_jobs(self, error: JobError) -> int:
         """End every job here with this error, which is not the engine's; how many there were."""
@@ -277,6 +289,9 @@ class WorkerStreams(worker_pb2_grpc.WorkerServiceServicer):
         """Keep the greatest record and all clears, and tell those that do not have them."""
         before = self._fleet
         self._fleet = record if before is None else joined(before, record)
+        if self._is_drained(before) and not self._is_drained(self._fleet):
+            for handover in self._handovers:
+                handover.cancel()
         behind = [stream] if is_news(self._fleet, record) else []
         if before is None or is_news(self._fleet, before):
             reads = self._fleet.shared_tier_reads

@@ -106,3 +106,14 @@ async def test_an_older_worker_is_not_asked_what_it_does_not_understand() -> Non
             router.drain_worker("w0", hand_over_after_s=0.0)
         with pytest.raises(NoWorkerAvailable):
             router.drain_worker("w1", hand_over_after_s=0.0)
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_cannot_hear_it_is_not_said_to_hand_over() -> None:
+    async with rig(2) as fleet:
+        router = await two(fleet)
+        await fleet.kill_worker("w0")
+        await eventually(lambda: not router.fleet.link("w0").connected)
+        with pytest.raises(NotSupported, match="not connected"):
+            router.drain_worker("w0", hand_over_after_s=0.0)
+        assert router.fleet.record.drained == frozenset()

@@ -356,6 +356,8 @@ class EngineMachine(RuleBasedStateMachine):
         for sequence in self.rig.engine._scheduler:
             fresh = sequence.block_table[sequence.num_computed // LAYOUT.block_size :]
             assert all(held.count(block) == 1 for block in fresh)
+            to_write = sequence.block_table[-(-sequence.num_computed // LAYOUT.block_size) :]
+            assert not any(self.rig.device.meta(block) for block in to_write), "what others may find is written again"
         if (flight := self.rig.engine._pipeline._flight) is not None:
             used = [block for span in flight.work.spans for block in span.block_table]
             assert all(self.rig.device.refs(block) for block in used), "a block is free that a step in flight uses"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -278,3 +279,30 @@ def test_what_was_taken_over_is_never_committed_again(rig: Rig, monkeypatch: pyt
     assert held
     assert not set(held) & set(committed)
     assert len(committed) == len(set(committed))
+
+
+def test_blocks_taken_over_behind_a_step_that_is_undone_are_given_back() -> None:
+    """Else a front that is computed again would write to blocks that others may find."""
+    rig = a_rig(ahead=True)
+    rig.gpu.fails_at_once, rig.gpu._eagerness = False, 0.0
+    rig.submit(PROMPT, max_tokens=6)
+    rig.submit([20] * 9, max_tokens=14)  # one alone would end
+    rig.step()
+    come(rig, 5)
+    sequence = next(iter(rig.engine._scheduler))
+    for _ in range(60):
+        rig.copier.make_all()
+        rig.store.pump()
+        place, rest = divmod(sequence.num_computed, SIZE)
+        if not rest and place in sequence.tail._held and rig.engine._pipeline.is_flying:
+            break
+        rig.step()
+    assert place in sequence.tail._held, "the front has come up to its tail, and its last step is still running"
+    rig.runner.room = 0
+    rig.step()
+    rig.runner.room = math.inf
+    assert sequence.num_computed < place * SIZE
+    to_write = sequence.block_table[-(-sequence.num_computed // SIZE) :]
+    assert [rig.device.meta(block) for block in to_write] == [None] * len(to_write)
+    rig.shared.open()
+    rig.finish()

@@ -124,6 +124,7 @@ def test_a_worker_of_two_ranks_serves_flushes_restarts_and_dies_whole(tmp_path: 
 
     worker, address = _serve(config)
     [rank] = _ranks_of(worker.pid)
+    os.kill(rank, signal.SIGTERM)  # as to all processes of a node at once: when a rank ends is for rank 0 to say
     second = _ask(address, prompt)
     assert [output.token_ids for output in second] == [output.token_ids for output in first]
     assert second[-1].fates.disk == 8 * 16, "both ranks had flushed, and both have found it again"

@@ -77,7 +77,8 @@ class Pipeline:
 
     def undo(self, flight: Flight) -> None:
         """A step could not be computed: its sequences are as far as before it, and so are those of the step behind it,
-        which is thrown away. What both have written to blocks is written again."""
+        which is thrown away. What both have written to blocks is written again, and blocks that were taken over behind
+        what is computed no more are given back."""
         later = self.lift()
         for each in (later, flight):
             if each is not None:
@@ -85,6 +86,8 @@ class Pipeline:
         if later is not None:
             self._launcher.settle()
             self.end(later)
+        for chunk in flight.work.chunks:
+            self.store.release(chunk.sequence.unjoin(self._block_size))
 
     def end(self, flight: Flight) -> None:
         """A step has been taken in: what was given back while it ran is free."""

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _DYING_S = 2.0  # from the end of a rank's sockets to that of its process
-_TERM_S = 3.0
+_KILL_S = 3.0
 _MODULE = "workers.tensor_parallel.rank"
 
 
@@ -79,12 +79,12 @@ class RankProcesses:
         for process in self._processes:
             if process.stdin is not None:
                 process.stdin.close()
-        for end in (subprocess.Popen.terminate, subprocess.Popen.kill):
-            for rank, process in enumerate(self._processes, 1):
-                if process.poll() is None:
-                    log.warning("rank %d (pid %d) did not end by itself", rank, process.pid)
-                    end(process)
-            _await(self._processes, _TERM_S)
+        _await(self._processes, _KILL_S)
+        for rank, process in enumerate(self._processes, 1):
+            if process.poll() is None:
+                log.warning("rank %d (pid %d) did not end by itself", rank, process.pid)
+                process.kill()
+        _await(self._processes, _KILL_S)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, config: WorkerConfig, rank: int) -> subprocess.Popen[bytes]:

@@ -28,7 +28,8 @@ def main() -> int:
     rank, folder, config = int(settings["rank"]), Path(settings["folder"]), WorkerConfig(**settings["config"])
     words = f"%(asctime)s %(levelname)s {config.name} rank {rank} %(name)s %(message)s"
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=words)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the worker's process decides what it means
+    for each in (signal.SIGINT, signal.SIGTERM):  # to all processes at once: rank 0 decides what it means
+        signal.signal(each, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_worker, args=(folder,), name="lifeline", daemon=True).start()
     try:
         from workers.tensor_parallel.start import follow
