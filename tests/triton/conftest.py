@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ if importlib.util.find_spec("triton") is None:
 elif os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore = ["test_compiles.py"]
 else:
-    collect_ignore = ["test_alone.py", "test_attention.py", "test_bench.py", "test_runner.py"]
+    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_compiles.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

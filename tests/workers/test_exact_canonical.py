@@ -158,7 +158,7 @@ def test_what_is_said_is_what_the_default_mode_says_but_for_rounding():
 
 def _with_steps_of(rig: ExactRig, tokens: int) -> list[int]:
     """From now on, steps of so many tokens at most; the list grows by the size of each that is launched."""
-    rig.engine._budget = StepBudget(tokens)
+    rig.engine._budget = StepBudget(tokens, rig.engine._scheduler.max_running)
     rig.engine._scheduler.max_batch_tokens = tokens
     launch, launched = rig.engine._pipeline.launch, list[int]()
 

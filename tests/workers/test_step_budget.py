@@ -118,6 +118,7 @@ class _Roulette:
         if self._draw.random() >= self._odds or (self._spares_one and len(spans) == 1):
             return logits
         self.failed += 1
+        self._rig.runner.wrong.add(("OUT_OF_MEMORY", self._rig.runner.step))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
