@@ -137,10 +137,13 @@ def compare(report: Report, bench: Bench, model: Any, repeats: int) -> None:
     """The rows against `generate()`, in turns."""
     prompts = Prompts()
     for name, lengths in (("b1", ONE), ("b8", UNEVEN), ("even_b8", EVEN)):
-        if repeats > 1 or name == "b1":  # eight at once run little that one has not run
+        is_one = (
+            lengths == ONE
+        )  # is short, so one sample of it says little; eight at once run little that it has not run
+        for _ in range(2 if is_one else int(repeats > 1)):
             bench.generate_s(prompts.of(lengths))
             plain_generate_s(model, prompts.of(lengths))
-        batches = [prompts.of(lengths) for _ in range(repeats)]
+        batches = [prompts.of(lengths) for _ in range(max(repeats, 3) if is_one else repeats)]
         pairs = [(plain_generate_s(model, batch), bench.generate_s(batch)) for batch in batches]
         theirs, ours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         report.add(f"vs_generate_{name}_ratio", ratios(theirs, ours), "ratio", bar=">= 1.0")
