@@ -157,6 +157,8 @@ class Tails:
         """How long it takes, from this tier, how many blocks, how many of them are computed, the pace; None: not so."""
         if source.stuck or not source.estimate.measured or not wish.reads.allows(source.name):
             return None
+        if source.pending_blocks:  # others wait for this tier, and will compute, too: the front would not be alone
+            return None
         count = source.reach(names[: source.known(names)])
         if count == 0 or wish.price(first, count) is None:
             return None
